@@ -1,0 +1,19 @@
+"""Sparse Mixture-of-Experts for vision, native to Keras 3."""
+
+from keras_vmoe import checkpoints
+from keras_vmoe import data
+from keras_vmoe import layers
+from keras_vmoe import losses
+from keras_vmoe import models
+from keras_vmoe import routing
+from keras_vmoe.version import __version__
+
+__all__ = [
+    "__version__",
+    "checkpoints",
+    "data",
+    "layers",
+    "losses",
+    "models",
+    "routing",
+]

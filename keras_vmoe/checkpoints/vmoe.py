@@ -1,0 +1,157 @@
+"""Weights of the reference program (google-research/vmoe) into a `ViTMoE`."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from keras_vmoe.layers.moe import MoEMLP
+
+
+def load_vmoe(model, arrays):
+    """Assigns the reference's arrays to the weights of a model.
+
+    Everything is checked before the first assignment, so that a model is
+    either loaded whole or left as it was.
+
+    Args:
+        model: A `ViTMoE` of the same architecture.
+        arrays: Dict from the reference's names, such as
+            `"Encoder/encoderblock_0/LayerNorm_0/scale"`, to arrays.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: If `arrays` is not a mapping.
+        ValueError: If arrays are missing, left over, or of another shape; the
+            message lists all of them.
+
+    Example:
+
+    >>> load_vmoe(model, dict(np.load("vmoe.npz")))  # doctest: +SKIP
+
+    Reference:
+        https://github.com/google-research/vmoe, `vmoe/nn/vit_moe.py` for the
+        names.
+    """
+    if not isinstance(arrays, Mapping):
+        raise TypeError(
+            "`arrays` must be a dict from the reference's names to arrays. "
+            f"Received: arrays={arrays!r} of type {type(arrays).__name__}."
+        )
+    weights = vmoe_weights(model)
+    _check_names(weights, arrays)
+    _check_shapes(weights, arrays)
+    for name, weight in weights.items():
+        weight.assign(np.asarray(arrays[name]).astype(weight.dtype))
+    return model
+
+
+def vmoe_weights(model):
+    """The weights of a model by the reference's names.
+
+    Args:
+        model: A `ViTMoE`.
+
+    Returns:
+        Dict from name to `keras.Variable`, in the order of the data flow.
+    """
+    weights = _kernel_bias("embedding", model.get_layer("embedding").projection)
+    for i in range(model.num_layers):
+        block = f"Encoder/encoderblock_{i}"
+        weights |= _encoder_block(block, model, f"block_{i}")
+    weights |= _norm("Encoder/encoder_norm", model.get_layer("norm"))
+    if model.pooling == "token":
+        weights["cls"] = model.get_layer("class_token").token
+    if model.pooling == "map":
+        weights |= _map_head(model.get_layer("pooling"))
+    if model.position_embedding == "learned":
+        positions = model.get_layer("positions").embedding
+        weights["Encoder/posembed_input/pos_embedding"] = positions
+    if model.representation_size is not None:
+        weights |= _kernel_bias("pre_logits", model.get_layer("pre_logits"))
+    if model.num_classes:
+        weights |= _kernel_bias("head", model.get_layer("head"))
+    return weights
+
+
+def _encoder_block(name, model, block):
+    names = {layer.name for layer in model.layers}
+    attention = model.get_layer(f"{block}_attention").attention
+    weights = _norm(
+        f"{name}/LayerNorm_0", model.get_layer(f"{block}_attention_norm")
+    )
+    weights |= _attention(f"{name}/SelfAttention", attention)
+    weights |= _norm(f"{name}/LayerNorm_1", model.get_layer(f"{block}_mlp_norm"))
+    if f"{block}_moe" in names:
+        return weights | _moe(f"{name}/Moe", model.get_layer(f"{block}_moe"))
+    return weights | _mlp(f"{name}/Mlp", model.get_layer(f"{block}_mlp"))
+
+
+def _moe(name, layer: MoEMLP):
+    experts = layer.experts
+    return {
+        f"{name}/Router/dense/kernel": layer.router.gate_layer.kernel,
+        f"{name}/Mlp/Dense_0/kernel": experts.hidden_kernel,
+        f"{name}/Mlp/Dense_0/bias": experts.hidden_bias,
+        f"{name}/Mlp/Dense_1/kernel": experts.output_kernel,
+        f"{name}/Mlp/Dense_1/bias": experts.output_bias,
+    }
+
+
+def _mlp(name, layer):
+    hidden = _kernel_bias(f"{name}/Dense_0", layer.hidden_dense)
+    return hidden | _kernel_bias(f"{name}/Dense_1", layer.output_dense)
+
+
+def _map_head(layer):
+    name = "MapHead"
+    return (
+        {f"{name}/probe": layer.probe}
+        | _attention(f"{name}/MultiHeadDotProductAttention", layer.attention)
+        | _norm(f"{name}/LayerNorm", layer.norm)
+        | _mlp(f"{name}/Mlp", layer.mlp)
+    )
+
+
+def _attention(name, layer):
+    # By position: Keras gives the four projections no public name.
+    parts = ("query", "key", "value", "out")
+    kinds = ("kernel", "bias")
+    names = [f"{name}/{part}/{kind}" for part in parts for kind in kinds]
+    return dict(zip(names, layer.weights, strict=True))
+
+
+def _norm(name, layer):
+    return {f"{name}/scale": layer.gamma, f"{name}/bias": layer.beta}
+
+
+def _kernel_bias(name, layer):
+    return {f"{name}/kernel": layer.kernel, f"{name}/bias": layer.bias}
+
+
+def _check_names(weights, arrays):
+    missing = sorted(set(weights) - set(arrays))
+    extra = sorted(set(arrays) - set(weights))
+    if missing or extra:
+        raise ValueError(
+            "The arrays must be those of the model, name by name. Received: "
+            f"{len(arrays)} arrays for {len(weights)} weights. "
+            f"Missing: {missing or 'none'}. Not in the model: "
+            f"{extra or 'none'}. Build the model with the architecture of the "
+            "checkpoint (blocks, MoE placement, pooling, pre-logits)."
+        )
+
+
+def _check_shapes(weights, arrays):
+    wrong = [
+        f"{name} {np.shape(arrays[name])} for {tuple(weight.shape)}"
+        for name, weight in weights.items()
+        if np.shape(arrays[name]) != tuple(weight.shape)
+    ]
+    if wrong:
+        raise ValueError(
+            "The arrays must have the shapes of the weights. "
+            f"Received: {'; '.join(wrong)}. Build the model with the sizes of "
+            "the checkpoint."
+        )

@@ -1,0 +1,21 @@
+"""Datasets: from TensorFlow Datasets (TFDS) to `tf.data`, for any backend.
+
+Importing this room needs neither TensorFlow nor TFDS; calling it needs the
+extra `data`: `pip install 'keras_vmoe[data]'`.
+"""
+
+from keras_vmoe.data.images import normalize
+from keras_vmoe.data.images import preprocess
+from keras_vmoe.data.images import read_images
+from keras_vmoe.data.loading import load
+from keras_vmoe.data.schema import DatasetInfo
+from keras_vmoe.data.schema import info
+
+__all__ = [
+    "DatasetInfo",
+    "info",
+    "load",
+    "normalize",
+    "preprocess",
+    "read_images",
+]

@@ -1,0 +1,180 @@
+"""The embedded dataset `digits`: 1,797 scans of handwritten digits.
+
+They are the test part of "Optical Recognition of Handwritten Digits" of the
+UCI repository (Alpaydin and Kaynak, 1998), which ships inside scikit-learn:
+32x32 bitmaps of real handwriting, reduced to 8x8 counts of ink from 0 to 16.
+UCI's 43 writers were divided: 30 wrote its training part, 13 others this one.
+
+Here they are divided at random, by class, into 1,254 for training, 179 for
+validation and 364 for test. scikit-learn does not tell who wrote which digit,
+so the same 13 hands are in all three parts: accuracy on `test` tells nothing
+about new writers.
+
+This module imports TFDS; import it only where a dataset is opened.
+"""
+
+import contextlib
+import errno
+import io
+import math
+import os
+import pathlib
+import random
+import shutil
+import tempfile
+import time
+
+import numpy as np
+
+from keras_vmoe._extras import require
+
+tfds = require("tensorflow_datasets", "data")
+
+NAME = "digits"
+VERSION = "1.0.0"
+_TEST_SHARE = 0.2
+_VALIDATION_SHARE = 0.1
+_STALE_SECONDS = 3600  # Writing takes about two.
+
+
+class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """TFDS builder of the digits; each image is 8x8, grey, PNG."""
+
+    RELEASE_NOTES = {VERSION: "First division into train, validation, test."}
+    VERSION = tfds.core.Version(VERSION)
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Handwritten digits of the UCI repository, 8x8.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(
+                        shape=(8, 8, 1), encoding_format="png"
+                    ),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                    # Row in `sklearn.datasets.load_digits()`.
+                    "index": tfds.features.Scalar(dtype=np.int64),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            homepage="https://archive.ics.uci.edu/dataset/80",
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager  # Nothing is downloaded.
+        digits = require("sklearn.datasets", "data").load_digits()
+        return {
+            name: self._generate_examples(digits, indices)
+            for name, indices in split_indices(digits.target).items()
+        }
+
+    def _generate_examples(self, digits, indices):
+        images = to_grey(digits.images)
+        for index in indices.tolist():
+            label = int(digits.target[index])
+            yield (
+                index,
+                {"image": images[index], "label": label, "index": index},
+            )
+
+
+def to_grey(counts):
+    """Maps ink counts `(B, 8, 8)` in [0, 16] to uint8 `(B, 8, 8, 1)`."""
+    return np.round(counts * 255 / 16).astype("uint8")[..., None]
+
+
+def split_indices(labels):
+    """Divides examples at random within each class, always the same way.
+
+    Args:
+        labels: Integer array `(num_examples,)`.
+
+    Returns:
+        Dictionary of split name to sorted integer array of positions.
+    """
+    # Not `default_rng`: NumPy keeps only RandomState's stream for ever.
+    generator = np.random.RandomState(0)
+    parts = {"train": [], "validation": [], "test": []}
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        num_test = math.ceil(_TEST_SHARE * len(members))
+        num_validation = round(_VALIDATION_SHARE * len(members))
+        cuts = [num_test, num_test + num_validation]
+        test, validation, train = np.split(members, cuts)
+        parts["train"].append(train)
+        parts["validation"].append(validation)
+        parts["test"].append(test)
+    return {name: np.sort(np.concatenate(p)) for name, p in parts.items()}
+
+
+def cache_dir():
+    """Returns the user's cache folder for datasets of this package."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(cache, "keras_vmoe", "datasets")
+
+
+def prepare(data_dir):
+    """Writes the digits as a TFDS dataset, unless they are there already.
+
+    The dataset is written beside its place and renamed, so that a killed
+    process leaves nothing that looks whole, and processes that prepare at the
+    same time do not meet.
+
+    Args:
+        data_dir: Folder of TFDS datasets; created if missing.
+
+    Raises:
+        OSError: `data_dir` cannot be written.
+    """
+    target = pathlib.Path(data_dir) / NAME / VERSION
+    if target.exists():
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        workshop = tempfile.mkdtemp(prefix=f"incomplete.{NAME}.", dir=data_dir)
+    except OSError as error:
+        raise type(error)(
+            f"The folder for the dataset {NAME!r} must be writable. "
+            f"Received: data_dir={os.fspath(data_dir)!r} ({error}). "
+            "Pass another data_dir, or set XDG_CACHE_HOME."
+        ) from error
+    try:
+        _write(workshop)
+        _move(pathlib.Path(workshop) / NAME / VERSION, target)
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+    _sweep(data_dir)
+
+
+def _sweep(data_dir):
+    """Removes what killed processes left, but no work in progress."""
+    for leftover in pathlib.Path(data_dir).glob(f"incomplete.{NAME}.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _write(data_dir):
+    # TFDS asks for it only when it writes, with an error that names no mend.
+    require("importlib_resources", "data")
+    # TFDS names its folders with Python's `random`. A program must draw the
+    # same numbers whether or not the digits were there before it.
+    state = random.getstate()
+    try:
+        with contextlib.ExitStack() as silence:
+            # TFDS reports at length on both streams, for two seconds of work.
+            silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            Digits(data_dir=data_dir).download_and_prepare()
+    finally:
+        random.setstate(state)
+
+
+def _move(source, target):
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        # Another process was faster; its dataset is as good as this one.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise

@@ -1,0 +1,241 @@
+"""From decoded pixels to the model's input; the one place that defines it.
+
+Axes: B images in the batch, H and W height and width in pixels.
+"""
+
+import operator
+import os
+import sys
+
+import numpy as np
+from keras import ops
+
+from keras_vmoe.data.tensorflow_runtime import checked
+from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+
+
+def normalize(images):
+    """Maps pixels from [0, 255] to the model's input range [-1, 1].
+
+    The range is V-MoE's: `x / 127.5 - 1`.
+
+    Args:
+        images: Array or tensor of any shape and number type, with pixels on
+            the scale 0 to 255.
+
+    Returns:
+        float32 of the same shape: a TensorFlow tensor for a TensorFlow tensor
+        (inside `tf.data` as well), otherwise a NumPy array.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_vmoe import data
+
+    data.normalize(np.array([0, 255], "uint8"))  # [-1., 1.]
+    ```
+    """
+    tf = sys.modules.get("tensorflow")
+    if tf is not None and tf.is_tensor(images):
+        images = tf.cast(images, tf.float32)
+    else:
+        images = ops.convert_to_numpy(images).astype("float32")
+    return images / 127.5 - 1.0
+
+
+def preprocess(image, image_size):
+    """Turns one decoded image into the input that evaluation gives a model.
+
+    Grey is repeated to RGB, transparency is dropped, the image is resized to
+    `image_size` (bilinear with antialiasing, the sides independently: the
+    aspect ratio is not kept) and normalised to [-1, 1].
+
+    The number type tells the scale of the pixels, as in `tf.image`: uint8 and
+    other integers 0 to 255, uint16 0 to 65535, floats 0 to 1. Floats beyond
+    that are refused rather than guessed at.
+
+    Args:
+        image: `(H, W, channels)` array or tensor with 1 (grey), 2 (grey and
+            transparency), 3 (RGB) or 4 (RGB and transparency) channels.
+        image_size: Integer or pair `(height, width)`, in pixels.
+
+    Returns:
+        float32 TensorFlow tensor `(height, width, 3)` in [-1, 1].
+
+    Raises:
+        ValueError: The shape, the number type, a pixel's value or
+            `image_size` is not one of the above. Inside `tf.data` a wrong
+            value is a `tf.errors.InvalidArgumentError` with the same words.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_vmoe import data
+
+    grey = np.full((8, 8, 1), 255, "uint8")
+    data.preprocess(grey, image_size=32)  # ones of shape (32, 32, 3)
+    ```
+    """
+    tf = import_tensorflow()
+    size = check_image_size(image_size)
+    return normalize(to_rgb(tf.convert_to_tensor(image), size))
+
+
+def read_images(paths, image_size):
+    """Reads image files into a batch, preprocessed as in evaluation.
+
+    Args:
+        paths: A path or a list of paths of PNG, JPEG, BMP or GIF files. Of an
+            animated GIF the first frame is taken. An orientation noted in
+            EXIF is not applied, as nowhere in TFDS.
+        image_size: Integer or pair `(height, width)`, in pixels.
+
+    Returns:
+        float32 NumPy array `(B, height, width, 3)` in [-1, 1].
+
+    Raises:
+        FileNotFoundError: A file does not exist.
+        OSError: A file cannot be read or decoded. Its path is in the message.
+        ValueError: `paths` is empty, or `image_size` is not as above.
+
+    Example:
+
+    ```python
+    import os
+    import tempfile
+
+    import tensorflow as tf
+    from keras_vmoe import data
+
+    path = os.path.join(tempfile.mkdtemp(), "black.png")
+    tf.io.write_file(path, tf.io.encode_png(tf.zeros((8, 8, 1), tf.uint8)))
+    data.read_images([path], image_size=32)  # -1 of shape (1, 32, 32, 3)
+    ```
+    """
+    size = check_image_size(image_size)
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    paths = [os.fspath(path) for path in paths]
+    if not paths:
+        raise ValueError(
+            "`paths` must name at least one image file. "
+            f"Received: paths={paths}. Pass a path or a list of paths."
+        )
+    return np.stack([_read_image(path, size) for path in paths])
+
+
+def _read_image(path, size):
+    tf = import_tensorflow()
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+        image = tf.io.decode_image(content, 3, expand_animations=False)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            "An image file to read must exist. "
+            f"Received: path={path!r}. Check its spelling and its folder."
+        ) from error
+    except (OSError, tf.errors.InvalidArgumentError) as error:
+        raise OSError(
+            "An image file must be a readable PNG, JPEG, BMP or GIF. "
+            f"Received: path={path!r} ({error}). "
+            "Convert the file, or leave it out."
+        ) from error
+    return preprocess(image, size).numpy()
+
+
+def to_rgb(image, size):
+    """Maps a decoded image to RGB pixels on the scale 0 to 255.
+
+    Args:
+        image: `(H, W, channels)` tensor, see `preprocess`.
+        size: Pair `(height, width)`, in pixels.
+
+    Returns:
+        Tensor `(height, width, 3)` in [0, 255]; uint8 if it was and if its
+        static shape has the size already, otherwise float32.
+    """
+    tf = import_tensorflow()
+    channels = image.shape[-1] if image.shape.rank == 3 else None
+    if channels not in (1, 2, 3, 4):
+        raise ValueError(
+            "An image must have the shape (H, W, channels) with 1 to 4 "
+            f"channels. Received: image.shape={tuple(image.shape)}. "
+            "Add or remove axes; batches go to `normalize`."
+        )
+    # Before the resize, transparency and copies of grey would only cost time.
+    image = _to_pixels(image[..., :3] if channels > 2 else image[..., :1])
+    if tuple(image.shape[:2]) != size:
+        image = tf.image.resize(image, size, antialias=True)
+    return image if channels > 2 else tf.repeat(image, 3, axis=-1)
+
+
+def _to_pixels(image):
+    """Maps any number type to the scale 0 to 255, uint8 or float32."""
+    tf = import_tensorflow()
+    if image.dtype == tf.uint8:
+        return image
+    if image.dtype == tf.uint16:
+        return tf.cast(image, tf.float32) / 257.0
+    if image.dtype.is_integer:
+        return _checked_pixels(image, 255)
+    if image.dtype.is_floating:
+        return 255.0 * _checked_pixels(image, 1)
+    raise ValueError(
+        "An image must hold integers in [0, 255], 16-bit integers in "
+        "[0, 65535] or floats in [0, 1]. "
+        f"Received: image.dtype={image.dtype.name}. Cast it to uint8."
+    )
+
+
+def _checked_pixels(image, highest):
+    tf = import_tensorflow()
+    pixels = tf.cast(image, tf.float32)
+    slack = 5e-4 * highest  # For floats that were rounded on their way.
+    # Compared so that NaN fails.
+    inside = (pixels >= -slack) & (pixels <= highest + slack)
+    message = (
+        f"Pixels of type {image.dtype.name} must lie in [0, {highest}]. "
+        "Received: lowest and highest pixel={shown}. "
+        "Cast pixels in [0, 255] to uint8, or rescale them."
+    )
+    ends = tf.stack([tf.reduce_min(pixels), tf.reduce_max(pixels)])
+    return checked(pixels, tf.reduce_all(inside), message, ends)
+
+
+def random_crop(image, padding, seed):
+    """Pads an image with black and crops it at random to its own size.
+
+    Args:
+        image: `(H, W, 3)` tensor with a static shape.
+        padding: Integer, pixels added on each side. All `2 * padding + 1`
+            offsets per side are equally likely.
+        seed: Pair of integers; the same pair gives the same crop.
+
+    Returns:
+        Tensor of the shape and type of `image`.
+    """
+    tf = import_tensorflow()
+    padded = tf.pad(image, [[padding, padding], [padding, padding], [0, 0]])
+    offset = tf.random.stateless_uniform(
+        (2,), seed, minval=0, maxval=2 * padding + 1, dtype=tf.int32
+    )
+    return tf.slice(padded, tf.concat([offset, [0]], 0), image.shape)
+
+
+def check_image_size(image_size):
+    """Returns `(height, width)` of an integer or a pair of integers."""
+    pair = (image_size,) * 2 if np.ndim(image_size) == 0 else image_size
+    try:
+        height, width = (operator.index(side) for side in pair)
+    except (TypeError, ValueError):
+        height = width = 0
+    if height < 1 or width < 1:
+        raise ValueError(
+            "`image_size` must be a positive integer or a pair (height, "
+            f"width) of them, in pixels. Received: image_size={image_size}. "
+            "Pass for example image_size=224 or image_size=(192, 256)."
+        )
+    return height, width

@@ -1,0 +1,155 @@
+"""What a dataset holds: its image, its label, its classes and its splits."""
+
+import dataclasses
+import operator
+
+from keras_vmoe.data.sources import open_builder
+from keras_vmoe.data.tensorflow_runtime import import_tfds
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """What is known of a dataset before any image of it is read.
+
+    Attributes:
+        name: String, as given to `info` and `load`.
+        num_classes: Integer, or None where the dataset does not tell.
+        class_names: Tuple of strings, one per class; empty without classes.
+        splits: Dictionary of split name to number of examples.
+        image_shape: `(H, W, channels)` as stored, in pixels. Sides that differ
+            between images are None.
+    """
+
+    name: str
+    num_classes: int | None
+    class_names: tuple[str, ...]
+    splits: dict[str, int]
+    image_shape: tuple[int | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schema:
+    """Where a dataset keeps what image classification needs.
+
+    Attributes:
+        image: String, key of the image feature.
+        label: String, key of the label feature.
+        is_encoded: Boolean, whether images are stored as PNG or JPEG.
+        num_classes: Integer, or None where the dataset does not tell.
+    """
+
+    image: str
+    label: str
+    is_encoded: bool
+    num_classes: int | None
+
+
+def info(name, data_dir=None):
+    """Describes a dataset: classes, splits and stored image shape.
+
+    Args:
+        name: String, see `load`.
+        data_dir: Folder that holds the dataset, see `load`.
+
+    Returns:
+        A `DatasetInfo`.
+
+    Raises:
+        ValueError: The dataset is unknown or not prepared, or has no image
+            and label.
+        OSError: `data_dir` or the dataset in it cannot be read.
+
+    Example:
+
+    ```python
+    from keras_vmoe import data
+
+    data.info("digits").splits  # {"train": 1254, "validation": 179, ...}
+    ```
+    """
+    tfds_info = open_builder(name, data_dir).info
+    schema = read_schema(name, tfds_info)
+    label = tfds_info.features[schema.label]
+    return DatasetInfo(
+        name=name,
+        num_classes=schema.num_classes,
+        class_names=tuple(label.names) if schema.num_classes else (),
+        splits={k: s.num_examples for k, s in tfds_info.splits.items()},
+        image_shape=tuple(tfds_info.features[schema.image].shape),
+    )
+
+
+def read_schema(name, tfds_info):
+    """Finds the image and the label of a dataset, or raises a ValueError."""
+    tfds = import_tfds()
+    features = dict(getattr(tfds_info.features, "items", dict)())
+    for image, label in _candidate_keys(tfds_info.supervised_keys):
+        if _is_image(features.get(image)) and _is_label(features.get(label)):
+            return Schema(
+                image=image,
+                label=label,
+                is_encoded=isinstance(features[image], tfds.features.Image),
+                num_classes=getattr(features[label], "num_classes", None),
+            )
+    raise ValueError(
+        "A dataset for image classification must have an image (H, W, "
+        "channels) and an integer label, as its `supervised_keys` or under "
+        'the keys "image" and "label". '
+        f"Received: name={name!r} with features {sorted(features)}. "
+        "Choose another dataset, or prepare this one with such features."
+    )
+
+
+def _candidate_keys(supervised_keys):
+    candidates = [("image", "label")]
+    is_pair = isinstance(supervised_keys, (tuple, list))
+    if is_pair and [type(key) for key in supervised_keys] == [str, str]:
+        candidates.insert(0, tuple(supervised_keys))
+    return candidates
+
+
+def _is_image(feature):
+    features = import_tfds().features
+    return (
+        isinstance(feature, (features.Image, features.Tensor))
+        and len(feature.shape) == 3
+        and feature.shape[-1] in (1, 2, 3, 4)
+    )
+
+
+def _is_label(feature):
+    features = import_tfds().features
+    return isinstance(feature, features.ClassLabel) or (
+        isinstance(feature, features.Tensor)
+        and feature.shape == ()
+        and feature.tf_dtype.is_integer
+    )
+
+
+def resolve_num_classes(name, schema, num_classes):
+    """Returns the number of classes to check labels against.
+
+    Args:
+        name: String, name of the dataset.
+        schema: The dataset's `Schema`.
+        num_classes: Integer of the caller, or None for the dataset's own.
+
+    Returns:
+        Integer.
+    """
+    known = schema.num_classes
+    if num_classes is None and known is None:
+        raise ValueError(
+            "`num_classes` must be given for a dataset that does not tell it. "
+            f"Received: num_classes=None with name={name!r}. "
+            "Pass num_classes, one more than the highest label."
+        )
+    num_classes = operator.index(known if num_classes is None else num_classes)
+    if num_classes < (known or 1):
+        raise ValueError(
+            "`num_classes` must be at least the number of classes of the "
+            f"dataset, {known or 1}. "
+            f"Received: num_classes={num_classes} with name={name!r}. "
+            "Leave it out to take the dataset's own."
+        )
+    return num_classes

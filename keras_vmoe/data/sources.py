@@ -1,0 +1,129 @@
+"""Opens datasets that are on disk already; nothing here downloads."""
+
+import difflib
+import os
+import pathlib
+
+from keras_vmoe.data.tensorflow_runtime import import_tfds
+
+
+def open_builder(name, data_dir=None):
+    """Opens a prepared TFDS dataset, from its files alone.
+
+    The dataset's own code need not be installed or registered.
+
+    Args:
+        name: String, `"name"`, `"name/config"` or `"name:version"`;
+            `"digits"` is written first if it is missing.
+        data_dir: Folder of TFDS datasets; None is the folder of TFDS, or for
+            `"digits"` the user's cache.
+
+    Returns:
+        A `tfds.core.DatasetBuilder`.
+
+    Raises:
+        ValueError: The dataset is unknown or not prepared.
+        OSError: The folder or the dataset in it cannot be read.
+    """
+    import_tfds()
+    from tensorflow_datasets.core import read_only_builder
+    from tensorflow_datasets.core import registered
+
+    from keras_vmoe.data import digits
+
+    if data_dir is not None:
+        data_dir = os.path.expanduser(os.fspath(data_dir))
+    full_name = name
+    if name == digits.NAME:
+        data_dir = data_dir or digits.cache_dir()
+        digits.prepare(data_dir)
+        full_name = f"{name}:{digits.VERSION}"
+    _check_name(name, data_dir)
+    _check_folder(data_dir)
+    try:
+        return read_only_builder.builder_from_files(
+            full_name, data_dir=data_dir
+        )
+    except registered.DatasetNotFoundError:
+        raise _not_found(name, data_dir) from None
+    except Exception as error:  # Whatever TFDS trips over in broken files.
+        raise OSError(
+            "The files of a dataset must be complete and readable. "
+            f"Received: name={name!r}, data_dir={data_dir!r} "
+            f"({type(error).__name__}: {error}). Delete the dataset's folder "
+            f"{_dataset_folder(name, data_dir)!r} and prepare it again."
+        ) from error
+
+
+def _check_name(name, data_dir):
+    from tensorflow_datasets.core import naming
+
+    try:
+        naming.parse_builder_name_kwargs(name)
+    except (TypeError, ValueError, AttributeError):
+        raise _not_found(name, data_dir) from None
+
+
+def _check_folder(data_dir):
+    if data_dir is None or "://" in data_dir:
+        return
+    try:
+        os.listdir(data_dir)
+    except OSError as error:
+        raise type(error)(
+            "`data_dir` must be a readable folder of TFDS datasets. "
+            f"Received: data_dir={data_dir!r} ({error.strerror}). "
+            "Check its spelling and permissions."
+        ) from error
+
+
+def _not_found(name, data_dir):
+    """Returns the error for a name that no prepared dataset has."""
+    tfds = import_tfds()
+    # Without the community's, whose list is on the network.
+    registered = tfds.list_builders(with_community_datasets=False)
+    prepared = prepared_datasets(data_dir)
+    received = (
+        f"Received: name={name!r}, data_dir={data_dir!r}. "
+        f"Prepared in {_data_dirs(data_dir)}: {prepared}. "
+    )
+    base_name = str(name).partition(":")[0].partition("/")[0]
+    if base_name in registered:
+        return ValueError(
+            "The dataset must be prepared before it is loaded; nothing is "
+            f"downloaded silently. {received}Prepare it once with: "
+            "import tensorflow_datasets as tfds; "
+            f"tfds.builder({name!r}, data_dir={data_dir!r})"
+            ".download_and_prepare()"
+        )
+    known = {"digits", *registered}
+    known.update(n.partition(":")[0] for n in prepared)
+    nearest = difflib.get_close_matches(base_name, sorted(known))
+    return ValueError(
+        'The dataset must be "digits" or one known to TFDS. '
+        f"{received}Nearest known names: {nearest}. A new one is prepared "
+        "once with: tfds.builder(name, data_dir=...).download_and_prepare()"
+    )
+
+
+def prepared_datasets(data_dir):
+    """Lists what is prepared in a folder, as names that `load` accepts."""
+    names = set()
+    for root in map(pathlib.Path, _data_dirs(data_dir)):
+        for depth in ("*/*", "*/*/*"):
+            for file in root.glob(f"{depth}/dataset_info.json"):
+                *parts, version = file.parent.relative_to(root).parts
+                if not parts[0].startswith(("incomplete.", ".")):
+                    names.add(f"{'/'.join(parts)}:{version}")
+    return sorted(names)
+
+
+def _data_dirs(data_dir):
+    import_tfds()
+    from tensorflow_datasets.core.utils import file_utils
+
+    return [os.fspath(folder) for folder in file_utils.list_data_dirs(data_dir)]
+
+
+def _dataset_folder(name, data_dir):
+    return os.path.join(_data_dirs(data_dir)[0], name.partition(":")[0])

@@ -1,0 +1,67 @@
+"""TensorFlow as a reader of images: imported late, and kept off the GPUs."""
+
+import functools
+
+import keras
+
+from keras_vmoe._extras import require
+
+
+# Cached also because AutoGraph leaves cached functions alone: it warns when
+# it meets an import inside a function that `tf.data` maps.
+@functools.cache
+def import_tensorflow():
+    """Returns TensorFlow, without its hold on the GPUs where Keras has none.
+
+    TensorFlow reserves all memory of every GPU it sees. Under the JAX and
+    PyTorch backends it only feeds the model, so the GPUs are hidden from it.
+    """
+    tf = require("tensorflow", "data")
+    if keras.backend.backend() != "tensorflow":
+        hide_gpus(tf)
+    return tf
+
+
+def import_tfds():
+    """Returns TensorFlow Datasets."""
+    import_tensorflow()  # Before TFDS, which may start TensorFlow's runtime.
+    return require("tensorflow_datasets", "data")
+
+
+def hide_gpus(tf):
+    """Hides the GPUs from TensorFlow, if it has not started yet."""
+    try:
+        tf.config.set_visible_devices([], "GPU")
+    except RuntimeError:
+        # It has started: the program uses TensorFlow itself, and has chosen.
+        pass
+
+
+def checked(value, is_valid, message, shown):
+    """Returns `value`, or fails with a message if `is_valid` is False.
+
+    Args:
+        value: A tensor.
+        is_valid: Scalar boolean tensor.
+        message: String that holds the placeholder `{shown}`.
+        shown: Tensor to put there.
+
+    Returns:
+        `value`, which depends on the check.
+
+    Raises:
+        ValueError: Eagerly. Inside `tf.data` there are no Python exceptions:
+            `tf.errors.InvalidArgumentError` with the same words.
+    """
+    tf = import_tensorflow()
+    if tf.executing_eagerly():
+        if not is_valid:
+            raise ValueError(message.replace("{shown}", str(shown.numpy())))
+        return value
+
+    def fail():
+        text = tf.strings.format(message, shown, placeholder="{shown}")
+        with tf.control_dependencies([tf.debugging.Assert(False, [text])]):
+            return tf.identity(value)
+
+    return tf.cond(is_valid, lambda: tf.identity(value), fail)

@@ -1,0 +1,42 @@
+"""Activations that Keras has no name for."""
+
+import keras
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+def gelu_tanh(x):
+    """The tanh approximation of gelu, as in V-MoE and the original ViT.
+
+    Keras's own name `"gelu"` means the exact function. Wherever this package
+    takes an activation, the string `"gelu_tanh"` names this one.
+
+    Args:
+        x: Float tensor of any shape.
+
+    Returns:
+        Tensor of the shape of `x`.
+
+    Example:
+
+    >>> round(float(gelu_tanh(keras.ops.convert_to_tensor(1.0))), 4)
+    0.8412
+
+    Reference:
+        [Hendrycks and Gimpel, 2016](https://arxiv.org/abs/1606.08415),
+        section 2.
+    """
+    return keras.activations.gelu(x, approximate=True)
+
+
+def get_activation(identifier):
+    """Resolves `"gelu_tanh"` and whatever `keras.activations.get` knows."""
+    if identifier == "gelu_tanh":
+        return gelu_tanh
+    return keras.activations.get(identifier)
+
+
+def serialize_activation(activation):
+    """The string or config that `get_activation` turns back."""
+    if activation is gelu_tanh:
+        return "gelu_tanh"
+    return keras.activations.serialize(activation)

@@ -1,0 +1,142 @@
+"""Multi-head attention as vision transformers initialise it."""
+
+import math
+
+import keras
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class MultiHeadAttention(keras.layers.MultiHeadAttention):
+    """Keras's attention for D features in and out, initialised as in V-MoE.
+
+    All four kernels map D to D features, so that one Glorot limit,
+    `sqrt(3 / D)`, is right for each. Left alone, Keras takes the kernels
+    `(D, heads, D / heads)` for convolutions and starts them several times too
+    small.
+
+    Args:
+        num_heads: Heads; must divide `features`.
+        features: D.
+
+    Call arguments:
+        query: `(B, N, D)` float tensor.
+        value: `(B, M, D)` float tensor; also the key.
+
+    Returns:
+        `(B, N, D)` tensor.
+
+    Raises:
+        ValueError: If the heads do not divide the features.
+
+    Example:
+
+    >>> x = keras.ops.ones((1, 4, 8))
+    >>> MultiHeadAttention(num_heads=2, features=8)(x, x).shape
+    (1, 4, 8)
+
+    Reference:
+        [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929),
+        appendix A.
+    """
+
+    def __init__(self, num_heads, features, **kwargs):
+        if num_heads < 1 or features % num_heads:
+            raise ValueError(
+                "`hidden_dim` must be divisible by `num_heads`. "
+                f"Received: hidden_dim={features}, num_heads={num_heads}. "
+                f"{_divisors_hint(features)}"
+            )
+        limit = math.sqrt(3 / features)
+        super().__init__(
+            num_heads,
+            features // num_heads,
+            kernel_initializer=keras.initializers.RandomUniform(-limit, limit),
+            **kwargs,
+        )
+        self.features = features
+
+    def _compute_attention(
+        self,
+        query,
+        key,
+        value,
+        attention_mask=None,
+        training=None,
+        return_attention_scores=False,
+        use_causal_mask=False,
+    ):
+        # JAX's fused attention has no float16 on CPU; the explicit one has.
+        explicit = keras.backend.backend() == "jax" and (
+            keras.backend.standardize_dtype(query.dtype) == "float16"
+        )
+        return super()._compute_attention(
+            query,
+            key,
+            value,
+            attention_mask=attention_mask,
+            training=training,
+            return_attention_scores=return_attention_scores or explicit,
+            use_causal_mask=use_causal_mask,
+        )
+
+    def get_config(self):
+        config = keras.layers.Layer.get_config(self)
+        return {
+            **config,
+            "num_heads": self.num_heads,
+            "features": self.features,
+        }
+
+
+def _divisors_hint(features):
+    divisors = [n for n in range(1, 33) if features % n == 0]
+    return f"Numbers of heads that fit: {divisors}."
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class SelfAttention(keras.layers.Layer):
+    """Multi-head self-attention, with D features in and out.
+
+    Args:
+        num_heads: Heads; must divide D.
+
+    Call arguments:
+        tokens: `(B, N, D)` float tensor.
+
+    Returns:
+        `(B, N, D)` tensor.
+
+    Raises:
+        ValueError: If the heads do not divide D.
+
+    Example:
+
+    >>> SelfAttention(num_heads=2)(keras.ops.ones((1, 4, 8))).shape
+    (1, 4, 8)
+
+    Reference:
+        [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929),
+        appendix A.
+    """
+
+    def __init__(self, num_heads, **kwargs):
+        super().__init__(**kwargs)
+        self.num_heads = num_heads
+
+    def build(self, input_shape):
+        self.attention = MultiHeadAttention(
+            self.num_heads,
+            input_shape[-1],
+            dtype=self.dtype_policy,
+            name="attention",
+        )
+        self.attention.build(input_shape, input_shape)
+
+    def call(self, tokens):
+        return self.attention(tokens, tokens)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "num_heads": self.num_heads}

@@ -1,0 +1,137 @@
+"""Experts: E networks of one shape, as stacked kernels."""
+
+import keras
+from keras import ops
+
+from keras_vmoe.layers.activations import get_activation
+from keras_vmoe.layers.activations import serialize_activation
+from keras_vmoe.layers.stochastic import Dropout
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class MLPExperts(keras.layers.Layer):
+    """E two-layer MLPs, each applied to its own buffer.
+
+    Every expert is initialised as if it were alone: Keras would take the
+    stacked kernel `(E, D, F)` for a convolution and make it √E too small.
+
+    Args:
+        num_experts: E.
+        hidden_dim: F, hidden features of one expert.
+        activation: Activation between the layers. `"gelu"` is the exact one;
+            `"gelu_tanh"` is that of V-MoE.
+        dropout: Dropout rate behind each of the two layers, in `[0, 1]`.
+        seed: Optional integer seed of the dropout.
+
+    Call arguments:
+        buffers: `(G, E, C, D)` float tensor.
+        training: Whether to apply dropout.
+
+    Returns:
+        `(G, E, C, D)` tensor.
+
+    Raises:
+        ValueError: If a size is below 1, or if the buffers are of another
+            number of experts.
+
+    Example:
+
+    >>> experts = MLPExperts(num_experts=4, hidden_dim=32)
+    >>> experts(keras.ops.ones((2, 4, 3, 8))).shape
+    (2, 4, 3, 8)
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        hidden_dim,
+        activation="gelu",
+        dropout=0.0,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        for name, size in (
+            ("num_experts", num_experts),
+            ("hidden_dim", hidden_dim),
+        ):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(
+                    f"`{name}` must be an integer of at least 1. "
+                    f"Received: {name}={size!r}."
+                )
+        self.num_experts = num_experts
+        self.hidden_dim = hidden_dim
+        self.activation = get_activation(activation)
+        self.dropout = dropout
+        self.seed = seed
+        self.dropout_layer = Dropout(
+            dropout, seed=seed, dtype=self.dtype_policy, name="dropout"
+        )
+
+    def build(self, input_shape):
+        if len(input_shape) != 4 or input_shape[1] != self.num_experts:
+            raise ValueError(
+                "Experts take buffers of shape (groups, experts, capacity, "
+                f"features) with {self.num_experts} experts. "
+                f"Received: input_shape={tuple(input_shape)}. "
+                "`plan.dispatch(tokens)` makes such buffers."
+            )
+        features = input_shape[-1]
+        self._add_layer("hidden", features, self.hidden_dim)
+        self._add_layer("output", self.hidden_dim, features)
+
+    def _add_layer(self, name, fan_in, fan_out):
+        kernel = self.add_weight(
+            name=f"{name}_kernel",
+            shape=(self.num_experts, fan_in, fan_out),
+            initializer=keras.initializers.GlorotUniform(
+                input_axes=(1,), output_axes=(2,)
+            ),
+        )
+        bias = self.add_weight(
+            name=f"{name}_bias",
+            shape=(self.num_experts, fan_out),
+            initializer=keras.initializers.RandomNormal(stddev=1e-6),
+        )
+        setattr(self, f"{name}_kernel", kernel)
+        setattr(self, f"{name}_bias", bias)
+
+    def call(self, buffers, training=False):
+        groups, _, capacity, features = ops.shape(buffers)
+        # One batched matmul over E, whatever the number of groups.
+        x = _experts_first(buffers)  # (E, G * C, D)
+        x = ops.matmul(x, self.hidden_kernel) + self.hidden_bias[:, None]
+        x = self.dropout_layer(self.activation(x), training=training)
+        x = ops.matmul(x, self.output_kernel) + self.output_bias[:, None]
+        x = self.dropout_layer(x, training=training)
+        x = ops.reshape(x, (self.num_experts, groups, capacity, features))
+        return _swap_groups_and_experts(x)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "hidden_dim": self.hidden_dim,
+            "activation": serialize_activation(self.activation),
+            "dropout": self.dropout,
+            "seed": self.seed,
+        }
+
+
+def _experts_first(buffers):
+    """`(G, E, C, D)` as `(E, G * C, D)`."""
+    groups, num_experts, capacity, features = ops.shape(buffers)
+    buffers = _swap_groups_and_experts(buffers)
+    return ops.reshape(buffers, (num_experts, groups * capacity, features))
+
+
+def _swap_groups_and_experts(x):
+    """Swaps the first two axes; a reshape where one of them is 1."""
+    first, second, *rest = ops.shape(x)
+    if 1 in (x.shape[0], x.shape[1]):
+        return ops.reshape(x, (second, first, *rest))
+    return ops.transpose(x, (1, 0, 2, 3))

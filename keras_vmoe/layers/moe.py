@@ -1,0 +1,174 @@
+"""The MoE layer: router and experts, for any Keras model."""
+
+import keras
+from keras import ops
+
+from keras_vmoe import routing
+from keras_vmoe.layers.activations import get_activation
+from keras_vmoe.layers.activations import serialize_activation
+from keras_vmoe.layers.experts import MLPExperts
+from keras_vmoe.layers.routers import TopKRouter
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class MoEMLP(keras.layers.Layer):
+    """A sparse mixture of MLPs, in the place of an MLP.
+
+    Tokens are the positions of the middle axes: patches of a ViT, pixels of a
+    feature map. `images_per_group` consecutive images are routed together; a
+    partial group, the last one of a batch or a batch smaller than a group,
+    behaves as if it were filled up with tokens that take no place. The result
+    never depends on the number of devices.
+
+    Put it on a residual branch: a token that all its experts drop gets 0.
+
+    Args:
+        num_experts: E.
+        hidden_dim: F, hidden features of one expert.
+        router: A router, such as `layers.TopKRouter(num_experts, ...)`. None
+            means `TopKRouter(num_experts)`.
+        images_per_group: Images that are routed together. None routes the
+            whole batch as one group; 1 makes images independent.
+        activation: Activation of the experts. `"gelu"` is the exact one, as in
+            Keras; `"gelu_tanh"` is that of V-MoE.
+        dropout: Dropout rate behind each layer of an expert, in `[0, 1]`.
+
+    Call arguments:
+        inputs: `(B, ..., D)` float tensor with at least one axis of tokens.
+        training: Whether to route with noise, add the auxiliary losses and
+            apply dropout.
+
+    Returns:
+        Tensor of the shape of `inputs`.
+
+    Raises:
+        ValueError: If the inputs have no axis of tokens or other features than
+            the layer was built with, or if router and layer differ in their
+            number of experts.
+
+    Example:
+
+    >>> layer = MoEMLP(num_experts=4, hidden_dim=32)
+    >>> layer(keras.random.normal((2, 7, 7, 16))).shape
+    (2, 7, 7, 16)
+
+    Reference:
+        [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 2.
+        Their groups are fixed to a number of tokens that must divide the
+        batch; ours take any batch.
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        hidden_dim,
+        router=None,
+        images_per_group=8,
+        activation="gelu",
+        dropout=0.0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if images_per_group is not None and (
+            not isinstance(images_per_group, int) or images_per_group < 1
+        ):
+            raise ValueError(
+                "`images_per_group` must be an integer of at least 1, or None "
+                "for one group per batch. Received: "
+                f"images_per_group={images_per_group!r}."
+            )
+        if router is None:
+            router = TopKRouter(
+                num_experts, dtype=self.dtype_policy, name="router"
+            )
+        if router.num_experts != num_experts:
+            raise ValueError(
+                "Router and layer must have the same number of experts. "
+                f"Received: router.num_experts={router.num_experts} and "
+                f"num_experts={num_experts}."
+            )
+        self.num_experts = num_experts
+        self.hidden_dim = hidden_dim
+        self.router = router
+        self.images_per_group = images_per_group
+        self.activation = get_activation(activation)
+        self.dropout = dropout
+        self.experts = MLPExperts(
+            num_experts,
+            hidden_dim,
+            activation=activation,
+            dropout=dropout,
+            dtype=self.dtype_policy,
+            name="experts",
+        )
+
+    def build(self, input_shape):
+        self._check_rank(input_shape)
+        features = input_shape[-1]
+        if features is None:
+            raise ValueError(
+                "The number of features must be known. "
+                f"Received: input_shape={tuple(input_shape)}."
+            )
+        self.features = features
+        if not self.router.built:  # A deserialized one comes built.
+            self.router.build((None, None, features))
+        self.experts.build((None, self.num_experts, None, features))
+
+    def call(self, inputs, training=False):
+        self._check_features(inputs.shape)
+        groups = routing.group_tokens(inputs, self.images_per_group)
+        plan = self.router(
+            groups.tokens,
+            mask=groups.mask,
+            group_size=groups.group_size,
+            training=training,
+        )
+        buffers = plan.dispatch(groups.tokens)  # (G, E, C, D)
+        buffers = self.experts(buffers, training=training)
+        return routing.ungroup_tokens(plan.combine(buffers), ops.shape(inputs))
+
+    def compute_output_spec(self, inputs, training=False):
+        # Keras would trace `call` with a made-up batch, which fits no group.
+        self._check_features(inputs.shape)
+        return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def _check_rank(self, shape):
+        if len(shape) < 3:
+            raise ValueError(
+                "`MoEMLP` takes inputs of shape (batch, tokens..., features) "
+                "with at least one axis of tokens. "
+                f"Received: shape={tuple(shape)}. For vectors, add an axis of "
+                "one token: `keras.ops.expand_dims(x, 1)`."
+            )
+
+    def _check_features(self, shape):
+        self._check_rank(shape)
+        if shape[-1] != self.features:
+            raise ValueError(
+                f"This layer was built for {self.features} features. "
+                f"Received: shape={tuple(shape)}, with {shape[-1]} features. "
+                "Project the inputs first or use a new layer."
+            )
+
+    def get_config(self):
+        router = keras.saving.serialize_keras_object(self.router)
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "hidden_dim": self.hidden_dim,
+            "router": router,
+            "images_per_group": self.images_per_group,
+            "activation": serialize_activation(self.activation),
+            "dropout": self.dropout,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        if isinstance(config.get("router"), dict):
+            router = keras.saving.deserialize_keras_object(config["router"])
+            config = {**config, "router": router}
+        return cls(**config)

@@ -1,0 +1,124 @@
+"""From images to tokens."""
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class PatchEmbedding(keras.layers.Layer):
+    """Cuts images into patches and projects each to a token.
+
+    Args:
+        hidden_dim: D, features of a token.
+        patch_size: Side of a patch in pixels.
+
+    Call arguments:
+        images: `(B, H, W, channels)` float tensor, channels last.
+
+    Returns:
+        `(B, N, D)` tensor with `N = (H / patch_size) * (W / patch_size)`, row
+        by row.
+
+    Raises:
+        ValueError: If the image is not made of whole patches.
+
+    Example:
+
+    >>> PatchEmbedding(hidden_dim=8, patch_size=4)(
+    ...     keras.ops.ones((2, 8, 12, 3))).shape
+    (2, 6, 8)
+
+    Reference:
+        [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929),
+        equation 1.
+    """
+
+    def __init__(self, hidden_dim, patch_size, **kwargs):
+        super().__init__(**kwargs)
+        self.hidden_dim = hidden_dim
+        self.patch_size = patch_size
+        self.projection = keras.layers.Conv2D(
+            hidden_dim,
+            patch_size,
+            strides=patch_size,
+            data_format="channels_last",
+            kernel_initializer="lecun_normal",
+            dtype=self.dtype_policy,
+            name="projection",
+        )
+
+    def build(self, input_shape):
+        patch_grid(input_shape[1:3], self.patch_size)
+        self.projection.build(input_shape)
+
+    def call(self, images):
+        patches = self.projection(images)  # (B, H / p, W / p, D)
+        height, width = patches.shape[1:3]
+        return ops.reshape(
+            patches, (ops.shape(images)[0], height * width, self.hidden_dim)
+        )
+
+    def compute_output_shape(self, input_shape):
+        height, width = patch_grid(input_shape[1:3], self.patch_size)
+        return (input_shape[0], height * width, self.hidden_dim)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "hidden_dim": self.hidden_dim,
+            "patch_size": self.patch_size,
+        }
+
+
+def patch_grid(image_size, patch_size):
+    """Rows and columns of patches in an image.
+
+    Args:
+        image_size: `(height, width)` in pixels.
+        patch_size: Side of a patch in pixels.
+
+    Returns:
+        `(rows, columns)`.
+
+    Raises:
+        ValueError: If the image is not made of whole patches.
+    """
+    height, width = image_size
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        raise ValueError(
+            "`image_size` must be divisible by `patch_size`. "
+            f"Received: image_size={(height, width)}, patch_size={patch_size}. "
+            "Resize the images or choose another patch size."
+        )
+    return height // patch_size, width // patch_size
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class ClassToken(keras.layers.Layer):
+    """Puts a learned token, 0 at the start, before the tokens of each image.
+
+    Call arguments:
+        tokens: `(B, N, D)` float tensor.
+
+    Returns:
+        `(B, N + 1, D)` tensor.
+
+    Example:
+
+    >>> ClassToken()(keras.ops.ones((2, 4, 8))).shape
+    (2, 5, 8)
+    """
+
+    def build(self, input_shape):
+        self.token = self.add_weight(
+            name="token", shape=(1, 1, input_shape[-1]), initializer="zeros"
+        )
+
+    def call(self, tokens):
+        shape = (ops.shape(tokens)[0], 1, tokens.shape[-1])
+        token = ops.broadcast_to(ops.cast(self.token, tokens.dtype), shape)
+        return ops.concatenate([token, tokens], axis=1)
+
+    def compute_output_shape(self, input_shape):
+        batch, num_tokens, features = input_shape
+        return (batch, num_tokens + 1, features)

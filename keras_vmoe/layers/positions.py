@@ -1,0 +1,125 @@
+"""Position embeddings, added to the tokens."""
+
+import keras
+import numpy as np
+from keras import ops
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class LearnedPositions(keras.layers.Layer):
+    """Adds a learned embedding to every token, the class token included.
+
+    Call arguments:
+        tokens: `(B, N, D)` float tensor.
+
+    Returns:
+        `(B, N, D)` tensor.
+
+    Example:
+
+    >>> LearnedPositions()(keras.ops.ones((2, 4, 8))).shape
+    (2, 4, 8)
+
+    Reference:
+        [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929),
+        equation 1.
+    """
+
+    def build(self, input_shape):
+        self.embedding = self.add_weight(
+            name="embedding",
+            shape=(1, *input_shape[1:]),
+            initializer=keras.initializers.RandomNormal(stddev=0.02),
+        )
+
+    def call(self, tokens):
+        return tokens + self.embedding
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class SinCos2DPositions(keras.layers.Layer):
+    """Adds fixed sines and cosines of row and column to the patches' tokens.
+
+    `omega_i = 10000^(-i / (D/4 - 1))` for `i < D/4`; the embedding is
+    `[sin(x·omega), cos(x·omega), sin(y·omega), cos(y·omega)]` for column x and
+    row y. A class token before the patches gets none.
+
+    Args:
+        grid: `(rows, columns)` of patches.
+
+    Call arguments:
+        tokens: `(B, N, D)` float tensor, where N is the number of patches, or
+            one more with a class token.
+
+    Returns:
+        `(B, N, D)` tensor.
+
+    Raises:
+        ValueError: If D is not a multiple of 4 of at least 8, or if N does not
+            fit the grid.
+
+    Example:
+
+    >>> SinCos2DPositions(grid=(2, 3))(keras.ops.ones((2, 7, 8))).shape
+    (2, 7, 8)
+
+    Reference:
+        [Chen et al., 2021](https://arxiv.org/abs/2104.02057) (MoCo v3).
+    """
+
+    def __init__(self, grid, **kwargs):
+        super().__init__(**kwargs)
+        self.grid = tuple(grid)
+
+    def build(self, input_shape):
+        _, num_tokens, features = input_shape
+        rows, columns = self.grid
+        prefix = num_tokens - rows * columns
+        if prefix not in (0, 1):
+            raise ValueError(
+                f"A grid of {rows} x {columns} patches has {rows * columns} "
+                "tokens, or one more with a class token. "
+                f"Received: input_shape={tuple(input_shape)}."
+            )
+        self.embedding = np.pad(
+            sincos2d(rows, columns, features), ((prefix, 0), (0, 0))
+        )
+
+    def call(self, tokens):
+        return tokens + ops.cast(self.embedding, tokens.dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "grid": self.grid}
+
+
+def sincos2d(rows, columns, features):
+    """The table of `SinCos2DPositions`.
+
+    Args:
+        rows, columns: Size of the grid.
+        features: D, a multiple of 4 of at least 8.
+
+    Returns:
+        `(rows * columns, D)` float32 numpy array, row by row.
+
+    Raises:
+        ValueError: If D does not fit.
+    """
+    if features % 4 or features < 8:
+        raise ValueError(
+            "`sincos2d` positions need `hidden_dim` to be a multiple of 4 of "
+            f"at least 8. Received: hidden_dim={features}."
+        )
+    quarter = features // 4
+    omega = 10000.0 ** (-np.arange(quarter) / (quarter - 1))
+    y, x = np.mgrid[:rows, :columns]
+    x = x.reshape(-1, 1) * omega
+    y = y.reshape(-1, 1) * omega
+    table = [np.sin(x), np.cos(x), np.sin(y), np.cos(y)]
+    return np.concatenate(table, axis=-1).astype("float32")

@@ -1,0 +1,156 @@
+"""Layers that act on a residual branch, and the seeds that survive saving."""
+
+import keras
+from keras import ops
+
+SEED_KEY = "seed_state"
+
+
+class SavesSeedState:
+    """Mixin: `.keras` and weights files keep the state of the layer's seeds.
+
+    Keras saves a model without it, so that a resumed run would draw the noise
+    of the first epoch again. Files without the state load as well: the seeds
+    then stay as they are.
+    """
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        for i, generator in enumerate(self._seed_generators):
+            store[f"{SEED_KEY}_{i}"] = generator.state
+
+    def load_own_variables(self, store):
+        weights = {}
+        for key in store.keys():
+            if not key.startswith(SEED_KEY):
+                weights[key] = store[key]
+        super().load_own_variables(weights)
+        for i, generator in enumerate(self._seed_generators):
+            if f"{SEED_KEY}_{i}" in store.keys():
+                generator.state.assign(store[f"{SEED_KEY}_{i}"])
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class Dropout(SavesSeedState, keras.layers.Dropout):
+    """`keras.layers.Dropout` whose seed state is saved with the model.
+
+    Args:
+        rate: Share of the values that are set to 0 in training, in `[0, 1]`.
+        noise_shape, seed: As in `keras.layers.Dropout`.
+
+    Example:
+
+    >>> Dropout(0.1)(keras.ops.ones((2, 3))).shape
+    (2, 3)
+    """
+
+    def call(self, inputs, training=False):
+        if not training or self.rate == 0:
+            return inputs
+        # Without a noise shape Keras on PyTorch ignores the layer's seed.
+        return keras.random.dropout(
+            inputs,
+            self.rate,
+            noise_shape=self.noise_shape or ops.shape(inputs),
+            seed=self.seed_generator,
+        )
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class DropPath(SavesSeedState, keras.layers.Layer):
+    """Drops a residual branch for a random subset of the images.
+
+    In training each image's branch is set to 0 with probability `rate`, and
+    the others are divided by `1 - rate`.
+
+    Args:
+        rate: Probability of dropping a branch, in `[0, 1)`.
+        seed: Optional integer seed.
+
+    Call arguments:
+        inputs: `(B, ...)` float tensor, the output of a residual branch.
+        training: Whether to drop.
+
+    Returns:
+        Tensor of the shape of `inputs`.
+
+    Raises:
+        ValueError: If `rate` is outside `[0, 1)`.
+
+    Example:
+
+    >>> DropPath(0.2)(keras.ops.ones((4, 3, 2)), training=False).shape
+    (4, 3, 2)
+
+    Reference:
+        [Huang et al., 2016](https://arxiv.org/abs/1603.09382), section 3.
+    """
+
+    def __init__(self, rate, seed=None, **kwargs):
+        super().__init__(**kwargs)
+        if not 0 <= rate < 1:
+            raise ValueError(
+                "`rate` must be at least 0 and below 1. "
+                f"Received: rate={rate}. 0 keeps every branch."
+            )
+        self.rate = rate
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def call(self, inputs, training=False):
+        if not training or self.rate == 0:
+            return inputs
+        shape = (ops.shape(inputs)[0],) + (1,) * (len(inputs.shape) - 1)
+        return keras.random.dropout(
+            inputs, self.rate, noise_shape=shape, seed=self.seed_generator
+        )
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "rate": self.rate, "seed": self.seed}
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class LayerScale(keras.layers.Layer):
+    """Multiplies each feature of a residual branch by a learned factor.
+
+    Args:
+        initial_value: Starting value of all factors, such as 1e-4.
+
+    Call arguments:
+        inputs: `(..., D)` float tensor.
+
+    Returns:
+        Tensor of the shape of `inputs`.
+
+    Example:
+
+    >>> LayerScale(1e-4)(keras.ops.ones((1, 2, 3))).shape
+    (1, 2, 3)
+
+    Reference:
+        [Touvron et al., 2021](https://arxiv.org/abs/2103.17239), section 2.
+    """
+
+    def __init__(self, initial_value, **kwargs):
+        super().__init__(**kwargs)
+        self.initial_value = initial_value
+
+    def build(self, input_shape):
+        self.scale = self.add_weight(
+            name="scale",
+            shape=(input_shape[-1],),
+            initializer=keras.initializers.Constant(self.initial_value),
+        )
+
+    def call(self, inputs):
+        return inputs * self.scale
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        config = super().get_config()
+        return {**config, "initial_value": self.initial_value}

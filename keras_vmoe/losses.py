@@ -1,0 +1,164 @@
+"""Auxiliary losses of routers, as pure functions of gates and logits.
+
+Each returns one value per group, `(G, ...) -> (G,)`; the router averages over
+the groups, weights the losses and adds them to the training loss. Letters as in
+`keras_vmoe.routing`. Masked tokens count as if they were not there; a group of
+nothing but masked tokens has a loss of 0.
+"""
+
+import math
+
+from keras import ops
+
+from keras_vmoe.routing.selection import select_experts
+
+
+def importance_loss(gates, mask=None):
+    """Squared coefficient of variation of the experts' summed gates.
+
+    `(std(I) / mean(I))²` with `I_e = sum_s gates[s, e]`. V-MoE applies it to
+    the gates without noise, and so does `TopKRouter`.
+
+    Args:
+        gates: `(G, S, E)` float tensor.
+        mask: Optional `(G, S)` bool tensor, False for tokens to ignore.
+
+    Returns:
+        `(G,)` float tensor; 0 when the load is even.
+
+    Example:
+
+    >>> gates = keras.ops.convert_to_tensor([[[0.75, 0.25], [0.75, 0.25]]])
+    >>> float(importance_loss(gates)[0])
+    0.25
+
+    Reference:
+        [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), appendix A.1,
+        equations 6 and 7.
+    """
+    return _squared_variation(_sum_tokens(gates, mask))
+
+
+def load_loss(logits, noisy_logits, noise_std, num_selected_experts, mask=None):
+    """Squared coefficient of variation of the experts' expected load.
+
+    The load of an expert is the mean probability that it is among the top K of
+    a token if the noise of that expert were drawn again:
+    `1 - Φ((threshold - logit) / σ)`, where the threshold is the K-th largest
+    noisy logit of the token.
+
+    Args:
+        logits: `(G, S, E)` float tensor, without noise.
+        noisy_logits: `(G, S, E)` float tensor, with the noise that was drawn.
+        noise_std: σ, the standard deviation of the noise in the logits, above
+            0. For a router with `noise_std=1.0` it is `1.0 / E`.
+        num_selected_experts: K.
+        mask: Optional `(G, S)` bool tensor, False for tokens to ignore.
+
+    Returns:
+        `(G,)` float tensor; 0 when the expected load is even.
+
+    Raises:
+        ValueError: If `noise_std` is not positive.
+
+    Example:
+
+    >>> logits = keras.ops.convert_to_tensor([[[1.0, 1.0], [2.0, 2.0]]])
+    >>> float(load_loss(logits, logits, 0.5, num_selected_experts=1)[0])
+    0.0
+
+    Reference:
+        [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), appendix A.2,
+        equations 8 to 11. With a threshold in logits on both sides, as there;
+        some libraries compare it with probabilities.
+    """
+    if noise_std <= 0:
+        raise ValueError(
+            "The load loss needs noise: without it the probability of being "
+            "selected is 0 or 1 and has no gradient. "
+            f"Received: noise_std={noise_std}. "
+            "Use a positive `noise_std`, or set the loss's weight to 0."
+        )
+    _, values = select_experts(noisy_logits, num_selected_experts)
+    distance = (values[..., -1:] - logits) / noise_std
+    probability = 0.5 * (1.0 - ops.erf(distance / math.sqrt(2.0)))
+    return _squared_variation(_sum_tokens(probability, mask))
+
+
+def gshard_loss(gates, mask=None):
+    """GShard's balance loss, `E² · mean_e(top-1 share · mean gate)`.
+
+    The share of tokens whose best expert is e has no gradient; the mean gate
+    has. 1 when both are even. The factor `E²` is that of the authors' program;
+    the paper leaves it out.
+
+    Args:
+        gates: `(G, S, E)` float tensor, with noise where the router has some.
+        mask: Optional `(G, S)` bool tensor, False for tokens to ignore.
+
+    Returns:
+        `(G,)` float tensor.
+
+    Example:
+
+    >>> gates = keras.ops.convert_to_tensor([[[0.75, 0.25], [0.25, 0.75]]])
+    >>> float(gshard_loss(gates)[0])
+    1.0
+
+    Reference:
+        [Lepikhin et al., 2020](https://arxiv.org/abs/2006.16668), algorithm 1,
+        lines 3 and 11 to 13.
+    """
+    num_experts = gates.shape[-1]
+    best = ops.expand_dims(ops.argmax(gates, axis=-1), -1)
+    best = best == ops.arange(num_experts, dtype=best.dtype)
+    share = _mean_tokens(ops.cast(best, gates.dtype), mask)
+    mean_gate = _mean_tokens(gates, mask)
+    return num_experts**2 * ops.mean(share * mean_gate, axis=-1)
+
+
+def router_z_loss(logits, mask=None):
+    """Mean squared `logsumexp` of the logits, which keeps them small.
+
+    Args:
+        logits: `(G, S, E)` float tensor, without noise.
+        mask: Optional `(G, S)` bool tensor, False for tokens to ignore.
+
+    Returns:
+        `(G,)` float tensor.
+
+    Example:
+
+    >>> round(float(router_z_loss(keras.ops.zeros((1, 3, 2)))[0]), 4)
+    0.4805
+
+    Reference:
+        [Zoph et al., 2022](https://arxiv.org/abs/2202.08906) (ST-MoE),
+        equation 5.
+    """
+    size = ops.square(ops.logsumexp(logits, axis=-1))
+    return ops.squeeze(_mean_tokens(size[..., None], mask), axis=-1)
+
+
+def _sum_tokens(values, mask):
+    """`(G, S, E)` summed over the unmasked tokens, `(G, E)`."""
+    if mask is not None:
+        values = ops.where(mask[..., None], values, ops.zeros_like(values))
+    return ops.sum(values, axis=1)
+
+
+def _mean_tokens(values, mask):
+    """`(G, S, E)` averaged over the unmasked tokens, `(G, E)`; 0 for none."""
+    if mask is None:
+        return ops.mean(values, axis=1)
+    count = ops.sum(ops.cast(mask, values.dtype), axis=1)
+    return _sum_tokens(values, mask) / ops.maximum(count, 1.0)[:, None]
+
+
+def _squared_variation(values):
+    """`(std / mean)²` over the last axis; 0, with gradient 0, for all zeros."""
+    mean = ops.mean(values, axis=-1)
+    square = ops.square(mean)
+    safe = ops.where(square > 0, square, ops.ones_like(square))
+    variance = ops.var(values, axis=-1)
+    return ops.where(square > 0, variance / safe, ops.zeros_like(variance))

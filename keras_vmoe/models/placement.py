@@ -1,0 +1,66 @@
+"""Which blocks of a model hold a MoE layer."""
+
+import re
+
+
+def moe_blocks(layers, num_layers):
+    """Resolves a placement to block indices.
+
+    V-MoE counts over odd blocks: `every_2` is blocks 1, 3, 5, ..., and
+    `last_n` is the last n of these.
+
+    Args:
+        layers: `"every_<n>"` (blocks n - 1, 2n - 1, ...), `"last_<n>"`, or a
+            sequence of block indices.
+        num_layers: Blocks of the model.
+
+    Returns:
+        Tuple of increasing block indices.
+
+    Raises:
+        ValueError: If the name is unknown, if an index is out of range or
+            stands twice, or if there are fewer blocks than asked for.
+
+    Example:
+
+    >>> moe_blocks("every_2", 6), moe_blocks("last_2", 6), moe_blocks([4], 6)
+    ((1, 3, 5), (3, 5), (4,))
+
+    Reference:
+        [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 2.2
+        and its program's configurations.
+    """
+    if isinstance(layers, str):
+        return _named(layers, num_layers)
+    blocks = tuple(sorted(layers))
+    wrong = [i for i in blocks if not isinstance(i, int)]
+    wrong = wrong or [i for i in blocks if not 0 <= i < num_layers]
+    if wrong or not blocks or len(set(blocks)) < len(blocks):
+        raise ValueError(
+            f"Block indices must be different integers from 0 to "
+            f"{num_layers - 1}, at least one. Received: layers={layers!r}. "
+            "Use `moe=None` for a model without MoE layers."
+        )
+    return blocks
+
+
+def _named(layers, num_layers):
+    match = re.fullmatch(r"(every|last)_([1-9]\d*)", layers)
+    if not match:
+        raise ValueError(
+            "The placement of MoE layers must be 'every_<n>', 'last_<n>' (such "
+            "as 'every_2' or 'last_2') or a list of block indices. "
+            f"Received: layers={layers!r}."
+        )
+    kind, number = match[1], int(match[2])
+    if kind == "every":
+        blocks = tuple(range(number - 1, num_layers, number))
+    else:
+        blocks = tuple(range(1, num_layers, 2))
+    if not blocks or (kind == "last" and number > len(blocks)):
+        raise ValueError(
+            f"A model of {num_layers} blocks has no place for this many MoE "
+            f"layers. Received: layers={layers!r}. 'last_<n>' counts over odd "
+            f"blocks, of which there are {num_layers // 2}."
+        )
+    return blocks[-number:] if kind == "last" else blocks

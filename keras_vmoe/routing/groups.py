@@ -1,0 +1,183 @@
+"""Groups of tokens that are routed together, and the room that experts have."""
+
+import math
+from fractions import Fraction
+from typing import Any
+from typing import NamedTuple
+
+from keras import ops
+
+# Buffers are padded to whole multiples of this many places, as in V-MoE.
+CAPACITY_MULTIPLE = 4
+
+
+def capacity(num_tokens, num_experts, num_selected_experts, capacity_factor):
+    """Places that each expert has for the tokens of one group.
+
+    `ceil(S * K * capacity_factor / E)`, rounded up to a multiple of 4, never
+    above S. (V-MoE, section 2.2, equation 3, where it is called `B_e`; the
+    rounding is that of the authors' program.)
+
+    The arithmetic is exact: `1.05` means 105/100 and not the binary number
+    next to it, and it stays in integers so that S may be a symbolic dimension.
+
+    Args:
+        num_tokens: S, tokens of the group; an int or a scalar int tensor.
+        num_experts: E.
+        num_selected_experts: K.
+        capacity_factor: Room relative to a perfectly even load, unitless. 1.0
+            is just enough when every expert gets the same number of tokens.
+
+    Returns:
+        C, of the type of `num_tokens`.
+
+    Raises:
+        ValueError: If a count is below 1, or if the capacity comes out at 0.
+
+    Example:
+
+    >>> capacity(197 * 8, num_experts=8, num_selected_experts=2,
+    ...          capacity_factor=1.05)
+    416
+
+    Reference:
+        [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974)
+    """
+    check_selection(num_experts, num_selected_experts)
+    check_capacity_factor(capacity_factor)
+    factor = Fraction(str(capacity_factor))
+    places = num_selected_experts * factor / num_experts
+    step = CAPACITY_MULTIPLE * places.denominator
+    # One ceiling does both roundings: ceil(ceil(x) / 4) is ceil(x / 4).
+    blocks = -(-(num_tokens * places.numerator) // step)
+    if not isinstance(num_tokens, int):
+        return ops.minimum(blocks * CAPACITY_MULTIPLE, num_tokens)
+    result = min(blocks * CAPACITY_MULTIPLE, num_tokens)
+    if result < 1:
+        raise ValueError(
+            "Each expert needs room for at least 1 token. Received: "
+            f"num_tokens={num_tokens}, capacity_factor={capacity_factor}, "
+            "which gives a capacity of 0. Route at least one token with a "
+            "positive capacity factor."
+        )
+    return result
+
+
+def check_capacity_factor(capacity_factor):
+    """Raises unless `capacity_factor` is a positive, finite number."""
+    number = isinstance(capacity_factor, (int, float)) and not isinstance(
+        capacity_factor, bool
+    )
+    if not number or not math.isfinite(capacity_factor):
+        raise ValueError(
+            "`capacity_factor` must be a finite number. "
+            f"Received: capacity_factor={capacity_factor!r}. "
+            "1.05 is V-MoE's choice for training."
+        )
+    if capacity_factor <= 0:
+        raise ValueError(
+            "`capacity_factor` must be positive: with 0 every expert has a "
+            "capacity of 0 and all tokens are dropped. "
+            f"Received: capacity_factor={capacity_factor}. "
+            "1.05 is V-MoE's choice for training."
+        )
+
+
+def check_selection(num_experts, num_selected_experts):
+    """Raises unless `1 <= K <= E`, both integers."""
+    if not isinstance(num_experts, int) or num_experts < 1:
+        raise ValueError(
+            "`num_experts` must be an integer of at least 1. "
+            f"Received: num_experts={num_experts!r}. "
+            "Use `moe=None` or a plain MLP for a dense model."
+        )
+    if (
+        not isinstance(num_selected_experts, int)
+        or not 1 <= num_selected_experts <= num_experts
+    ):
+        raise ValueError(
+            "`num_selected_experts` must be an integer between 1 and the "
+            "number of experts. Received: "
+            f"num_selected_experts={num_selected_experts!r} with "
+            f"num_experts={num_experts}. Select fewer experts or add some."
+        )
+
+
+class TokenGroups(NamedTuple):
+    """Tokens in routing groups.
+
+    Attributes:
+        tokens: `(G, S, D)`.
+        mask: `(G, S)` bool, False for filling; None if there is none.
+        group_size: Tokens of a full group. `tokens` hold fewer per group only
+            when the whole batch is smaller than one group.
+    """
+
+    tokens: Any
+    mask: Any
+    group_size: Any
+
+
+def group_tokens(inputs, images_per_group):
+    """Splits a batch into groups of consecutive images.
+
+    A partial group behaves as if it were filled up with masked tokens. Where
+    the batch is smaller than one group and its size is known, no filling is
+    spent: the group stays small and only remembers the size of a full one.
+
+    Args:
+        inputs: `(B, ..., D)` tensor.
+        images_per_group: Images per group, or None for one group per batch.
+
+    Returns:
+        A `TokenGroups`.
+    """
+    shape = ops.shape(inputs)
+    batch, features = shape[0], shape[-1]
+    num_tokens = math.prod(shape[1:-1])
+    if images_per_group is None:
+        tokens = ops.reshape(inputs, (1, batch * num_tokens, features))
+        return TokenGroups(tokens, None, batch * num_tokens)
+    group_size = images_per_group * num_tokens
+    static = isinstance(batch, int)
+    if static and 0 < batch < images_per_group:
+        tokens = ops.reshape(inputs, (1, batch * num_tokens, features))
+        return TokenGroups(tokens, None, group_size)
+    groups = -(-batch // images_per_group)
+    if static and batch == groups * images_per_group:
+        tokens = ops.reshape(inputs, (groups, group_size, features))
+        return TokenGroups(tokens, None, group_size)
+    filled = groups * group_size
+    tokens = ops.reshape(inputs, (batch * num_tokens, features))
+    filling = ops.zeros((filled - batch * num_tokens, features), tokens.dtype)
+    tokens = ops.concatenate([tokens, filling], axis=0)
+    mask = ops.arange(filled, dtype="int32") < batch * num_tokens
+    return TokenGroups(
+        ops.reshape(tokens, (groups, group_size, features)),
+        ops.reshape(mask, (groups, group_size)),
+        group_size,
+    )
+
+
+def ungroup_tokens(tokens, shape):
+    """Brings groups back to the images they came from; undoes `group_tokens`.
+
+    Args:
+        tokens: `(G, S, D)` tensor.
+        shape: `(B, ..., D)`, the shape that was grouped, as `ops.shape` gives
+            it.
+
+    Returns:
+        Tensor of shape `shape`, without the filling.
+    """
+    num_tokens = math.prod(shape[:-1])
+    groups, group_size, features = ops.shape(tokens)
+    tokens = ops.reshape(tokens, (groups * group_size, features))
+    if not _same_size(num_tokens, groups * group_size):
+        tokens = tokens[:num_tokens]
+    return ops.reshape(tokens, shape)
+
+
+def _same_size(first, second):
+    """Whether two sizes are known to be equal."""
+    return isinstance(first, int) and first == second

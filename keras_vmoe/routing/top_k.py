@@ -1,0 +1,107 @@
+"""Token choice: every token picks its K best experts (V-MoE, section 2.1)."""
+
+from keras import ops
+
+from keras_vmoe.routing.groups import check_selection
+from keras_vmoe.routing.plans import SparsePlan
+from keras_vmoe.routing.selection import select_experts
+
+
+def top_k_plan(
+    gates, num_selected_experts, capacity, batch_priority=False, mask=None
+):
+    """Sends each token to its K best experts, `capacity` tokens per expert.
+
+    All first choices are served before all second choices, and so on. Within
+    one choice the order is that of the tokens (vanilla), or with
+    `batch_priority` that of decreasing best gate, stable (Batch Prioritized
+    Routing). A choice that finds its expert full is dropped. Combine weights
+    are the selected gates as they are, not renormalised.
+
+    Args:
+        gates: `(G, S, E)` float tensor.
+        num_selected_experts: K.
+        capacity: C, an int (or a scalar int tensor if S is symbolic).
+        batch_priority: Whether confident tokens are served first.
+        mask: Optional `(G, S)` bool tensor. Tokens at False choose nothing:
+            they take no place and get 0 back.
+
+    Returns:
+        A `SparsePlan`.
+
+    Raises:
+        ValueError: If K is not between 1 and E, or if the capacity is below 1.
+
+    Example:
+
+    >>> gates = keras.ops.convert_to_tensor([[[0.9, 0.1], [0.6, 0.4]]])
+    >>> plan = top_k_plan(gates, num_selected_experts=1, capacity=1)
+    >>> keras.ops.convert_to_numpy(plan.weight)[0, :, 0] > 0
+    array([ True, False])
+
+    Reference:
+        [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), algorithm 1
+        (vanilla) and algorithm 2 (BPR, by the largest gate; the sum of the K
+        gates that the paper names as an alternative is not offered).
+    """
+    num_experts = gates.shape[-1]
+    check_selection(num_experts, num_selected_experts)
+    if isinstance(capacity, int) and capacity < 1:
+        raise ValueError(
+            "`capacity` must be at least 1. "
+            f"Received: capacity={capacity}. "
+            "`routing.capacity` computes one from a capacity factor."
+        )
+    experts, weights = select_experts(gates, num_selected_experts)
+    if mask is not None:
+        # One past the last expert: sorted behind all others, counted nowhere.
+        experts = ops.where(mask[..., None], experts, num_experts)
+    order = _service_order(weights, batch_priority)
+    return _serve(experts, weights, order, num_experts, capacity)
+
+
+def _service_order(weights, batch_priority):
+    """All choices `s * K + k` in the order of service, `(G or 1, K * S)`."""
+    _, num_tokens, num_choices = ops.shape(weights)
+    choice = ops.reshape(ops.arange(num_choices, dtype="int32"), (1, -1, 1))
+    if batch_priority:
+        best = ops.stop_gradient(weights[..., 0])  # (G, S)
+        tokens = ops.cast(ops.argsort(-best, axis=1), "int32")
+    else:
+        tokens = ops.expand_dims(ops.arange(num_tokens, dtype="int32"), 0)
+    order = tokens[:, None, :] * num_choices + choice  # (G or 1, K, S)
+    return ops.reshape(order, (-1, num_choices * num_tokens))
+
+
+def _serve(experts, weights, order, num_experts, capacity):
+    """Hands out the places of every expert in the order of service."""
+    groups, num_tokens, num_choices = ops.shape(experts)
+    total = num_tokens * num_choices
+    flat = ops.reshape(experts, (groups, total))
+    order = ops.broadcast_to(order, (groups, total))
+    queue = ops.take_along_axis(flat, order, axis=1)
+    # A stable sort by expert makes every expert's queue one segment.
+    by_expert = ops.cast(ops.argsort(queue, axis=1), "int32")
+    order = ops.take_along_axis(order, by_expert, axis=1)
+    indices = ops.arange(num_experts, dtype="int32")
+    chosen = ops.cast(flat[..., None] == indices, "int32")
+    load = ops.sum(chosen, axis=1)  # (G, E)
+    start = ops.cumsum(load, axis=1) - load
+
+    place = ops.arange(capacity, dtype="int32")
+    position = ops.minimum(start[..., None] + place, total - 1)  # (G, E, C)
+    choice = ops.take_along_axis(
+        order, ops.reshape(position, (groups, num_experts * capacity)), axis=1
+    )
+    choice = ops.reshape(choice, (groups, num_experts, capacity))
+    choice = ops.where(place < load[..., None], choice, total)
+
+    # The inverse of a permutation, without a scatter.
+    position = ops.cast(ops.argsort(order, axis=1), "int32")
+    place = position - ops.sum(chosen * start[:, None, :], axis=-1)
+    served = ops.logical_and(place < capacity, flat < num_experts)
+    slot = ops.where(served, flat * capacity + place, num_experts * capacity)
+    slot = ops.reshape(slot, (groups, num_tokens, num_choices))
+    served = ops.reshape(served, (groups, num_tokens, num_choices))
+    weights = ops.where(served, weights, ops.zeros_like(weights))
+    return SparsePlan(choice=choice, slot=slot, weight=weights, load=load)
