@@ -19,7 +19,7 @@ from keras_vmoe.data.tensorflow_runtime import checked
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.data.tensorflow_runtime import import_tfds
 
-# What TFDS raises for splits that it cannot read; the second last for one
+# What TFDS raises for splits that it cannot read; AttributeError is for one
 # that is no string.
 _SPLIT_ERRORS = (
     KeyError,
@@ -71,7 +71,7 @@ def load(
             (`~/.cache/keras_vmoe/datasets`, or under `XDG_CACHE_HOME`).
         num_classes: Integer, labels must lie in `[0, num_classes)`. None takes
             it from the dataset.
-        seed: Integer, seed of the order and of the crops.
+        seed: Non-negative integer, seed of the order and of the crops.
         random_crop_padding: Integer, in training images are padded with that
             many black pixels per side, then cropped at random to their size.
         drop_remainder: Boolean, whether to drop a last batch that is not
@@ -105,7 +105,7 @@ def load(
     tf = import_tensorflow()
     size = check_image_size(image_size)
     _check_at_least(1, batch_size=batch_size, shuffle_buffer=shuffle_buffer)
-    _check_at_least(0, random_crop_padding=random_crop_padding)
+    _check_at_least(0, random_crop_padding=random_crop_padding, seed=seed)
     drop_remainder = training if drop_remainder is None else drop_remainder
 
     builder = open_builder(name, data_dir)

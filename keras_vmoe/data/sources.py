@@ -47,12 +47,8 @@ def open_builder(name, data_dir=None):
     except registered.DatasetNotFoundError:
         raise _not_found(name, data_dir) from None
     except Exception as error:  # Whatever TFDS trips over in broken files.
-        raise OSError(
-            "The files of a dataset must be complete and readable. "
-            f"Received: name={name!r}, data_dir={data_dir!r} "
-            f"({type(error).__name__}: {error}). Delete the dataset's folder "
-            f"{_dataset_folder(name, data_dir)!r} and prepare it again."
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise _damaged(name, data_dir, reason) from error
 
 
 def _check_name(name, data_dir):
@@ -77,9 +73,23 @@ def _check_folder(data_dir):
         ) from error
 
 
+def _damaged(name, data_dir, reason):
+    return OSError(
+        "The files of a dataset must be complete and readable. "
+        f"Received: name={name!r}, data_dir={data_dir!r} ({reason}). "
+        f"Delete the folder {_dataset_folder(name, data_dir)!r} and prepare "
+        "the dataset again."
+    )
+
+
 def _not_found(name, data_dir):
-    """Returns the error for a name that no prepared dataset has."""
+    """Returns the error for a name that no readable dataset has."""
     tfds = import_tfds()
+    folder = pathlib.Path(_dataset_folder(str(name), data_dir))
+    for file in folder.rglob("dataset_info.json"):
+        # TFDS takes a dataset without its features for none at all.
+        if not (file.parent / "features.json").exists():
+            return _damaged(name, data_dir, "features.json is missing")
     # Without the community's, whose list is on the network.
     registered = tfds.list_builders(with_community_datasets=False)
     prepared = prepared_datasets(data_dir)

@@ -80,6 +80,10 @@ def data_dir(tmp_path_factory, grey_images, color_images):
     write(folder, "unlabelled", grey, few)
     wrong = np.array([0, 1, 2, 12, 3, 4, -1, 0])  # 12 in train, -1 in test.
     write(folder, "wrong_labels", grey, few, wrong, label=integer)
+    # Files longer than the 16 examples that TFDS by default takes in turn.
+    numbers = np.arange(160, dtype="uint8").reshape(160, 1, 1, 1)
+    pixel = image(shape=(1, 1, 1))
+    write(folder, "long", pixel, numbers, numbers.ravel() % 5, num_shards=3)
     text = tfds.features.Text()
     write(folder, "text", text, ["a", "b", "c", "d"], labels)
     return folder

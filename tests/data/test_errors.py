@@ -16,6 +16,7 @@ DATASETS = [
     "deep:1.0.0",
     "floats:1.0.0",
     "grey:1.0.0",
+    "long:1.0.0",
     "tensors:1.0.0",
     "text:1.0.0",
     "too_bright:1.0.0",
@@ -135,13 +136,14 @@ def test_data_dir_that_may_not_be_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
-@pytest.mark.parametrize("content", ["", "{", '{"name": 3}'])
+@pytest.mark.parametrize("content", [None, "", "{", '{"name": 3}'])
 def test_description_that_is_broken(copy, file, content):
-    (copy / "grey" / "1.0.0" / file).write_text(content)
+    path = copy / "grey" / "1.0.0" / file
+    path.unlink() if content is None else path.write_text(content)
     text = message_of(OSError, load, copy)
     assert "must be complete and readable" in text
     assert f"Received: name='grey', data_dir={str(copy)!r}" in text
-    assert f"Delete the dataset's folder {str(copy / 'grey')!r}" in text
+    assert f"Delete the folder {str(copy / 'grey')!r} and prepare" in text
 
 
 def shards(folder, split):
@@ -241,6 +243,8 @@ def test_num_classes_that_is_too_small(data_dir, num_classes):
         ("batch_size", None, 1),
         ("shuffle_buffer", 0, 1),
         ("random_crop_padding", -1, 0),
+        ("seed", None, 0),
+        ("seed", -1, 0),
     ],
 )
 def test_numbers_out_of_range(data_dir, argument, value, lowest):

@@ -60,6 +60,12 @@ def test_evaluation_is_the_files_in_order(data_dir, grey_images):
         np.testing.assert_allclose(images, expected, atol=1e-6)
 
 
+def test_evaluation_reads_one_file_after_the_other(data_dir):
+    images, _ = arrays(data.load("long", "train", 1, 16, False, data_dir))
+    numbers = np.round((images[:, 0, 0, 0] + 1) * 127.5)
+    np.testing.assert_array_equal(numbers, np.arange(120))
+
+
 def test_sums_and_slices_of_splits(data_dir):
     dataset = data.load("grey", "test+train[:25%]", 8, 4, False, data_dir)
     expected = np.concatenate([LABELS[36:], LABELS[:9]])
@@ -192,8 +198,8 @@ def test_keras_fits_and_evaluates():
     )
     train = data.load("digits", "train", 8, 64, True)
     test = data.load("digits", "test", 8, 64, False)
-    model.fit(train, epochs=5, verbose=0)
-    assert model.evaluate(test, verbose=0, return_dict=True)["accuracy"] > 0.8
+    model.fit(train, epochs=2, shuffle=False, verbose=0)
+    assert model.evaluate(test, verbose=0, return_dict=True)["accuracy"] > 0.6
 
 
 _FIGURES = {

@@ -1,0 +1,108 @@
+"""Interleaved timing: all candidates in turn, so that noise hits all alike."""
+
+import csv
+import os
+import pathlib
+import platform
+import time
+
+import keras
+import numpy as np
+
+
+def block(result):
+    """Waits until a result of the current backend is there."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.block_until_ready(result)
+    elif keras.backend.backend() == "tensorflow":
+        keras.tree.map_structure(lambda x: x.numpy(), result)
+    return result
+
+
+def measure(candidates, rounds, warmup=3):
+    """Times functions in turn, `rounds` times each.
+
+    Args:
+        candidates: Dict from name to a function without arguments.
+        rounds: Measurements of each.
+        warmup: Calls of each before the first measurement.
+
+    Returns:
+        Dict from name to an array of `rounds` seconds.
+    """
+    for function in candidates.values():
+        for _ in range(warmup):
+            block(function())
+    seconds = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, function in candidates.items():
+            start = time.perf_counter()
+            block(function())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def rows(seconds, baseline, **columns):
+    """One row per candidate: median, spread and ratio to the baseline.
+
+    The ratio is the median over rounds of the ratio within a round; its spread
+    is the interquartile range.
+    """
+    result = []
+    for name, values in seconds.items():
+        ratio = values / seconds[baseline]
+        low, middle, high = np.percentile(ratio, [25, 50, 75])
+        result.append(
+            {
+                **columns,
+                "candidate": name,
+                "median_ms": round(1e3 * float(np.median(values)), 2),
+                "ratio": round(float(middle), 3),
+                "ratio_q25": round(float(low), 3),
+                "ratio_q75": round(float(high), 3),
+            }
+        )
+    return result
+
+
+def versions():
+    """What was measured on what, as columns of a row."""
+    backend = keras.backend.backend()
+    module = __import__(backend)
+    return {
+        "backend": backend,
+        "versions": f"keras {keras.__version__}, {backend} "
+        f"{module.__version__}, python {platform.python_version()}",
+        "hardware": f"CPU, {os.cpu_count()} cores",
+    }
+
+
+def write(path, new_rows):
+    """Writes rows to a CSV file, in the place of those of the same backend."""
+    path = pathlib.Path(path)
+    kept = []
+    if path.exists():
+        with open(path, newline="") as file:
+            kept = [
+                row
+                for row in csv.DictReader(file)
+                if row["backend"] != new_rows[0]["backend"]
+            ]
+    partial = path.with_suffix(".partial")
+    with open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(new_rows[0]))
+        writer.writeheader()
+        writer.writerows(kept + new_rows)
+    partial.replace(path)
+
+
+def print_table(table):
+    """Prints rows as a table for reading."""
+    print(f"{'pass':<10}{'candidate':<16}{'ms':>9}{'ratio':>8}  quartiles")
+    for row in table:
+        print(
+            f"{row['pass']:<10}{row['candidate']:<16}{row['median_ms']:>9}"
+            f"{row['ratio']:>8}  {row['ratio_q25']} to {row['ratio_q75']}"
+        )

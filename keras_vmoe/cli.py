@@ -1,0 +1,150 @@
+"""The command `keras-vmoe`."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+
+import keras
+
+from keras_vmoe import data
+from keras_vmoe import evaluation
+from keras_vmoe import models
+from keras_vmoe import training
+from keras_vmoe._extras import require
+
+TRAIN_EPILOG = """examples:
+  keras-vmoe train --run_dir runs/digits
+  keras-vmoe train --run_dir runs/dense --moe null
+  keras-vmoe train --run_dir runs/big --moe.num_experts 16 --epochs 100
+  keras-vmoe train --config runs/digits/config.yaml --run_dir runs/again
+"""
+PREDICT_EPILOG = """examples:
+  keras-vmoe predict runs/digits seven.png three.png
+  keras-vmoe predict model.keras *.jpg --classes names.json --top 5
+"""
+# What users can mend is printed as one message; anything else is a bug and
+# keeps its traceback.
+USER_ERRORS = (
+    ImportError,
+    OSError,
+    ValueError,
+    training.callbacks.NonFiniteLossError,
+)
+
+
+def main(arguments=None):
+    """Runs `keras-vmoe`.
+
+    Args:
+        arguments: Command line without the program's name; None means that of
+            the process.
+
+    Returns:
+        Exit status: 0, or 1 after an error whose message was printed.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        parser = _parser(require("jsonargparse", "cli"))
+        settings = parser.instantiate(parser.parse_args(arguments))
+        command = settings.subcommand
+        COMMANDS[command](settings[command], arguments)
+    except USER_ERRORS as error:
+        print(f"keras-vmoe: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(settings, arguments):
+    """`keras-vmoe train`: trains a model and prints its test accuracy."""
+    names = [field.name for field in dataclasses.fields(training.TrainConfig)]
+    config = training.TrainConfig(**{name: settings[name] for name in names})
+    if config.backend not in (None, keras.backend.backend()):
+        _restart(config.backend, arguments)
+    result = training.train(config)
+    for name in ("model.keras", "history.csv", "curves.png"):
+        print(result.run_dir / name)
+    print(f"test accuracy: {result.test_accuracy:.4f}")
+
+
+def predict(settings, arguments):
+    """`keras-vmoe predict`: prints the classes of image files."""
+    path = pathlib.Path(settings.model)
+    run_dir = path if path.is_dir() else path.parent
+    model = models.load(path / "model.keras" if path.is_dir() else path)
+    names = _class_names(settings.classes, run_dir, model.output_shape[-1])
+    images = data.read_images(settings.images, model.input_shape[1:3])
+    found = evaluation.classify(model, images, names, settings.top)
+    for image, predictions in zip(settings.images, found, strict=True):
+        classes = "  ".join(f"{name} {p:.3f}" for name, p in predictions)
+        print(f"{image}: {classes}")
+
+
+COMMANDS = {"train": train, "predict": predict}
+
+
+def _parser(jsonargparse):
+    # Only so does jsonargparse keep the lines of the examples apart.
+    layout = jsonargparse.DefaultHelpFormatter
+    parser = jsonargparse.ArgumentParser(
+        prog="keras-vmoe",
+        description="Sparse Mixture-of-Experts for vision.",
+    )
+    commands = parser.add_subcommands(required=True)
+    train_parser = jsonargparse.ArgumentParser(
+        description="Trains a ViTMoE on a TFDS dataset and writes a run folder.",
+        epilog=TRAIN_EPILOG,
+        formatter_class=layout,
+    )
+    train_parser.add_argument(
+        "--config", action="config", help="YAML file with these settings."
+    )
+    train_parser.add_class_arguments(training.TrainConfig)
+    commands.add_subcommand("train", train_parser, help="Train a model.")
+    predict_parser = jsonargparse.ArgumentParser(
+        description="Prints the most probable classes of image files.",
+        epilog=PREDICT_EPILOG,
+        formatter_class=layout,
+    )
+    predict_parser.add_argument(
+        "model", type=str, help="Run folder or .keras file."
+    )
+    predict_parser.add_argument(
+        "images", type=str, nargs="+", help="PNG, JPEG, BMP or GIF files."
+    )
+    predict_parser.add_argument(
+        "--classes",
+        type=str | None,
+        default=None,
+        help="JSON list of class names; default: that of the run folder.",
+    )
+    predict_parser.add_argument(
+        "--top", type=int, default=3, help="Classes to print for each image."
+    )
+    commands.add_subcommand("predict", predict_parser, help="Classify images.")
+    return parser
+
+
+def _restart(backend, arguments):
+    """Starts this command anew under another backend.
+
+    Keras binds its backend when it is imported, which this module has done.
+    """
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    command = [sys.executable, "-m", "keras_vmoe.cli", *arguments]
+    sys.stdout.flush()
+    os.execve(sys.executable, command, environment)  # noqa: S606
+
+
+def _class_names(path, run_dir, num_classes):
+    """Names from a file, else from the run folder, else plain numbers."""
+    if path is None:
+        path = run_dir / "classes.json"
+        if not path.exists():
+            return [f"class {i}" for i in range(num_classes)]
+    return json.loads(pathlib.Path(path).read_text())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

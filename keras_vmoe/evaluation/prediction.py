@@ -1,0 +1,57 @@
+"""Classes with probabilities."""
+
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+
+class Prediction(NamedTuple):
+    """One class that an image may belong to.
+
+    Attributes:
+        class_name: Name of the class.
+        probability: Softmax probability, in `[0, 1]`.
+    """
+
+    class_name: str
+    probability: float
+
+
+def classify(model, images, class_names, top=3):
+    """The most probable classes of each image.
+
+    Args:
+        model: A model from images to logits `(B, num_classes)`.
+        images: `(B, H, W, 3)` float array, as `data.read_images` gives it.
+        class_names: One name per class.
+        top: How many classes to give for each image.
+
+    Returns:
+        A list with one list of `top` `Prediction`s per image, the most
+        probable first.
+
+    Raises:
+        ValueError: If the number of names is not the number of classes.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.layers.Flatten(),
+    ...     keras.layers.Dense(2, bias_initializer=lambda s, dtype: [0., 9.])])
+    >>> classify(model, np.zeros((1, 2, 2, 3), "float32"), ["cat", "dog"], 1)
+    [[Prediction(class_name='dog', probability=0.9998766183853149)]]
+    """
+    logits = model.predict(images, verbose=0)
+    if logits.shape[-1] != len(class_names):
+        raise ValueError(
+            f"The model tells {logits.shape[-1]} classes apart and needs as "
+            f"many names. Received: {len(class_names)} class_names."
+        )
+    probabilities = keras.ops.convert_to_numpy(keras.ops.softmax(logits))
+    return [
+        [
+            Prediction(class_names[i], float(row[i]))
+            for i in np.argsort(-row, kind="stable")[:top]
+        ]
+        for row in probabilities
+    ]

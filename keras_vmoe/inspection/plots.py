@@ -1,0 +1,76 @@
+"""Pictures of a training run."""
+
+import math
+import pathlib
+
+from keras_vmoe._extras import require
+
+
+def plot_history(history, routing, path):
+    """Draws loss, accuracy and the load of every expert over the epochs.
+
+    Args:
+        history: Dict from metric name to a list with one value per epoch, as
+            in `keras.callbacks.History.history`.
+        routing: List with one dict per epoch, as `routing_statistics` gives
+            them.
+        path: PNG file to write, atomically.
+
+    Returns:
+        The path, a `pathlib.Path`.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+
+    Example:
+
+    >>> plot_history({"loss": [2.0, 1.0]}, [], "curves.png")  # doctest: +SKIP
+    """
+    figure_module = require("matplotlib.figure", "plots")
+    names = list(routing[-1]) if routing else []
+    columns = 2
+    rows = 1 + math.ceil(len(names) / columns)
+    figure = figure_module.Figure(
+        figsize=(11, 3.6 * rows), layout="constrained"
+    )
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    _curves(axes[0], history, "loss", "Loss")
+    _curves(axes[1], history, "accuracy", "Accuracy")
+    for axis, name in zip(axes[2:], names, strict=False):
+        _load(figure, axis, name, [epoch[name] for epoch in routing])
+    for axis in axes[2 + len(names) :]:
+        axis.set_visible(False)
+    path = pathlib.Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", dpi=120)
+    return partial.replace(path)
+
+
+def _curves(axis, history, metric, title):
+    for name, label in ((metric, "training"), (f"val_{metric}", "validation")):
+        if name in history:
+            epochs = range(1, len(history[name]) + 1)
+            axis.plot(epochs, history[name], label=label)
+    axis.set_title(title)
+    axis.set_xlabel("epoch")
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def _load(figure, axis, name, epochs):
+    """One row per expert, one column per epoch, colour by share of choices."""
+    num_experts = len(epochs[0]["load_share"])
+    table = [[epoch["load_share"][e] for epoch in epochs] for e in range(num_experts)]
+    image = axis.imshow(
+        table,
+        aspect="auto",
+        interpolation="nearest",
+        origin="lower",
+        vmin=0,
+        extent=(0.5, len(epochs) + 0.5, -0.5, num_experts - 0.5),
+    )
+    axis.set_title(f"{name}: share of the choices per expert")
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("expert")
+    axis.set_yticks(range(num_experts))
+    figure.colorbar(image, ax=axis, label=f"even load: {1 / num_experts:.3f}")

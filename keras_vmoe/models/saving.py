@@ -1,0 +1,84 @@
+"""Whole `.keras` files: written atomically, checked before they are read."""
+
+import pathlib
+import zipfile
+
+import keras
+
+
+def save(model, path):
+    """Saves a model so that `path` is always a whole file or none.
+
+    The file is written beside `path` under another name and then renamed: a
+    full disk or a killed process leaves the file that was there before.
+
+    Args:
+        model: A Keras model.
+        path: Where to write, ending in `.keras`.
+
+    Returns:
+        The path, a `pathlib.Path`.
+
+    Raises:
+        ValueError: If `path` does not end in `.keras`.
+
+    Example:
+
+    >>> save(model, "model.keras")  # doctest: +SKIP
+    """
+    path = pathlib.Path(path)
+    if path.suffix != ".keras":
+        raise ValueError(
+            "A model file must end in '.keras'. "
+            f"Received: path={str(path)!r}."
+        )
+    partial = path.with_name(f".{path.stem}.partial.keras")
+    try:
+        model.save(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def load(path):
+    """Loads a `.keras` file after checking that it is whole.
+
+    Args:
+        path: A `.keras` file.
+
+    Returns:
+        The model, compiled if it was saved so.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is cut short or damaged.
+
+    Example:
+
+    >>> model = load("model.keras")  # doctest: +SKIP
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"A model file must exist. Received: path={str(path)!r}. "
+            "`keras-vmoe train` writes `model.keras` into its run folder."
+        )
+    damage = _damage(path)
+    if damage:
+        raise ValueError(
+            f"The model file must be whole, but {damage}. "
+            f"Received: path={str(path)!r} of {path.stat().st_size} bytes. "
+            "It was cut short or damaged in a copy: copy it again."
+        )
+    return keras.saving.load_model(path)
+
+
+def _damage(path):
+    """What is wrong with a zip file, or None."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = archive.testzip()
+    except (zipfile.BadZipFile, EOFError) as error:
+        return f"it is not a complete zip archive ({error})"
+    return f"its member {member!r} is damaged" if member else None

@@ -1,0 +1,52 @@
+import pathlib
+import runpy
+
+from setuptools import find_packages
+from setuptools import setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = runpy.run_path(str(ROOT / "keras_vmoe" / "version.py"))["__version__"]
+
+# Ranges that install and import together on Python 3.11 (CPU), tested by CI.
+TENSORFLOW = "tensorflow>=2.20,<2.21"
+EXTRAS = {
+    "jax": ["jax>=0.10.2,<0.11"],
+    "tensorflow": [TENSORFLOW],
+    # One version: a later build of the same series would bring CUDA packages.
+    "torch": ["torch==2.13.0"],
+    "data": [
+        "tensorflow-datasets>=4.9.10,<4.10",
+        TENSORFLOW,
+        "keras-cv==0.9.0",
+        "scikit-learn>=1.6,<2",
+        # TFDS needs it to write a dataset and does not say so.
+        "importlib_resources>=6",
+    ],
+    "model-garden": ["tf-models-official>=2.20,<2.21"],
+    "plots": ["matplotlib>=3.9,<4"],
+    "cli": ["jsonargparse[signatures]>=4.40,<5"],
+    "serving": [TENSORFLOW, "tensorflow-serving-api>=2.20,<2.21"],
+    "test": ["pytest>=8,<10", "ruff>=0.14,<0.18", "build>=1.2,<2"],
+}
+EXTRAS["all"] = sorted({need for needs in EXTRAS.values() for need in needs})
+
+setup(
+    name="keras_vmoe",
+    version=VERSION,
+    description="Sparse Mixture-of-Experts for vision, native to Keras 3.",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["keras_vmoe", "keras_vmoe.*"]),
+    install_requires=["keras>=3.15,<4", "numpy>=1.26"],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["keras-vmoe = keras_vmoe.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Intended Audience :: Science/Research",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)

@@ -1,0 +1,82 @@
+"""Slow definitions of routing, for one to check by eye.
+
+One group, one choice, one token at a time; who is served where is written into
+one-hot tensors of shape `(G, S, E, C)`, the letters of `keras_vmoe.routing`.
+"""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+from keras import ops
+
+
+def capacity_slowly(num_tokens, num_experts, num_selected_experts, factor):
+    """Places of an expert, rounded up to whole fours, at most S."""
+    exact = Fraction(str(factor)) * num_tokens * num_selected_experts
+    places = math.ceil(exact / num_experts)
+    while places % 4:
+        places += 1
+    return min(places, num_tokens)
+
+
+def top_k_slowly(
+    gates, num_selected_experts, capacity, batch_priority=False, mask=None
+):
+    """Who is served where.
+
+    Returns:
+        `dispatch` `(G, S, E, C)` of zeros and ones, `combine` `(G, S, E, C)`
+        with the gates in the place of the ones, and `load` `(G, E)`, how many
+        choices fell on each expert.
+    """
+    groups, num_tokens, num_experts = gates.shape
+    dispatch = np.zeros((groups, num_tokens, num_experts, capacity))
+    combine = np.zeros_like(dispatch)
+    load = np.zeros((groups, num_experts), "int32")
+    for g in range(groups):
+        # `sorted` is stable: equal tokens and equal experts keep their order.
+        order = list(range(num_tokens))
+        if batch_priority:
+            order = sorted(order, key=lambda s: -gates[g, s].max())
+        taken = [0] * num_experts
+        for k in range(num_selected_experts):
+            for s in order:
+                if mask is not None and not mask[g, s]:
+                    continue
+                best = sorted(range(num_experts), key=lambda e: -gates[g, s, e])
+                e = best[k]
+                load[g, e] += 1
+                if taken[e] < capacity:
+                    dispatch[g, s, e, taken[e]] = 1.0
+                    combine[g, s, e, taken[e]] = gates[g, s, e]
+                    taken[e] += 1
+    return dispatch, combine, load
+
+
+def one_hot_dispatch(plan):
+    """The `(G, S, E, C)` dispatch that a plan stands for, seen from buffers."""
+    choice = ops.convert_to_numpy(plan.choice)
+    groups, num_experts, capacity = choice.shape
+    num_tokens, num_choices = plan.slot.shape[1:]
+    dispatch = np.zeros((groups, num_tokens, num_experts, capacity))
+    for g, e, c in np.ndindex(choice.shape):
+        if choice[g, e, c] < num_tokens * num_choices:
+            dispatch[g, choice[g, e, c] // num_choices, e, c] = 1.0
+    return dispatch
+
+
+def one_hot_combine(plan):
+    """The `(G, S, E, C)` combine weights of a plan, seen from its tokens."""
+    slot = ops.convert_to_numpy(plan.slot)
+    weight = ops.convert_to_numpy(ops.cast(plan.weight, "float32"))
+    _, num_experts, capacity = plan.choice.shape
+    groups, num_tokens, _ = slot.shape
+    combine = np.zeros((groups, num_tokens, num_experts, capacity))
+    for g, s, k in np.ndindex(slot.shape):
+        if slot[g, s, k] < num_experts * capacity:
+            e, c = divmod(int(slot[g, s, k]), capacity)
+            combine[g, s, e, c] = weight[g, s, k]
+        else:
+            assert weight[g, s, k] == 0, "a dropped choice has weight 0"
+    return combine

@@ -1,0 +1,213 @@
+"""Each auxiliary loss against its definition in loops, with its gradient."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_vmoe import losses
+from tests.gradients import numeric_gradient
+from tests.gradients import value_and_gradients
+
+# Definitions for one group: `(S, E)` of the tokens that count, to a float.
+
+
+def importance_slowly(gates):
+    importance = [sum(column) for column in gates.T]
+    return (np.std(importance) / np.mean(importance)) ** 2
+
+
+def load_slowly(logits, noisy_logits, noise_std, num_selected_experts):
+    num_tokens, num_experts = logits.shape
+    load = np.zeros(num_experts)
+    for s in range(num_tokens):
+        threshold = sorted(noisy_logits[s], reverse=True)
+        threshold = threshold[num_selected_experts - 1]
+        for e in range(num_experts):
+            distance = (threshold - logits[s, e]) / noise_std
+            phi = 0.5 * (1 + math.erf(distance / math.sqrt(2)))
+            load[e] += (1 - phi) / num_tokens
+    return (np.std(load) / np.mean(load)) ** 2
+
+
+def gshard_slowly(gates):
+    num_tokens, num_experts = gates.shape
+    total = 0.0
+    for e in range(num_experts):
+        # The first of equal gates is the best one.
+        first = sum(int(np.argmax(gates[s]) == e) for s in range(num_tokens))
+        total += first / num_tokens * gates[:, e].mean()
+    return num_experts**2 * total / num_experts
+
+
+def z_slowly(logits):
+    return np.mean([math.log(sum(np.exp(row))) ** 2 for row in logits])
+
+
+@functools.lru_cache
+def all_losses(num_selected_experts, noise_std):
+    """Each loss by name, as a function of tensors."""
+    return {
+        "importance": losses.importance_loss,
+        "gshard": losses.gshard_loss,
+        "z": losses.router_z_loss,
+        "load": lambda logits, noisy_logits, mask=None: losses.load_loss(
+            logits, noisy_logits, noise_std, num_selected_experts, mask
+        ),
+    }
+
+
+SLOWLY = {
+    "importance": importance_slowly,
+    "gshard": gshard_slowly,
+    "z": z_slowly,
+    "load": functools.partial(
+        load_slowly, noise_std=0.4, num_selected_experts=2
+    ),
+}
+MASK = np.array([[1, 1, 0, 1, 1, 0], [0, 0, 0, 0, 1, 0]], bool)
+
+
+def arguments_of(name, num_experts):
+    """Random gates, logits, or logits with and without noise."""
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(2, 6, num_experts)).astype("float32")
+    if name == "z":
+        return (logits,)
+    if name == "load":
+        noise = generator.normal(size=logits.shape).astype("float32")
+        return logits, logits + 0.4 * noise
+    gates = np.exp(logits)
+    return (gates / gates.sum(-1, keepdims=True),)
+
+
+@functools.lru_cache
+def weighted(name, num_selected_experts=2, noise_std=0.4):
+    """A scalar whose gradient tells the groups apart, and the loss itself."""
+    loss = all_losses(num_selected_experts, noise_std)[name]
+
+    def function(*arguments):
+        values = loss(*arguments)
+        return values[0] + 10.0 * values[1], (values,)
+
+    return function
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["importance", "load", "gshard", "z"])
+def test_values_and_gradients(name, masked):
+    arguments = arguments_of(name, num_experts=4)
+    mask = MASK if masked else np.ones_like(MASK)
+
+    def definition(*arguments):
+        values = []
+        for g in range(2):
+            kept = [a.astype("float64")[g, mask[g]] for a in arguments]
+            values.append(SLOWLY[name](*kept))
+        return np.array(values)
+
+    (_, (values,)), gradients = value_and_gradients(
+        weighted(name), *arguments, constants=(mask,) if masked else ()
+    )
+    np.testing.assert_allclose(values, definition(*arguments), rtol=1e-5)
+    for i, gradient in enumerate(gradients):
+
+        def slowly(argument, i=i):
+            with_one = [*arguments[:i], argument, *arguments[i + 1 :]]
+            return definition(*with_one) @ [1.0, 10.0]
+
+        expected = numeric_gradient(slowly, arguments[i])
+        np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-5)
+        assert not gradient[~mask].any(), "masked tokens have no gradient"
+        assert gradient[mask].any()
+
+
+@pytest.mark.parametrize("name", ["importance", "load", "gshard", "z"])
+def test_nothing_but_masked_tokens(name):
+    # The first group is padding only: its loss is 0 and so is its gradient;
+    # NaN in what is masked spoils nothing.
+    arguments = arguments_of(name, num_experts=4)
+    mask = np.ones((2, 6), bool)
+    mask[0] = False
+    (_, (values,)), gradients = value_and_gradients(
+        weighted(name), *arguments, constants=(mask,)
+    )
+    assert values[0] == 0.0 and values[1] > 0.0
+    for gradient in gradients:
+        assert not gradient[0].any()
+        assert np.isfinite(gradient).all() and gradient[1].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    # One expert: always even. Its gate is 1, so GShard's loss is 1.
+    [("importance", 0.0), ("load", 0.0), ("gshard", 1.0)],
+)
+def test_one_expert(name, value):
+    arguments = arguments_of(name, num_experts=1)
+    (_, (values,)), gradients = value_and_gradients(
+        weighted(name, num_selected_experts=1), *arguments
+    )
+    np.testing.assert_allclose(values, [value, value], atol=1e-6)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
+# By hand: importance (3, 1) has mean 2 and standard deviation 1, so 1/4.
+# (4, 0) has mean 2 and standard deviation 2, so 1.
+@pytest.mark.parametrize(
+    ("gates", "value"),
+    [
+        ([[0.5, 0.5]] * 4, 0.0),
+        ([[0.75, 0.25]] * 4, 0.25),
+        ([[1.0, 0.0]] * 4, 1.0),
+        ([[1.0, 0.0], [0.0, 1.0]], 0.0),
+    ],
+)
+def test_importance_by_hand(gates, value):
+    loss = losses.importance_loss(ops.convert_to_tensor([gates]))
+    np.testing.assert_allclose(ops.convert_to_numpy(loss), [value], atol=1e-6)
+
+
+# By hand: all four tokens prefer expert 0 with gate 3/4, so the shares are
+# (1, 0), the mean gates (3/4, 1/4), and 4 * (3/4 + 0) / 2 = 3/2.
+@pytest.mark.parametrize(
+    ("gates", "value"),
+    [
+        ([[0.75, 0.25]] * 4, 1.5),
+        ([[0.75, 0.25], [0.25, 0.75]], 1.0),
+        ([[1.0, 0.0]] * 4, 2.0),
+    ],
+)
+def test_gshard_by_hand(gates, value):
+    loss = losses.gshard_loss(ops.convert_to_tensor([gates]))
+    np.testing.assert_allclose(ops.convert_to_numpy(loss), [value], rtol=1e-6)
+
+
+def test_load_by_hand():
+    # One token, logits (0, 1), K = 1, no noise drawn: the threshold is 1. With
+    # sigma = 1 expert 1 is chosen with probability 1/2, expert 0 with
+    # 1 - phi(1) = 0.158655.
+    logits = ops.convert_to_tensor([[[0.0, 1.0]]])
+    loss = losses.load_loss(logits, logits, 1.0, num_selected_experts=1)
+    load = np.array([0.158655, 0.5])
+    expected = (load.std() / load.mean()) ** 2
+    np.testing.assert_allclose(ops.convert_to_numpy(loss), [expected], 1e-5)
+
+
+def test_large_logits_do_not_overflow():
+    logits = ops.convert_to_tensor([[[1000.0, 0.0], [0.0, 1000.0]]])
+    loss = losses.router_z_loss(logits)
+    np.testing.assert_allclose(ops.convert_to_numpy(loss), [1e6], rtol=1e-6)
+
+
+@pytest.mark.parametrize("noise_std", [0, 0.0, -0.5])
+def test_load_loss_needs_noise(noise_std):
+    logits = ops.zeros((1, 2, 3))
+    words = (
+        f"The load loss needs noise.*Received: noise_std={noise_std}. "
+        "Use a positive `noise_std`, or set the loss's weight to 0"
+    )
+    with pytest.raises(ValueError, match=words):
+        losses.load_loss(logits, logits, noise_std, 1)
