@@ -70,7 +70,7 @@ def vmoe_weights(model):
         weights["Encoder/posembed_input/pos_embedding"] = positions
     if model.representation_size is not None:
         weights |= _kernel_bias("pre_logits", model.get_layer("pre_logits"))
-    if model.num_classes:
+    if model.num_classes is not None:
         weights |= _kernel_bias("head", model.get_layer("head"))
     return weights
 
@@ -82,7 +82,9 @@ def _encoder_block(name, model, block):
         f"{name}/LayerNorm_0", model.get_layer(f"{block}_attention_norm")
     )
     weights |= _attention(f"{name}/SelfAttention", attention)
-    weights |= _norm(f"{name}/LayerNorm_1", model.get_layer(f"{block}_mlp_norm"))
+    weights |= _norm(
+        f"{name}/LayerNorm_1", model.get_layer(f"{block}_mlp_norm")
+    )
     if f"{block}_moe" in names:
         return weights | _moe(f"{name}/Moe", model.get_layer(f"{block}_moe"))
     return weights | _mlp(f"{name}/Mlp", model.get_layer(f"{block}_mlp"))

@@ -47,20 +47,25 @@ def plot_history(history, routing, path):
 
 
 def _curves(axis, history, metric, title):
-    for name, label in ((metric, "training"), (f"val_{metric}", "validation")):
-        if name in history:
-            epochs = range(1, len(history[name]) + 1)
-            axis.plot(epochs, history[name], label=label)
+    lines = {metric: "training", f"val_{metric}": "validation"}
+    lines = {name: label for name, label in lines.items() if name in history}
+    axis.set_visible(bool(lines))
+    for name, label in lines.items():
+        epochs = range(1, len(history[name]) + 1)
+        axis.plot(epochs, history[name], label=label)
     axis.set_title(title)
     axis.set_xlabel("epoch")
     axis.grid(alpha=0.3)
-    axis.legend()
+    if lines:
+        axis.legend()
 
 
 def _load(figure, axis, name, epochs):
     """One row per expert, one column per epoch, colour by share of choices."""
     num_experts = len(epochs[0]["load_share"])
-    table = [[epoch["load_share"][e] for epoch in epochs] for e in range(num_experts)]
+    table = [
+        [epoch["load_share"][e] for epoch in epochs] for e in range(num_experts)
+    ]
     image = axis.imshow(
         table,
         aspect="auto",

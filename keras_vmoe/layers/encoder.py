@@ -59,7 +59,5 @@ def encoder_block(
             y = DropPath(drop_path, dtype=dtype, name=f"{name}_{part}_drop")(y)
         return keras.layers.Add(dtype=dtype, name=f"{name}_{part}_add")([x, y])
 
-    attention = SelfAttention(
-        num_heads, dtype=dtype, name=f"{name}_attention"
-    )
+    attention = SelfAttention(num_heads, dtype=dtype, name=f"{name}_attention")
     return branch(branch(x, attention, "attention"), mlp, "mlp")

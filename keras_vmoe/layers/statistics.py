@@ -44,9 +44,7 @@ class RoutingStatistics:
             ]
         )
         steps, mean = self.state[:1] + 1.0, self.state[1:]
-        self.state.assign(
-            ops.concatenate([steps, mean + (new - mean) / steps])
-        )
+        self.state.assign(ops.concatenate([steps, mean + (new - mean) / steps]))
 
     def reset(self):
         """Forgets all steps."""

@@ -89,9 +89,7 @@ class MoEConfig:
 
     def to_dict(self):
         """A dict that `from_dict` and JSON take."""
-        config = dataclasses.asdict(
-            dataclasses.replace(self, router=None)
-        )
+        config = dataclasses.asdict(dataclasses.replace(self, router=None))
         config["router"] = self.router
         if isinstance(self.router, keras.layers.Layer):
             router = keras.saving.serialize_keras_object(self.router)

@@ -29,8 +29,7 @@ def save(model, path):
     path = pathlib.Path(path)
     if path.suffix != ".keras":
         raise ValueError(
-            "A model file must end in '.keras'. "
-            f"Received: path={str(path)!r}."
+            f"A model file must end in '.keras'. Received: path={str(path)!r}."
         )
     partial = path.with_name(f".{path.stem}.partial.keras")
     try:

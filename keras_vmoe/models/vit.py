@@ -99,63 +99,42 @@ class ViTMoE(keras.Model):
         name="vit_moe",
         **kwargs,
     ):
-        _check_choice("pooling", pooling, POOLINGS)
-        _check_choice(
-            "position_embedding", position_embedding, POSITION_EMBEDDINGS
-        )
-        height, width = _pair(image_size)
         policy = keras.dtype_policies.get(
             dtype or keras.config.dtype_policy()
         ).name
         if moe is not None:
             moe = MoEConfig.from_dict(moe)
-        rates = [drop_path * i / max(1, num_layers - 1) for i in range(num_layers)]
+        _check_choice("pooling", pooling, POOLINGS)
+        _check_choice(
+            "position_embedding", position_embedding, POSITION_EMBEDDINGS
+        )
 
-        images = keras.Input((height, width, 3), name="images")
+        images = keras.Input((*_pair(image_size), 3), name="images")
         x = layers.PatchEmbedding(
             hidden_dim, patch_size, dtype=policy, name="embedding"
         )(images)
         if pooling == "token":
             x = layers.ClassToken(dtype=policy, name="class_token")(x)
-        if position_embedding == "learned":
-            x = layers.LearnedPositions(dtype=policy, name="positions")(x)
-        else:
-            grid = patch_grid((height, width), patch_size)
-            x = layers.SinCos2DPositions(grid, dtype=policy, name="positions")(x)
+        grid = patch_grid(_pair(image_size), patch_size)
+        x = _positions(position_embedding, grid, policy)(x)
         if dropout:
             x = layers.Dropout(dropout, dtype=policy, name="dropout")(x)
-        mlp_layers = _mlp_layers(
-            num_layers, mlp_dim, moe, activation, dropout, policy
-        )
-        for i, mlp in enumerate(mlp_layers):
+        mlps = _mlps(num_layers, mlp_dim, moe, activation, dropout, policy)
+        for i, mlp in enumerate(mlps):
             x = layers.encoder_block(
                 x,
                 mlp,
                 num_heads,
                 name=f"block_{i}",
                 dropout=dropout,
-                drop_path=rates[i],
+                drop_path=drop_path * i / max(1, num_layers - 1),
                 layer_scale=layer_scale,
             )
         x = keras.layers.LayerNormalization(
             epsilon=1e-6, dtype=policy, name="norm"
         )(x)
         x = _pooling(pooling, num_heads, mlp_dim, activation, policy)(x)
-        if representation_size is not None:
-            x = keras.layers.Dense(
-                representation_size,
-                activation="tanh",
-                kernel_initializer="lecun_normal",
-                dtype=policy,
-                name="pre_logits",
-            )(x)
-        if num_classes:
-            x = keras.layers.Dense(
-                num_classes,
-                kernel_initializer="zeros",
-                dtype="float32",
-                name="head",
-            )(x)
+        x = _head(x, representation_size, num_classes, policy)
         super().__init__(images, x, name=name, **kwargs)
 
         self.image_size = image_size
@@ -209,7 +188,7 @@ class ViTMoE(keras.Model):
         return cls(**config)
 
 
-def _mlp_layers(num_layers, mlp_dim, moe, activation, dropout, policy):
+def _mlps(num_layers, mlp_dim, moe, activation, dropout, policy):
     """One MLP or MoE layer for each block."""
     sparse = () if moe is None else moe_blocks(moe.layers, num_layers)
     for i in range(num_layers):
@@ -242,6 +221,29 @@ def _pooling(pooling, num_heads, mlp_dim, activation, policy):
     return layers.AttentionPooling(
         num_heads, mlp_dim, activation, dtype=policy, name="pooling"
     )
+
+
+def _positions(position_embedding, grid, policy):
+    if position_embedding == "learned":
+        return layers.LearnedPositions(dtype=policy, name="positions")
+    return layers.SinCos2DPositions(grid, dtype=policy, name="positions")
+
+
+def _head(x, representation_size, num_classes, policy):
+    """From the features of an image to its logits."""
+    if representation_size is not None:
+        x = keras.layers.Dense(
+            representation_size,
+            activation="tanh",
+            kernel_initializer="lecun_normal",
+            dtype=policy,
+            name="pre_logits",
+        )(x)
+    if num_classes is None:
+        return x
+    return keras.layers.Dense(
+        num_classes, kernel_initializer="zeros", dtype="float32", name="head"
+    )(x)
 
 
 def _check_choice(name, value, choices):

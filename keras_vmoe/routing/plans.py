@@ -128,7 +128,9 @@ def _rows(x, index):
         # all features, ten times slower than rows of a matrix.
         offset = ops.arange(groups, dtype="int32")[:, None] * num_rows
         rows = ops.take(
-            ops.reshape(x, (groups * num_rows, features)), index + offset, axis=0
+            ops.reshape(x, (groups * num_rows, features)),
+            index + offset,
+            axis=0,
         )
     rows = ops.where(exists, rows, ops.zeros((), x.dtype))
     return ops.reshape(rows, (*shape, features))

@@ -27,8 +27,8 @@ class ViTConfig:
         dtype: Dtype policy of the layers.
     """
 
-    image_size: int = 16
-    patch_size: int = 4
+    image_size: int = 32
+    patch_size: int = 8
     hidden_dim: int = 64
     num_layers: int = 4
     num_heads: int = 4
@@ -37,7 +37,7 @@ class ViTConfig:
     position_embedding: Literal["learned", "sincos2d"] = "learned"
     representation_size: int | None = None
     dropout: float = 0.0
-    drop_path: float = 0.1
+    drop_path: float = 0.0
     layer_scale: float | None = None
     dtype: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
 
@@ -75,12 +75,12 @@ class TrainConfig:
     train_split: str = "train"
     validation_split: str = "validation"
     test_split: str = "test"
-    random_crop_padding: int = 2
+    random_crop_padding: int = 3
     batch_size: int = 64
     epochs: int = 60
     learning_rate: float = 2e-3
     warmup_epochs: float = 5.0
-    weight_decay: float = 0.05
+    weight_decay: float = 0.3
     seed: int = 0
     model: ViTConfig = dataclasses.field(default_factory=ViTConfig)
     moe: MoEConfig | None = dataclasses.field(default_factory=MoEConfig)

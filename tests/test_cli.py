@@ -1,0 +1,159 @@
+"""The command as users type it."""
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+
+from keras_vmoe import cli
+
+SMALL = [
+    "--train_split=train[:128]",
+    "--validation_split=validation[:32]",
+    "--test_split=test[:32]",
+    "--epochs=2",
+    "--warmup_epochs=1",
+    "--batch_size=32",
+    "--random_crop_padding=0",
+    "--model.image_size=8",
+    "--model.patch_size=4",
+    "--model.hidden_dim=16",
+    "--model.num_layers=2",
+    "--model.num_heads=2",
+    "--model.mlp_dim=32",
+    "--moe.layers=last_1",
+    "--moe.num_experts=4",
+]
+
+
+def run(*arguments):
+    """The command in this process, which has already paid for the imports."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code
+    return SimpleNamespace(
+        returncode=code, stdout=out.getvalue(), stderr=err.getvalue()
+    )
+
+
+def run_process(*arguments, backend):
+    """The command in a process of its own."""
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment["KERAS_BACKEND"] = backend
+    return subprocess.run(
+        [sys.executable, "-m", "keras_vmoe.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder that the command made, and what the command printed.
+
+    The process starts under another backend, and `--backend` moves it over.
+    """
+    backend = keras.backend.backend()
+    other = "tensorflow" if backend != "tensorflow" else "jax"
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    done = run_process(
+        "train",
+        *SMALL,
+        f"--run_dir={run_dir}",
+        f"--backend={backend}",
+        backend=other,
+    )
+    assert done.returncode == 0, done.stderr
+    return run_dir, done.stdout
+
+
+def test_train_ends_with_the_test_accuracy(trained):
+    run_dir, output = trained
+    last = output.strip().splitlines()[-1]
+    assert re.fullmatch(r"test accuracy: [01]\.\d{4}", last)
+    assert str(run_dir / "curves.png") in output
+    assert "max_expert_load" in output
+    assert (
+        f"backend: {keras.backend.backend()}"
+        in (run_dir / "config.yaml").read_text()
+    )
+
+
+def test_configuration_file_repeats_the_run(trained, tmp_path):
+    run_dir, output = trained
+    done = run(
+        "train",
+        f"--config={run_dir / 'config.yaml'}",
+        f"--run_dir={tmp_path / 'again'}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == output.splitlines()[-1]
+    again = (tmp_path / "again" / "history.csv").read_text()
+    assert again == (run_dir / "history.csv").read_text()
+
+
+def test_predict_prints_classes_with_probabilities(trained, tmp_path):
+    run_dir, _ = trained
+    image = tmp_path / "digit.png"
+    keras.utils.save_img(image, np.full((8, 8, 1), 128), scale=False)
+    done = run("predict", run_dir, image, "--top", 2)
+    assert done.returncode == 0, done.stderr
+    line = rf"{re.escape(str(image))}: (\d) (0\.\d+)  (\d) (0\.\d+)"
+    assert re.fullmatch(line, done.stdout.strip())
+    by_file = run("predict", run_dir / "model.keras", image, "--top", 2)
+    assert by_file.stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train", "--epochs=many"], "epochs"),
+        (["train", "--epohs=3"], "--epohs"),
+        (["train", "--model.pooling=mean"], "pooling"),
+        (["train", "--run_dir=x", "--dataset=digitz"], "name='digitz'"),
+        (["train", "--run_dir=x", "--epochs=0"], "epochs=0"),
+        (["train", "--config=none.yaml"], "none.yaml"),
+        (["predict", "none.keras", "a.png"], "must exist. Received: path="),
+        (["predict"], "model"),
+        ([], "subcommand"),
+    ],
+)
+def test_bad_command_lines(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run(*arguments)
+    assert done.returncode != 0
+    assert words in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_predict_refuses_what_is_no_image(trained, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    done = run("predict", trained[0], broken)
+    assert done.returncode == 1
+    assert "broken.png" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ([], ["train", "predict"]),
+        (["train"], ["--moe", "--epochs EPOCHS", "examples:"]),
+        (["predict"], ["images", "--top TOP", "examples:"]),
+    ],
+)
+def test_help(command, words):
+    done = run(*command, "--help")
+    assert done.returncode == 0
+    assert all(word in done.stdout for word in words)
