@@ -54,3 +54,7 @@ wheel: $(VENV)/.test  ## Build the wheel and try it in a bare environment.
 	build/bare/bin/python -m pip install --quiet dist/*.whl jax
 	cd build && KERAS_BACKEND=jax bare/bin/python -c \
 		"import keras_vmoe; print(keras_vmoe.__version__)"
+
+.PHONY: examples
+examples: $(VENV)/.test  ## Run the examples, in a short form.
+	KERAS_BACKEND=jax $(BIN)/python examples/moe_in_your_model.py --epochs 2

@@ -10,14 +10,12 @@ import keras
 import numpy as np
 
 
-def block(result):
+def wait(result):
     """Waits until a result of the current backend is there."""
     if keras.backend.backend() == "jax":
         import jax
 
         jax.block_until_ready(result)
-    elif keras.backend.backend() == "tensorflow":
-        keras.tree.map_structure(lambda x: x.numpy(), result)
     return result
 
 
@@ -34,12 +32,12 @@ def measure(candidates, rounds, warmup=3):
     """
     for function in candidates.values():
         for _ in range(warmup):
-            block(function())
+            wait(function())
     seconds = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, function in candidates.items():
             start = time.perf_counter()
-            block(function())
+            wait(function())
             seconds[name].append(time.perf_counter() - start)
     return {name: np.array(values) for name, values in seconds.items()}
 
@@ -82,6 +80,7 @@ def versions():
 def write(path, new_rows):
     """Writes rows to a CSV file, in the place of those of the same backend."""
     path = pathlib.Path(path)
+    path.parent.mkdir(exist_ok=True)
     kept = []
     if path.exists():
         with open(path, newline="") as file:

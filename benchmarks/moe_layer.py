@@ -55,7 +55,6 @@ def main():
     if args.save:
         setting = {k: v for k, v in vars(args).items() if k != "save"}
         columns = {**interleaved.versions(), "setting": setting}
-        RESULTS.parent.mkdir(exist_ok=True)
         interleaved.write(RESULTS, [{**columns, **row} for row in table])
 
 

@@ -62,38 +62,54 @@ def _jax_gradient(function, count):
     def pair(*arguments):
         return _pair(function(*arguments))
 
-    return jax.jit(
-        jax.value_and_grad(pair, tuple(range(count)), has_aux=True)
-    )
+    return jax.jit(jax.value_and_grad(pair, tuple(range(count)), has_aux=True))
 
 
 def _pair(result):
     return result if isinstance(result, tuple) else (result, None)
 
 
-def compiled(function):
+def compiled(function, layer=None):
     """The function inside `jax.jit` or `tf.function`; as it is on PyTorch.
 
     Args:
         function: From tensors to tensors.
+        layer: A layer whose state (seeds, statistics) the function changes;
+            its losses may be read inside of the function.
 
     Returns:
-        A function from arrays to tensors.
+        A function from arrays to tensors, compiled at its first call.
     """
+    if BACKEND == "jax":
+        function = _jax_step(function, layer.variables if layer else [])
+    elif BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        function = tf.function(function)
 
     def call(*arrays):
-        tensors = [ops.convert_to_tensor(array) for array in arrays]
-        if BACKEND == "jax":
-            import jax
-
-            return jax.jit(function)(*tensors)
-        if BACKEND == "tensorflow":
-            import tensorflow as tf
-
-            return tf.function(function)(*tensors)
-        return function(*tensors)
+        return function(*map(ops.convert_to_tensor, arrays))
 
     return call
+
+
+def _jax_step(function, variables):
+    import jax
+
+    @jax.jit
+    def stateless(values, *tensors):
+        pairs = list(zip(variables, values, strict=True))
+        with keras.StatelessScope(pairs, collect_losses=True) as scope:
+            result = function(*tensors)
+        return result, [scope.get_current_value(v) for v in variables]
+
+    def step(*tensors):
+        result, values = stateless([v.value for v in variables], *tensors)
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+        return result
+
+    return step
 
 
 def weight_gradients(layer, loss):

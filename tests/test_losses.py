@@ -1,7 +1,6 @@
 """Each auxiliary loss against its definition in loops, with its gradient."""
 
 import functools
-import math
 
 import numpy as np
 import pytest
@@ -10,40 +9,10 @@ from keras import ops
 from keras_vmoe import losses
 from tests.gradients import numeric_gradient
 from tests.gradients import value_and_gradients
-
-# Definitions for one group: `(S, E)` of the tokens that count, to a float.
-
-
-def importance_slowly(gates):
-    importance = [sum(column) for column in gates.T]
-    return (np.std(importance) / np.mean(importance)) ** 2
-
-
-def load_slowly(logits, noisy_logits, noise_std, num_selected_experts):
-    num_tokens, num_experts = logits.shape
-    load = np.zeros(num_experts)
-    for s in range(num_tokens):
-        threshold = sorted(noisy_logits[s], reverse=True)
-        threshold = threshold[num_selected_experts - 1]
-        for e in range(num_experts):
-            distance = (threshold - logits[s, e]) / noise_std
-            phi = 0.5 * (1 + math.erf(distance / math.sqrt(2)))
-            load[e] += (1 - phi) / num_tokens
-    return (np.std(load) / np.mean(load)) ** 2
-
-
-def gshard_slowly(gates):
-    num_tokens, num_experts = gates.shape
-    total = 0.0
-    for e in range(num_experts):
-        # The first of equal gates is the best one.
-        first = sum(int(np.argmax(gates[s]) == e) for s in range(num_tokens))
-        total += first / num_tokens * gates[:, e].mean()
-    return num_experts**2 * total / num_experts
-
-
-def z_slowly(logits):
-    return np.mean([math.log(sum(np.exp(row))) ** 2 for row in logits])
+from tests.routing.definitions import gshard_slowly
+from tests.routing.definitions import importance_slowly
+from tests.routing.definitions import load_slowly
+from tests.routing.definitions import z_slowly
 
 
 @functools.lru_cache
@@ -126,8 +95,7 @@ def test_values_and_gradients(name, masked):
 
 @pytest.mark.parametrize("name", ["importance", "load", "gshard", "z"])
 def test_nothing_but_masked_tokens(name):
-    # The first group is padding only: its loss is 0 and so is its gradient;
-    # NaN in what is masked spoils nothing.
+    # The first group is padding only: its loss is 0 and so is its gradient.
     arguments = arguments_of(name, num_experts=4)
     mask = np.ones((2, 6), bool)
     mask[0] = False

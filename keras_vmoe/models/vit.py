@@ -120,19 +120,7 @@ class ViTMoE(keras.Model):
         if dropout:
             x = layers.Dropout(dropout, dtype=policy, name="dropout")(x)
         mlps = _mlps(num_layers, mlp_dim, moe, activation, dropout, policy)
-        for i, mlp in enumerate(mlps):
-            x = layers.encoder_block(
-                x,
-                mlp,
-                num_heads,
-                name=f"block_{i}",
-                dropout=dropout,
-                drop_path=drop_path * i / max(1, num_layers - 1),
-                layer_scale=layer_scale,
-            )
-        x = keras.layers.LayerNormalization(
-            epsilon=1e-6, dtype=policy, name="norm"
-        )(x)
+        x = _encoder(x, mlps, num_heads, dropout, drop_path, layer_scale)
         x = _pooling(pooling, num_heads, mlp_dim, activation, policy)(x)
         x = _head(x, representation_size, num_classes, policy)
         super().__init__(images, x, name=name, **kwargs)
@@ -186,6 +174,25 @@ class ViTMoE(keras.Model):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         return cls(**config)
+
+
+def _encoder(x, mlps, num_heads, dropout, drop_path, layer_scale):
+    """The encoder blocks and the norm behind them."""
+    mlps = list(mlps)
+    for i, mlp in enumerate(mlps):
+        x = layers.encoder_block(
+            x,
+            mlp,
+            num_heads,
+            name=f"block_{i}",
+            dropout=dropout,
+            drop_path=drop_path * i / max(1, len(mlps) - 1),
+            layer_scale=layer_scale,
+        )
+    policy = mlps[-1].dtype_policy.name
+    return keras.layers.LayerNormalization(
+        epsilon=1e-6, dtype=policy, name="norm"
+    )(x)
 
 
 def _mlps(num_layers, mlp_dim, moe, activation, dropout, policy):

@@ -80,3 +80,39 @@ def one_hot_combine(plan):
         else:
             assert weight[g, s, k] == 0, "a dropped choice has weight 0"
     return combine
+
+
+# The auxiliary losses of one group: `(S, E)` of the tokens that count, to a
+# float.
+
+
+def importance_slowly(gates):
+    importance = [sum(column) for column in gates.T]
+    return (np.std(importance) / np.mean(importance)) ** 2
+
+
+def load_slowly(logits, noisy_logits, noise_std, num_selected_experts):
+    num_tokens, num_experts = logits.shape
+    load = np.zeros(num_experts)
+    for s in range(num_tokens):
+        threshold = sorted(noisy_logits[s], reverse=True)
+        threshold = threshold[num_selected_experts - 1]
+        for e in range(num_experts):
+            distance = (threshold - logits[s, e]) / noise_std
+            phi = 0.5 * (1 + math.erf(distance / math.sqrt(2)))
+            load[e] += (1 - phi) / num_tokens
+    return (np.std(load) / np.mean(load)) ** 2
+
+
+def gshard_slowly(gates):
+    num_tokens, num_experts = gates.shape
+    total = 0.0
+    for e in range(num_experts):
+        # The first of equal gates is the best one.
+        first = sum(int(np.argmax(gates[s]) == e) for s in range(num_tokens))
+        total += first / num_tokens * gates[:, e].mean()
+    return num_experts**2 * total / num_experts
+
+
+def z_slowly(logits):
+    return np.mean([math.log(sum(np.exp(row))) ** 2 for row in logits])

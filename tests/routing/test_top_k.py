@@ -255,9 +255,7 @@ def check_both_ends(plan):
             if place < num_experts * capacity
         }
         from_buffers = {
-            (i, place)
-            for place, i in enumerate(choice[g].ravel())
-            if i < total
+            (i, place) for place, i in enumerate(choice[g].ravel()) if i < total
         }
         assert from_tokens == from_buffers
     assert slot.min() >= 0 and slot.max() <= num_experts * capacity

@@ -1,0 +1,115 @@
+"""`load_vmoe`: all or nothing, with words that say what is wrong."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_vmoe.checkpoints import load_vmoe
+from keras_vmoe.checkpoints.vmoe import vmoe_weights
+from keras_vmoe.models import ViTMoE
+from tests.golden.models import build
+from tests.golden.models import read
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """A model of the golden architecture with the golden weights."""
+    _, weights, config = read("vit_last2_k2")
+    return load_vmoe(build(config), weights), weights
+
+
+def check_unchanged(model, weights):
+    for name, weight in vmoe_weights(model).items():
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(weight), weights[name]
+        )
+
+
+def test_every_weight_is_theirs(loaded):
+    model, weights = loaded
+    named = vmoe_weights(model)
+    assert set(named) == set(weights)
+    assert {id(w) for w in named.values()} == {id(w) for w in model.weights}
+    check_unchanged(model, weights)
+
+
+HEAD = "head/kernel"
+GATE = "Encoder/encoderblock_3/Moe/Router/dense/kernel"
+
+
+def without(weights, name):
+    return {key: value for key, value in weights.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: without(w, GATE), r"name by name. Received: 107 arrays for "
+         rf"108 weights. Missing: \['{GATE}'\]. Not in the model: none. Build "
+         "the model with the architecture"),
+        (lambda w: {**w, "Encoder/x": w[HEAD]}, "Missing: none. Not in the "
+         r"model: \['Encoder/x'\]"),
+        (lambda w: {**without(w, HEAD), "a": w[HEAD], "b": w[HEAD]},
+         rf"Missing: \['{HEAD}'\]. Not in the model: \['a', 'b'\]"),
+        (lambda w: {**w, HEAD: w[HEAD].T}, "shapes of the weights. Received: "
+         rf"{HEAD} \(10, 32\) for \(32, 10\). Build the model with the sizes"),
+        (lambda w: {**w, HEAD: 1.0, GATE: w[GATE][:, :2]},
+         rf"{GATE} \(32, 2\) for \(32, 4\); {HEAD} \(\) for \(32, 10\)"),
+        (lambda w: {}, "Received: 0 arrays for 108 weights"),
+    ],
+)  # fmt: skip
+def test_wrong_arrays_leave_the_model_as_it_was(loaded, change, words):
+    model, weights = loaded
+    # Were anything assigned before the check, it would be these zeros.
+    zeros = {name: np.zeros_like(array) for name, array in weights.items()}
+    with pytest.raises(ValueError, match=words):
+        load_vmoe(model, change(zeros))
+    check_unchanged(model, weights)
+
+
+@pytest.mark.parametrize("arrays", [[1, 2], None, np.zeros(3)])
+def test_not_a_dict(loaded, arrays):
+    words = "must be a dict from the reference's names to arrays. Received: "
+    with pytest.raises(TypeError, match=words + "arrays=.* of type "):
+        load_vmoe(loaded[0], arrays)
+
+
+@pytest.mark.parametrize("pooling", ["token", "gap", "map"])
+@pytest.mark.parametrize("position_embedding", ["learned", "sincos2d"])
+def test_names_for_every_architecture(pooling, position_embedding):
+    model = ViTMoE(
+        image_size=8,
+        patch_size=4,
+        hidden_dim=8,
+        num_layers=2,
+        num_heads=2,
+        mlp_dim=12,
+        num_classes=5,
+        pooling=pooling,
+        position_embedding=position_embedding,
+        representation_size=None if pooling == "gap" else 6,
+        moe={"layers": [0], "num_experts": 2},
+    )
+    names = vmoe_weights(model)
+    assert {id(w) for w in names.values()} == {id(w) for w in model.weights}
+    assert ("cls" in names) == (pooling == "token")
+    attention = "MapHead/MultiHeadDotProductAttention"
+    for name in (
+        "MapHead/probe",
+        f"{attention}/query/kernel",
+        f"{attention}/out/bias",
+        "MapHead/LayerNorm/scale",
+        "MapHead/Mlp/Dense_1/kernel",
+    ):
+        assert (name in names) == (pooling == "map")
+    positions = "Encoder/posembed_input/pos_embedding"
+    assert (positions in names) == (position_embedding == "learned")
+    assert ("pre_logits/kernel" in names) == (pooling != "gap")
+    kernel = names["Encoder/encoderblock_0/Moe/Mlp/Dense_0/kernel"]
+    assert tuple(kernel.shape) == (2, 8, 12)
+    # The four kinds of projections are told apart.
+    block = "Encoder/encoderblock_1/SelfAttention"
+    for part in ("query", "key", "value"):
+        assert part in names[f"{block}/{part}/kernel"].path
+        assert tuple(names[f"{block}/{part}/kernel"].shape) == (8, 2, 4)
+    assert tuple(names[f"{block}/out/kernel"].shape) == (2, 4, 8)

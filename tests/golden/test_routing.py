@@ -1,0 +1,122 @@
+"""Routing decisions and losses of the reference program, to the last token.
+
+Gates, noise and losses were computed once by the authors' own V-MoE code for
+two groups of 68 tokens and 8 experts, under seven configurations.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_vmoe import losses
+from keras_vmoe.routing import SparsePlan
+from keras_vmoe.routing import capacity
+from keras_vmoe.routing import top_k_plan
+from tests.gradients import compiled
+from tests.routing.definitions import one_hot_dispatch
+
+FOLDER = pathlib.Path(__file__).parent
+GOLDEN = dict(np.load(FOLDER / "routing_top_k.npz"))
+CONFIGS = json.loads((FOLDER / "routing_top_k.json").read_text())
+
+
+def eagerly(function):
+    return lambda *arrays: function(*map(ops.convert_to_tensor, arrays))
+
+
+HOW = pytest.mark.parametrize("how", [eagerly, compiled])
+EACH = pytest.mark.parametrize("number", range(len(CONFIGS)))
+
+
+def places(config):
+    return capacity(
+        GOLDEN["gates"].shape[1],
+        GOLDEN["gates"].shape[2],
+        config["num_selected_experts"],
+        config["capacity_factor"],
+    )
+
+
+@HOW
+@EACH
+def test_decisions_and_outputs(how, number):
+    config = CONFIGS[number]
+
+    def layer(gates, tokens, scale):
+        plan = top_k_plan(
+            gates,
+            config["num_selected_experts"],
+            places(config),
+            config["batch_priority"],
+        )
+        combined = plan.combine(plan.dispatch(tokens) * scale)
+        fields = (plan.choice, plan.slot, plan.weight, plan.load)
+        return fields, combined, plan.dropped_share()
+
+    fields, combined, dropped_share = how(layer)(
+        GOLDEN["gates"], GOLDEN["data"], GOLDEN["expert_scale"]
+    )
+    shape = GOLDEN[f"c{number}/dispatch_shape"]
+    dispatch = np.unpackbits(GOLDEN[f"c{number}/dispatch"])
+    dispatch = dispatch[: np.prod(shape)].reshape(shape)
+    np.testing.assert_array_equal(
+        one_hot_dispatch(SparsePlan(*fields)), dispatch
+    )
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(combined),
+        GOLDEN[f"c{number}/combined"],
+        rtol=1e-5,
+        atol=1e-7,
+    )
+    # Theirs counts choices as well.
+    dropped = 1 - dispatch.sum() / (2 * 68 * config["num_selected_experts"])
+    assert float(dropped_share) == pytest.approx(dropped, abs=1e-6)
+
+
+@EACH
+def test_capacity(number):
+    assert places(CONFIGS[number]) == CONFIGS[number]["capacity"]
+
+
+@HOW
+def test_gates(how):
+    for logits, gates in (
+        (GOLDEN["logits"], GOLDEN["gates"]),
+        (GOLDEN["logits"] + GOLDEN["noise"], GOLDEN["gates_noisy"]),
+    ):
+        got = ops.convert_to_numpy(how(ops.softmax)(logits))
+        np.testing.assert_allclose(got, gates, rtol=1e-5)
+
+
+@HOW
+@pytest.mark.parametrize(
+    ("loss", "gates", "name"),
+    [
+        (losses.importance_loss, "gates", "importance_loss"),
+        (losses.gshard_loss, "gates", "gshard_loss"),
+        (losses.gshard_loss, "gates_noisy", "gshard_loss_noisy"),
+    ],
+)
+def test_losses_of_gates(how, loss, gates, name):
+    values = ops.convert_to_numpy(how(loss)(GOLDEN[gates]))
+    np.testing.assert_allclose(values, GOLDEN[name], rtol=1e-5)
+
+
+@HOW
+@EACH
+def test_load_loss(how, number):
+    selected = CONFIGS[number]["num_selected_experts"]
+    noise_std = float(GOLDEN["noise_std"])
+    assert noise_std == 1.0 / 8
+
+    def loss(logits, noisy_logits):
+        return losses.load_loss(logits, noisy_logits, noise_std, selected)
+
+    noisy_logits = GOLDEN["logits"] + GOLDEN["noise"]
+    values = how(loss)(GOLDEN["logits"], noisy_logits)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(values), GOLDEN[f"c{number}/load_loss"], rtol=1e-5
+    )

@@ -1,0 +1,132 @@
+"""Slow definitions of the MoE layer and of what a ViT is made of, in numpy.
+
+In float64 and without Keras, so that a backend that agrees with them agrees
+with every other.
+"""
+
+import math
+
+import keras
+import numpy as np
+
+from tests.routing.definitions import capacity_slowly
+from tests.routing.definitions import top_k_slowly
+
+
+def softmax(x):
+    x = np.exp(x - x.max(axis=-1, keepdims=True))
+    return x / x.sum(axis=-1, keepdims=True)
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def gelu_tanh(x):
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    return 0.5 * x * (1 + np.tanh(inner))
+
+
+def mlp_slowly(x, hidden_kernel, hidden_bias, output_kernel, output_bias, act):
+    return act(x @ hidden_kernel + hidden_bias) @ output_kernel + output_bias
+
+
+def moe_slowly(
+    x,
+    gate_kernel,
+    experts,
+    num_selected_experts,
+    capacity_factor,
+    images_per_group,
+    batch_priority=False,
+    activation=gelu,
+):
+    """The MoE layer: `(B, N, D)` to `(B, N, D)`, one group after the other.
+
+    `experts` are the four stacked arrays of E MLPs. Each group's capacity is
+    that of a full group, never more than its own tokens.
+    """
+    num_images, num_tokens, features = x.shape
+    num_experts = gate_kernel.shape[1]
+    images_per_group = images_per_group or num_images
+    out = np.zeros(x.shape)
+    for start in range(0, num_images, images_per_group):
+        images = x[start : start + images_per_group]
+        tokens = images.reshape(1, -1, features).astype("float64")
+        capacity = capacity_slowly(
+            images_per_group * num_tokens,
+            num_experts,
+            num_selected_experts,
+            capacity_factor,
+        )
+        capacity = min(capacity, tokens.shape[1])
+        dispatch, combine, _ = top_k_slowly(
+            softmax(tokens @ gate_kernel),
+            num_selected_experts,
+            capacity,
+            batch_priority,
+        )
+        buffers = np.einsum("gsec,gsd->gecd", dispatch, tokens)
+        outputs = np.zeros(buffers.shape)
+        for e in range(num_experts):
+            weights = [array[e] for array in experts]
+            outputs[:, e] = mlp_slowly(buffers[:, e], *weights, activation)
+        combined = np.einsum("gsec,gecd->gsd", combine, outputs)
+        out[start : start + images_per_group] = combined.reshape(images.shape)
+    return out
+
+
+def experts_of(layer):
+    """The four stacked arrays of a built `MoEMLP`."""
+    experts = layer.experts
+    arrays = (
+        experts.hidden_kernel,
+        experts.hidden_bias,
+        experts.output_kernel,
+        experts.output_bias,
+    )
+    return [float64(array) for array in arrays]
+
+
+def gate_kernel_of(layer):
+    return float64(layer.router.gate_layer.kernel)
+
+
+def float64(tensor):
+    array = keras.ops.convert_to_numpy(keras.ops.cast(tensor, "float32"))
+    return array.astype("float64")
+
+
+def layer_norm(x, scale, bias, epsilon=1e-6):
+    mean = x.mean(axis=-1, keepdims=True)
+    variance = x.var(axis=-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + epsilon) * scale + bias
+
+
+def attention_slowly(query, value, weights):
+    """Multi-head attention by the reference's names of weights."""
+    q, k, v = (
+        np.einsum("bnd,dhe->bhne", x, weights[f"{part}/kernel"])
+        + weights[f"{part}/bias"][:, None]
+        for x, part in ((query, "query"), (value, "key"), (value, "value"))
+    )
+    scores = np.einsum("bhne,bhme->bhnm", q, k) / math.sqrt(q.shape[-1])
+    mixed = np.einsum("bhnm,bhme->bhne", softmax(scores), v)
+    out = np.einsum("bhne,hed->bnd", mixed, weights["out/kernel"])
+    return out + weights["out/bias"]
+
+
+def patches_slowly(images, kernel, bias):
+    """Row by row; kernel `(p, p, channels, D)`."""
+    side = kernel.shape[0]
+    rows, columns = (size // side for size in images.shape[1:3])
+    tokens = [
+        np.einsum(
+            "bhwc,hwcd->bd",
+            images[:, y * side :, x * side :][:, :side, :side],
+            kernel,
+        )
+        for y in range(rows)
+        for x in range(columns)
+    ]
+    return np.stack(tokens, axis=1) + bias

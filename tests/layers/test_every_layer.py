@@ -1,0 +1,162 @@
+"""Every public layer passes through the harness, with every flag."""
+
+import inspect
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_vmoe import layers
+from tests.harness import Case
+from tests.harness import arguments_of
+from tests.harness import check_config
+from tests.harness import check_gradients
+from tests.harness import check_outputs
+from tests.harness import check_policy
+
+TOKENS = (3, 6, 8)
+
+
+def moe(label, router=None, **arguments):
+    """A MoE layer; in training each of its 3 experts gets some of 18 tokens."""
+    arguments = {"num_experts": 3, "hidden_dim": 5, **arguments}
+    if router is not None:
+        arguments["router"] = layers.TopKRouter(3, **router)
+    return Case(layers.MoEMLP, arguments, TOKENS, label=f"MoEMLP {label}")
+
+
+ROUTER_FLAGS = {
+    "num_selected_experts": 2,
+    "capacity_factor": 1.5,
+    "batch_priority": True,
+    "noise_std": 0.5,
+    "importance_loss_weight": 0.1,
+    "load_loss_weight": 0.2,
+    "gshard_loss_weight": 0.3,
+    "z_loss_weight": 0.4,
+    "seed": 7,
+}
+CASES = [
+    Case(layers.AttentionPooling,
+         {"num_heads": 2, "hidden_dim": 12, "activation": "relu"},
+         TOKENS, (3, 8)),
+    Case(layers.ClassToken, {}, TOKENS, (3, 7, 8)),
+    Case(layers.Dropout,
+         {"rate": 0.2, "seed": 3, "noise_shape": (3, 1, 8)}, TOKENS),
+    Case(layers.DropPath, {"rate": 0.2, "seed": 3}, TOKENS),
+    Case(layers.LayerScale, {"initial_value": 0.1}, TOKENS),
+    Case(layers.LearnedPositions, {}, TOKENS),
+    Case(layers.MLP,
+         {"hidden_dim": 12, "activation": "gelu_tanh", "dropout": 0.1}, TOKENS),
+    Case(layers.PatchEmbedding,
+         {"hidden_dim": 8, "patch_size": 2}, (2, 4, 6, 3), (2, 6, 8)),
+    Case(layers.SelfAttention, {"num_heads": 4}, TOKENS),
+    Case(layers.SinCos2DPositions, {"grid": (2, 3)}, TOKENS),
+    Case(layers.TokenPooling, {}, TOKENS, (3, 8)),
+    moe("as it comes"),
+    moe("with all flags", ROUTER_FLAGS, images_per_group=2,
+        activation="gelu_tanh", dropout=0.1),
+    moe("one group", {"num_selected_experts": 3}, images_per_group=None),
+]  # fmt: skip
+# These stand in no functional model by themselves.
+PARTS = [
+    Case(layers.LinearGate, {"num_experts": 3}, TOKENS, (3, 6, 3)),
+    Case(layers.MLPExperts,
+         {"num_experts": 3, "hidden_dim": 5, "activation": "gelu_tanh",
+          "dropout": 0.1, "seed": 3},
+         (2, 3, 4, 8)),
+]  # fmt: skip
+ROUTERS = [
+    Case(layers.TopKRouter, {"num_experts": 3, **ROUTER_FLAGS}, TOKENS),
+    Case(
+        layers.TopKRouter,
+        {"num_experts": 3, "gate": layers.LinearGate(3)},
+        TOKENS,
+        label="TopKRouter with a layer as gate",
+    ),
+]
+each = pytest.mark.parametrize("case", CASES + PARTS, ids=str)
+
+
+def test_no_layer_and_no_argument_is_left_out():
+    public = {
+        getattr(layers, name)
+        for name in layers.__all__
+        if inspect.isclass(getattr(layers, name))
+    }
+    cases = CASES + PARTS + ROUTERS
+    assert public - {case.layer for case in cases} == {layers.Router}
+    for layer in public - {layers.Router}:
+        for name, default in arguments_of(layer).items():
+            values = [c.arguments.get(name) for c in cases if c.layer is layer]
+            used = [v for v in values if v is not None and v is not default]
+            assert used, f"{layer.__name__}: {name} never differs"
+
+
+@pytest.mark.parametrize("case", CASES + PARTS + ROUTERS, ids=str)
+def test_config(case):
+    check_config(case)
+
+
+@each
+def test_outputs_and_reload(case, tmp_path):
+    check_outputs(case, tmp_path)
+
+
+@each
+def test_every_weight_has_a_gradient(case):
+    check_gradients(case)
+
+
+@each
+def test_mixed_bfloat16(case):
+    if case.layer is layers.LinearGate:
+        pytest.skip("Gates are float32 under every policy; see below.")
+    check_policy(case, "mixed_bfloat16")
+
+
+@pytest.mark.slow
+@each
+def test_mixed_float16(case):
+    if case.layer is layers.LinearGate:
+        pytest.skip("Gates are float32 under every policy; see below.")
+    check_policy(case, "mixed_float16")
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_gates_are_float32_under_every_policy(policy):
+    router = layers.TopKRouter(3, dtype=policy)
+    tokens = ops.cast(np.ones((1, 4, 8)), policy.removeprefix("mixed_"))
+    plan = router(tokens, training=True)
+    logits = router.gate_layer(tokens)
+    for tensor in (logits, plan.weight, router.gate_layer.kernel):
+        assert keras.backend.standardize_dtype(tensor.dtype) == "float32"
+    # And tokens travel in the policy's own dtype.
+    buffers = plan.dispatch(tokens)
+    dtype = keras.backend.standardize_dtype(buffers.dtype)
+    assert dtype == policy.removeprefix("mixed_")
+
+
+def test_float32_gates_tell_apart_what_bfloat16_cannot():
+    # The two logits differ by 2**-10 of their size: equal in bfloat16, where
+    # the lower index would win.
+    gate = layers.LinearGate(2, dtype="mixed_bfloat16")
+    gate.build((1, 1, 2))
+    gate.kernel.assign([[1.0, 1.0 + 2**-10], [0.0, 0.0]])
+    logits = gate(ops.cast(np.ones((1, 1, 2)), "bfloat16"))
+    assert int(ops.argmax(logits[0, 0])) == 1
+
+
+def test_a_router_stands_not_alone():
+    with pytest.raises(ValueError, match="returns a routing plan, not a "
+                       "tensor.*MoEMLP\\(router=...\\)"):  # fmt: skip
+        layers.TopKRouter(3)(keras.Input((6, 8)))
+
+
+def test_parts_agree_on_the_global_policy():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    layer = layers.MoEMLP(num_experts=2, hidden_dim=4)
+    assert layer.experts.compute_dtype == "bfloat16"
+    out = layer(ops.ones((1, 2, 4), "bfloat16"))
+    assert keras.backend.standardize_dtype(out.dtype) == "bfloat16"

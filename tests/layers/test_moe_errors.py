@@ -1,0 +1,112 @@
+"""The words with which routers, experts and the MoE layer refuse."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_vmoe import layers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"num_experts": 0}, "`num_experts` must be an integer of at least 1. "
+         "Received: num_experts=0"),
+        ({"num_experts": -1}, "Received: num_experts=-1"),
+        ({"num_experts": 2.5}, "Received: num_experts=2.5"),
+        ({"num_selected_experts": 5}, "between 1 and the number of experts. "
+         "Received: num_selected_experts=5 with num_experts=4. Select fewer"),
+        ({"num_selected_experts": 0}, "num_selected_experts=0 with"),
+        ({"capacity_factor": 0.0}, "`capacity_factor` must be positive: with "
+         "0 every expert has a capacity of 0.*Received: capacity_factor=0.0"),
+        ({"capacity_factor": -1.0}, "Received: capacity_factor=-1.0"),
+        ({"capacity_factor": float("nan")}, "capacity_factor=nan"),
+        ({"noise_std": -0.1}, "`noise_std` must not be negative. Received: "
+         "noise_std=-0.1. 0 routes without noise"),
+        ({"gate": "linaer"}, r"`gate` must be one of \[.*'linear'.*\] or a "
+         r"Keras layer. Received: gate='linaer'. Did you mean 'linear'\?"),
+        ({"gate": 3}, "Received: gate=3"),
+    ],
+)  # fmt: skip
+def test_bad_router(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        layers.TopKRouter(**{"num_experts": 4, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"num_experts": 0}, "`num_experts` must be an integer of at least 1. "
+         "Received: num_experts=0"),
+        ({"hidden_dim": 0}, "`hidden_dim` must be an integer of at least 1. "
+         "Received: hidden_dim=0"),
+        ({"router": layers.TopKRouter(3)}, "same number of experts. Received: "
+         "router.num_experts=3 and num_experts=4"),
+        ({"images_per_group": 0}, "`images_per_group` must be an integer of "
+         "at least 1, or None for one group per batch. Received: "
+         "images_per_group=0"),
+        ({"images_per_group": 2.0}, "Received: images_per_group=2.0"),
+        ({"images_per_group": -8}, "Received: images_per_group=-8"),
+        ({"dropout": -0.1}, "-0.1"),
+        ({"dropout": 1.5}, "1.5"),
+    ],
+)  # fmt: skip
+def test_bad_layer(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        layers.MoEMLP(**{"num_experts": 4, "hidden_dim": 8, **arguments})
+
+
+def test_vectors_are_no_tokens():
+    words = (
+        r"\(batch, tokens..., features\) with at least one axis of tokens. "
+        r"Received: shape=\(5, 4\).*expand_dims\(x, 1\)"
+    )
+    with pytest.raises(ValueError, match=words):
+        layers.MoEMLP(2, 8)(np.ones((5, 4), "float32"))
+    with pytest.raises(ValueError, match="at least one axis of tokens"):
+        layers.MoEMLP(2, 8)(keras.Input((4,)))
+
+
+def test_other_features_than_built():
+    layer = layers.MoEMLP(2, 8)
+    layer.build((None, 6, 4))
+    words = (
+        r"built for 4 features. Received: shape=\(5, 6, 3\), with 3 features. "
+        "Project the inputs first or use a new layer"
+    )
+    with pytest.raises(ValueError, match=words):
+        layer(np.ones((5, 6, 3), "float32"))
+    with pytest.raises(ValueError, match="built for 4 features"):
+        layer(keras.Input((6, 3)))
+
+
+def test_unknown_features():
+    with pytest.raises(ValueError, match="features must be known. Received: "
+                       r"input_shape=\(None, 6, None\)"):  # fmt: skip
+        layers.MoEMLP(2, 8)(keras.Input((6, None)))
+
+
+def test_router_takes_groups():
+    words = (
+        r"\(groups, tokens per group, features\). "
+        r"Received: input_shape=\(5, 4\).*`routing.group_tokens`"
+    )
+    with pytest.raises(ValueError, match=words):
+        layers.TopKRouter(2)(np.ones((5, 4), "float32"))
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 4), (1, 3, 6, 4)])
+def test_experts_take_buffers(shape):
+    words = (
+        r"\(groups, experts, capacity, features\) with 2 experts. "
+        r"Received: input_shape=\(.*`plan.dispatch\(tokens\)`"
+    )
+    with pytest.raises(ValueError, match=words):
+        layers.MLPExperts(2, 8)(np.ones(shape, "float32"))
+
+
+def test_router_without_a_plan():
+    router = layers.Router(2)
+    with pytest.raises(NotImplementedError, match="Router must define "
+                       "`make_plan`"):  # fmt: skip
+        router(np.ones((1, 6, 4), "float32"))

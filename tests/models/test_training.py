@@ -1,0 +1,178 @@
+"""`ViTMoE` in Keras's own loops: fit, evaluate, predict, save, resume."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from tests.harness import WITHOUT_GRADIENT
+from tests.harness import randomize
+from tests.models.definitions import images_of
+from tests.models.definitions import tiny
+
+# Two batches of 3 images: a full group of 2 and a partial one.
+IMAGES = images_of(6)
+LABELS = np.array([0, 3, 9, 1, 5, 4])
+BATCH = 3
+
+
+def small(**arguments):
+    """Two blocks, both of them sparse."""
+    moe = {"layers": "every_1", **arguments.pop("moe", {})}
+    return tiny(num_layers=2, moe=moe, **arguments)
+
+
+def compile(model, learning_rate=0.01):
+    model.compile(
+        keras.optimizers.Adam(learning_rate),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    return model
+
+
+def fit(model, epochs=1):
+    history = model.fit(
+        IMAGES,
+        LABELS,
+        batch_size=BATCH,
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
+    )
+    return history.history["loss"]
+
+
+def weights_of(model):
+    return [ops.convert_to_numpy(weight) for weight in model.weights]
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """A noisy run, saved after 2 epochs; its losses and those of its heir."""
+    keras.utils.set_random_seed(0)
+    path = tmp_path_factory.mktemp("run") / "model.keras"
+    model = compile(small(dropout=0.1, drop_path=0.2))
+    start = weights_of(model)
+    first = fit(model, epochs=2)
+    model.save(path)
+    before = model.predict(IMAGES, batch_size=BATCH, verbose=0)
+    second = fit(model, epochs=2)
+
+    keras.utils.set_random_seed(1)
+    heir = keras.saving.load_model(path)
+    after = heir.predict(IMAGES, batch_size=BATCH, verbose=0)
+    return {
+        "model": model,
+        "start": start,
+        "heir": heir,
+        "losses": (first, second, fit(heir, epochs=2)),
+        "predictions": (before, after),
+    }
+
+
+def test_fit_changes_every_weight(resumed):
+    for weight, start in zip(
+        resumed["model"].weights, resumed["start"], strict=True
+    ):
+        if not weight.path.endswith(WITHOUT_GRADIENT):
+            assert (ops.convert_to_numpy(weight) != start).any(), weight.path
+    first, second, _ = resumed["losses"]
+    assert second[-1] < first[0]
+
+
+def test_predictions_of_a_saved_model_are_bit_equal(resumed):
+    before, after = resumed["predictions"]
+    np.testing.assert_array_equal(after, before)
+
+
+def test_a_resumed_run_has_the_noise_it_would_have_had(resumed):
+    # Routing noise, dropout and drop path are all on; a single draw out of
+    # place would show in the losses and in every weight.
+    _, expected, got = resumed["losses"]
+    np.testing.assert_array_equal(got, expected)
+    for weight, other in zip(
+        resumed["heir"].weights, weights_of(resumed["model"]), strict=True
+    ):
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(weight), other, err_msg=weight.path
+        )
+
+
+@pytest.fixture(scope="module")
+def quiet():
+    """A model without noise that does not learn."""
+    keras.utils.set_random_seed(0)
+    return compile(randomize(small(moe={"noise_std": 0.0})), learning_rate=0.0)
+
+
+def test_auxiliary_losses_are_in_training_and_not_in_evaluate(quiet):
+    images, labels = IMAGES[:BATCH], LABELS[:BATCH]
+    logits = quiet.predict(images, verbose=0)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    plain = float(loss(labels, logits))
+
+    for layer in quiet.moe_layers:
+        layer.router.statistics.reset()
+    logs = quiet.train_on_batch(images, labels, return_dict=True)
+    auxiliary = sum(
+        layer.router.statistics.result()["auxiliary_loss"]
+        for layer in quiet.moe_layers
+    )
+    assert auxiliary > 1e-4
+    assert logs["loss"] == pytest.approx(plain + auxiliary, rel=1e-5)
+
+    logs = quiet.evaluate(images, labels, verbose=0, return_dict=True)
+    assert logs["loss"] == pytest.approx(plain, rel=1e-5)
+    assert logs["accuracy"] == pytest.approx(
+        np.mean(logits.argmax(-1) == labels), abs=1e-6
+    )
+    logs = quiet.test_on_batch(images, labels, return_dict=True)
+    assert logs["loss"] == pytest.approx(plain, rel=1e-5)
+
+
+def test_inference_has_no_noise(resumed):
+    model = resumed["model"]
+    once, twice = (
+        model.predict(IMAGES, batch_size=BATCH, verbose=0) for _ in range(2)
+    )
+    np.testing.assert_array_equal(once, twice)
+
+
+def test_clone_model(quiet):
+    # Keras makes a plain functional model of a functional subclass; its layers
+    # are ours, new, with their names.
+    clone = keras.models.clone_model(quiet)
+    names = [layer.name for layer in quiet.layers]
+    assert [layer.name for layer in clone.layers] == names
+    assert not {id(w) for w in clone.weights} & {id(w) for w in quiet.weights}
+    for name in ("block_0_moe", "block_1_moe"):
+        config = quiet.get_layer(name).router.get_config()
+        assert clone.get_layer(name).router.get_config() == config
+    clone.set_weights(quiet.get_weights())
+    images = IMAGES[:BATCH]
+    np.testing.assert_array_equal(
+        clone.predict(images, verbose=0), quiet.predict(images, verbose=0)
+    )
+
+
+def test_weights_files(quiet, tmp_path):
+    quiet.save_weights(tmp_path / "model.weights.h5")
+    other = small(moe={"noise_std": 0.0})
+    other.load_weights(tmp_path / "model.weights.h5")
+    for got, expected in zip(weights_of(other), weights_of(quiet), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_frozen_layers_stay():
+    model = small(moe={"layers": "last_1"})
+    randomize(model)
+    for layer in model.layers:
+        layer.trainable = layer.name in ("head", "block_1_moe")
+    compile(model)
+    before = {w.path: ops.convert_to_numpy(w) for w in model.weights}
+    model.train_on_batch(IMAGES[:BATCH], LABELS[:BATCH])
+    for weight in model.weights:
+        changed = (ops.convert_to_numpy(weight) != before[weight.path]).any()
+        frozen = not weight.path.startswith(("head", "block_1_moe"))
+        assert changed != frozen, weight.path
