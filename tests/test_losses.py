@@ -122,6 +122,15 @@ def test_one_expert(name, value):
     assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
+def test_all_zero_gates():
+    # 0 / 0 is no imbalance, and its gradient is no NaN.
+    gates = np.zeros((2, 6, 3), "float32")
+    (_, (values,)), (gradient,) = value_and_gradients(
+        weighted("importance"), gates
+    )
+    assert not values.any() and not gradient.any()
+
+
 # By hand: importance (3, 1) has mean 2 and standard deviation 1, so 1/4.
 # (4, 0) has mean 2 and standard deviation 2, so 1.
 @pytest.mark.parametrize(

@@ -36,10 +36,10 @@ def classify(model, images, class_names, top=3):
 
     Example:
 
-    >>> model = keras.Sequential([keras.layers.Flatten(),
-    ...     keras.layers.Dense(2, bias_initializer=lambda s, dtype: [0., 9.])])
-    >>> classify(model, np.zeros((1, 2, 2, 3), "float32"), ["cat", "dog"], 1)
-    [[Prediction(class_name='dog', probability=0.9998766183853149)]]
+    >>> model = keras.Sequential([keras.layers.Identity()])
+    >>> logits = np.array([[0.0, 9.0]], "float32")
+    >>> classify(model, logits, ["cat", "dog"], top=1)[0][0].class_name
+    'dog'
     """
     logits = model.predict(images, verbose=0)
     if logits.shape[-1] != len(class_names):

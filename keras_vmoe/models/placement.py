@@ -32,16 +32,21 @@ def moe_blocks(layers, num_layers):
     """
     if isinstance(layers, str):
         return _named(layers, num_layers)
-    blocks = tuple(sorted(layers))
-    wrong = [i for i in blocks if not isinstance(i, int)]
-    wrong = wrong or [i for i in blocks if not 0 <= i < num_layers]
-    if wrong or not blocks or len(set(blocks)) < len(blocks):
+    if not _are_blocks(layers, num_layers):
         raise ValueError(
             f"Block indices must be different integers from 0 to "
             f"{num_layers - 1}, at least one. Received: layers={layers!r}. "
             "Use `moe=None` for a model without MoE layers."
         )
-    return blocks
+    return tuple(sorted(layers))
+
+
+def _are_blocks(layers, num_layers):
+    """Whether these are different block indices, at least one."""
+    if not isinstance(layers, (list, tuple, range)) or not layers:
+        return False
+    inside = [isinstance(i, int) and 0 <= i < num_layers for i in layers]
+    return all(inside) and len(set(layers)) == len(layers)
 
 
 def _named(layers, num_layers):

@@ -135,12 +135,15 @@ def group_tokens(inputs, images_per_group):
     shape = ops.shape(inputs)
     batch, features = shape[0], shape[-1]
     num_tokens = math.prod(shape[1:-1])
+    if isinstance(batch, int) and batch == 0:
+        tokens = ops.reshape(inputs, (0, num_tokens, features))
+        return TokenGroups(tokens, None, num_tokens)
     if images_per_group is None:
         tokens = ops.reshape(inputs, (1, batch * num_tokens, features))
         return TokenGroups(tokens, None, batch * num_tokens)
     group_size = images_per_group * num_tokens
     static = isinstance(batch, int)
-    if static and 0 < batch < images_per_group:
+    if static and batch < images_per_group:
         tokens = ops.reshape(inputs, (1, batch * num_tokens, features))
         return TokenGroups(tokens, None, group_size)
     groups = -(-batch // images_per_group)
