@@ -93,7 +93,7 @@ def _parser(jsonargparse):
     )
     commands = parser.add_subcommands(required=True)
     train_parser = jsonargparse.ArgumentParser(
-        description="Trains a ViTMoE on a TFDS dataset and writes a run folder.",
+        description="Trains a ViTMoE on a TFDS dataset; writes a run folder.",
         epilog=TRAIN_EPILOG,
         formatter_class=layout,
     )

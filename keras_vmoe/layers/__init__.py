@@ -1,4 +1,4 @@
-"""Keras layers: gates, routers, experts, the MoE layer and the parts of a ViT."""
+"""Keras layers: gates, routers, experts, the MoE layer, parts of a ViT."""
 
 from keras_vmoe.layers.activations import gelu_tanh
 from keras_vmoe.layers.attention import SelfAttention

@@ -1,4 +1,4 @@
-"""Routers: gate, noise, selection and auxiliary losses, from tokens to a plan."""
+"""Routers: gate, noise, selection, auxiliary losses: from tokens to plans."""
 
 import keras
 from keras import ops

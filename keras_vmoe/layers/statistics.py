@@ -1,4 +1,4 @@
-"""What a router did in training, averaged over the steps since the last reset."""
+"""What a router did in training: means over the steps since a reset."""
 
 import keras
 import numpy as np
