@@ -24,21 +24,21 @@ quickstart: $(VENV)/.quickstart-$(BACKEND)  ## Train a V-MoE on real digits.
 	TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/keras-vmoe train --backend $(BACKEND) \
 		--run_dir $(RUN_DIR)
 
+# A process per core compiles its own tests; files stay together.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# The data room is tf.data under every backend: its tests run once.
 .PHONY: test
 test: $(VENV)/.test  ## The fast tests, on all three backends.
-	for backend in jax tensorflow torch; do \
-		echo "backend: $$backend"; \
-		KERAS_BACKEND=$$backend $(BIN)/python -m pytest -q -m "not slow" \
-			|| exit 1; \
-	done
+	KERAS_BACKEND=jax $(PYTEST) -m "not slow"
+	KERAS_BACKEND=tensorflow $(PYTEST) -m "not slow" --ignore tests/data
+	KERAS_BACKEND=torch $(PYTEST) -m "not slow" --ignore tests/data
 
 .PHONY: test-slow
 test-slow: $(VENV)/.test  ## The exhaustive tests, on all three backends.
-	for backend in jax tensorflow torch; do \
-		echo "backend: $$backend"; \
-		KERAS_BACKEND=$$backend $(BIN)/python -m pytest -q -m slow \
-			|| exit 1; \
-	done
+	KERAS_BACKEND=jax $(PYTEST) -m slow
+	KERAS_BACKEND=tensorflow $(PYTEST) -m slow
+	KERAS_BACKEND=torch $(PYTEST) -m slow
 
 .PHONY: lint
 lint: $(VENV)/.test  ## Style, and that every file compiles.

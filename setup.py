@@ -26,7 +26,12 @@ EXTRAS = {
     "plots": ["matplotlib>=3.9,<4"],
     "cli": ["jsonargparse[signatures]>=4.40,<5"],
     "serving": [TENSORFLOW, "tensorflow-serving-api>=2.20,<2.21"],
-    "test": ["pytest>=8,<10", "ruff>=0.14,<0.18", "build>=1.2,<2"],
+    "test": [
+        "pytest>=8,<10",
+        "pytest-xdist>=3.6,<4",
+        "ruff>=0.14,<0.18",
+        "build>=1.2,<2",
+    ],
 }
 EXTRAS["all"] = sorted({need for needs in EXTRAS.values() for need in needs})
 

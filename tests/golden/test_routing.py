@@ -27,6 +27,12 @@ def eagerly(function):
     return lambda *arrays: function(*map(ops.convert_to_tensor, arrays))
 
 
+def slow_after(number, values):
+    """All but the first few are slow: eager JAX compiles each operation."""
+    slow = [pytest.param(v, marks=pytest.mark.slow) for v in values[number:]]
+    return [*values[:number], *slow]
+
+
 HOW = pytest.mark.parametrize("how", [eagerly, compiled])
 EACH = pytest.mark.parametrize("number", range(len(CONFIGS)))
 
@@ -40,9 +46,18 @@ def places(config):
     )
 
 
-@HOW
 @EACH
-def test_decisions_and_outputs(how, number):
+def test_decisions_and_outputs(number):
+    check_decisions_and_outputs(compiled, number)
+
+
+# The first with K = 1, the fourth with K = 2 and BPR.
+@pytest.mark.parametrize("number", slow_after(2, [0, 3, 1, 2, 4, 5, 6]))
+def test_decisions_and_outputs_eager(number):
+    check_decisions_and_outputs(eagerly, number)
+
+
+def check_decisions_and_outputs(how, number):
     config = CONFIGS[number]
 
     def layer(gates, tokens, scale):

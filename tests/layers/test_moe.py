@@ -141,7 +141,7 @@ def test_dynamic_batch(images_per_group):
 
 @pytest.mark.parametrize("images_per_group", [1, 8, None])
 def test_an_empty_batch(images_per_group):
-    layer = make_layer(images_per_group)
+    layer = compiled(make_layer(images_per_group))
     assert tuple(layer(images_of(0, 6, 4)).shape) == (0, 6, 4)
 
 

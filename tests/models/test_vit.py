@@ -22,17 +22,17 @@ from tests.models.definitions import vit_slowly
 
 
 def case(label, shape=(3, 8, 8, 3), features=10, **arguments):
-    """A model of 2 blocks, the second of them sparse, all experts in use."""
+    """A model of 1 sparse block, all of whose experts are in use."""
     arguments = {
         "image_size": 8,
         "patch_size": 4,
         "hidden_dim": 32,
-        "num_layers": 2,
+        "num_layers": 1,
         "num_heads": 4,
         "mlp_dim": 64,
         "num_classes": 10,
         "moe": {
-            "layers": "last_1",
+            "layers": [0],
             "num_experts": 4,
             "num_selected_experts": 4,
             "capacity_factor": 1.0,
@@ -47,6 +47,7 @@ CASES = [
     case("as it comes"),
     case(
         "with all flags",
+        num_layers=2,
         pooling="map",
         representation_size=32,
         position_embedding="sincos2d",

@@ -10,6 +10,7 @@ from keras import ops
 from keras_vmoe.routing import SparsePlan
 from keras_vmoe.routing import select_experts
 from keras_vmoe.routing import top_k_plan
+from tests.gradients import compiled
 from tests.gradients import value_and_gradients
 from tests.routing.definitions import one_hot_combine
 from tests.routing.definitions import one_hot_dispatch
@@ -41,11 +42,8 @@ THREE_TOKENS = np.array([[[0.6, 0.4], [0.7, 0.3], [0.9, 0.1]]], "float32")
     ],
 )
 def test_three_tokens(num_selected_experts, batch_priority, capacity, served):
-    plan = top_k_plan(
-        ops.convert_to_tensor(THREE_TOKENS),
-        num_selected_experts,
-        capacity,
-        batch_priority=batch_priority,
+    plan = make_plan(
+        THREE_TOKENS, num_selected_experts, capacity, batch_priority, None
     )
     expected = np.zeros((1, 3, 2, capacity))
     for (expert, place), token in served.items():
@@ -57,15 +55,15 @@ def test_all_first_choices_come_before_any_second_choice():
     # Token 0 wants expert 0, then 1. Token 1 wants expert 1, then 0. Each
     # expert has one place: both first choices are served, although token 0's
     # second choice stands before token 1's first.
-    gates = ops.convert_to_tensor([[[0.9, 0.1], [0.3, 0.7]]])
-    plan = top_k_plan(gates, num_selected_experts=2, capacity=1)
+    gates = np.array([[[0.9, 0.1], [0.3, 0.7]]], "float32")
+    plan = make_plan(gates, 2, 1, False, None)
     weight = ops.convert_to_numpy(plan.weight)[0]
     np.testing.assert_allclose(weight, [[0.9, 0.0], [0.7, 0.0]], rtol=1e-6)
 
 
 def test_combine_weights_are_not_renormalised():
-    gates = ops.convert_to_tensor([[[0.5, 0.3, 0.2]]])
-    plan = top_k_plan(gates, num_selected_experts=2, capacity=1)
+    gates = np.array([[[0.5, 0.3, 0.2]]], "float32")
+    plan = make_plan(gates, 2, 1, False, None)
     weight = ops.convert_to_numpy(plan.weight)[0, 0]
     np.testing.assert_allclose(weight, [0.5, 0.3], rtol=1e-6)
 
@@ -263,13 +261,20 @@ def check_both_ends(plan):
 
 
 def make_plan(gates, num_selected_experts, capacity, batch_priority, mask):
-    return top_k_plan(
-        ops.convert_to_tensor(gates),
-        num_selected_experts,
-        capacity,
-        batch_priority=batch_priority,
-        mask=None if mask is None else ops.convert_to_tensor(mask),
-    )
+    """A plan, compiled."""
+
+    def fields(gates, mask=None):
+        plan = top_k_plan(
+            gates,
+            num_selected_experts,
+            capacity,
+            batch_priority=batch_priority,
+            mask=mask,
+        )
+        return plan.choice, plan.slot, plan.weight, plan.load
+
+    arrays = (gates,) if mask is None else (gates, mask)
+    return SparsePlan(*compiled(fields)(*arrays))
 
 
 def random_tokens(gates):
