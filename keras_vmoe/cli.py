@@ -1,10 +1,13 @@
 """The command `keras-vmoe`."""
 
+import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
 import sys
+from typing import Literal
 
 import keras
 
@@ -62,14 +65,18 @@ def train(settings, arguments):
     config = training.TrainConfig(**{name: settings[name] for name in names})
     if config.backend not in (None, keras.backend.backend()):
         _restart(config.backend, arguments)
+    print(f"backend: {keras.backend.backend()}", flush=True)
     result = training.train(config)
-    for name in ("model.keras", "history.csv", "curves.png"):
-        print(result.run_dir / name)
+    print(f"model: {result.run_dir / 'model.keras'}")
+    print(f"history: {result.run_dir / 'history.csv'}")
+    print(f"curves and load of every expert: {result.run_dir / 'curves.png'}")
     print(f"test accuracy: {result.test_accuracy:.4f}")
 
 
 def predict(settings, arguments):
     """`keras-vmoe predict`: prints the classes of image files."""
+    if settings.backend not in (None, keras.backend.backend()):
+        _restart(settings.backend, arguments)
     path = pathlib.Path(settings.model)
     run_dir = path if path.is_dir() else path.parent
     model = models.load(path / "model.keras" if path.is_dir() else path)
@@ -86,7 +93,11 @@ COMMANDS = {"train": train, "predict": predict}
 
 def _parser(jsonargparse):
     # Only so does jsonargparse keep the lines of the examples apart.
-    layout = jsonargparse.DefaultHelpFormatter
+    class layout(  # noqa: N801
+        argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter
+    ):
+        pass
+
     parser = jsonargparse.ArgumentParser(
         prog="keras-vmoe",
         description="Sparse Mixture-of-Experts for vision.",
@@ -111,7 +122,11 @@ def _parser(jsonargparse):
         "model", type=str, help="Run folder or .keras file."
     )
     predict_parser.add_argument(
-        "images", type=str, nargs="+", help="PNG, JPEG, BMP or GIF files."
+        "images",
+        type=str,
+        nargs="+",
+        help="PNG, JPEG, BMP or GIF files that look like the training images "
+        "(the embedded digits are white on black).",
     )
     predict_parser.add_argument(
         "--classes",
@@ -122,6 +137,12 @@ def _parser(jsonargparse):
     predict_parser.add_argument(
         "--top", type=int, default=3, help="Classes to print for each image."
     )
+    predict_parser.add_argument(
+        "--backend",
+        type=Literal["jax", "tensorflow", "torch"] | None,
+        default=None,
+        help="Keras backend; null leaves the choice to Keras.",
+    )
     commands.add_subcommand("predict", predict_parser, help="Classify images.")
     return parser
 
@@ -131,6 +152,11 @@ def _restart(backend, arguments):
 
     Keras binds its backend when it is imported, which this module has done.
     """
+    if importlib.util.find_spec(backend) is None:
+        raise ImportError(
+            f"The backend must be installed. Received: backend={backend!r}. "
+            f"Install it with: pip install 'keras_vmoe[{backend}]'"
+        )
     environment = {**os.environ, "KERAS_BACKEND": backend}
     command = [sys.executable, "-m", "keras_vmoe.cli", *arguments]
     sys.stdout.flush()

@@ -21,8 +21,19 @@ import pytest  # noqa: E402
 
 
 def pytest_configure(config):
+    if keras.backend.backend() == "jax" and hasattr(config, "cache"):
+        keep_compiled_programs(str(config.cache.mkdir("jax")))
     # A warning that our own code causes is a bug.
     config.addinivalue_line("filterwarnings", r"error:::keras_vmoe(\..*)?$")
+
+
+def keep_compiled_programs(folder):
+    """Lets JAX find the programs of the last run: the next takes a third."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(autouse=True)

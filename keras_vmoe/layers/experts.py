@@ -6,6 +6,7 @@ from keras import ops
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.stochastic import Dropout
+from keras_vmoe.routing.groups import is_integer
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -55,13 +56,13 @@ class MLPExperts(keras.layers.Layer):
             ("num_experts", num_experts),
             ("hidden_dim", hidden_dim),
         ):
-            if not isinstance(size, int) or size < 1:
+            if not is_integer(size) or size < 1:
                 raise ValueError(
                     f"`{name}` must be an integer of at least 1. "
                     f"Received: {name}={size!r}."
                 )
-        self.num_experts = num_experts
-        self.hidden_dim = hidden_dim
+        self.num_experts = int(num_experts)
+        self.hidden_dim = int(hidden_dim)
         self.activation = get_activation(activation)
         self.dropout = dropout
         self.seed = seed

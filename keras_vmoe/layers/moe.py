@@ -7,7 +7,9 @@ from keras_vmoe import routing
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.experts import MLPExperts
+from keras_vmoe.layers.routers import Router
 from keras_vmoe.layers.routers import TopKRouter
+from keras_vmoe.routing.groups import is_integer
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -70,7 +72,7 @@ class MoEMLP(keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         if images_per_group is not None and (
-            not isinstance(images_per_group, int) or images_per_group < 1
+            not is_integer(images_per_group) or images_per_group < 1
         ):
             raise ValueError(
                 "`images_per_group` must be an integer of at least 1, or None "
@@ -81,16 +83,18 @@ class MoEMLP(keras.layers.Layer):
             router = TopKRouter(
                 num_experts, dtype=self.dtype_policy, name="router"
             )
+        _check_router(router)
         if router.num_experts != num_experts:
             raise ValueError(
                 "Router and layer must have the same number of experts. "
                 f"Received: router.num_experts={router.num_experts} and "
                 f"num_experts={num_experts}."
             )
-        self.num_experts = num_experts
-        self.hidden_dim = hidden_dim
+        router.owned = True
+        self.num_experts = int(num_experts)
+        self.hidden_dim = int(hidden_dim)
         self.router = router
-        self.images_per_group = images_per_group
+        self.images_per_group = images_per_group and int(images_per_group)
         self.activation = get_activation(activation)
         self.dropout = dropout
         self.experts = MLPExperts(
@@ -172,3 +176,19 @@ class MoEMLP(keras.layers.Layer):
             router = keras.saving.deserialize_keras_object(config["router"])
             config = {**config, "router": router}
         return cls(**config)
+
+
+def _check_router(router):
+    """Raises unless this is a router that no other layer holds."""
+    if not isinstance(router, Router):
+        raise ValueError(
+            "`router` must be a router object or None. "
+            f"Received: router={router!r}. "
+            "Write `layers.TopKRouter(num_experts, ...)`."
+        )
+    if router.owned:
+        raise ValueError(
+            "Every MoE layer needs a router of its own: a shared one could "
+            f"not be saved. Received: router={router.name!r}, which another "
+            "layer holds. Make a new router for each layer."
+        )

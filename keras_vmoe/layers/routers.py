@@ -1,5 +1,8 @@
 """Routers: gate, noise, selection, auxiliary losses: from tokens to plans."""
 
+import math
+import numbers
+
 import keras
 from keras import ops
 
@@ -30,13 +33,9 @@ class Router(SavesSeedState, keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         check_selection(num_experts, 1)
-        if noise_std < 0:
-            raise ValueError(
-                "`noise_std` must not be negative. "
-                f"Received: noise_std={noise_std}. 0 routes without noise."
-            )
+        _check_not_negative("noise_std", noise_std)
         self.supports_masking = True
-        self.num_experts = num_experts
+        self.num_experts = int(num_experts)
         self.noise_std = noise_std
         self.gate = gate
         self.seed = seed
@@ -45,6 +44,7 @@ class Router(SavesSeedState, keras.layers.Layer):
             gate, num_experts, dtype=self.dtype_policy, name="gate"
         )
         self.statistics = RoutingStatistics(num_experts)
+        self.owned = False  # Set by the MoE layer that takes the router.
 
     @property
     def variables(self):
@@ -64,6 +64,12 @@ class Router(SavesSeedState, keras.layers.Layer):
 
     def call(self, tokens, mask=None, group_size=None, training=False):
         logits = self.gate_layer(tokens)  # (G, S, E)
+        if logits.shape[-1] != self.num_experts:
+            raise ValueError(
+                f"The gate must give one logit for each of {self.num_experts} "
+                f"experts. Received: logits of shape {tuple(logits.shape)}. "
+                "Make a gate layer with as many outputs as experts."
+            )
         noisy_logits = self._add_noise(logits) if training else logits
         if group_size is None:
             group_size = ops.shape(tokens)[1]
@@ -209,8 +215,15 @@ class TopKRouter(Router):
         super().__init__(num_experts, noise_std, gate, seed, **kwargs)
         check_selection(num_experts, num_selected_experts)
         check_capacity_factor(capacity_factor)
-        self.num_selected_experts = num_selected_experts
-        self.capacity_factor = capacity_factor
+        for name, weight in (
+            ("importance_loss_weight", importance_loss_weight),
+            ("load_loss_weight", load_loss_weight),
+            ("gshard_loss_weight", gshard_loss_weight),
+            ("z_loss_weight", z_loss_weight),
+        ):
+            _check_not_negative(name, weight)
+        self.num_selected_experts = int(num_selected_experts)
+        self.capacity_factor = float(capacity_factor)
         self.batch_priority = batch_priority
         self.importance_loss_weight = importance_loss_weight
         self.load_loss_weight = load_loss_weight
@@ -268,3 +281,12 @@ class TopKRouter(Router):
             "gshard_loss_weight": self.gshard_loss_weight,
             "z_loss_weight": self.z_loss_weight,
         }
+
+
+def _check_not_negative(name, value):
+    """Raises unless a setting is a finite number of at least 0."""
+    if not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+        raise ValueError(
+            f"`{name}` must be a finite number and not negative. "
+            f"Received: {name}={value!r}. 0 turns it off."
+        )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -58,6 +59,12 @@ class MoEConfig:
         """
         if isinstance(moe, cls):
             return moe
+        if not isinstance(moe, Mapping):
+            raise ValueError(
+                "`moe` must be None or a dict such as "
+                "dict(layers='last_2', num_experts=8). "
+                f"Received: moe={moe!r}."
+            )
         moe = dict(moe)
         known = [field.name for field in dataclasses.fields(cls)]
         for key in moe:
@@ -100,10 +107,12 @@ class MoEConfig:
             config["layers"] = list(self.layers)
         return config
 
-    def make_router(self, dtype):
+    def make_router(self, block, dtype):
         """A new router for one layer.
 
         Args:
+            block: Index of the layer's block. A router with a seed is copied
+                with `seed + block`, so that no two layers draw the same noise.
             dtype: Dtype policy of the layer.
 
         Returns:
@@ -113,11 +122,15 @@ class MoEConfig:
             ValueError: If the router's name is unknown.
         """
         if isinstance(self.router, keras.layers.Layer):
-            return type(self.router).from_config(self.router.get_config())
+            config = self.router.get_config()
+            if config["seed"] is not None:
+                config["seed"] += block
+            return type(self.router).from_config(config)
         if self.router not in ROUTERS:
             raise ValueError(
                 f"`router` must be one of {sorted(ROUTERS)} or a router "
-                f"object. Received: router={self.router!r}."
+                f"object. Received: router={self.router!r}. "
+                "A router object is made by, say, layers.TopKRouter(8)."
             )
         settings = {key: getattr(self, key) for key in ROUTER_FIELDS}
         return ROUTERS[self.router](

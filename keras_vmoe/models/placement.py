@@ -2,6 +2,8 @@
 
 import re
 
+from keras_vmoe.routing.groups import is_integer
+
 
 def moe_blocks(layers, num_layers):
     """Resolves a placement to block indices.
@@ -45,7 +47,7 @@ def _are_blocks(layers, num_layers):
     """Whether these are different block indices, at least one."""
     if not isinstance(layers, (list, tuple, range)) or not layers:
         return False
-    inside = [isinstance(i, int) and 0 <= i < num_layers for i in layers]
+    inside = [is_integer(i) and 0 <= i < num_layers for i in layers]
     return all(inside) and len(set(layers)) == len(layers)
 
 

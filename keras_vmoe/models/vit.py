@@ -6,6 +6,7 @@ from keras_vmoe import layers
 from keras_vmoe.layers.patches import patch_grid
 from keras_vmoe.models.moe import MoEConfig
 from keras_vmoe.models.placement import moe_blocks
+from keras_vmoe.routing.groups import is_integer
 
 POOLINGS = ("token", "gap", "map")
 POSITION_EMBEDDINGS = ("learned", "sincos2d")
@@ -17,7 +18,8 @@ class ViTMoE(keras.Model):
 
     A functional model. Its layers are named `embedding`, `class_token`,
     `positions`, `block_<i>_attention`, `block_<i>_mlp` or `block_<i>_moe`,
-    `norm`, `pooling`, `pre_logits`, `head`.
+    `norm`, `pooling`, `pre_logits`, `head`. What leaves a block, residual
+    branches included, is the output of `block_<i>_mlp_add`.
 
     Defaults are V-MoE's: pre-norm blocks, LayerNorm epsilon 1e-6, gelu in its
     tanh approximation, learned positions added behind the class token, a head
@@ -109,6 +111,14 @@ class ViTMoE(keras.Model):
             "position_embedding", position_embedding, POSITION_EMBEDDINGS
         )
 
+        _check_sizes(
+            patch_size=patch_size,
+            hidden_dim=hidden_dim,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            mlp_dim=mlp_dim,
+            num_classes=1 if num_classes is None else num_classes,
+        )
         images = keras.Input((*_pair(image_size), 3), name="images")
         x = layers.PatchEmbedding(
             hidden_dim, patch_size, dtype=policy, name="embedding"
@@ -203,7 +213,7 @@ def _mlps(num_layers, mlp_dim, moe, activation, dropout, policy):
             yield layers.MoEMLP(
                 moe.num_experts,
                 moe.hidden_dim or mlp_dim,
-                router=moe.make_router(policy),
+                router=moe.make_router(i, policy),
                 images_per_group=moe.images_per_group,
                 activation=activation,
                 dropout=dropout,
@@ -256,9 +266,22 @@ def _head(x, representation_size, num_classes, policy):
 def _check_choice(name, value, choices):
     if value not in choices:
         raise ValueError(
-            f"`{name}` must be one of {choices}. Received: {name}={value!r}."
+            f"`{name}` must be one of {choices}. Received: {name}={value!r}. "
+            f"The default is {choices[0]!r}."
         )
 
 
+def _check_sizes(**sizes):
+    for name, size in sizes.items():
+        if not is_integer(size) or size < 1:
+            raise ValueError(
+                f"`{name}` must be an integer of at least 1. "
+                f"Received: {name}={size!r}."
+            )
+
+
 def _pair(size):
-    return (size, size) if isinstance(size, int) else tuple(size)
+    """`(height, width)` of an image size, checked."""
+    pair = (size, size) if is_integer(size) else tuple(size)
+    _check_sizes(**dict(zip(("image_size", "image_width"), pair, strict=True)))
+    return pair

@@ -1,6 +1,7 @@
 """Groups of tokens that are routed together, and the room that experts have."""
 
 import math
+import numbers
 from fractions import Fraction
 from typing import Any
 from typing import NamedTuple
@@ -45,7 +46,7 @@ def capacity(num_tokens, num_experts, num_selected_experts, capacity_factor):
     """
     check_selection(num_experts, num_selected_experts)
     check_capacity_factor(capacity_factor)
-    factor = Fraction(str(capacity_factor))
+    factor = Fraction(str(float(capacity_factor)))
     places = num_selected_experts * factor / num_experts
     step = CAPACITY_MULTIPLE * places.denominator
     # One ceiling does both roundings: ceil(ceil(x) / 4) is ceil(x / 4).
@@ -65,7 +66,7 @@ def capacity(num_tokens, num_experts, num_selected_experts, capacity_factor):
 
 def check_capacity_factor(capacity_factor):
     """Raises unless `capacity_factor` is a positive, finite number."""
-    number = isinstance(capacity_factor, (int, float)) and not isinstance(
+    number = isinstance(capacity_factor, numbers.Real) and not isinstance(
         capacity_factor, bool
     )
     if not number or not math.isfinite(capacity_factor):
@@ -83,16 +84,21 @@ def check_capacity_factor(capacity_factor):
         )
 
 
+def is_integer(value):
+    """Whether this is an integer of Python or numpy, and no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_selection(num_experts, num_selected_experts):
     """Raises unless `1 <= K <= E`, both integers."""
-    if not isinstance(num_experts, int) or num_experts < 1:
+    if not is_integer(num_experts) or num_experts < 1:
         raise ValueError(
             "`num_experts` must be an integer of at least 1. "
             f"Received: num_experts={num_experts!r}. "
             "Use `moe=None` or a plain MLP for a dense model."
         )
     if (
-        not isinstance(num_selected_experts, int)
+        not is_integer(num_selected_experts)
         or not 1 <= num_selected_experts <= num_experts
     ):
         raise ValueError(

@@ -46,15 +46,17 @@ class SparsePlan:
         # An empty place holds S * K, so that the quotient is S: no token.
         source = self.choice // self.slot.shape[-1]
 
+        # Indices are arguments and not closed over: JAX's rematerialisation
+        # traces the gradient where the closure's values no longer exist.
         @ops.custom_gradient
-        def move(tokens):
+        def move(tokens, source, slot):
             def gradient(*args, upstream=None):
                 upstream = args[-1] if upstream is None else upstream
-                return _sum_choices(_rows(_flat(upstream), self.slot))
+                return _sum_choices(_rows(_flat(upstream), slot)), None, None
 
             return _rows(tokens, source), gradient
 
-        return move(tokens)
+        return move(tokens, source, self.slot)
 
     def combine(self, buffers):
         """Brings the experts' outputs back to the tokens.
@@ -69,20 +71,20 @@ class SparsePlan:
         weight = ops.cast(self.weight, buffers.dtype)
 
         @ops.custom_gradient
-        def move(buffers, weight):
-            returned = _rows(_flat(buffers), self.slot)  # (G, S, K, D)
+        def move(buffers, weight, choice, slot):
+            returned = _rows(_flat(buffers), slot)  # (G, S, K, D)
 
             def gradient(*args, upstream=None):
                 upstream = args[-1] if upstream is None else upstream
-                source = self.choice // self.slot.shape[-1]
-                gain = _rows(_choices(weight), self.choice)
+                source = choice // slot.shape[-1]
+                gain = _rows(_choices(weight), choice)
                 d_buffers = _rows(upstream, source) * gain
                 d_weight = ops.sum(returned * upstream[:, :, None, :], axis=-1)
-                return d_buffers, d_weight
+                return d_buffers, d_weight, None, None
 
             return _sum_choices(returned * weight[..., None]), gradient
 
-        return move(buffers, weight)
+        return move(buffers, weight, self.choice, self.slot)
 
     def load_share(self):
         """Share of all choices that fell on each expert, `(E,)`, sum 1."""

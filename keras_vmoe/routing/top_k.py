@@ -70,7 +70,7 @@ def _service_order(weights, batch_priority):
     else:
         tokens = ops.expand_dims(ops.arange(num_tokens, dtype="int32"), 0)
     order = tokens[:, None, :] * num_choices + choice  # (G or 1, K, S)
-    return ops.reshape(order, (-1, num_choices * num_tokens))
+    return ops.reshape(order, (ops.shape(order)[0], num_choices * num_tokens))
 
 
 def _serve(experts, weights, order, num_experts, capacity):

@@ -5,6 +5,7 @@ import math
 import pathlib
 
 import keras
+import numpy as np
 
 from keras_vmoe import inspection
 from keras_vmoe import models
@@ -108,7 +109,7 @@ class StopOnNonFiniteLoss(keras.callbacks.Callback):
 
 
 class SaveModel(keras.callbacks.Callback):
-    """Saves the model after every epoch whose losses are finite, atomically.
+    """Saves the model after every epoch that leaves it finite, atomically.
 
     Args:
         path: `.keras` file; always the last good model, whole.
@@ -124,8 +125,15 @@ class SaveModel(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         losses = [v for k, v in (logs or {}).items() if k.endswith("loss")]
-        if all(math.isfinite(loss) for loss in losses):
+        if all(math.isfinite(loss) for loss in losses) and self._is_finite():
             models.save(self.model, self.path)
+
+    def _is_finite(self):
+        # The last step's loss was computed before the last step's update.
+        return all(
+            np.isfinite(keras.ops.convert_to_numpy(weight)).all()
+            for weight in self.model.trainable_weights
+        )
 
 
 class HistoryFile(keras.callbacks.Callback):

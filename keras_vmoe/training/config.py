@@ -1,6 +1,7 @@
 """What a training run needs to know, as one typed value."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from keras_vmoe.models import MoEConfig
@@ -61,7 +62,7 @@ class TrainConfig:
         epochs: Passes over the training split.
         learning_rate: Peak learning rate of AdamW, reached after the warm-up;
             from there a cosine leads to 0.
-        warmup_epochs: Epochs of linear warm-up.
+        warmup: Share of the training steps that is linear warm-up, in [0, 1).
         weight_decay: Decoupled weight decay of AdamW, on all kernels.
         seed: Makes a run repeatable on one machine and backend.
         model: The model's size.
@@ -79,7 +80,7 @@ class TrainConfig:
     batch_size: int = 64
     epochs: int = 60
     learning_rate: float = 2e-3
-    warmup_epochs: float = 5.0
+    warmup: float = 0.1
     weight_decay: float = 0.3
     seed: int = 0
     model: ViTConfig = dataclasses.field(default_factory=ViTConfig)
@@ -87,19 +88,15 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("batch_size", "epochs", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(
-                    f"`{name}` must be positive. "
-                    f"Received: {name}={getattr(self, name)}."
-                )
-        for name in ("weight_decay", "warmup_epochs", "random_crop_padding"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"`{name}` must not be negative. "
-                    f"Received: {name}={getattr(self, name)}."
-                )
-        if self.warmup_epochs >= self.epochs:
+            self._check(name, getattr(self, name) > 0, "positive")
+        for name in ("weight_decay", "random_crop_padding"):
+            self._check(name, getattr(self, name) >= 0, "at least 0")
+        self._check("warmup", 0 <= self.warmup < 1, "at least 0 and below 1")
+
+    def _check(self, name, good, words):
+        value = getattr(self, name)
+        if not good or not math.isfinite(value):
             raise ValueError(
-                "The warm-up must end before the training does. Received: "
-                f"warmup_epochs={self.warmup_epochs}, epochs={self.epochs}."
+                f"`{name}` must be {words}. Received: {name}={value}. "
+                f"The default is {getattr(type(self), name)}."
             )

@@ -113,7 +113,7 @@ def _model(config, info):
 
 
 def _compile(model, config, steps_per_epoch):
-    warmup = round(config.warmup_epochs * steps_per_epoch)
+    warmup = round(config.warmup * config.epochs * steps_per_epoch)
     schedule = keras.optimizers.schedules.CosineDecay(
         initial_learning_rate=0.0 if warmup else config.learning_rate,
         decay_steps=config.epochs * steps_per_epoch - warmup,
@@ -136,7 +136,7 @@ def _compile(model, config, steps_per_epoch):
 def _open_run(config, info):
     """Makes the run folder and writes what is known before the training."""
     run_dir = pathlib.Path(config.run_dir)
-    if run_dir.exists() and any(run_dir.iterdir()):
+    if run_dir.exists() and not (run_dir.is_dir() and _is_empty(run_dir)):
         raise FileExistsError(
             "`run_dir` must be new or empty, so that no run is overwritten. "
             f"Received: run_dir={config.run_dir!r}. Name another folder or "
@@ -145,6 +145,7 @@ def _open_run(config, info):
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "classes.json").write_text(json.dumps(info.class_names))
     settings = dataclasses.asdict(config)
+    settings["backend"] = keras.backend.backend()
     if config.moe is not None:
         settings["moe"] = config.moe.to_dict()
     yaml = require("yaml", "cli")
@@ -152,3 +153,7 @@ def _open_run(config, info):
         yaml.safe_dump(settings, sort_keys=False)
     )
     return run_dir
+
+
+def _is_empty(folder):
+    return not any(folder.iterdir())

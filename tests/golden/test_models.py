@@ -45,13 +45,10 @@ def test_logits_compiled(golden):
 
 def test_placement_by_name_is_theirs(golden):
     # Their configuration lists blocks; ours has a name for them.
-    name = golden.name.split("_")[1].replace("last2", "last_2")
-    name = name.replace("every2", "every_2")
+    name = {"vit_last2_k2": "last_2", "vit_every2_k1_bpr": "every_2"}
     encoder = golden.config["encoder"]
-    assert (
-        list(moe_blocks(name, encoder["num_layers"]))
-        == (encoder["moe"]["layers"])
-    )
+    blocks = moe_blocks(name[golden.name], encoder["num_layers"])
+    assert list(blocks) == encoder["moe"]["layers"]
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def test_every_weight_has_a_gradient(case):
     [
         (CASES[0], "mixed_bfloat16"),
         (CASES[0], "mixed_float16"),
-        (CASES[1], "mixed_bfloat16"),
+        pytest.param(CASES[1], "mixed_bfloat16", marks=pytest.mark.slow),
         pytest.param(CASES[1], "mixed_float16", marks=pytest.mark.slow),
     ],
     ids=str,

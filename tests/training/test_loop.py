@@ -19,7 +19,7 @@ SMALL = training.TrainConfig(
     random_crop_padding=1,
     batch_size=32,
     epochs=2,
-    warmup_epochs=1,
+    warmup=0.5,
     model=training.ViTConfig(
         image_size=8,
         patch_size=4,
@@ -105,7 +105,7 @@ def test_dense_twin(config):
 
 def test_nan_keeps_the_last_good_model(config):
     """A learning rate that blows up: the error names the step."""
-    wild = dataclasses.replace(config, learning_rate=1e30, warmup_epochs=0)
+    wild = dataclasses.replace(config, learning_rate=1e30, warmup=0.0)
     with pytest.raises(NonFiniteLossError, match="at step .* of epoch"):
         training.train(wild)
 
@@ -149,8 +149,12 @@ def test_bad_settings_write_nothing(config, tmp_path, change, words):
         (dict(batch_size=0), "`batch_size` must be positive. Received"),
         (dict(epochs=-1), "`epochs` must be positive"),
         (dict(learning_rate=0.0), "`learning_rate` must be positive"),
-        (dict(weight_decay=-1.0), "`weight_decay` must not be negative"),
-        (dict(warmup_epochs=2.0), "warm-up must end before"),
+        (
+            dict(weight_decay=-1.0),
+            "`weight_decay` must be at least 0. Received",
+        ),
+        (dict(learning_rate=float("nan")), "learning_rate=nan"),
+        (dict(warmup=1.0), "`warmup` must be at least 0 and below 1"),
     ],
 )
 def test_settings_are_checked_when_made(change, words):
