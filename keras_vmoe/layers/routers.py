@@ -35,6 +35,9 @@ class Router(SavesSeedState, keras.layers.Layer):
         check_selection(num_experts, 1)
         _check_not_negative("noise_std", noise_std)
         self.supports_masking = True
+        # Under `keras.RematScope` the layer around is rematerialised; a router
+        # of its own could not be, because a plan is not a tensor.
+        self._remat_mode = None
         self.num_experts = int(num_experts)
         self.noise_std = noise_std
         self.gate = gate
