@@ -37,7 +37,12 @@ class Case:
     label: str = ""
 
     def make(self, **arguments):
-        return self.layer(**{**self.arguments, **arguments})
+        arguments = {**self.arguments, **arguments}
+        # A router serves one layer: every layer gets a copy of its own.
+        if isinstance(arguments.get("router"), keras.layers.Layer):
+            router = arguments["router"]
+            arguments["router"] = type(router).from_config(router.get_config())
+        return self.layer(**arguments)
 
     def inputs(self):
         generator = np.random.default_rng(0)
