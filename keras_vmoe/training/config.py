@@ -80,7 +80,7 @@ class TrainConfig:
     batch_size: int = 64
     epochs: int = 60
     learning_rate: float = 2e-3
-    warmup: float = 0.1
+    warmup: float = 1 / 12
     weight_decay: float = 0.3
     seed: int = 0
     model: ViTConfig = dataclasses.field(default_factory=ViTConfig)
