@@ -21,8 +21,8 @@ from keras_vmoe import layers
          "0 every expert has a capacity of 0.*Received: capacity_factor=0.0"),
         ({"capacity_factor": -1.0}, "Received: capacity_factor=-1.0"),
         ({"capacity_factor": float("nan")}, "capacity_factor=nan"),
-        ({"noise_std": -0.1}, "`noise_std` must be a finite number and not negative. "
-         "Received: noise_std=-0.1. 0 turns it off"),
+        ({"noise_std": -0.1}, "`noise_std` must be a finite number and not "
+         "negative. Received: noise_std=-0.1. 0 turns it off"),
         ({"gate": "linaer"}, r"`gate` must be one of \[.*'linear'.*\] or a "
          r"Keras layer. Received: gate='linaer'. Did you mean 'linear'\?"),
         ({"gate": 3}, "Received: gate=3"),
