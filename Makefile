@@ -37,8 +37,8 @@ test: $(VENV)/.test  ## The fast tests, on all three backends.
 .PHONY: test-slow
 test-slow: $(VENV)/.test  ## The exhaustive tests, on all three backends.
 	KERAS_BACKEND=jax $(PYTEST) -m slow
-	KERAS_BACKEND=tensorflow $(PYTEST) -m slow
-	KERAS_BACKEND=torch $(PYTEST) -m slow
+	KERAS_BACKEND=tensorflow $(PYTEST) -m slow --ignore tests/data
+	KERAS_BACKEND=torch $(PYTEST) -m slow --ignore tests/data
 
 .PHONY: lint
 lint: $(VENV)/.test  ## Style, and that every file compiles.
