@@ -33,8 +33,7 @@ def importance_loss(gates, mask=None):
     0.25
 
     Reference:
-        [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), appendix A.1,
-        equations 6 and 7.
+        [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), appendix A.
     """
     return _squared_variation(_sum_tokens(gates, mask))
 
@@ -68,8 +67,8 @@ def load_loss(logits, noisy_logits, noise_std, num_selected_experts, mask=None):
     0.0
 
     Reference:
-        [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), appendix A.2,
-        equations 8 to 11. With a threshold in logits on both sides, as there;
+        [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), appendix A.
+        With a threshold in logits on both sides, as there;
         some libraries compare it with probabilities.
     """
     if noise_std <= 0:

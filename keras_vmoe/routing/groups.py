@@ -16,8 +16,8 @@ def capacity(num_tokens, num_experts, num_selected_experts, capacity_factor):
     """Places that each expert has for the tokens of one group.
 
     `ceil(S * K * capacity_factor / E)`, rounded up to a multiple of 4, never
-    above S. (V-MoE, section 2.2, equation 3, where it is called `B_e`; the
-    rounding is that of the authors' program.)
+    above S. (The "expert's buffer capacity" of V-MoE, there `B_e`; the rounding
+    is that of the authors' program.)
 
     The arithmetic is exact: `1.05` means 105/100 and not the binary number
     next to it, and it stays in integers so that S may be a symbolic dimension.
