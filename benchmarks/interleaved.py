@@ -1,6 +1,7 @@
 """Interleaved timing: all candidates in turn, so that noise hits all alike."""
 
 import csv
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -65,14 +66,14 @@ def rows(seconds, baseline, **columns):
     return result
 
 
-def versions():
+def versions(backend=None):
     """What was measured on what, as columns of a row."""
-    backend = keras.backend.backend()
-    module = __import__(backend)
+    backend = backend or keras.backend.backend()
+    version = importlib.metadata.version(backend)
     return {
         "backend": backend,
-        "versions": f"keras {keras.__version__}, {backend} "
-        f"{module.__version__}, python {platform.python_version()}",
+        "versions": f"keras {keras.__version__}, {backend} {version}, "
+        f"python {platform.python_version()}",
         "hardware": f"CPU, {os.cpu_count()} cores",
     }
 
