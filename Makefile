@@ -24,6 +24,14 @@ quickstart: $(VENV)/.quickstart-$(BACKEND)  ## Train a V-MoE on real digits.
 	TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/keras-vmoe train --backend $(BACKEND) \
 		--run_dir $(RUN_DIR)
 
+.PHONY: check-quickstart
+check-quickstart:  ## The quickstart, and that it reaches its accuracy.
+	rm -rf build/quickstart && mkdir -p build
+	$(MAKE) quickstart RUN_DIR=build/quickstart > build/quickstart.log
+	tail -n 1 build/quickstart.log
+	awk '/^test accuracy:/ { good = $$3 >= 0.97 } END { exit !good }' \
+		build/quickstart.log
+
 # A process per core compiles its own tests; files stay together.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 

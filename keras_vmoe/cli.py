@@ -16,8 +16,12 @@ from keras_vmoe import evaluation
 from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe._extras import require
+from keras_vmoe.version import __version__
 
-TRAIN_EPILOG = """examples:
+TRAIN_EPILOG = """The MoE layers have settings of their own, such as
+--moe.num_experts. For a list: keras-vmoe train --moe.help
+
+examples:
   keras-vmoe train --run_dir runs/digits
   keras-vmoe train --run_dir runs/dense --moe null
   keras-vmoe train --run_dir runs/big --moe.num_experts 16 --epochs 100
@@ -92,7 +96,7 @@ COMMANDS = {"train": train, "predict": predict}
 
 
 def _parser(jsonargparse):
-    # Only so does jsonargparse keep the lines of the examples apart.
+    # Keeps the lines of the examples apart; subcommands inherit it.
     class layout(  # noqa: N801
         argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter
     ):
@@ -101,12 +105,16 @@ def _parser(jsonargparse):
     parser = jsonargparse.ArgumentParser(
         prog="keras-vmoe",
         description="Sparse Mixture-of-Experts for vision.",
+        version=__version__,
+        formatter_class=layout,
+        allow_abbrev=False,
     )
     commands = parser.add_subcommands(required=True)
     train_parser = jsonargparse.ArgumentParser(
+        usage="keras-vmoe train [options]",
         description="Trains a ViTMoE on a TFDS dataset; writes a run folder.",
         epilog=TRAIN_EPILOG,
-        formatter_class=layout,
+        allow_abbrev=False,
     )
     train_parser.add_argument(
         "--config", action="config", help="YAML file with these settings."
@@ -114,9 +122,10 @@ def _parser(jsonargparse):
     train_parser.add_class_arguments(training.TrainConfig)
     commands.add_subcommand("train", train_parser, help="Train a model.")
     predict_parser = jsonargparse.ArgumentParser(
+        usage="keras-vmoe predict [options] model image [image ...]",
         description="Prints the most probable classes of image files.",
         epilog=PREDICT_EPILOG,
-        formatter_class=layout,
+        allow_abbrev=False,
     )
     predict_parser.add_argument(
         "model", type=str, help="Run folder or .keras file."
@@ -169,7 +178,13 @@ def _class_names(path, run_dir, num_classes):
         path = run_dir / "classes.json"
         if not path.exists():
             return [f"class {i}" for i in range(num_classes)]
-    return json.loads(pathlib.Path(path).read_text())
+    names = json.loads(pathlib.Path(path).read_text())
+    if not isinstance(names, list):
+        raise ValueError(
+            "The file of class names must hold a JSON list of names. "
+            f"Received: {path}, which holds {names!r}."
+        )
+    return [str(name) for name in names]
 
 
 if __name__ == "__main__":

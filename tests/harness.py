@@ -145,6 +145,13 @@ def check_outputs(case, folder):
     np.testing.assert_array_equal(again, eager)
 
 
+def check_all(case, folder):
+    """Configuration, outputs, reload and gradients."""
+    check_config(case)
+    check_outputs(case, folder)
+    check_gradients(case)
+
+
 def check_gradients(case):
     """In training, every weight and every expert's part has a gradient."""
     layer, gradients = training_gradients(case, "float32")

@@ -12,7 +12,9 @@ import keras
 import numpy as np
 import pytest
 
+import keras_vmoe
 from keras_vmoe import cli
+from keras_vmoe import models
 
 SMALL = [
     "--train_split=train[:128]",
@@ -120,6 +122,8 @@ def test_predict_prints_classes_with_probabilities(trained, tmp_path):
     [
         (["train", "--epochs=many"], "epochs"),
         (["train", "--epohs=3"], "--epohs"),
+        (["train", "--epoch=3"], "--epoch"),
+        (["train", "--moe.experts=4"], "'experts' is not accepted"),
         (["train", "--model.pooling=mean"], "pooling"),
         (["train", "--run_dir=x", "--dataset=digitz"], "name='digitz'"),
         (["train", "--run_dir=x", "--epochs=0"], "epochs=0"),
@@ -134,7 +138,48 @@ def test_bad_command_lines(arguments, words, tmp_path, monkeypatch):
     done = run(*arguments)
     assert done.returncode != 0
     assert words in done.stderr
+    assert len(done.stderr) < 800  # A message, not a wall of usage.
     assert not list(tmp_path.iterdir())
+
+
+def test_predict_takes_grey_and_transparent_images(trained, tmp_path):
+    grey = np.full((12, 8, 1), 128)
+    lines = []
+    for name, image in {
+        "grey.png": grey,
+        "colour.png": np.repeat(grey, 3, axis=-1),
+        "transparent.png": np.repeat(grey, 4, axis=-1),
+    }.items():
+        keras.utils.save_img(tmp_path / name, image, scale=False)
+        lines.append(run("predict", trained[0], tmp_path / name).stdout)
+    assert len({line.split(": ")[1] for line in lines}) == 1
+
+
+def test_null_trains_the_dense_twin(tmp_path):
+    dense = [argument for argument in SMALL if "--moe" not in argument]
+    run_dir = tmp_path / "dense"
+    done = run(
+        "train", *dense, "--moe=null", "--epochs=1", "--run_dir", run_dir
+    )
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy: " in done.stdout
+    assert "auxiliary_loss" not in (run_dir / "history.csv").read_text()
+    assert models.load(run_dir / "model.keras").moe_layers == []
+
+
+def test_version():
+    assert run("--version").stdout == f"keras-vmoe {keras_vmoe.__version__}\n"
+
+
+@pytest.mark.parametrize("names", ['{"0": "a"}', '["a", "b"]'])
+def test_bad_class_names(trained, tmp_path, names):
+    image, file = tmp_path / "digit.png", tmp_path / "names.json"
+    keras.utils.save_img(image, np.full((8, 8, 1), 128), scale=False)
+    file.write_text(names)
+    done = run("predict", trained[0], image, "--classes", file)
+    assert done.returncode == 1
+    assert "names" in done.stderr
+    assert "Received:" in done.stderr
 
 
 def test_predict_refuses_what_is_no_image(trained, tmp_path):

@@ -140,7 +140,7 @@ def _read_image(path, size):
     except (OSError, tf.errors.InvalidArgumentError) as error:
         raise OSError(
             "An image file must be a readable PNG, JPEG, BMP or GIF. "
-            f"Received: path={path!r} ({error}). "
+            f"Received: path={path!r}. "
             "Convert the file, or leave it out."
         ) from error
     return preprocess(image, size).numpy()

@@ -32,7 +32,8 @@ def classify(model, images, class_names, top=3):
         probable first.
 
     Raises:
-        ValueError: If the number of names is not the number of classes.
+        ValueError: If the number of names is not the number of classes, or
+            `top` is below 1.
 
     Example:
 
@@ -41,6 +42,11 @@ def classify(model, images, class_names, top=3):
     >>> classify(model, logits, ["cat", "dog"], top=1)[0][0].class_name
     'dog'
     """
+    if top < 1:
+        raise ValueError(
+            "`top` must be at least 1, the number of classes to give for each "
+            f"image. Received: top={top}."
+        )
     logits = model.predict(images, verbose=0)
     if logits.shape[-1] != len(class_names):
         raise ValueError(

@@ -53,6 +53,7 @@ def _curves(axis, history, metric, title):
     for name, label in lines.items():
         epochs = range(1, len(history[name]) + 1)
         axis.plot(epochs, history[name], label=label)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_title(title)
     axis.set_xlabel("epoch")
     axis.grid(alpha=0.3)
@@ -77,5 +78,6 @@ def _load(figure, axis, name, epochs):
     axis.set_title(f"{name}: share of the choices per expert")
     axis.set_xlabel("epoch")
     axis.set_ylabel("expert")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_yticks(range(num_experts))
     figure.colorbar(image, ax=axis, label=f"even load: {1 / num_experts:.3f}")

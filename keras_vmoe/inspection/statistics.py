@@ -20,8 +20,8 @@ def routing_statistics(model):
     {}
     """
     found = {
-        layer.name: layer.router.statistics.result()
-        for layer in moe_layers(model)
+        name: layer.router.statistics.result()
+        for name, layer in moe_layers(model).items()
     }
     return {name: result for name, result in found.items() if result}
 
@@ -36,14 +36,20 @@ def reset_routing_statistics(model):
 
     >>> reset_routing_statistics(keras.Sequential([keras.layers.Dense(2)]))
     """
-    for layer in moe_layers(model):
+    for layer in moe_layers(model).values():
         layer.router.statistics.reset()
 
 
 def moe_layers(model):
-    """The `MoEMLP` layers of a model or layer, nested ones included."""
-    found = []
+    """The `MoEMLP` layers of a model or layer by name, nested ones included.
+
+    Layers of different nested models may have one name: the second one becomes
+    `<name>_1`, and so on.
+    """
+    found = {}
     for layer in model._flatten_layers():
         if isinstance(layer, layers.MoEMLP):
-            found.append(layer)
+            same = [name for name in found if found[name].name == layer.name]
+            suffix = f"_{len(same)}" if same else ""
+            found[layer.name + suffix] = layer
     return found

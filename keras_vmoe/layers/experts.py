@@ -6,7 +6,7 @@ from keras import ops
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.stochastic import Dropout
-from keras_vmoe.routing.groups import is_integer
+from keras_vmoe.routing.groups import check_sizes
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -52,15 +52,7 @@ class MLPExperts(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        for name, size in (
-            ("num_experts", num_experts),
-            ("hidden_dim", hidden_dim),
-        ):
-            if not is_integer(size) or size < 1:
-                raise ValueError(
-                    f"`{name}` must be an integer of at least 1. "
-                    f"Received: {name}={size!r}."
-                )
+        check_sizes(num_experts=num_experts, hidden_dim=hidden_dim)
         self.num_experts = int(num_experts)
         self.hidden_dim = int(hidden_dim)
         self.activation = get_activation(activation)

@@ -37,6 +37,9 @@ class MoEMLP(keras.layers.Layer):
 
     Call arguments:
         inputs: `(B, ..., D)` float tensor with at least one axis of tokens.
+        mask: Optional `(B, ...)` bool tensor, False for tokens that take no
+            place in any expert and get 0. Keras passes it where a layer
+            before has made one. The capacity stays that of the whole group.
         training: Whether to route with noise, add the auxiliary losses and
             apply dropout.
 
@@ -71,6 +74,7 @@ class MoEMLP(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        self.supports_masking = True
         if images_per_group is not None and (
             not is_integer(images_per_group) or images_per_group < 1
         ):
@@ -119,9 +123,9 @@ class MoEMLP(keras.layers.Layer):
             self.router.build((None, None, features))
         self.experts.build((None, self.num_experts, None, features))
 
-    def call(self, inputs, training=False):
+    def call(self, inputs, mask=None, training=False):
         self._check_features(inputs.shape)
-        groups = routing.group_tokens(inputs, self.images_per_group)
+        groups = routing.group_tokens(inputs, self.images_per_group, mask)
         plan = self.router(
             groups.tokens,
             mask=groups.mask,
@@ -132,7 +136,7 @@ class MoEMLP(keras.layers.Layer):
         buffers = self.experts(buffers, training=training)
         return routing.ungroup_tokens(plan.combine(buffers), ops.shape(inputs))
 
-    def compute_output_spec(self, inputs, training=False):
+    def compute_output_spec(self, inputs, mask=None, training=False):
         # Keras would trace `call` with a made-up batch, which fits no group.
         self._check_features(inputs.shape)
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)

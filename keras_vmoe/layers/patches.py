@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_vmoe.routing.groups import check_sizes
+
 
 @keras.saving.register_keras_serializable("keras_vmoe")
 class PatchEmbedding(keras.layers.Layer):
@@ -20,7 +22,8 @@ class PatchEmbedding(keras.layers.Layer):
         by row.
 
     Raises:
-        ValueError: If the image is not made of whole patches.
+        ValueError: If a size is below 1, or if the image is not made of whole
+            patches.
 
     Example:
 
@@ -35,8 +38,9 @@ class PatchEmbedding(keras.layers.Layer):
 
     def __init__(self, hidden_dim, patch_size, **kwargs):
         super().__init__(**kwargs)
-        self.hidden_dim = hidden_dim
-        self.patch_size = patch_size
+        check_sizes(hidden_dim=hidden_dim, patch_size=patch_size)
+        self.hidden_dim = int(hidden_dim)
+        self.patch_size = int(patch_size)
         self.projection = keras.layers.Conv2D(
             hidden_dim,
             patch_size,
@@ -81,7 +85,8 @@ def patch_grid(image_size, patch_size):
         `(rows, columns)`.
 
     Raises:
-        ValueError: If the image is not made of whole patches.
+        ValueError: If a size is below 1, or if the image is not made of whole
+            patches.
     """
     height, width = image_size
     if patch_size < 1 or height % patch_size or width % patch_size:

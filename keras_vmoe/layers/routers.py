@@ -113,7 +113,7 @@ class Router(SavesSeedState, keras.layers.Layer):
 
     def _report(self, plan, logits, noisy_logits, mask):
         weighted = self.auxiliary_losses(logits, noisy_logits, mask)
-        loss = ops.mean(sum(weighted)) if weighted else ops.zeros(())
+        loss = _mean(sum(weighted)) if weighted else ops.zeros(())
         if weighted:
             self.add_loss(loss)
         self.statistics.update(plan, loss)
@@ -284,6 +284,12 @@ class TopKRouter(Router):
             "gshard_loss_weight": self.gshard_loss_weight,
             "z_loss_weight": self.z_loss_weight,
         }
+
+
+def _mean(values):
+    """Mean of a `(G,)` tensor; 0 for an empty batch."""
+    count = ops.cast(ops.size(values), values.dtype)
+    return ops.sum(values) / ops.maximum(count, 1.0)
 
 
 def _check_not_negative(name, value):

@@ -6,10 +6,13 @@ from keras_vmoe import layers
 from keras_vmoe.layers.patches import patch_grid
 from keras_vmoe.models.moe import MoEConfig
 from keras_vmoe.models.placement import moe_blocks
+from keras_vmoe.routing.groups import check_sizes
 from keras_vmoe.routing.groups import is_integer
 
-POOLINGS = ("token", "gap", "map")
-POSITION_EMBEDDINGS = ("learned", "sincos2d")
+CHOICES = {
+    "pooling": ("token", "gap", "map"),
+    "position_embedding": ("learned", "sincos2d"),
+}
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -101,17 +104,11 @@ class ViTMoE(keras.Model):
         name="vit_moe",
         **kwargs,
     ):
-        policy = keras.dtype_policies.get(
-            dtype or keras.config.dtype_policy()
-        ).name
-        if moe is not None:
-            moe = MoEConfig.from_dict(moe)
-        _check_choice("pooling", pooling, POOLINGS)
-        _check_choice(
-            "position_embedding", position_embedding, POSITION_EMBEDDINGS
-        )
-
-        _check_sizes(
+        dtype = dtype or keras.config.dtype_policy()
+        policy = keras.dtype_policies.get(dtype).name
+        moe = None if moe is None else MoEConfig.from_dict(moe)
+        _check_choices(pooling=pooling, position_embedding=position_embedding)
+        check_sizes(
             patch_size=patch_size,
             hidden_dim=hidden_dim,
             num_layers=num_layers,
@@ -123,12 +120,8 @@ class ViTMoE(keras.Model):
         x = layers.PatchEmbedding(
             hidden_dim, patch_size, dtype=policy, name="embedding"
         )(images)
-        if pooling == "token":
-            x = layers.ClassToken(dtype=policy, name="class_token")(x)
-        grid = patch_grid(_pair(image_size), patch_size)
-        x = _positions(position_embedding, grid, policy)(x)
-        if dropout:
-            x = layers.Dropout(dropout, dtype=policy, name="dropout")(x)
+        grid = patch_grid(images.shape[1:3], patch_size)
+        x = _positions(x, pooling, position_embedding, grid, dropout, policy)
         mlps = _mlps(num_layers, mlp_dim, moe, activation, dropout, policy)
         x = _encoder(x, mlps, num_heads, dropout, drop_path, layer_scale)
         x = _pooling(pooling, num_heads, mlp_dim, activation, policy)(x)
@@ -240,10 +233,17 @@ def _pooling(pooling, num_heads, mlp_dim, activation, policy):
     )
 
 
-def _positions(position_embedding, grid, policy):
+def _positions(x, pooling, position_embedding, grid, dropout, policy):
+    """The class token, if one is pooled, and the positions."""
+    if pooling == "token":
+        x = layers.ClassToken(dtype=policy, name="class_token")(x)
     if position_embedding == "learned":
-        return layers.LearnedPositions(dtype=policy, name="positions")
-    return layers.SinCos2DPositions(grid, dtype=policy, name="positions")
+        x = layers.LearnedPositions(dtype=policy, name="positions")(x)
+    else:
+        x = layers.SinCos2DPositions(grid, dtype=policy, name="positions")(x)
+    if dropout:
+        x = layers.Dropout(dropout, dtype=policy, name="dropout")(x)
+    return x
 
 
 def _head(x, representation_size, num_classes, policy):
@@ -263,25 +263,18 @@ def _head(x, representation_size, num_classes, policy):
     )(x)
 
 
-def _check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(
-            f"`{name}` must be one of {choices}. Received: {name}={value!r}. "
-            f"The default is {choices[0]!r}."
-        )
-
-
-def _check_sizes(**sizes):
-    for name, size in sizes.items():
-        if not is_integer(size) or size < 1:
+def _check_choices(**names):
+    for name, value in names.items():
+        choices = CHOICES[name]
+        if value not in choices:
             raise ValueError(
-                f"`{name}` must be an integer of at least 1. "
-                f"Received: {name}={size!r}."
+                f"`{name}` must be one of {choices}. "
+                f"Received: {name}={value!r}. The default is {choices[0]!r}."
             )
 
 
 def _pair(size):
     """`(height, width)` of an image size, checked."""
     pair = (size, size) if is_integer(size) else tuple(size)
-    _check_sizes(**dict(zip(("image_size", "image_width"), pair, strict=True)))
+    check_sizes(**dict(zip(("image_size", "image_width"), pair, strict=True)))
     return pair

@@ -89,6 +89,16 @@ def is_integer(value):
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def check_sizes(**sizes):
+    """Raises unless all of these are integers of at least 1."""
+    for name, size in sizes.items():
+        if not is_integer(size) or size < 1:
+            raise ValueError(
+                f"`{name}` must be an integer of at least 1. "
+                f"Received: {name}={size!r}."
+            )
+
+
 def check_selection(num_experts, num_selected_experts):
     """Raises unless `1 <= K <= E`, both integers."""
     if not is_integer(num_experts) or num_experts < 1:
@@ -124,7 +134,7 @@ class TokenGroups(NamedTuple):
     group_size: Any
 
 
-def group_tokens(inputs, images_per_group):
+def group_tokens(inputs, images_per_group, mask=None):
     """Splits a batch into groups of consecutive images.
 
     A partial group behaves as if it were filled up with masked tokens. Where
@@ -134,6 +144,7 @@ def group_tokens(inputs, images_per_group):
     Args:
         inputs: `(B, ..., D)` tensor.
         images_per_group: Images per group, or None for one group per batch.
+        mask: Optional `(B, ...)` bool tensor, False for tokens to leave out.
 
     Returns:
         A `TokenGroups`.
@@ -141,31 +152,32 @@ def group_tokens(inputs, images_per_group):
     shape = ops.shape(inputs)
     batch, features = shape[0], shape[-1]
     num_tokens = math.prod(shape[1:-1])
-    if isinstance(batch, int) and batch == 0:
-        tokens = ops.reshape(inputs, (0, num_tokens, features))
-        return TokenGroups(tokens, None, num_tokens)
-    if images_per_group is None:
-        tokens = ops.reshape(inputs, (1, batch * num_tokens, features))
-        return TokenGroups(tokens, None, batch * num_tokens)
-    group_size = images_per_group * num_tokens
+    total = batch * num_tokens
+
+    def split(groups, size, group_size):
+        tokens = ops.reshape(inputs, (groups, size, features))
+        kept = None if mask is None else ops.reshape(mask, (groups, size))
+        return TokenGroups(tokens, kept, group_size)
+
     static = isinstance(batch, int)
+    if static and batch == 0:
+        return split(0, num_tokens, num_tokens)
+    if images_per_group is None:
+        return split(1, total, total)
+    group_size = images_per_group * num_tokens
     if static and batch < images_per_group:
-        tokens = ops.reshape(inputs, (1, batch * num_tokens, features))
-        return TokenGroups(tokens, None, group_size)
+        return split(1, total, group_size)
     groups = -(-batch // images_per_group)
     if static and batch == groups * images_per_group:
-        tokens = ops.reshape(inputs, (groups, group_size, features))
-        return TokenGroups(tokens, None, group_size)
-    filled = groups * group_size
-    tokens = ops.reshape(inputs, (batch * num_tokens, features))
-    filling = ops.zeros((filled - batch * num_tokens, features), tokens.dtype)
-    tokens = ops.concatenate([tokens, filling], axis=0)
-    mask = ops.arange(filled, dtype="int32") < batch * num_tokens
-    return TokenGroups(
-        ops.reshape(tokens, (groups, group_size, features)),
-        ops.reshape(mask, (groups, group_size)),
-        group_size,
-    )
+        return split(groups, group_size, group_size)
+    filling = groups * group_size - total
+    inputs = ops.reshape(inputs, (total, features))
+    inputs = ops.pad(inputs, ((0, filling), (0, 0)))
+    if mask is None:
+        mask = ops.arange(total + filling, dtype="int32") < total
+    else:
+        mask = ops.pad(ops.reshape(mask, (total,)), ((0, filling),))
+    return split(groups, group_size, group_size)
 
 
 def ungroup_tokens(tokens, shape):

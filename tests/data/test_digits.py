@@ -106,8 +106,10 @@ def test_prepare_draws_no_random_number_of_the_program(tmp_path):
 
 def test_prepare_writes_once(tmp_path, monkeypatch):
     digits.prepare(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(digits, "_write", None)  # Not to be called.
     digits.prepare(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def fast_write(folder):

@@ -40,16 +40,19 @@ def moe_slowly(
     images_per_group,
     batch_priority=False,
     activation=gelu,
+    mask=None,
 ):
     """The MoE layer: `(B, N, D)` to `(B, N, D)`, one group after the other.
 
     `experts` are the four stacked arrays of E MLPs. Each group's capacity is
-    that of a full group, never more than its own tokens.
+    that of a full group, never more than its own tokens. Tokens at False in
+    the `(B, N)` mask choose nobody.
     """
     num_images, num_tokens, features = x.shape
     num_experts = gate_kernel.shape[1]
     images_per_group = images_per_group or num_images
     out = np.zeros(x.shape)
+    mask = np.ones(x.shape[:2], bool) if mask is None else mask
     for start in range(0, num_images, images_per_group):
         images = x[start : start + images_per_group]
         tokens = images.reshape(1, -1, features).astype("float64")
@@ -65,6 +68,7 @@ def moe_slowly(
             num_selected_experts,
             capacity,
             batch_priority,
+            mask[start : start + images_per_group].reshape(1, -1),
         )
         buffers = np.einsum("gsec,gsd->gecd", dispatch, tokens)
         outputs = np.zeros(buffers.shape)

@@ -44,7 +44,7 @@ def images_of(*shape, seed=0):
     return generator.normal(size=shape).astype("float32")
 
 
-def expected_of(layer, images):
+def expected_of(layer, images, mask=None):
     """`moe_slowly` with a layer's weights and settings."""
     router = layer.router
     out = moe_slowly(
@@ -56,6 +56,7 @@ def expected_of(layer, images):
         layer.images_per_group,
         router.batch_priority,
         gelu_tanh,
+        mask,
     )
     return out.reshape(images.shape)
 
@@ -143,6 +144,47 @@ def test_dynamic_batch(images_per_group):
 def test_an_empty_batch(images_per_group):
     layer = compiled(make_layer(images_per_group))
     assert tuple(layer(images_of(0, 6, 4)).shape) == (0, 6, 4)
+
+
+def test_an_empty_batch_adds_no_loss():
+    layer = make_layer(2, noise_std=1.0)
+
+    def losses(images):
+        layer(images, training=True)
+        return sum(layer.losses)
+
+    assert float(compiled(losses, layer)(images_of(0, 6, 4))) == 0.0
+
+
+@pytest.mark.parametrize("images_per_group", [1, 2, 4, None])
+def test_masked_tokens_take_no_place(images_per_group):
+    # As many tokens as an image has objects, say, filled up with zeros: Keras
+    # hands the mask of `Masking` on to the layer, and to those behind it.
+    layer = make_layer(images_per_group, batch_priority=True)
+    images = images_of(3, 6, 4)
+    images[0, 4:], images[2, 1:] = 0, 0
+    inputs = keras.Input((6, 4))
+    masked = keras.layers.Masking()(inputs)
+    model = keras.Model(inputs, layer(masked))
+    out = model.predict(images, verbose=0)
+    mask = images.any(axis=-1)
+    assert_same(out, expected_of(layer, images, mask))
+    assert not out[~mask].any()
+    assert layer.compute_mask(masked, masked._keras_mask) is masked._keras_mask
+
+
+def test_xla_compiles_a_partial_group():
+    # `jit_compile=True`, which is what a TPU needs, with a batch of 5 images.
+    layer = make_layer()
+    inputs = keras.Input((6, 4))
+    model = keras.Model(inputs, layer(inputs))
+    if keras.backend.backend() != "torch":
+        model.compile("sgd", "mse", jit_compile=True)
+    images = images_of(5, 6, 4)
+    out = model.predict(images, verbose=0, batch_size=5)
+    assert_same(out, expected_of(layer, images))
+    model.compile("sgd", "mse", jit_compile=keras.backend.backend() != "torch")
+    assert np.isfinite(model.fit(images, images, verbose=0).history["loss"][0])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_vmoe import inspection
 from keras_vmoe import layers
 from tests.gradients import compiled
 from tests.harness import randomize
@@ -102,6 +103,20 @@ def test_reset():
     assert statistics.result() is None
     step(np.ones((1, 6, 4), "float32"))
     assert sorted(statistics.result()["load_share"]) == [0.0, 1.0]
+
+
+def test_layers_of_one_name_are_told_apart():
+    # Two nested models, each with a layer "moe".
+    def tower():
+        inputs = keras.Input((6, 4))
+        return keras.Model(inputs, layers.MoEMLP(2, 5, name="moe")(inputs))
+
+    inputs = keras.Input((6, 4))
+    model = keras.Model(inputs, tower()(inputs) + tower()(inputs))
+    model.compile("sgd", "mse")
+    model.fit(np.ones((4, 6, 4)), np.ones((4, 6, 4)), verbose=0)
+    found = inspection.routing_statistics(model)
+    assert list(found) == ["moe", "moe_1"]
 
 
 def test_padding_does_not_count():

@@ -11,9 +11,7 @@ from keras_vmoe.models import ViTMoE
 from tests.harness import WITHOUT_GRADIENT
 from tests.harness import Case
 from tests.harness import arguments_of
-from tests.harness import check_config
-from tests.harness import check_gradients
-from tests.harness import check_outputs
+from tests.harness import check_all
 from tests.harness import check_policy
 from tests.harness import randomize
 from tests.models.definitions import images_of
@@ -72,18 +70,8 @@ def test_no_argument_is_left_out():
 
 
 @each
-def test_config(case):
-    check_config(case)
-
-
-@each
-def test_outputs_and_reload(case, tmp_path):
-    check_outputs(case, tmp_path)
-
-
-@each
-def test_every_weight_has_a_gradient(case):
-    check_gradients(case)
+def test_config_outputs_reload_and_gradients(case, tmp_path):
+    check_all(case, tmp_path)
 
 
 @pytest.mark.parametrize(

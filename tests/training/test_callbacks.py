@@ -52,7 +52,8 @@ def test_routing_history_reaches_the_logs_and_starts_anew_each_epoch():
     # and for the 24 of the last two, so that 5/9 are dropped at the least.
     assert 0.55 < history["dropped_share"][-1] < 1
     # Three steps (10 images in batches of 4), counted anew in every epoch.
-    state = inspection.statistics.moe_layers(model)[0].router.statistics.state
+    layer = inspection.statistics.moe_layers(model)["inner_moe"]
+    state = layer.router.statistics.state
     assert float(keras.ops.convert_to_numpy(state.value)[0]) == 3
 
 
