@@ -138,9 +138,11 @@ def _read_image(path, size):
             f"Received: path={path!r}. Check its spelling and its folder."
         ) from error
     except (OSError, tf.errors.InvalidArgumentError) as error:
+        # TensorFlow's own words would name its kernels and tensors.
+        reason = getattr(error, "strerror", None) or "its content is no image"
         raise OSError(
             "An image file must be a readable PNG, JPEG, BMP or GIF. "
-            f"Received: path={path!r}. "
+            f"Received: path={path!r} ({reason}). "
             "Convert the file, or leave it out."
         ) from error
     return preprocess(image, size).numpy()

@@ -35,6 +35,7 @@ class LinearGate(keras.layers.Layer):
 
     def __init__(self, num_experts, **kwargs):
         super().__init__(**kwargs)
+        self.supports_masking = True
         self.num_experts = num_experts
 
     def build(self, input_shape):
