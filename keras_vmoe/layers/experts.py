@@ -3,8 +3,10 @@
 import keras
 from keras import ops
 
+from keras_vmoe import routing
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
+from keras_vmoe.layers.block_linear import block_linear
 from keras_vmoe.layers.stochastic import Dropout
 from keras_vmoe.routing.groups import check_sizes
 
@@ -25,11 +27,11 @@ class MLPExperts(keras.layers.Layer):
         seed: Optional integer seed of the dropout.
 
     Call arguments:
-        buffers: `(G, E, C, D)` float tensor.
+        buffers: `(G, E, C, D)` float tensor, or `routing.Blocks`.
         training: Whether to apply dropout.
 
     Returns:
-        `(G, E, C, D)` tensor.
+        What `buffers` are, after the MLPs.
 
     Raises:
         ValueError: If a size is below 1, or if the buffers are of another
@@ -91,15 +93,22 @@ class MLPExperts(keras.layers.Layer):
         setattr(self, f"{name}_bias", bias)
 
     def call(self, buffers, training=False):
+        if isinstance(buffers, routing.Blocks):
+            rows = self._mlps(buffers.rows, buffers.expert, training)
+            return buffers._replace(rows=rows)
         groups, _, capacity, features = ops.shape(buffers)
         # One batched matmul over E, whatever the number of groups.
         x = _experts_first(buffers)  # (E, G * C, D)
-        x = ops.matmul(x, self.hidden_kernel) + self.hidden_bias[:, None]
-        x = self.dropout_layer(self.activation(x), training=training)
-        x = ops.matmul(x, self.output_kernel) + self.output_bias[:, None]
-        x = self.dropout_layer(x, training=training)
+        x = self._mlps(x, None, training)
         x = ops.reshape(x, (self.num_experts, groups, capacity, features))
         return _swap_groups_and_experts(x)
+
+    def _mlps(self, x, expert, training):
+        """One MLP for each block of rows; see `block_linear`."""
+        x = block_linear(x, self.hidden_kernel, self.hidden_bias, expert)
+        x = self.dropout_layer(self.activation(x), training=training)
+        x = block_linear(x, self.output_kernel, self.output_bias, expert)
+        return self.dropout_layer(x, training=training)
 
     def compute_output_shape(self, input_shape):
         return input_shape

@@ -1,5 +1,7 @@
 """The MoE layer: router and experts, for any Keras model."""
 
+import math
+
 import keras
 from keras import ops
 
@@ -8,8 +10,10 @@ from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.experts import MLPExperts
 from keras_vmoe.layers.routers import Router
-from keras_vmoe.layers.routers import TopKRouter
+from keras_vmoe.layers.top_k_router import TopKRouter
 from keras_vmoe.routing.groups import is_integer
+
+IMAGES_PER_GROUP = 8  # That of V-MoE.
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -30,7 +34,8 @@ class MoEMLP(keras.layers.Layer):
         router: A router, such as `layers.TopKRouter(num_experts, ...)`. None
             means `TopKRouter(num_experts)`.
         images_per_group: Images that are routed together. None routes the
-            whole batch as one group; 1 makes images independent.
+            whole batch as one group; 1 makes images independent, which a
+            `SoftRouter` always does.
         activation: Activation of the experts. `"gelu"` is the exact one, as in
             Keras; `"gelu_tanh"` is that of V-MoE.
         dropout: Dropout rate behind each layer of an expert, in `[0, 1]`.
@@ -68,7 +73,7 @@ class MoEMLP(keras.layers.Layer):
         num_experts,
         hidden_dim,
         router=None,
-        images_per_group=8,
+        images_per_group=IMAGES_PER_GROUP,
         activation="gelu",
         dropout=0.0,
         **kwargs,
@@ -94,6 +99,8 @@ class MoEMLP(keras.layers.Layer):
                 f"Received: router.num_experts={router.num_experts} and "
                 f"num_experts={num_experts}."
             )
+        if router.images_per_group is not None:
+            images_per_group = _fixed_group(router, images_per_group)
         router.owned = True
         self.num_experts = int(num_experts)
         self.hidden_dim = int(hidden_dim)
@@ -120,8 +127,13 @@ class MoEMLP(keras.layers.Layer):
             )
         self.features = features
         if not self.router.built:  # A deserialized one comes built.
-            self.router.build((None, None, features))
+            self.router.build((None, self._group_size(input_shape), features))
         self.experts.build((None, self.num_experts, None, features))
+
+    def _group_size(self, input_shape):
+        """S of a full group, None where it is not known."""
+        sizes = (self.images_per_group, *input_shape[1:-1])
+        return None if None in sizes else math.prod(sizes)
 
     def call(self, inputs, mask=None, training=False):
         self._check_features(inputs.shape)
@@ -130,6 +142,7 @@ class MoEMLP(keras.layers.Layer):
             groups.tokens,
             mask=groups.mask,
             group_size=groups.group_size,
+            images_per_group=groups.images_per_group,
             training=training,
         )
         buffers = plan.dispatch(groups.tokens)  # (G, E, C, D)
@@ -180,6 +193,16 @@ class MoEMLP(keras.layers.Layer):
             router = keras.saving.deserialize_keras_object(config["router"])
             config = {**config, "router": router}
         return cls(**config)
+
+
+def _fixed_group(router, images_per_group):
+    """Images per group of a router that fixes them."""
+    if images_per_group not in (router.images_per_group, IMAGES_PER_GROUP):
+        raise ValueError(
+            f"A {type(router).__name__} routes each image alone. Received: "
+            f"images_per_group={images_per_group}. Leave it out."
+        )
+    return router.images_per_group
 
 
 def _check_router(router):

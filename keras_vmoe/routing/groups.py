@@ -127,11 +127,14 @@ class TokenGroups(NamedTuple):
         mask: `(G, S)` bool, False for filling; None if there is none.
         group_size: Tokens of a full group. `tokens` hold fewer per group only
             when the whole batch is smaller than one group.
+        images_per_group: Images that the tokens of a group belong to, those of
+            the filling included.
     """
 
     tokens: Any
     mask: Any
     group_size: Any
+    images_per_group: Any
 
 
 def group_tokens(inputs, images_per_group, mask=None):
@@ -154,22 +157,23 @@ def group_tokens(inputs, images_per_group, mask=None):
     num_tokens = math.prod(shape[1:-1])
     total = batch * num_tokens
 
-    def split(groups, size, group_size):
+    def split(groups, images, group_size):
+        size = images * num_tokens
         tokens = ops.reshape(inputs, (groups, size, features))
         kept = None if mask is None else ops.reshape(mask, (groups, size))
-        return TokenGroups(tokens, kept, group_size)
+        return TokenGroups(tokens, kept, group_size, images)
 
     static = isinstance(batch, int)
     if static and batch == 0:
-        return split(0, num_tokens, num_tokens)
+        return split(0, 1, num_tokens)
     if images_per_group is None:
-        return split(1, total, total)
+        return split(1, batch, total)
     group_size = images_per_group * num_tokens
     if static and batch < images_per_group:
-        return split(1, total, group_size)
+        return split(1, batch, group_size)
     groups = -(-batch // images_per_group)
     if static and batch == groups * images_per_group:
-        return split(groups, group_size, group_size)
+        return split(groups, images_per_group, group_size)
     filling = groups * group_size - total
     inputs = ops.reshape(inputs, (total, features))
     inputs = ops.pad(inputs, ((0, filling), (0, 0)))
@@ -177,7 +181,7 @@ def group_tokens(inputs, images_per_group, mask=None):
         mask = ops.arange(total + filling, dtype="int32") < total
     else:
         mask = ops.pad(ops.reshape(mask, (total,)), ((0, filling),))
-    return split(groups, group_size, group_size)
+    return split(groups, images_per_group, group_size)
 
 
 def ungroup_tokens(tokens, shape):

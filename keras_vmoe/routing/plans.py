@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-import math
 import operator
 from typing import Any
 
-import keras
 from keras import ops
+
+from keras_vmoe.routing.rows import take_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +51,10 @@ class SparsePlan:
         def move(tokens, source, slot):
             def gradient(*args, upstream=None):
                 upstream = args[-1] if upstream is None else upstream
-                return _sum_choices(_rows(_flat(upstream), slot)), None, None
+                returned = take_rows(_flat(upstream), slot)  # (G, S, K, D)
+                return _sum_choices(returned), None, None
 
-            return _rows(tokens, source), gradient
+            return take_rows(tokens, source), gradient
 
         return move(tokens, source, self.slot)
 
@@ -71,13 +72,13 @@ class SparsePlan:
 
         @ops.custom_gradient
         def move(buffers, weight, choice, slot):
-            returned = _rows(_flat(buffers), slot)  # (G, S, K, D)
+            returned = take_rows(_flat(buffers), slot)  # (G, S, K, D)
 
             def gradient(*args, upstream=None):
                 upstream = args[-1] if upstream is None else upstream
                 source = choice // slot.shape[-1]
-                gain = _rows(_choices(weight), choice)
-                d_buffers = _rows(upstream, source) * gain
+                gain = take_rows(_choices(weight), choice)
+                d_buffers = take_rows(upstream, source) * gain
                 d_weight = ops.sum(returned * upstream[:, :, None, :], axis=-1)
                 return d_buffers, d_weight, None, None
 
@@ -97,6 +98,38 @@ class SparsePlan:
         total = ops.cast(ops.sum(self.load), "float32")
         return ops.divide_no_nan(total - served, total)
 
+    def experts_of_images(self, num_images):
+        """Which experts serve each image, `(G, num_images, E)` bool."""
+        num_tokens, num_choices = ops.shape(self.slot)[1:]
+        size = num_tokens // num_images * num_choices
+        # An empty place holds S * K, so that the quotient is no image.
+        return experts_of_images(self.choice // size, num_images)
+
+
+def check_capacity(capacity):
+    """Raises if the capacity is an int below 1."""
+    if isinstance(capacity, int) and capacity < 1:
+        raise ValueError(
+            "`capacity` must be at least 1. "
+            f"Received: capacity={capacity}. "
+            "`routing.capacity` computes one from a capacity factor."
+        )
+
+
+def experts_of_images(image, num_images):
+    """Which experts hold a token of which image.
+
+    Args:
+        image: `(G, E, C)` int tensor, the image, counted within the group, of
+            the token in each place; `num_images` or more where it is empty.
+        num_images: Images of a group.
+
+    Returns:
+        `(G, num_images, E)` bool tensor.
+    """
+    images = ops.arange(num_images, dtype="int32")[:, None, None]
+    return ops.any(image[:, None] == images, axis=-1)
+
 
 def _flat(buffers):
     """`(G, E, C, D)` as `(G, E * C, D)`."""
@@ -115,27 +148,3 @@ def _sum_choices(x):
     # Added one by one: XLA on CPU fuses a reduction over K with the gather in
     # front of it and takes forty times as long.
     return functools.reduce(operator.add, ops.unstack(x, axis=2))
-
-
-def _rows(x, index):
-    """Rows of `x` `(G, M, D)` at `index` `(G, ...)`; 0 where `index` is M."""
-    groups, num_rows, features = ops.shape(x)
-    shape = ops.shape(index)
-    index = ops.reshape(index, (groups, math.prod(shape[1:])))
-    exists = (index < num_rows)[..., None]
-    index = ops.minimum(index, num_rows - 1)
-    if keras.backend.backend() == "jax":
-        # A batched gather: flat indices would make the SPMD partitioner gather
-        # the tokens of all groups on every device.
-        rows = ops.take_along_axis(x, index[..., None], axis=1)
-    else:
-        # TensorFlow and PyTorch broadcast the index of `take_along_axis` to
-        # all features, ten times slower than rows of a matrix.
-        offset = ops.arange(groups, dtype="int32")[:, None] * num_rows
-        rows = ops.take(
-            ops.reshape(x, (groups * num_rows, features)),
-            index + offset,
-            axis=0,
-        )
-    rows = ops.where(exists, rows, ops.zeros((), x.dtype))
-    return ops.reshape(rows, (*shape, features))

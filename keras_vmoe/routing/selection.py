@@ -3,19 +3,20 @@
 from keras import ops
 
 
-def select_experts(scores, num_selected_experts):
-    """The K best experts of every token and their scores.
+def select_experts(gates, num_selected_experts, scores=None):
+    """The K best experts of every token and their gates.
 
-    Ties go to the lower expert index. Scores keep their gradient; it reaches
-    the selected entries only.
+    Ties go to the lower expert index. Gates keep their gradient; it reaches the
+    selected entries only.
 
     Args:
-        scores: `(G, S, E)` float tensor.
+        gates: `(G, S, E)` float tensor.
         num_selected_experts: K, at most E.
+        scores: Optional `(G, S, E)` tensor to select by, instead of the gates.
 
     Returns:
         `(experts, values)`, both `(G, S, K)`: int32 expert indices by
-        decreasing score, and the scores at these indices.
+        decreasing score, and the gates at these indices.
 
     Example:
 
@@ -24,18 +25,18 @@ def select_experts(scores, num_selected_experts):
     >>> keras.ops.convert_to_numpy(experts).tolist()
     [[[1, 2]]]
     """
-    indices = ops.arange(scores.shape[-1], dtype="int32")
+    indices = ops.arange(gates.shape[-1], dtype="int32")
     # Not `ops.top_k`: exported from JAX, TensorFlow cannot run it, and with a
     # sharded batch it gathers the scores of all devices. For the few experts
     # that a token selects, repeated argmax costs the same.
-    remaining = ops.stop_gradient(scores)
+    remaining = ops.stop_gradient(gates if scores is None else scores)
     experts, values = [], []
     for _ in range(num_selected_experts):
         expert = ops.cast(ops.argmax(remaining, axis=-1), "int32")
         chosen = ops.expand_dims(expert, -1) == indices  # (G, S, E)
         experts.append(expert)
         values.append(
-            ops.sum(ops.where(chosen, scores, ops.zeros_like(scores)), axis=-1)
+            ops.sum(ops.where(chosen, gates, ops.zeros_like(gates)), axis=-1)
         )
         remaining = ops.where(chosen, -float("inf"), remaining)
     return ops.stack(experts, axis=-1), ops.stack(values, axis=-1)

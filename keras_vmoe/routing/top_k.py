@@ -1,14 +1,23 @@
 """Token choice: every token picks its K best experts (V-MoE, section 2.1)."""
 
+from typing import Any
+from typing import NamedTuple
+
 from keras import ops
 
 from keras_vmoe.routing.groups import check_selection
 from keras_vmoe.routing.plans import SparsePlan
+from keras_vmoe.routing.plans import check_capacity
 from keras_vmoe.routing.selection import select_experts
 
 
 def top_k_plan(
-    gates, num_selected_experts, capacity, batch_priority=False, mask=None
+    gates,
+    num_selected_experts,
+    capacity,
+    batch_priority=False,
+    mask=None,
+    scores=None,
 ):
     """Sends each token to its K best experts, `capacity` tokens per expert.
 
@@ -25,6 +34,7 @@ def top_k_plan(
         batch_priority: Whether confident tokens are served first.
         mask: Optional `(G, S)` bool tensor. Tokens at False choose nothing:
             they take no place and get 0 back.
+        scores: Optional `(G, S, E)` tensor to select by, instead of the gates.
 
     Returns:
         A `SparsePlan`.
@@ -46,13 +56,8 @@ def top_k_plan(
     """
     num_experts = gates.shape[-1]
     check_selection(num_experts, num_selected_experts)
-    if isinstance(capacity, int) and capacity < 1:
-        raise ValueError(
-            "`capacity` must be at least 1. "
-            f"Received: capacity={capacity}. "
-            "`routing.capacity` computes one from a capacity factor."
-        )
-    experts, weights = select_experts(gates, num_selected_experts)
+    check_capacity(capacity)
+    experts, weights = select_experts(gates, num_selected_experts, scores)
     if mask is not None:
         # One past the last expert: sorted behind all others, counted nowhere.
         experts = ops.where(mask[..., None], experts, num_experts)
@@ -73,35 +78,72 @@ def _service_order(weights, batch_priority):
     return ops.reshape(order, (ops.shape(order)[0], num_choices * num_tokens))
 
 
+class Queues(NamedTuple):
+    """Choices, queueing for their experts.
+
+    Attributes:
+        order: `(G, K * S)`, the choices by expert, each expert's in the order
+            of service; those of nobody stand last.
+        load: `(G, E)`, the length of each queue.
+        start: `(G, E)`, where in `order` each queue starts.
+        rank: `(G, K * S)`, the place of each choice in its queue.
+    """
+
+    order: Any
+    load: Any
+    start: Any
+    rank: Any
+
+
+def queue_choices(experts, order, num_experts):
+    """Lines up all choices.
+
+    Args:
+        experts: `(G, K * S)` int32, the expert of each choice; E for nobody.
+        order: `(G or 1, K * S)` int32, the choices in the order of service.
+        num_experts: E.
+
+    Returns:
+        `Queues`, all int32.
+    """
+    order = ops.broadcast_to(order, ops.shape(experts))
+    queue = ops.take_along_axis(experts, order, axis=1)
+    # A stable sort by expert makes every expert's queue one segment.
+    by_expert = ops.cast(ops.argsort(queue, axis=1), "int32")
+    order = ops.take_along_axis(order, by_expert, axis=1)
+    indices = ops.arange(num_experts, dtype="int32")
+    chosen = ops.cast(experts[..., None] == indices, "int32")
+    load = ops.sum(chosen, axis=1)
+    start = ops.cumsum(load, axis=1) - load
+    # The inverse of a permutation, without a scatter.
+    position = ops.cast(ops.argsort(order, axis=1), "int32")
+    rank = position - ops.sum(chosen * start[:, None, :], axis=-1)
+    return Queues(order, load, start, rank)
+
+
 def _serve(experts, weights, order, num_experts, capacity):
     """Hands out the places of every expert in the order of service."""
     groups, num_tokens, num_choices = ops.shape(experts)
     total = num_tokens * num_choices
     flat = ops.reshape(experts, (groups, total))
-    order = ops.broadcast_to(order, (groups, total))
-    queue = ops.take_along_axis(flat, order, axis=1)
-    # A stable sort by expert makes every expert's queue one segment.
-    by_expert = ops.cast(ops.argsort(queue, axis=1), "int32")
-    order = ops.take_along_axis(order, by_expert, axis=1)
-    indices = ops.arange(num_experts, dtype="int32")
-    chosen = ops.cast(flat[..., None] == indices, "int32")
-    load = ops.sum(chosen, axis=1)  # (G, E)
-    start = ops.cumsum(load, axis=1) - load
+    queues = queue_choices(flat, order, num_experts)
 
     place = ops.arange(capacity, dtype="int32")
-    position = ops.minimum(start[..., None] + place, total - 1)  # (G, E, C)
+    position = ops.minimum(queues.start[..., None] + place, total - 1)
     choice = ops.take_along_axis(
-        order, ops.reshape(position, (groups, num_experts * capacity)), axis=1
+        queues.order,
+        ops.reshape(position, (groups, num_experts * capacity)),
+        axis=1,
     )
     choice = ops.reshape(choice, (groups, num_experts, capacity))
-    choice = ops.where(place < load[..., None], choice, total)
+    choice = ops.where(place < queues.load[..., None], choice, total)
 
-    # The inverse of a permutation, without a scatter.
-    position = ops.cast(ops.argsort(order, axis=1), "int32")
-    place = position - ops.sum(chosen * start[:, None, :], axis=-1)
-    served = ops.logical_and(place < capacity, flat < num_experts)
-    slot = ops.where(served, flat * capacity + place, num_experts * capacity)
+    served = ops.logical_and(queues.rank < capacity, flat < num_experts)
+    slot = flat * capacity + queues.rank
+    slot = ops.where(served, slot, num_experts * capacity)
     slot = ops.reshape(slot, (groups, num_tokens, num_choices))
     served = ops.reshape(served, (groups, num_tokens, num_choices))
     weights = ops.where(served, weights, ops.zeros_like(weights))
-    return SparsePlan(choice=choice, slot=slot, weight=weights, load=load)
+    return SparsePlan(
+        choice=choice, slot=slot, weight=weights, load=queues.load
+    )

@@ -1,0 +1,253 @@
+"""Token choice: TopKRouter, and its variant that balances without a loss."""
+
+import keras
+from keras import ops
+
+from keras_vmoe import losses
+from keras_vmoe import routing
+from keras_vmoe.layers.routers import Router
+from keras_vmoe.layers.routers import check_not_negative
+from keras_vmoe.layers.routers import places
+from keras_vmoe.routing.groups import check_capacity_factor
+from keras_vmoe.routing.groups import check_selection
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class TopKRouter(Router):
+    """Token choice: every token goes to its K best experts, room permitting.
+
+    The gates are `softmax(logits + noise)` in float32; noise
+    `N(0, (noise_std / E)²)` is there in training only. Combine weights are the
+    selected gates, not renormalised. What finds its expert full is dropped.
+
+    Names against the paper: `num_selected_experts` is k, `capacity_factor` is
+    C, and `images_per_group` of `MoEMLP` is what its program calls the group
+    size, there in tokens.
+
+    Args:
+        num_experts: E, at least 1.
+        num_selected_experts: K, between 1 and E.
+        capacity_factor: Room of the experts relative to an even load. None
+            drops nothing, whatever the load: see `routing.dropless_plan`.
+        batch_priority: Whether confident tokens are served first (BPR).
+        noise_std: Standard deviation of the noise, in units of `1 / E`.
+        gate: `"linear"`, `"cosine"` or `"l2"`, or a layer from `(G, S, D)`
+            tokens to `(G, S, E)` logits.
+        importance_loss_weight: Weight of the importance loss, of the gates
+            without noise.
+        load_loss_weight: Weight of the load loss, which there is only with
+            noise.
+        gshard_loss_weight: Weight of GShard's loss, of the gates with noise.
+        z_loss_weight: Weight of the router z-loss, of the logits without
+            noise.
+        seed: Optional integer seed of the noise.
+
+    Call arguments:
+        tokens: `(G, S, D)` float tensor.
+        mask: Optional `(G, S)` bool tensor, False for tokens to leave out.
+        group_size: Optional number of tokens of a full group, if `tokens` hold
+            fewer; the capacity is that of a full group.
+        images_per_group: Images that the tokens of a group belong to, for the
+            statistics.
+        training: Whether to add noise and auxiliary losses.
+
+    Returns:
+        A `routing.SparsePlan`, or a `routing.DroplessPlan`.
+
+    Raises:
+        ValueError: If K is not between 1 and E, or the capacity factor is not
+            positive, or `noise_std` is negative, or the gate is unknown.
+
+    Example:
+
+    >>> router = TopKRouter(num_experts=4, num_selected_experts=2)
+    >>> tokens = keras.random.normal((1, 32, 8))
+    >>> plan = router(tokens)
+    >>> plan.dispatch(tokens).shape
+    (1, 4, 20, 8)
+
+    Reference:
+        [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 2.2.
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        num_selected_experts=1,
+        capacity_factor=1.05,
+        batch_priority=False,
+        noise_std=1.0,
+        gate="linear",
+        importance_loss_weight=0.005,
+        load_loss_weight=0.005,
+        gshard_loss_weight=0.0,
+        z_loss_weight=0.0,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(num_experts, noise_std, gate, seed, **kwargs)
+        check_selection(num_experts, num_selected_experts)
+        check_not_negative(
+            importance_loss_weight=importance_loss_weight,
+            load_loss_weight=load_loss_weight,
+            gshard_loss_weight=gshard_loss_weight,
+            z_loss_weight=z_loss_weight,
+        )
+        if capacity_factor is None:
+            if batch_priority:
+                raise ValueError(
+                    "Without a capacity every token is served, and none needs "
+                    "priority. Received: capacity_factor=None and "
+                    "batch_priority=True. Set a capacity factor, or leave "
+                    "`batch_priority` out."
+                )
+        else:
+            check_capacity_factor(capacity_factor)
+            capacity_factor = float(capacity_factor)
+        self.num_selected_experts = int(num_selected_experts)
+        self.capacity_factor = capacity_factor
+        self.batch_priority = batch_priority
+        self.importance_loss_weight = importance_loss_weight
+        self.load_loss_weight = load_loss_weight
+        self.gshard_loss_weight = gshard_loss_weight
+        self.z_loss_weight = z_loss_weight
+
+    def make_plan(self, logits, mask, group_size):
+        gates = ops.softmax(logits)
+        if self.capacity_factor is None:
+            return routing.dropless_plan(
+                gates, self.num_selected_experts, mask, self.scores(gates)
+            )
+        capacity = places(
+            group_size,
+            ops.shape(logits)[1],
+            self.num_experts,
+            self.num_selected_experts,
+            self.capacity_factor,
+        )
+        return routing.top_k_plan(
+            gates,
+            self.num_selected_experts,
+            capacity,
+            batch_priority=self.batch_priority,
+            mask=mask,
+            scores=self.scores(gates),
+        )
+
+    def scores(self, gates):
+        """What experts are selected by; None for the gates themselves."""
+        return None
+
+    def auxiliary_losses(self, logits, noisy_logits, mask):
+        weighted = []
+        if self.importance_loss_weight:
+            loss = losses.importance_loss(ops.softmax(logits), mask)
+            weighted.append(self.importance_loss_weight * loss)
+        if self.load_loss_weight and self.noise_std:
+            loss = losses.load_loss(
+                logits,
+                noisy_logits,
+                self.noise_std / self.num_experts,
+                self.num_selected_experts,
+                mask,
+            )
+            weighted.append(self.load_loss_weight * loss)
+        if self.gshard_loss_weight:
+            loss = losses.gshard_loss(ops.softmax(noisy_logits), mask)
+            weighted.append(self.gshard_loss_weight * loss)
+        if self.z_loss_weight:
+            loss = losses.router_z_loss(logits, mask)
+            weighted.append(self.z_loss_weight * loss)
+        return weighted
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_selected_experts": self.num_selected_experts,
+            "capacity_factor": self.capacity_factor,
+            "batch_priority": self.batch_priority,
+            "importance_loss_weight": self.importance_loss_weight,
+            "load_loss_weight": self.load_loss_weight,
+            "gshard_loss_weight": self.gshard_loss_weight,
+            "z_loss_weight": self.z_loss_weight,
+        }
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class BiasBalancedRouter(TopKRouter):
+    """Top-K routing that balances the load by a bias, without auxiliary loss.
+
+    Experts are selected by `gate + bias`, while the combine weights stay the
+    gates. After each training step the bias of every expert that got less than
+    the mean load rises by `update_rate`, that of those that got more falls by
+    as much. The bias is a weight without gradient, saved with the model.
+
+    Gates are a softmax; those of the paper's experiments are a sigmoid, for
+    which its `update_rate` was chosen.
+
+    Args:
+        num_experts: E, at least 1.
+        update_rate: Change of a bias per step, in units of the gates.
+        importance_loss_weight: As in `TopKRouter`, but 0 by default.
+        load_loss_weight: As in `TopKRouter`, but 0 by default.
+        **kwargs: Further arguments of `TopKRouter`.
+
+    Call arguments:
+        tokens: `(G, S, D)` float tensor; others as in `TopKRouter`.
+
+    Returns:
+        A plan as of `TopKRouter`.
+
+    Raises:
+        ValueError: As `TopKRouter`, or if `update_rate` is negative.
+
+    Example:
+
+    >>> router = BiasBalancedRouter(num_experts=4, num_selected_experts=2)
+    >>> router(keras.random.normal((1, 32, 8))).load.shape
+    (1, 4)
+
+    Reference:
+        [Wang et al., 2024](https://arxiv.org/abs/2408.15664), algorithm 1.
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        update_rate=0.001,
+        importance_loss_weight=0.0,
+        load_loss_weight=0.0,
+        **kwargs,
+    ):
+        super().__init__(
+            num_experts,
+            importance_loss_weight=importance_loss_weight,
+            load_loss_weight=load_loss_weight,
+            **kwargs,
+        )
+        check_not_negative(update_rate=update_rate)
+        self.update_rate = update_rate
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.bias = self.add_weight(
+            name="bias",
+            shape=(self.num_experts,),
+            initializer="zeros",
+            trainable=False,
+            dtype="float32",
+            autocast=False,
+            # Replicas move it by their own load; the mean is what counts.
+            aggregation="mean",
+        )
+
+    def scores(self, gates):
+        return gates + ops.convert_to_tensor(self.bias)
+
+    def after_step(self, plan):
+        share = plan.load_share()
+        missing = ops.mean(share) - share
+        self.bias.assign_add(self.update_rate * ops.sign(missing))
+
+    def get_config(self):
+        return {**super().get_config(), "update_rate": self.update_rate}

@@ -1,0 +1,120 @@
+"""Expert choice: every expert picks its C best tokens."""
+
+import dataclasses
+from typing import Any
+
+from keras import ops
+
+from keras_vmoe.routing.plans import check_capacity
+from keras_vmoe.routing.plans import experts_of_images
+from keras_vmoe.routing.rows import add_rows
+from keras_vmoe.routing.rows import take_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertChoicePlan:
+    """A routing decision of the experts: a token may go to any number of them.
+
+    Attributes:
+        token: `(G, E, C)` int32, the token in each place; S where it is empty.
+        weight: `(G, E, C)` float, the combine weight; 0 where empty.
+        mask: `(G, S)` bool, False for tokens that are left out.
+    """
+
+    token: Any
+    weight: Any
+    mask: Any
+
+    def dispatch(self, tokens):
+        """Fills the experts' buffers.
+
+        Args:
+            tokens: `(G, S, D)` tensor.
+
+        Returns:
+            `(G, E, C, D)` tensor, 0 at empty places.
+        """
+        return take_rows(tokens, self.token)
+
+    def combine(self, buffers):
+        """Brings the experts' outputs back to the tokens.
+
+        Args:
+            buffers: `(G, E, C, D)` tensor.
+
+        Returns:
+            `(G, S, D)` tensor: per token the sum of its experts' outputs times
+            the combine weights, 0 for a token that no expert chose.
+        """
+        weight = ops.cast(self.weight, buffers.dtype)
+        num_tokens = ops.shape(self.mask)[1]
+        return add_rows(buffers * weight[..., None], self.token, num_tokens)
+
+    def load_share(self):
+        """Share of the filled places that each expert has, `(E,)`, sum 1."""
+        filled = self.token < ops.shape(self.mask)[1]
+        load = ops.sum(ops.cast(filled, "float32"), axis=(0, 2))
+        return ops.divide_no_nan(load, ops.sum(load))
+
+    def dropped_share(self):
+        """Share of the tokens that no expert chose, a scalar in `[0, 1]`."""
+        ones = ops.ones_like(self.weight)[..., None]
+        count = add_rows(ones, self.token, ops.shape(self.mask)[1])[..., 0]
+        total = ops.sum(ops.cast(self.mask, "float32"))
+        chosen = ops.sum(ops.cast(count > 0, "float32"))
+        return ops.divide_no_nan(total - chosen, total)
+
+    def experts_of_images(self, num_images):
+        """Which experts serve each image, `(G, num_images, E)` bool."""
+        size = ops.shape(self.mask)[1] // num_images
+        return experts_of_images(self.token // size, num_images)
+
+
+def expert_choice_plan(gates, capacity, mask=None):
+    """Sends to each expert the `capacity` tokens with its largest gates.
+
+    Combine weights are the gates as they are. Ties go to the earlier token.
+
+    Args:
+        gates: `(G, S, E)` float tensor, positive: softmax over the experts.
+        capacity: C, an int (or a scalar int tensor if S is symbolic), at most
+            S.
+        mask: Optional `(G, S)` bool tensor. Tokens at False are chosen by
+            nobody and get 0 back.
+
+    Returns:
+        An `ExpertChoicePlan`.
+
+    Raises:
+        ValueError: If the capacity is below 1.
+
+    Example:
+
+    >>> gates = keras.ops.convert_to_tensor([[[0.9, 0.1], [0.6, 0.4]]])
+    >>> plan = expert_choice_plan(gates, capacity=1)
+    >>> keras.ops.convert_to_numpy(plan.token).tolist()
+    [[[0], [1]]]
+
+    Reference:
+        [Zhou et al., 2022](https://arxiv.org/abs/2202.09368), section 3.2, with
+        the capacity of the authors of V-MoE: rounded up to a multiple of 4.
+    """
+    check_capacity(capacity)
+    num_tokens = ops.shape(gates)[1]
+    gates = ops.transpose(gates, (0, 2, 1))  # (G, E, S)
+    scores = ops.stop_gradient(gates)
+    if mask is None:
+        mask = ops.ones((ops.shape(gates)[0], num_tokens), "bool")
+    else:
+        # Behind all others, however small their gates are.
+        scores = ops.where(mask[:, None], scores, -1.0)
+    # Not `ops.top_k`, for the reasons that `select_experts` gives.
+    order = ops.cast(ops.argsort(-scores, axis=-1), "int32")
+    token = order[..., :capacity]
+    weight = ops.take_along_axis(gates, token, axis=-1)
+    exists = ops.take_along_axis(mask[:, None], token, axis=-1)
+    return ExpertChoicePlan(
+        token=ops.where(exists, token, num_tokens),
+        weight=ops.where(exists, weight, ops.zeros_like(weight)),
+        mask=mask,
+    )

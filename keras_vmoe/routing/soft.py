@@ -1,0 +1,108 @@
+"""Soft MoE: every place in a buffer is a convex mixture of all tokens."""
+
+import dataclasses
+from typing import Any
+
+from keras import ops
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftPlan:
+    """A soft routing decision. P is the number of slots per expert.
+
+    Attributes:
+        dispatch_weight: `(G, S, E, P)` float; sums to 1 over the tokens.
+        combine_weight: `(G, S, E, P)` float; sums to 1 over the slots of all
+            experts, and is 0 for masked tokens.
+    """
+
+    dispatch_weight: Any
+    combine_weight: Any
+
+    def dispatch(self, tokens):
+        """Mixes the tokens into the experts' slots.
+
+        Args:
+            tokens: `(G, S, D)` tensor.
+
+        Returns:
+            `(G, E, P, D)` tensor.
+        """
+        weight = ops.cast(self.dispatch_weight, tokens.dtype)
+        _, _, num_experts, num_slots = self.dispatch_weight.shape
+        groups, _, features = ops.shape(tokens)
+        slots = ops.matmul(ops.transpose(_flat(weight), (0, 2, 1)), tokens)
+        return ops.reshape(slots, (groups, num_experts, num_slots, features))
+
+    def combine(self, buffers):
+        """Mixes the experts' outputs into the tokens.
+
+        Args:
+            buffers: `(G, E, P, D)` tensor.
+
+        Returns:
+            `(G, S, D)` tensor.
+        """
+        weight = ops.cast(self.combine_weight, buffers.dtype)
+        groups, num_experts, num_slots, features = ops.shape(buffers)
+        num_slots = num_experts * num_slots
+        slots = ops.reshape(buffers, (groups, num_slots, features))
+        return ops.matmul(_flat(weight), slots)
+
+    def load_share(self):
+        """Share of the combine weights that each expert has, `(E,)`, sum 1."""
+        load = ops.sum(self.combine_weight, axis=(0, 1, 3))
+        return ops.divide_no_nan(load, ops.sum(load))
+
+    def dropped_share(self):
+        """0: no token is ever dropped."""
+        return ops.zeros(())
+
+    def experts_of_images(self, num_images):
+        """All of them, `(G, num_images, E)` bool."""
+        groups, _, num_experts, _ = ops.shape(self.combine_weight)
+        return ops.ones((groups, num_images, num_experts), "bool")
+
+
+def soft_plan(logits, mask=None):
+    """Mixes tokens into slots, and slots into tokens, by two softmaxes.
+
+    Args:
+        logits: `(G, S, E, P)` float tensor.
+        mask: Optional `(G, S)` bool tensor. Tokens at False go into no slot
+            and get 0 back.
+
+    Returns:
+        A `SoftPlan`.
+
+    Example:
+
+    >>> plan = soft_plan(keras.ops.zeros((1, 4, 2, 1)))
+    >>> float(plan.dispatch_weight[0, 0, 0, 0])
+    0.25
+    >>> float(plan.combine_weight[0, 0, 0, 0])
+    0.5
+
+    Reference:
+        [Puigcerver et al., 2023](https://arxiv.org/abs/2308.00951), section
+        2.1, equations 1 and 2.
+    """
+    shape = ops.shape(logits)
+    flat = _flat(logits)
+    combine = ops.softmax(flat, axis=-1)
+    if mask is not None:
+        kept = mask[..., None]
+        combine = ops.where(kept, combine, ops.zeros_like(combine))
+        # Finite, so that a group of nothing but masked tokens is no NaN.
+        flat = ops.where(kept, flat, -1e30)
+    dispatch = ops.softmax(flat, axis=1)
+    return SoftPlan(
+        dispatch_weight=ops.reshape(dispatch, shape),
+        combine_weight=ops.reshape(combine, shape),
+    )
+
+
+def _flat(weight):
+    """`(G, S, E, P)` as `(G, S, E * P)`."""
+    groups, num_tokens, num_experts, num_slots = ops.shape(weight)
+    return ops.reshape(weight, (groups, num_tokens, num_experts * num_slots))
