@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from keras_vmoe.layers.gates import LinearGate
+from keras_vmoe.layers.gates import SoftGate
 from keras_vmoe.layers.moe import MoEMLP
 
 
@@ -92,13 +94,25 @@ def _encoder_block(name, model, block):
 
 def _moe(name, layer: MoEMLP):
     experts = layer.experts
-    return {
-        f"{name}/Router/dense/kernel": layer.router.gate_layer.kernel,
+    return _router(f"{name}/Router", layer.router) | {
         f"{name}/Mlp/Dense_0/kernel": experts.hidden_kernel,
         f"{name}/Mlp/Dense_0/bias": experts.hidden_bias,
         f"{name}/Mlp/Dense_1/kernel": experts.output_kernel,
         f"{name}/Mlp/Dense_1/bias": experts.output_bias,
     }
+
+
+def _router(name, router):
+    gate = router.gate_layer
+    if isinstance(gate, SoftGate):
+        return {f"{name}/mu": gate.mu, f"{name}/scale": gate.scale}
+    if isinstance(gate, LinearGate):
+        return {f"{name}/dense/kernel": gate.kernel}
+    raise ValueError(
+        "The reference has linear and soft gates only. Received: "
+        f"{type(router).__name__} with a {type(gate).__name__}. Build the "
+        "model with gate='linear'."
+    )
 
 
 def _mlp(name, layer):

@@ -3,6 +3,8 @@
 import math
 import pathlib
 
+import numpy as np
+
 from keras_vmoe._extras import require
 
 
@@ -44,6 +46,30 @@ def plot_history(history, routing, path):
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, format="png", dpi=120)
     return partial.replace(path)
+
+
+def load_heatmap(name, epochs):
+    """Draws the load of a layer's experts over the epochs.
+
+    Args:
+        name: Name of the layer, for the title.
+        epochs: List with one dict per epoch, as `routing_statistics` gives for
+            the layer.
+
+    Returns:
+        `(height, width, 3)` uint8 array.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    figure = require("matplotlib.figure", "plots").Figure(
+        figsize=(6, 4), layout="constrained"
+    )
+    canvas = require("matplotlib.backends.backend_agg", "plots")
+    canvas = canvas.FigureCanvasAgg(figure)
+    _load(figure, figure.subplots(), name, epochs)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _curves(axis, history, metric, title):

@@ -11,6 +11,7 @@ from keras_vmoe.layers.gates import LinearGate
 from keras_vmoe.layers.gates import SoftGate
 from keras_vmoe.layers.mlp import MLP
 from keras_vmoe.layers.moe import MoEMLP
+from keras_vmoe.layers.moe import SharedExpertMoEMLP
 from keras_vmoe.layers.patches import ClassToken
 from keras_vmoe.layers.patches import PatchEmbedding
 from keras_vmoe.layers.pooling import AttentionPooling
@@ -31,6 +32,7 @@ __all__ = [
     "CosineGate",
     "ExpertChoiceRouter",
     "L2Gate",
+    "SharedExpertMoEMLP",
     "SoftGate",
     "SoftRouter",
     "ClassToken",

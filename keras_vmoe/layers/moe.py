@@ -9,8 +9,10 @@ from keras_vmoe import routing
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.experts import MLPExperts
+from keras_vmoe.layers.mlp import MLP
 from keras_vmoe.layers.routers import Router
 from keras_vmoe.layers.top_k_router import TopKRouter
+from keras_vmoe.routing.groups import check_sizes
 from keras_vmoe.routing.groups import is_integer
 
 IMAGES_PER_GROUP = 8  # That of V-MoE.
@@ -67,6 +69,8 @@ class MoEMLP(keras.layers.Layer):
         Their groups are fixed to a number of tokens that must divide the
         batch; ours take any batch.
     """
+
+    parts = ("experts",)  # Sublayers beside the router.
 
     def __init__(
         self,
@@ -128,7 +132,8 @@ class MoEMLP(keras.layers.Layer):
         self.features = features
         if not self.router.built:  # A deserialized one comes built.
             self.router.build((None, self._group_size(input_shape), features))
-        self.experts.build((None, self.num_experts, None, features))
+        if not self.experts.built:  # Those of `set_routing` are.
+            self.experts.build((None, self.num_experts, None, features))
 
     def _group_size(self, input_shape):
         """S of a full group, None where it is not known."""
@@ -193,6 +198,72 @@ class MoEMLP(keras.layers.Layer):
             router = keras.saving.deserialize_keras_object(config["router"])
             config = {**config, "router": router}
         return cls(**config)
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class SharedExpertMoEMLP(MoEMLP):
+    """A mixture of MLPs, and one more MLP that sees every token.
+
+    The shared expert's output is added to that of the mixture, with weight 1,
+    masked tokens included. It takes over what all tokens need, so that the
+    others can specialise; a token that is dropped still passes through it.
+
+    Args:
+        num_experts: E, without the shared expert.
+        hidden_dim: F, hidden features of one routed expert.
+        shared_hidden_dim: Hidden features of the shared expert.
+        **kwargs: Further arguments of `MoEMLP`.
+
+    Call arguments:
+        inputs: `(B, ..., D)` float tensor; others as in `MoEMLP`.
+
+    Returns:
+        Tensor of the shape of `inputs`.
+
+    Raises:
+        ValueError: As `MoEMLP`.
+
+    Example:
+
+    >>> layer = SharedExpertMoEMLP(
+    ...     num_experts=4, hidden_dim=32, shared_hidden_dim=16)
+    >>> layer(keras.random.normal((2, 7, 7, 16))).shape
+    (2, 7, 7, 16)
+
+    Reference:
+        [Dai et al., 2024](https://arxiv.org/abs/2401.06066) (DeepSeekMoE),
+        section 3.2; for vision
+        [Han et al., 2024](https://arxiv.org/abs/2410.15732) (ViMoE).
+    """
+
+    parts = ("experts", "shared_expert")
+
+    def __init__(self, num_experts, hidden_dim, shared_hidden_dim, **kwargs):
+        super().__init__(num_experts, hidden_dim, **kwargs)
+        check_sizes(shared_hidden_dim=shared_hidden_dim)
+        self.shared_hidden_dim = int(shared_hidden_dim)
+        self.shared_expert = MLP(
+            self.shared_hidden_dim,
+            activation=self.activation,
+            dropout=self.dropout,
+            dtype=self.dtype_policy,
+            name="shared_expert",
+        )
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        if not self.shared_expert.built:
+            self.shared_expert.build(input_shape)
+
+    def call(self, inputs, mask=None, training=False):
+        outputs = super().call(inputs, mask=mask, training=training)
+        return outputs + self.shared_expert(inputs, training=training)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "shared_hidden_dim": self.shared_hidden_dim,
+        }
 
 
 def _fixed_group(router, images_per_group):

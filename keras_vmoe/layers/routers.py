@@ -28,13 +28,14 @@ class Router(SavesSeedState, keras.layers.Layer):
         seed: Optional integer seed of the noise.
     """
 
+    parts = ("gate_layer",)  # Sublayers with weights.
     # Images of a group, where the router's mathematics fixes them.
     images_per_group = None
 
     def __init__(
         self, num_experts, noise_std=1.0, gate="linear", seed=None, **kwargs
     ):
-        _check_settings(type(self).__name__, kwargs)
+        check_settings(type(self).__name__, kwargs)
         super().__init__(**kwargs)
         check_selection(num_experts, 1)
         check_not_negative(noise_std=noise_std)
@@ -191,13 +192,17 @@ def places(group_size, num_tokens, num_experts, num_selected, capacity_factor):
 # Whose setting it is, for those who give it to another router.
 OWNERS = {
     "batch_priority": "TopKRouter",
-    "capacity_factor": "TopKRouter or an ExpertChoiceRouter",
+    "gate": "TopKRouter or an ExpertChoiceRouter",
+    "gshard_loss_weight": "TopKRouter",
+    "importance_loss_weight": "TopKRouter",
+    "load_loss_weight": "TopKRouter",
     "num_selected_experts": "TopKRouter",
     "num_slots": "SoftRouter",
+    "z_loss_weight": "TopKRouter or an ExpertChoiceRouter",
 }
 
 
-def _check_settings(router, kwargs):
+def check_settings(router, kwargs):
     """Raises if a setting of another router was given."""
     for name in kwargs:
         if name in OWNERS:

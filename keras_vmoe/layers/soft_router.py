@@ -6,6 +6,7 @@ from keras import ops
 from keras_vmoe import routing
 from keras_vmoe.layers.gates import SoftGate
 from keras_vmoe.layers.routers import Router
+from keras_vmoe.layers.routers import check_settings
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -58,6 +59,7 @@ class SoftRouter(Router):
         seed=None,
         **kwargs,
     ):
+        check_settings(type(self).__name__, kwargs)
         gate = SoftGate(
             num_experts,
             num_slots,

@@ -4,44 +4,88 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from typing import Any
+from typing import Literal
 
 import keras
 
 from keras_vmoe import layers as moe_layers
 
-ROUTERS = {"top_k": moe_layers.TopKRouter}
+ROUTERS = {
+    "bias_balanced": moe_layers.BiasBalancedRouter,
+    "expert_choice": moe_layers.ExpertChoiceRouter,
+    "soft": moe_layers.SoftRouter,
+    "top_k": moe_layers.TopKRouter,
+}
+# V-MoE's K, where a router by itself has 1 (Sweet Spot's ConvNeXt).
+NUM_SELECTED_EXPERTS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
     """The `moe` argument of the models, checked.
 
-    Users write a dict; `from_dict` checks its keys.
+    Users write a dict; `from_dict` checks its keys. The settings from
+    `num_selected_experts` on are the router's own. Those that are left at None
+    (`capacity_factor`: "auto") have the router's default, and K is 2.
 
     Attributes:
         layers: Placement; see `models.moe_blocks`.
         num_experts: E.
-        router: `"top_k"`, or a router whose copies, one per layer, are used as
-            they are. With a router, the four fields of `ROUTER_FIELDS` must be
-            set on the router instead.
-        num_selected_experts: K.
-        capacity_factor: Room of the experts relative to an even load.
-        batch_priority: Whether confident tokens are served first.
-        noise_std: Standard deviation of the logits' noise in training, in
-            units of `1 / E`.
+        router: `"top_k"`, `"expert_choice"`, `"soft"` or `"bias_balanced"`, or
+            a router whose copies, one per layer, are used as they are and
+            bring their own settings.
         images_per_group: Images that are routed together; None for all.
         hidden_dim: F of an expert; None means the model's `mlp_dim`.
+        shared_hidden_dim: Hidden features of an expert that sees every token;
+            None for no such expert. See `layers.SharedExpertMoEMLP`.
+        num_selected_experts: K of a top-K router.
+        capacity_factor: Room of the experts relative to an even load; None for
+            dropless top-K routing.
+        batch_priority: Whether a top-K router serves confident tokens first.
+        num_slots: Slots per expert of a soft router.
+        noise_std: Standard deviation of the logits' noise in training, in
+            units of `1 / E`.
+        gate: `"linear"`, `"cosine"` or `"l2"`.
+        importance_loss_weight: Weight of the importance loss.
+        load_loss_weight: Weight of the load loss.
+        gshard_loss_weight: Weight of GShard's balance loss.
+        z_loss_weight: Weight of the router z-loss.
     """
 
     layers: Any = "last_2"
     num_experts: int = 8
     router: Any = "top_k"
-    num_selected_experts: int = 2
-    capacity_factor: float = 1.05
-    batch_priority: bool = False
-    noise_std: float = 1.0
     images_per_group: int | None = 8
     hidden_dim: int | None = None
+    shared_hidden_dim: int | None = None
+    num_selected_experts: int | None = None
+    capacity_factor: float | Literal["auto"] | None = "auto"
+    batch_priority: bool | None = None
+    num_slots: int | None = None
+    noise_std: float | None = None
+    gate: str | None = None
+    importance_loss_weight: float | None = None
+    load_loss_weight: float | None = None
+    gshard_loss_weight: float | None = None
+    z_loss_weight: float | None = None
+
+    def __post_init__(self):
+        settings = self.router_settings()
+        if isinstance(self.router, keras.layers.Layer):
+            if settings:
+                both = [f"{key}={value!r}" for key, value in settings.items()]
+                raise ValueError(
+                    "A router object brings its own settings. "
+                    f"Received: router={self.router.name} together with "
+                    f"{', '.join(both)}. Set these on the router, or name the "
+                    "router by a string."
+                )
+        elif self.router not in ROUTERS:
+            raise ValueError(
+                f"`router` must be one of {sorted(ROUTERS)} or a router "
+                f"object. Received: router={self.router!r}. "
+                "A router object is made by, say, layers.TopKRouter(8)."
+            )
 
     @classmethod
     def from_dict(cls, moe):
@@ -54,8 +98,8 @@ class MoEConfig:
             A `MoEConfig`.
 
         Raises:
-            ValueError: If a key is unknown, or if a router is given together
-                with settings that it holds itself.
+            ValueError: If a key or a router is unknown, or if a router is given
+                together with settings that it holds itself.
         """
         if isinstance(moe, cls):
             return moe
@@ -79,33 +123,53 @@ class MoEConfig:
             router = keras.saving.deserialize_keras_object(moe["router"])
             moe["router"] = router
         if isinstance(moe.get("router"), keras.layers.Layer):
-            cls._check_router(moe)
+            moe.setdefault("num_experts", moe["router"].num_experts)
         return cls(**moe)
-
-    @classmethod
-    def _check_router(cls, moe):
-        both = [key for key in ROUTER_FIELDS if key in moe]
-        if both:
-            raise ValueError(
-                "A router object brings its own settings. "
-                f"Received: router={moe['router'].name} together with "
-                f"{', '.join(f'{key}={moe[key]!r}' for key in both)}. "
-                "Set these on the router, or name the router by a string."
-            )
-        moe.setdefault("num_experts", moe["router"].num_experts)
 
     def to_dict(self):
         """A dict that `from_dict` and JSON take."""
-        config = dataclasses.asdict(dataclasses.replace(self, router=None))
+        config = dataclasses.asdict(dataclasses.replace(self, router="top_k"))
         config["router"] = self.router
         if isinstance(self.router, keras.layers.Layer):
             router = keras.saving.serialize_keras_object(self.router)
             config["router"] = router
-            for key in ROUTER_FIELDS:
-                del config[key]
         if not isinstance(self.layers, str):
             config["layers"] = list(self.layers)
         return config
+
+    def router_settings(self):
+        """The settings for the router that are not left to its defaults."""
+        settings = {key: getattr(self, key) for key in ROUTER_FIELDS}
+        settings = {k: v for k, v in settings.items() if v is not None}
+        if self.capacity_factor != "auto":
+            settings["capacity_factor"] = self.capacity_factor
+        return settings
+
+    def make_layer(self, block, hidden_dim, name, **kwargs):
+        """A new MoE layer.
+
+        Args:
+            block: Index of the layer's block.
+            hidden_dim: Hidden features of the MLP that the layer stands for.
+            name: Name of the layer.
+            **kwargs: `activation`, `dropout` and `dtype` of the layer.
+
+        Returns:
+            A `layers.MoEMLP`.
+        """
+        arguments = {
+            "num_experts": self.num_experts,
+            "hidden_dim": self.hidden_dim or hidden_dim,
+            "router": self.make_router(block, kwargs["dtype"]),
+            "images_per_group": self.images_per_group,
+            "name": name,
+            **kwargs,
+        }
+        if self.shared_hidden_dim is None:
+            return moe_layers.MoEMLP(**arguments)
+        return moe_layers.SharedExpertMoEMLP(
+            shared_hidden_dim=self.shared_hidden_dim, **arguments
+        )
 
     def make_router(self, block, dtype):
         """A new router for one layer.
@@ -119,28 +183,28 @@ class MoEConfig:
             A router.
 
         Raises:
-            ValueError: If the router's name is unknown.
+            ValueError: If a setting is none of this router's.
         """
         if isinstance(self.router, keras.layers.Layer):
             config = self.router.get_config()
             if config["seed"] is not None:
                 config["seed"] += block
             return type(self.router).from_config(config)
-        if self.router not in ROUTERS:
-            raise ValueError(
-                f"`router` must be one of {sorted(ROUTERS)} or a router "
-                f"object. Received: router={self.router!r}. "
-                "A router object is made by, say, layers.TopKRouter(8)."
-            )
-        settings = {key: getattr(self, key) for key in ROUTER_FIELDS}
-        return ROUTERS[self.router](
-            self.num_experts, dtype=dtype, name="router", **settings
-        )
+        router = ROUTERS[self.router]
+        settings = self.router_settings()
+        if issubclass(router, moe_layers.TopKRouter):
+            settings.setdefault("num_selected_experts", NUM_SELECTED_EXPERTS)
+        return router(self.num_experts, dtype=dtype, name="router", **settings)
 
 
 ROUTER_FIELDS = (
     "num_selected_experts",
-    "capacity_factor",
     "batch_priority",
+    "num_slots",
     "noise_std",
+    "gate",
+    "importance_loss_weight",
+    "load_loss_weight",
+    "gshard_loss_weight",
+    "z_loss_weight",
 )

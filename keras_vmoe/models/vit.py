@@ -43,9 +43,8 @@ class ViTMoE(keras.Model):
             None leaves it out.
         position_embedding: `"learned"` or `"sincos2d"`.
         moe: None for the dense twin, or a dict of `models.MoEConfig`'s
-            attributes: `layers`, `num_experts`, `router`,
-            `num_selected_experts`, `capacity_factor`, `batch_priority`,
-            `noise_std`, `images_per_group`, `hidden_dim`.
+            attributes, such as `layers`, `num_experts`, `router`,
+            `num_selected_experts`, `capacity_factor`, `images_per_group`.
         dropout: Dropout rate behind the positions, the attention and in the
             MLPs and experts, in `[0, 1]`.
         drop_path: Probability of dropping a residual branch of an image in the
@@ -145,6 +144,15 @@ class ViTMoE(keras.Model):
         self.activation = activation
         self.layers_dtype = policy
 
+    def with_graph(self, inputs, outputs):
+        """A model of the same arguments around another graph."""
+        model = type(self).__new__(type(self))
+        super(ViTMoE, model).__init__(inputs, outputs, name=self.name)
+        for argument in set(self.get_config()) - {"dtype", "name", "trainable"}:
+            setattr(model, argument, getattr(self, argument))
+        model.layers_dtype = self.layers_dtype
+        return model
+
     @property
     def moe_layers(self):
         """The model's `MoEMLP` layers, from first to last."""
@@ -203,15 +211,13 @@ def _mlps(num_layers, mlp_dim, moe, activation, dropout, policy):
     sparse = () if moe is None else moe_blocks(moe.layers, num_layers)
     for i in range(num_layers):
         if i in sparse:
-            yield layers.MoEMLP(
-                moe.num_experts,
-                moe.hidden_dim or mlp_dim,
-                router=moe.make_router(i, policy),
-                images_per_group=moe.images_per_group,
+            yield moe.make_layer(
+                i,
+                mlp_dim,
+                f"block_{i}_moe",
                 activation=activation,
                 dropout=dropout,
                 dtype=policy,
-                name=f"block_{i}_moe",
             )
         else:
             yield layers.MLP(

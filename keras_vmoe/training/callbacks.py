@@ -3,12 +3,14 @@
 import csv
 import math
 import pathlib
+import warnings
 
 import keras
 import numpy as np
 
 from keras_vmoe import inspection
 from keras_vmoe import models
+from keras_vmoe._extras import require
 
 
 class RoutingHistory(keras.callbacks.Callback):
@@ -20,8 +22,21 @@ class RoutingHistory(keras.callbacks.Callback):
     - `dropped_share`: share of the choices that were dropped, in `[0, 1]`.
     - `min_expert_load`, `max_expert_load`: load of the least and the most
       chosen expert of any layer; 1 is an even load.
+    - with `per_layer`, for each MoE layer `<layer>/dropped_share`,
+      `<layer>/gate_entropy` (mean entropy of the gates, in nats),
+      `<layer>/importance_cv2` (squared coefficient of variation of the experts'
+      summed gates), `<layer>/experts_per_image` (share of the experts that
+      serve an image), `<layer>/auxiliary_loss` and `<layer>/load_<e>`, the
+      share of the choices that fell on expert e.
 
-    Put it before callbacks that write the logs, such as `CSVLogger`.
+    They are in the logs as metrics are: in what `fit` returns, in `CSVLogger`
+    and `TensorBoard`, for `EarlyStopping` to monitor. Put this callback before
+    those. (Under JAX a layer cannot update a `keras.Metric` inside of the
+    compiled step, so that the means are kept in the routers and read here, once
+    per epoch.)
+
+    Args:
+        per_layer: Whether to log each layer as well.
 
     Attributes:
         epochs: One dict per epoch, from layer name to that layer's statistics;
@@ -32,8 +47,9 @@ class RoutingHistory(keras.callbacks.Callback):
     >>> model.fit(x, y, callbacks=[RoutingHistory()])  # doctest: +SKIP
     """
 
-    def __init__(self):
+    def __init__(self, per_layer=False):
         super().__init__()
+        self.per_layer = per_layer
         self.epochs = []
 
     def on_train_begin(self, logs=None):
@@ -49,6 +65,8 @@ class RoutingHistory(keras.callbacks.Callback):
         self.epochs.append(layers)
         if logs is not None:
             logs.update(_summary(list(layers.values())))
+            if self.per_layer:
+                logs.update(_columns(layers))
 
 
 def _summary(layers):
@@ -61,6 +79,126 @@ def _summary(layers):
         "min_expert_load": float(min(x.min() * len(x) for x in loads)),
         "max_expert_load": float(max(x.max() * len(x) for x in loads)),
     }
+
+
+class RoutingMonitor(keras.callbacks.Callback):
+    """Warns when experts die or a layer drops too much.
+
+    Looks once per epoch at the means over its training steps. An expert whose
+    load stays low is trained by few tokens and chosen by fewer still.
+
+    Args:
+        min_load: Smallest load of an expert, relative to an even load; below
+            it counts as dying.
+        max_dropped_share: Largest share of the choices (of the tokens, with
+            expert choice) that a layer may drop.
+
+    Attributes:
+        warnings: The messages so far, one per epoch and layer at most.
+
+    Example:
+
+    >>> model.fit(x, y, callbacks=[RoutingMonitor()])  # doctest: +SKIP
+    """
+
+    def __init__(self, min_load=0.1, max_dropped_share=0.2):
+        super().__init__()
+        for name, value in (
+            ("min_load", min_load),
+            ("max_dropped_share", max_dropped_share),
+        ):
+            if not 0 <= value <= 1:
+                raise ValueError(
+                    f"`{name}` must be between 0 and 1. "
+                    f"Received: {name}={value!r}."
+                )
+        self.min_load = min_load
+        self.max_dropped_share = max_dropped_share
+        self.warnings = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        inspection.reset_routing_statistics(self.model)
+
+    def on_epoch_end(self, epoch, logs=None):
+        for name, layer in inspection.routing_statistics(self.model).items():
+            problems = self._problems(layer)
+            if problems:
+                message = (
+                    f"Epoch {epoch + 1}, {name}: {'; '.join(problems)}. Raise "
+                    "the weights of the auxiliary losses, the noise or the "
+                    "capacity factor, or take fewer experts."
+                )
+                self.warnings.append(message)
+                warnings.warn(message, stacklevel=2)
+
+    def _problems(self, layer):
+        problems = []
+        load = layer["load_share"] * len(layer["load_share"])
+        dying = [e for e, share in enumerate(load) if share < self.min_load]
+        if dying:
+            problems.append(
+                f"experts {dying} get less than {self.min_load} of an even load"
+            )
+        if layer["dropped_share"] > self.max_dropped_share:
+            problems.append(
+                f"{layer['dropped_share']:.0%} dropped, more than "
+                f"{self.max_dropped_share:.0%}"
+            )
+        return problems
+
+
+class RoutingTensorBoard(keras.callbacks.Callback):
+    """Writes what the routers did for TensorBoard, on every backend.
+
+    Once per epoch the statistics of each MoE layer as scalars, and the load of
+    its experts over all epochs so far as a picture: one row per expert, one
+    column per epoch. Needs TensorFlow and matplotlib.
+
+    Args:
+        log_dir: Folder of the event files, as of `keras.callbacks.TensorBoard`.
+
+    Raises:
+        ImportError: If TensorFlow or matplotlib is missing.
+
+    Example:
+
+    >>> board = RoutingTensorBoard("logs")  # doctest: +SKIP
+    >>> model.fit(x, y, callbacks=[board])  # doctest: +SKIP
+    """
+
+    def __init__(self, log_dir):
+        super().__init__()
+        require("matplotlib", "plots")
+        self.tensorflow = require("tensorflow", "tensorflow")
+        self.log_dir = str(log_dir)
+        self.epochs = []
+        self.writer = None
+
+    def on_train_begin(self, logs=None):
+        self.epochs = []
+        path = pathlib.Path(self.log_dir) / "routing"
+        self.writer = self.tensorflow.summary.create_file_writer(str(path))
+
+    def on_epoch_begin(self, epoch, logs=None):
+        inspection.reset_routing_statistics(self.model)
+
+    def on_epoch_end(self, epoch, logs=None):
+        layers = inspection.routing_statistics(self.model)
+        if not layers:
+            return
+        self.epochs.append(layers)
+        summary = self.tensorflow.summary
+        with self.writer.as_default(step=epoch):
+            for name, value in _columns(layers).items():
+                summary.scalar(name, value)
+            for name in layers:
+                loads = [layers[name] for layers in self.epochs]
+                picture = inspection.load_heatmap(name, loads)
+                summary.image(f"{name}/load", picture[None])
+        self.writer.flush()
+
+    def on_train_end(self, logs=None):
+        self.writer.close()
 
 
 class NonFiniteLossError(RuntimeError):
@@ -171,9 +309,12 @@ class HistoryFile(keras.callbacks.Callback):
 
 
 def _columns(layers):
+    """All statistics of all layers under names of their own."""
     row = {}
     for name, layer in layers.items():
-        row[f"{name}/dropped_share"] = layer["dropped_share"]
+        for key, value in layer.items():
+            if key != "load_share":
+                row[f"{name}/{key}"] = value
         for e, share in enumerate(layer["load_share"]):
             row[f"{name}/load_{e}"] = float(share)
     return row
