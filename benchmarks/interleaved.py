@@ -57,7 +57,8 @@ def rows(seconds, baseline, **columns):
             {
                 **columns,
                 "candidate": name,
-                "median_ms": round(1e3 * float(np.median(values)), 2),
+                "median": round(1e3 * float(np.median(values)), 2),
+                "unit": "ms",
                 "ratio": round(float(middle), 3),
                 "ratio_q25": round(float(low), 3),
                 "ratio_q75": round(float(high), 3),
@@ -78,17 +79,18 @@ def versions(backend=None):
     }
 
 
-def write(path, new_rows):
-    """Writes rows to a CSV file, in the place of those of the same backend."""
+def write(path, new_rows, keys=("backend",)):
+    """Writes rows to a CSV file, in the place of those of the same keys."""
     path = pathlib.Path(path)
     path.parent.mkdir(exist_ok=True)
     kept = []
+    new = {tuple(row[key] for key in keys) for row in new_rows}
     if path.exists():
         with open(path, newline="") as file:
             kept = [
                 row
                 for row in csv.DictReader(file)
-                if row["backend"] != new_rows[0]["backend"]
+                if tuple(row[key] for key in keys) not in new
             ]
     partial = path.with_suffix(".partial")
     with open(partial, "w", newline="") as file:
@@ -100,9 +102,11 @@ def write(path, new_rows):
 
 def print_table(table):
     """Prints rows as a table for reading."""
-    print(f"{'pass':<10}{'candidate':<16}{'ms':>9}{'ratio':>8}  quartiles")
+    name = " ".join(table[0].get(key, "") for key in ("table", "shape"))
+    print(f"{name}\n{'pass':<10}{'candidate':<20}{'median':>10}{'ratio':>8}")
     for row in table:
         print(
-            f"{row['pass']:<10}{row['candidate']:<16}{row['median_ms']:>9}"
-            f"{row['ratio']:>8}  {row['ratio_q25']} to {row['ratio_q75']}"
+            f"{row['pass']:<10}{row['candidate']:<20}{row['median']:>10}"
+            f"{row['ratio']:>8}  {row['ratio_q25']} to {row['ratio_q75']}",
+            flush=True,
         )

@@ -1,163 +1,234 @@
-"""One MoE layer against a dense MLP of the same FLOPs, forward and training.
+"""One MoE layer against a dense MLP, other methods and other libraries.
 
-    KERAS_BACKEND=jax python benchmarks/moe_layer.py
+    KERAS_BACKEND=jax python benchmarks/moe_layer.py --save
 
-Both run in the same process, in turn. The dense MLP has K times the experts'
-hidden size, which is what a token of the MoE layer passes through. At capacity
-factor 1.05 the MoE layer's experts do 1.056 times the dense MLP's
-multiplications: the capacity is rounded up to whole multiples of 4 places.
+All candidates of a setting run in one process, in turn; ratios are those of the
+same round. The dense MLP has K times the experts' hidden size: what a token of
+the MoE layer passes through. Four tables:
 
-Training is the gradient of a squared error with respect to the inputs and all
-weights, without an optimizer, with noise and auxiliary losses.
+- methods: every router of ours and the other libraries against the dense MLP,
+  at 8 experts, 2 per token, capacity factor 1.0. Expert choice and soft routing
+  have capacity factor 2.0, which is the same work.
+- experts: the same work spread over more experts, against 8 of them.
+- selected: 1, 2 and 4 experts per token, each against its own dense MLP.
+- capacity: other capacity factors, against 1.0.
+- memory: peak memory of a training step, against the dense MLP: of JAX the
+  compiler's figure for temporary buffers and results, else the growth of the
+  process while it runs the step for the first time.
+
+Training is the gradient of a squared error and of the auxiliary losses with
+respect to the inputs and all weights, with noise, without an optimizer.
 """
 
 import argparse
+import gc
 import pathlib
+import resource
+import subprocess
+import sys
 
 import interleaved
 import keras
 import numpy as np
-from keras import ops
+import others
+import steps
 
 from keras_vmoe import layers
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "moe_layer.csv"
 
+# Images, tokens per image, D, F.
+SHAPES = {
+    "ViT-S/16 x8": (8, 197, 384, 1536),
+    "ViT-S/16 x32": (32, 197, 384, 1536),
+    "ViT-B/16 x8": (8, 197, 768, 3072),
+    "ViT-B/16 x32": (32, 197, 768, 3072),
+    "ConvNeXt-T stage 3 x8": (8, 196, 384, 1536),
+    "ConvNeXt-T stage 4 x8": (8, 49, 768, 3072),
+}
+SMALL = "ViT-S/16 x8"
+TABLES = ("methods", "experts", "selected", "capacity", "memory")
+
 
 def main():
-    """Measures, prints a table and, with `--save`, updates the results."""
+    """Measures, prints tables and, with `--save`, updates the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=197)
-    parser.add_argument("--features", type=int, default=384)
-    parser.add_argument("--hidden", type=int, default=1536)
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--selected", type=int, default=2)
-    parser.add_argument("--capacity-factor", type=float, default=1.05)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
+    parser.add_argument(
+        "--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES)
+    )
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--save", action="store_true")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
-
-    keras.utils.set_random_seed(0)
-    shape = (args.images, args.tokens, args.features)
-    inputs = np.random.default_rng(0).normal(size=shape).astype("float32")
-    candidates = make_layers(args)
-    for layer in candidates.values():
-        layer.build(shape)
-    table = []
-    for kind, make in (("forward", forward), ("training", training)):
-        functions = {
-            name: make(layer, inputs) for name, layer in candidates.items()
-        }
-        seconds = interleaved.measure(functions, args.rounds)
-        table += interleaved.rows(seconds, "dense", **{"pass": kind})
-    interleaved.print_table(table)
+    keras.config.set_dtype_policy(args.dtype)
+    if args.memory_of:
+        print(growth_of(args.memory_of))
+        return
+    rows = []
+    for table in args.tables:
+        rows += globals()[table](args)
     if args.save:
-        setting = {k: v for k, v in vars(args).items() if k != "save"}
-        columns = {**interleaved.versions(), "setting": setting}
-        interleaved.write(RESULTS, [{**columns, **row} for row in table])
+        columns = {**interleaved.versions(), "dtype": args.dtype}
+        rows = [{**columns, **row} for row in rows]
+        interleaved.write(RESULTS, rows, keys=("backend", "dtype", "table"))
 
 
-def make_layers(args):
-    """The layers to compare, by name; `dense` is the baseline."""
+def methods(args):
+    """All methods against the dense MLP, at several shapes."""
+    rows = []
+    for shape in args.shapes:
+        rows += compare("methods", shape, candidates(shape), "dense", args)
+    return rows
 
-    def moe(batch_priority):
-        router = layers.TopKRouter(
-            args.experts,
-            args.selected,
-            capacity_factor=args.capacity_factor,
-            batch_priority=batch_priority,
+
+def experts(args):
+    """The same work with more experts."""
+    found = {
+        f"E={number}": lambda number=number: top_k(SHAPES[SMALL], number)
+        for number in (8, 16, 32, 64, 128)
+    }
+    return compare("experts", SMALL, found, "E=8", args)
+
+
+def selected(args):
+    """More experts per token, each number against its own dense MLP."""
+    rows = []
+    for number in (1, 2, 4):
+        found = {
+            "dense": lambda number=number: dense(SHAPES[SMALL], number),
+            f"K={number}": lambda number=number: top_k(
+                SHAPES[SMALL], selected=number
+            ),
+        }
+        rows += compare("selected", SMALL, found, "dense", args)
+    return rows
+
+
+def capacity(args):
+    """Other capacity factors."""
+    found = {
+        f"factor {factor}": lambda factor=factor: top_k(
+            SHAPES[SMALL], capacity_factor=factor
         )
-        return layers.MoEMLP(
-            args.experts, args.hidden, router, activation="gelu_tanh"
-        )
+        for factor in (0.25, 0.5, 1.0, 1.5, 2.0)
+    }
+    return compare("capacity", SMALL, found, "factor 1.0", args)
 
+
+def memory(args):
+    """Peak memory of a training step."""
+    found = {name: peak_memory(name, args) for name in candidates(SMALL)}
+    rows = []
+    for name, size in found.items():
+        ratio = round(size / found["dense"], 3)
+        row = {"table": "memory", "shape": SMALL, "pass": "training"}
+        row |= {"candidate": name, "median": round(size / 2**20, 1)}
+        row |= {"unit": "MiB", "ratio": ratio}
+        rows.append({**row, "ratio_q25": ratio, "ratio_q75": ratio})
+    interleaved.print_table(rows)
+    return rows
+
+
+def compare(table, shape, makers, baseline, args):
+    """Times forward passes and training steps of one setting."""
+    images, tokens, features, _ = SHAPES[shape]
+    # Fewer rounds where one takes seconds.
+    work = images * tokens * features**2
+    rounds = max(5, min(args.rounds, int(args.rounds * 1.2e9 / work)))
+    inputs = inputs_of(shape)
+    made = {name: make() for name, make in makers.items()}
+    for layer in made.values():
+        layer.build(inputs.shape)
+    rows = []
+    for kind in ("forward", "training"):
+        make = getattr(steps, kind)
+        functions = {name: make(made[name], inputs) for name in made}
+        seconds = interleaved.measure(functions, rounds)
+        columns = {"table": table, "shape": shape, "pass": kind}
+        rows += interleaved.rows(seconds, baseline, **columns)
+    interleaved.print_table(rows)
+    del made, functions
+    gc.collect()
+    return rows
+
+
+def inputs_of(shape):
+    """Random tokens `(B, N, D)`."""
+    generator = np.random.default_rng(0)
+    inputs = generator.normal(size=SHAPES[shape][:3]).astype("float32")
+    return keras.ops.cast(inputs, keras.config.floatx())
+
+
+def candidates(shape):
+    """What the methods table compares, by name."""
+    size = SHAPES[shape]
+    _, _, features, hidden = size
     return {
-        "dense": layers.MLP(
-            args.selected * args.hidden, activation="gelu_tanh"
+        "dense": lambda: dense(size),
+        "top-k": lambda: top_k(size),
+        "top-k, BPR": lambda: top_k(size, batch_priority=True),
+        "expert choice": lambda: moe(
+            size, layers.ExpertChoiceRouter(8, capacity_factor=2.0)
         ),
-        "moe": moe(False),
-        "moe bpr": moe(True),
+        "soft": lambda: moe(size, layers.SoftRouter(8, capacity_factor=2.0)),
+        "dropless": lambda: top_k(size, capacity_factor=None),
+        "einsum": lambda: others.EinsumMoE(8, hidden, 2, 1.0),
+        **others.others(8, hidden, 2, 1.0, features),
     }
 
 
-def forward(layer, inputs):
-    """A compiled forward pass of a layer, without arguments."""
-    inputs = ops.convert_to_tensor(inputs)
-    if keras.backend.backend() == "jax":
-        import jax
-
-        state = _values(layer)
-
-        @jax.jit
-        def step(trainable, other, inputs):
-            return layer.stateless_call(trainable, other, inputs)[0]
-
-        return lambda: step(*state, inputs)
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        step = tf.function(lambda x: layer(x, training=False))
-        return lambda: step(inputs)
-    import torch
-
-    def step():
-        with torch.no_grad():
-            return layer(inputs, training=False)
-
-    return step
+def dense(size, selected=2):
+    """A dense MLP of the MoE layer's FLOPs."""
+    return layers.MLP(selected * size[3], activation="gelu_tanh")
 
 
-def training(layer, inputs):
-    """A compiled forward and backward pass of a layer, without arguments."""
-    inputs = ops.convert_to_tensor(inputs)
-    if keras.backend.backend() == "jax":
-        import jax
-
-        state = _values(layer)
-
-        def loss(trainable, inputs, other):
-            outputs, _, losses = layer.stateless_call(
-                trainable, other, inputs, training=True, return_losses=True
-            )
-            return ops.mean(ops.square(outputs)) + sum(losses)
-
-        step = jax.jit(jax.grad(loss, argnums=(0, 1)))
-        return lambda: step(state[0], inputs, state[1])
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        weights = [v.value for v in layer.trainable_variables]
-
-        @tf.function
-        def step(inputs):
-            with tf.GradientTape() as tape:
-                tape.watch(inputs)
-                outputs = layer(inputs, training=True)
-                loss = ops.mean(ops.square(outputs)) + sum(layer.losses)
-            return tape.gradient(loss, [inputs, *weights])
-
-        return lambda: step(inputs)
-
-    import torch
-
-    leaf = inputs.clone().requires_grad_(True)
-    weights = [v.value for v in layer.trainable_variables]
-
-    def step():
-        outputs = layer(leaf, training=True)
-        loss = ops.mean(ops.square(outputs)) + sum(layer.losses)
-        return torch.autograd.grad(loss, [leaf, *weights])
-
-    return step
-
-
-def _values(layer):
-    """Values of the trainable and the other variables of a layer."""
-    return (
-        [v.value for v in layer.trainable_variables],
-        [v.value for v in layer.non_trainable_variables],
+def top_k(size, num_experts=8, selected=2, capacity_factor=1.0, **router):
+    """A MoE layer with top-K routing."""
+    router = layers.TopKRouter(
+        num_experts, selected, capacity_factor=capacity_factor, **router
     )
+    return moe(size, router)
+
+
+def moe(size, router):
+    """A MoE layer around a router."""
+    return layers.MoEMLP(
+        router.num_experts, size[3], router, activation="gelu_tanh"
+    )
+
+
+def peak_memory(name, args):
+    """Bytes of one candidate's training step, beside inputs and weights."""
+    if keras.backend.backend() == "jax":
+        layer = candidates(SMALL)[name]()
+        inputs = inputs_of(SMALL)
+        layer.build(inputs.shape)
+        step, arguments = steps.jax_training(layer, inputs)
+        found = step.lower(*arguments).compile().memory_analysis()
+        return found.temp_size_in_bytes + found.output_size_in_bytes
+    command = [sys.executable, __file__, "--memory-of", name]
+    command += ["--dtype", args.dtype]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(done.stdout.splitlines()[-1])
+
+
+def growth_of(name):
+    """How far this process grows while it runs a candidate's step."""
+    inputs = inputs_of(SMALL)
+    # The libraries' own buffers are there after a step of another layer.
+    warm = layers.MLP(8)
+    warm.build(inputs.shape)
+    steps.training(warm, inputs)()
+    layer = candidates(SMALL)[name]()
+    layer.build(inputs.shape)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = steps.training(layer, inputs)
+    for _ in range(3):
+        step()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * (after - before)
 
 
 if __name__ == "__main__":

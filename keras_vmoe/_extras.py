@@ -9,6 +9,7 @@ _DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "tensorflow_datasets": "tensorflow-datasets",
     "tensorflow_serving": "tensorflow-serving-api",
+    "yaml": "PyYAML",
 }
 
 
@@ -40,7 +41,7 @@ def require(module_name, extra):
         root = module_name.partition(".")[0]
         distribution = _DISTRIBUTIONS.get(root, root)
         raise ImportError(
-            f"`keras_vmoe.{extra}` needs {distribution}, which cannot be "
+            f"`keras_vmoe[{extra}]` needs {distribution}, which cannot be "
             f"imported ({error}). "
             f"Received: module_name={module_name!r}. "
             f"Install it with: pip install 'keras_vmoe[{extra}]'"

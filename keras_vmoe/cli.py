@@ -83,7 +83,8 @@ def predict(settings, arguments):
         _restart(settings.backend, arguments)
     path = pathlib.Path(settings.model)
     run_dir = path if path.is_dir() else path.parent
-    model = models.load(path / "model.keras" if path.is_dir() else path)
+    file = path / "model.keras" if path.is_dir() else path
+    model = models.load(file, compile=False)
     names = _class_names(settings.classes, run_dir, model.output_shape[-1])
     images = data.read_images(settings.images, model.input_shape[1:3])
     found = evaluation.classify(model, images, names, settings.top)
@@ -178,11 +179,14 @@ def _class_names(path, run_dir, num_classes):
         path = run_dir / "classes.json"
         if not path.exists():
             return [f"class {i}" for i in range(num_classes)]
-    names = json.loads(pathlib.Path(path).read_text())
+    try:
+        names = json.loads(pathlib.Path(path).read_text())
+    except (OSError, ValueError) as error:
+        names = error
     if not isinstance(names, list):
         raise ValueError(
-            "The file of class names must hold a JSON list of names. "
-            f"Received: {path}, which holds {names!r}."
+            "The file of class names must hold a JSON list of names, such as "
+            f'["cat", "dog"]. Received: --classes {path} ({names}).'
         )
     return [str(name) for name in names]
 

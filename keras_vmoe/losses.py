@@ -71,7 +71,7 @@ def load_loss(logits, noisy_logits, noise_std, num_selected_experts, mask=None):
         With a threshold in logits on both sides, as there;
         some libraries compare it with probabilities.
     """
-    if noise_std <= 0:
+    if not noise_std > 0:  # Catches NaN.
         raise ValueError(
             "The load loss needs noise: without it the probability of being "
             "selected is 0 or 1 and has no gradient. "

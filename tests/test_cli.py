@@ -127,6 +127,8 @@ def test_predict_prints_classes_with_probabilities(trained, tmp_path):
         (["train", "--model.pooling=mean"], "pooling"),
         (["train", "--run_dir=x", "--dataset=digitz"], "name='digitz'"),
         (["train", "--run_dir=x", "--epochs=0"], "epochs=0"),
+        (["train", "--run_dir=x", "--seed=-1"], "seed=-1"),
+        (["train", "--run_dir=x", "--validation_split=v"], "validation_split"),
         (["train", "--config=none.yaml"], "none.yaml"),
         (["predict", "none.keras", "a.png"], "must exist. Received: path="),
         (["predict"], "model"),
@@ -171,7 +173,7 @@ def test_version():
     assert run("--version").stdout == f"keras-vmoe {keras_vmoe.__version__}\n"
 
 
-@pytest.mark.parametrize("names", ['{"0": "a"}', '["a", "b"]'])
+@pytest.mark.parametrize("names", ['{"0": "a"}', '["a", "b"]', "a, b"])
 def test_bad_class_names(trained, tmp_path, names):
     image, file = tmp_path / "digit.png", tmp_path / "names.json"
     keras.utils.save_img(image, np.full((8, 8, 1), 128), scale=False)
@@ -180,6 +182,31 @@ def test_bad_class_names(trained, tmp_path, names):
     assert done.returncode == 1
     assert "names" in done.stderr
     assert "Received:" in done.stderr
+
+
+def test_predictions_do_not_depend_on_each_other(trained, tmp_path):
+    rng = np.random.default_rng(0)
+    names = [tmp_path / f"{i}.png" for i in range(4)]
+    for name in names:
+        image = rng.integers(0, 255, (8, 8, 1))
+        keras.utils.save_img(name, image, scale=False)
+    together = run("predict", trained[0], *names).stdout.splitlines()
+    alone = [run("predict", trained[0], name).stdout.strip() for name in names]
+    assert together == alone
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("swapped.png", b"", "must end in '.keras'. Received: path="),
+        ("empty.keras", b"PK\x05\x06" + bytes(18), "without a model in it"),
+    ],
+)
+def test_predict_refuses_what_is_no_model(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    done = run("predict", tmp_path / name, "image.png")
+    assert done.returncode == 1
+    assert words in done.stderr
 
 
 def test_predict_refuses_what_is_no_image(trained, tmp_path):

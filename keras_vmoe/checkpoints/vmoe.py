@@ -7,6 +7,7 @@ import numpy as np
 from keras_vmoe.layers.gates import LinearGate
 from keras_vmoe.layers.gates import SoftGate
 from keras_vmoe.layers.moe import MoEMLP
+from keras_vmoe.models.vit import ViTMoE
 
 
 def load_vmoe(model, arrays):
@@ -24,7 +25,7 @@ def load_vmoe(model, arrays):
         The model.
 
     Raises:
-        TypeError: If `arrays` is not a mapping.
+        TypeError: If `model` is no ViTMoE, or `arrays` is not a mapping.
         ValueError: If arrays are missing, left over, or of another shape; the
             message lists all of them.
 
@@ -36,6 +37,12 @@ def load_vmoe(model, arrays):
         https://github.com/google-research/vmoe, `vmoe/nn/vit_moe.py` for the
         names.
     """
+    if not isinstance(model, ViTMoE):
+        raise TypeError(
+            "`model` must be a ViTMoE. "
+            f"Received: model={model!r} of type {type(model).__name__}. Of a "
+            "clone, load the original's weights by `set_weights`."
+        )
     if not isinstance(arrays, Mapping):
         raise TypeError(
             "`arrays` must be a dict from the reference's names to arrays. "

@@ -241,7 +241,7 @@ def _count_examples(name, builder, split):
         raise ValueError(
             f"`split` must be made of the splits {sorted(splits)}, with "
             'slices and sums such as "train[:90%]" or "train+test". '
-            f"Received: split={split!r} of name={name!r} ({error}). "
+            f"Received: split={split!r} of name={name!r}. "
             "Choose one of these splits."
         ) from error
 

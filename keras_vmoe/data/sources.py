@@ -34,10 +34,10 @@ def open_builder(name, data_dir=None):
     if data_dir is not None:
         data_dir = os.path.expanduser(os.fspath(data_dir))
     full_name = name
-    if name == digits.NAME:
+    if name in (digits.NAME, f"{digits.NAME}:{digits.VERSION}"):
         data_dir = data_dir or digits.cache_dir()
         digits.prepare(data_dir)
-        full_name = f"{name}:{digits.VERSION}"
+        full_name = f"{digits.NAME}:{digits.VERSION}"
     _check_name(name, data_dir)
     _check_folder(data_dir)
     try:
@@ -101,7 +101,8 @@ def _not_found(name, data_dir):
     if base_name in registered:
         return ValueError(
             "The dataset must be prepared before it is loaded; nothing is "
-            f"downloaded silently. {received}Prepare it once with: "
+            f"downloaded silently. {received}Pass the folder that holds it as "
+            "data_dir, or prepare it once with: "
             "import tensorflow_datasets as tfds; "
             f"tfds.builder({name!r}, data_dir={data_dir!r})"
             ".download_and_prepare()"

@@ -21,6 +21,9 @@ class Prediction(NamedTuple):
 def classify(model, images, class_names, top=3):
     """The most probable classes of each image.
 
+    Images are predicted one by one: in a MoE layer the images of a group
+    compete for the experts, and an answer must not depend on the others.
+
     Args:
         model: A model from images to logits `(B, num_classes)`.
         images: `(B, H, W, 3)` float array, as `data.read_images` gives it.
@@ -28,8 +31,8 @@ def classify(model, images, class_names, top=3):
         top: How many classes to give for each image.
 
     Returns:
-        A list with one list of `top` `Prediction`s per image, the most
-        probable first.
+        A list with one list of `Prediction`s per image, at most `top`, the
+        most probable first.
 
     Raises:
         ValueError: If the number of names is not the number of classes, or
@@ -47,7 +50,7 @@ def classify(model, images, class_names, top=3):
             "`top` must be at least 1, the number of classes to give for each "
             f"image. Received: top={top}."
         )
-    logits = model.predict(images, verbose=0)
+    logits = model.predict(images, batch_size=1, verbose=0)
     if logits.shape[-1] != len(class_names):
         raise ValueError(
             f"The model tells {logits.shape[-1]} classes apart and needs as "

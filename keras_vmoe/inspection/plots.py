@@ -44,8 +44,11 @@ def plot_history(history, routing, path):
         axis.set_visible(False)
     path = pathlib.Path(path)
     partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=120)
-    return partial.replace(path)
+    try:
+        figure.savefig(partial, format="png", dpi=120)
+        return partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_heatmap(name, epochs):
@@ -98,7 +101,8 @@ def _load(figure, axis, name, epochs):
         aspect="auto",
         interpolation="nearest",
         origin="lower",
-        vmin=0,
+        vmin=0,  # One scale for all layers: twice an even load at the most.
+        vmax=2 / num_experts,
         extent=(0.5, len(epochs) + 0.5, -0.5, num_experts - 0.5),
     )
     axis.set_title(f"{name}: share of the choices per expert")

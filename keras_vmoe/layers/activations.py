@@ -32,7 +32,14 @@ def get_activation(identifier):
     """Resolves `"gelu_tanh"` and whatever `keras.activations.get` knows."""
     if identifier == "gelu_tanh":
         return gelu_tanh
-    return keras.activations.get(identifier)
+    try:
+        return keras.activations.get(identifier)
+    except ValueError as error:
+        raise ValueError(
+            "`activation` must be 'gelu_tanh', a name that Keras knows, such "
+            "as 'gelu' or 'relu', or a function. "
+            f"Received: activation={identifier!r}."
+        ) from error
 
 
 def serialize_activation(activation):

@@ -5,6 +5,7 @@ import keras
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.stochastic import Dropout
+from keras_vmoe.routing.groups import check_sizes
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -32,10 +33,11 @@ class MLP(keras.layers.Layer):
 
     def __init__(self, hidden_dim, activation="gelu", dropout=0.0, **kwargs):
         super().__init__(**kwargs)
-        self.hidden_dim = hidden_dim
+        check_sizes(hidden_dim=hidden_dim)
+        self.hidden_dim = int(hidden_dim)
         self.activation = get_activation(activation)
         self.dropout = dropout
-        self.hidden_dense = self._dense(hidden_dim, "hidden")
+        self.hidden_dense = self._dense(self.hidden_dim, "hidden")
         self.dropout_layer = Dropout(
             dropout, dtype=self.dtype_policy, name="dropout"
         )

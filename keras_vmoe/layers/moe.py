@@ -90,7 +90,7 @@ class MoEMLP(keras.layers.Layer):
             raise ValueError(
                 "`images_per_group` must be an integer of at least 1, or None "
                 "for one group per batch. Received: "
-                f"images_per_group={images_per_group!r}."
+                f"images_per_group={images_per_group!r}. V-MoE has 8."
             )
         if router is None:
             router = TopKRouter(
@@ -101,11 +101,11 @@ class MoEMLP(keras.layers.Layer):
             raise ValueError(
                 "Router and layer must have the same number of experts. "
                 f"Received: router.num_experts={router.num_experts} and "
-                f"num_experts={num_experts}."
+                f"num_experts={num_experts}. Give both the same number."
             )
         if router.images_per_group is not None:
             images_per_group = _fixed_group(router, images_per_group)
-        router.owned = True
+        check_sizes(num_experts=num_experts, hidden_dim=hidden_dim)
         self.num_experts = int(num_experts)
         self.hidden_dim = int(hidden_dim)
         self.router = router
@@ -120,6 +120,7 @@ class MoEMLP(keras.layers.Layer):
             dtype=self.dtype_policy,
             name="experts",
         )
+        router.owned = True  # Last: a constructor that fails owns nothing.
 
     def build(self, input_shape):
         self._check_rank(input_shape)
@@ -173,7 +174,13 @@ class MoEMLP(keras.layers.Layer):
 
     def _check_features(self, shape):
         self._check_rank(shape)
-        if shape[-1] != self.features:
+        if 0 in shape[1:-1]:
+            raise ValueError(
+                "`MoEMLP` needs at least one token per image. "
+                f"Received: shape={tuple(shape)}. Leave the layer out where "
+                "there are no tokens."
+            )
+        if self.built and shape[-1] != self.features:
             raise ValueError(
                 f"This layer was built for {self.features} features. "
                 f"Received: shape={tuple(shape)}, with {shape[-1]} features. "

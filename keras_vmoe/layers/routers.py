@@ -48,9 +48,16 @@ class Router(SavesSeedState, keras.layers.Layer):
         self.gate = gate
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
+        if getattr(gate, "owned", False):
+            raise ValueError(
+                "Every router needs a gate of its own: a shared one could not "
+                f"be saved. Received: gate={gate.name!r}, which another router "
+                "holds. Make a new gate for each router."
+            )
         self.gate_layer = get_gate(
             gate, num_experts, dtype=self.dtype_policy, name="gate"
         )
+        self.gate_layer.owned = True
         self.statistics = RoutingStatistics(num_experts)
         self.owned = False  # Set by the MoE layer that takes the router.
 
@@ -78,7 +85,8 @@ class Router(SavesSeedState, keras.layers.Layer):
         images_per_group=1,
         training=False,
     ):
-        logits = self.gate_layer(tokens)  # (G, S, E)
+        # A gate of the user's own may work in lower precision.
+        logits = ops.cast(self.gate_layer(tokens), "float32")  # (G, S, E)
         if logits.shape[2] != self.num_experts:
             raise ValueError(
                 f"The gate must give one logit for each of {self.num_experts} "

@@ -32,7 +32,7 @@ class TopKRouter(Router):
         batch_priority: Whether confident tokens are served first (BPR).
         noise_std: Standard deviation of the noise, in units of `1 / E`.
         gate: `"linear"`, `"cosine"` or `"l2"`, or a layer from `(G, S, D)`
-            tokens to `(G, S, E)` logits.
+            tokens to `(G, S, E)` logits; make it with `dtype="float32"`.
         importance_loss_weight: Weight of the importance loss, of the gates
             without noise.
         load_loss_weight: Weight of the load loss, which there is only with

@@ -80,7 +80,7 @@ class MoEConfig:
                     f"{', '.join(both)}. Set these on the router, or name the "
                     "router by a string."
                 )
-        elif self.router not in ROUTERS:
+        elif not isinstance(self.router, str) or self.router not in ROUTERS:
             raise ValueError(
                 f"`router` must be one of {sorted(ROUTERS)} or a router "
                 f"object. Received: router={self.router!r}. "
@@ -159,7 +159,9 @@ class MoEConfig:
         """
         arguments = {
             "num_experts": self.num_experts,
-            "hidden_dim": self.hidden_dim or hidden_dim,
+            "hidden_dim": (
+                hidden_dim if self.hidden_dim is None else self.hidden_dim
+            ),
             "router": self.make_router(block, kwargs["dtype"]),
             "images_per_group": self.images_per_group,
             "name": name,

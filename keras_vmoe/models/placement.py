@@ -34,11 +34,13 @@ def moe_blocks(layers, num_layers):
     """
     if isinstance(layers, str):
         return _named(layers, num_layers)
+    layers = layers.tolist() if hasattr(layers, "tolist") else layers
     if not _are_blocks(layers, num_layers):
         raise ValueError(
-            f"Block indices must be different integers from 0 to "
+            f"Block indices must be a list of different integers from 0 to "
             f"{num_layers - 1}, at least one. Received: layers={layers!r}. "
-            "Use `moe=None` for a model without MoE layers."
+            "The blocks are counted from 0; a name such as 'last_1' works as "
+            "well."
         )
     return tuple(sorted(layers))
 
@@ -57,7 +59,7 @@ def _named(layers, num_layers):
         raise ValueError(
             "The placement of MoE layers must be 'every_<n>', 'last_<n>' (such "
             "as 'every_2' or 'last_2') or a list of block indices. "
-            f"Received: layers={layers!r}."
+            f"Received: layers={layers!r}. V-MoE has 'every_2' and 'last_2'."
         )
     kind, number = match[1], int(match[2])
     if kind == "every":
@@ -67,7 +69,8 @@ def _named(layers, num_layers):
     if not blocks or (kind == "last" and number > len(blocks)):
         raise ValueError(
             f"A model of {num_layers} blocks has no place for this many MoE "
-            f"layers. Received: layers={layers!r}. 'last_<n>' counts over odd "
-            f"blocks, of which there are {num_layers // 2}."
+            f"layers. Received: layers={layers!r} (the default is 'last_2'). "
+            "'last_<n>' counts over odd blocks, of which there are "
+            f"{num_layers // 2}; take fewer, or a list of block indices."
         )
     return blocks[-number:] if kind == "last" else blocks

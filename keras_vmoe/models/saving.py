@@ -40,18 +40,21 @@ def save(model, path):
     return path
 
 
-def load(path):
+def load(path, compile=True):
     """Loads a `.keras` file after checking that it is whole.
 
     Args:
         path: A `.keras` file.
+        compile: Whether to restore optimizer, loss and metrics as well. A file
+            that was compiled under another backend keeps that backend's
+            `jit_compile`, which PyTorch takes for `torch.compile`.
 
     Returns:
-        The model, compiled if it was saved so.
+        The model, compiled if it was saved so and `compile` says so.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is cut short or damaged.
+        ValueError: If the file is no model, or cut short or damaged.
 
     Example:
 
@@ -63,6 +66,11 @@ def load(path):
             f"A model file must exist. Received: path={str(path)!r}. "
             "`keras-vmoe train` writes `model.keras` into its run folder."
         )
+    if path.suffix != ".keras":
+        raise ValueError(
+            f"A model file must end in '.keras'. Received: path={str(path)!r}. "
+            "Name the model first, other files behind it."
+        )
     damage = _damage(path)
     if damage:
         raise ValueError(
@@ -70,7 +78,7 @@ def load(path):
             f"Received: path={str(path)!r} of {path.stat().st_size} bytes. "
             "It was cut short or damaged in a copy: copy it again."
         )
-    return keras.saving.load_model(path)
+    return keras.saving.load_model(path, compile=compile)
 
 
 def _damage(path):
@@ -78,6 +86,8 @@ def _damage(path):
     try:
         with zipfile.ZipFile(path) as archive:
             member = archive.testzip()
+            if "config.json" not in archive.namelist():
+                return "it is a zip archive without a model in it"
     except (zipfile.BadZipFile, EOFError) as error:
         return f"it is not a complete zip archive ({error})"
     return f"its member {member!r} is damaged" if member else None

@@ -46,9 +46,10 @@ class ViTMoE(keras.Model):
             attributes, such as `layers`, `num_experts`, `router`,
             `num_selected_experts`, `capacity_factor`, `images_per_group`.
         dropout: Dropout rate behind the positions, the attention and in the
-            MLPs and experts, in `[0, 1]`.
+            MLPs and experts, in `[0, 1)`.
         drop_path: Probability of dropping a residual branch of an image in the
-            last block; it rises linearly from 0 in the first.
+            last block; it rises linearly from 0 in the first, which is all
+            there is of a model of one block.
         layer_scale: Starting value of the layer scale of DeiT III; None leaves
             it out.
         activation: Activation of the MLPs and experts; see `layers.MLP`.
@@ -114,7 +115,9 @@ class ViTMoE(keras.Model):
             num_heads=num_heads,
             mlp_dim=mlp_dim,
             num_classes=1 if num_classes is None else num_classes,
+            representation_size=representation_size or 1,
         )
+        _check_rates(dropout=dropout, drop_path=drop_path)
         images = keras.Input((*_pair(image_size), 3), name="images")
         x = layers.PatchEmbedding(
             hidden_dim, patch_size, dtype=policy, name="embedding"
@@ -279,8 +282,23 @@ def _check_choices(**names):
             )
 
 
+def _check_rates(**rates):
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ValueError(
+                f"`{name}` must be at least 0 and below 1. "
+                f"Received: {name}={rate!r}. 0 turns it off."
+            )
+
+
 def _pair(size):
     """`(height, width)` of an image size, checked."""
-    pair = (size, size) if is_integer(size) else tuple(size)
-    check_sizes(**dict(zip(("image_size", "image_width"), pair, strict=True)))
-    return pair
+    pair = (size, size) if is_integer(size) else size
+    good = isinstance(pair, (list, tuple)) and len(pair) == 2
+    if not good or not all(is_integer(side) and side > 0 for side in pair):
+        raise ValueError(
+            "`image_size` must be an integer of at least 1 or a pair (height, "
+            f"width) of them, in pixels. Received: image_size={size!r}. "
+            "Set for example `image_size=224`."
+        )
+    return tuple(pair)

@@ -46,6 +46,8 @@ def capacity(num_tokens, num_experts, num_selected_experts, capacity_factor):
     """
     check_selection(num_experts, num_selected_experts)
     check_capacity_factor(capacity_factor)
+    if is_integer(num_tokens):
+        num_tokens = int(num_tokens)
     factor = Fraction(str(float(capacity_factor)))
     places = num_selected_experts * factor / num_experts
     step = CAPACITY_MULTIPLE * places.denominator
@@ -53,15 +55,12 @@ def capacity(num_tokens, num_experts, num_selected_experts, capacity_factor):
     blocks = -(-(num_tokens * places.numerator) // step)
     if not isinstance(num_tokens, int):
         return ops.minimum(blocks * CAPACITY_MULTIPLE, num_tokens)
-    result = min(blocks * CAPACITY_MULTIPLE, num_tokens)
-    if result < 1:
+    if num_tokens < 1:
         raise ValueError(
-            "Each expert needs room for at least 1 token. Received: "
-            f"num_tokens={num_tokens}, capacity_factor={capacity_factor}, "
-            "which gives a capacity of 0. Route at least one token with a "
-            "positive capacity factor."
+            "Without tokens the capacity comes out at 0. "
+            f"Received: num_tokens={num_tokens}. Route at least one token."
         )
-    return result
+    return min(blocks * CAPACITY_MULTIPLE, num_tokens)
 
 
 def check_capacity_factor(capacity_factor):
@@ -95,7 +94,7 @@ def check_sizes(**sizes):
         if not is_integer(size) or size < 1:
             raise ValueError(
                 f"`{name}` must be an integer of at least 1. "
-                f"Received: {name}={size!r}."
+                f"Received: {name}={size!r}. Set a positive number."
             )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from keras import ops
 
+from keras_vmoe.routing.groups import is_integer
 from keras_vmoe.routing.rows import take_rows
 
 
@@ -16,7 +17,8 @@ class SparsePlan:
 
     Buffers know which choice fills each place and choices know their place, so
     tokens move by gathers alone, forward and backward. No `(G, S, E, C)` tensor
-    is ever made, as the one-hot einsums of the reference program need.
+    is ever made, as the one-hot einsums of the reference program need. The
+    moves have gradients of their own, in reverse mode only.
 
     Attributes:
         choice: `(G, E, C)` int32, the choice `s * K + k` that holds the place;
@@ -108,7 +110,7 @@ class SparsePlan:
 
 def check_capacity(capacity):
     """Raises if the capacity is an int below 1."""
-    if isinstance(capacity, int) and capacity < 1:
+    if is_integer(capacity) and capacity < 1:
         raise ValueError(
             "`capacity` must be at least 1. "
             f"Received: capacity={capacity}. "

@@ -1,6 +1,7 @@
 """Callbacks for `fit`: routing in the logs, stopping on NaN, atomic files."""
 
 import csv
+import io
 import math
 import pathlib
 import warnings
@@ -299,6 +300,9 @@ class HistoryFile(keras.callbacks.Callback):
         self.routing = routing
         self.rows = []
 
+    def on_train_begin(self, logs=None):
+        self.rows = []
+
     def on_epoch_end(self, epoch, logs=None):
         row = {"epoch": epoch + 1}
         row |= {name: float(value) for name, value in (logs or {}).items()}
@@ -328,9 +332,23 @@ def write_csv(path, rows):
         rows: List of dicts; the columns are all their keys, in order.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, text.getvalue())
+
+
+def write_file(path, text):
+    """Writes a text file, atomically.
+
+    Args:
+        path: `pathlib.Path` to write.
+        text: String.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
+    try:
+        partial.write_text(text, newline="")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

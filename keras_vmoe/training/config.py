@@ -56,6 +56,8 @@ class TrainConfig:
         train_split: TFDS split to train on, such as "train[:90%]".
         validation_split: TFDS split to watch while training.
         test_split: TFDS split to measure once, at the end.
+        num_classes: Classes of a dataset whose labels are plain integers; null
+            for one that knows them.
         random_crop_padding: Pixels of padding before a random crop of the
             training images; 0 leaves them as they are.
         batch_size: Images per training step.
@@ -63,7 +65,9 @@ class TrainConfig:
         learning_rate: Peak learning rate of AdamW, reached after the warm-up;
             from there a cosine leads to 0.
         warmup: Share of the training steps that is linear warm-up, in [0, 1).
-        weight_decay: Decoupled weight decay of AdamW, on all kernels.
+        weight_decay: Decoupled weight decay of AdamW, on the kernels of all
+            layers and experts; not on biases, norms, positions, the class
+            token, the layer scale and the attention pooling's probe.
         seed: Makes a run repeatable on one machine and backend.
         model: The model's size.
         moe: Its MoE layers; null trains the dense twin.
@@ -76,6 +80,7 @@ class TrainConfig:
     train_split: str = "train"
     validation_split: str = "validation"
     test_split: str = "test"
+    num_classes: int | None = None
     random_crop_padding: int = 3
     batch_size: int = 64
     epochs: int = 60
@@ -92,6 +97,8 @@ class TrainConfig:
         for name in ("weight_decay", "random_crop_padding"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         self._check("warmup", 0 <= self.warmup < 1, "at least 0 and below 1")
+        seed = 0 <= self.seed < 2**32
+        self._check("seed", seed, "at least 0 and below 2**32")
 
     def _check(self, name, good, words):
         value = getattr(self, name)

@@ -85,30 +85,37 @@ def train(config):
 
 
 def _datasets(config, info):
-    def load(split, training):
-        return data.load(
-            config.dataset,
-            split,
-            config.model.image_size,
-            config.batch_size,
-            training,
-            config.data_dir,
-            num_classes=info.num_classes,
-            seed=config.seed,
-            random_crop_padding=config.random_crop_padding if training else 0,
-        )
+    def load(name, training):
+        try:
+            return data.load(
+                config.dataset,
+                getattr(config, name),
+                config.model.image_size,
+                config.batch_size,
+                training,
+                config.data_dir,
+                num_classes=config.num_classes or info.num_classes,
+                seed=config.seed,
+                random_crop_padding=(
+                    config.random_crop_padding if training else 0
+                ),
+            )
+        except ValueError as error:
+            raise ValueError(f"{error} (The setting is `{name}`.)") from error
 
     return (
-        load(config.train_split, True),
-        load(config.validation_split, False),
-        load(config.test_split, False),
+        load("train_split", True),
+        load("validation_split", False),
+        load("test_split", False),
     )
 
 
 def _model(config, info):
     settings = dataclasses.asdict(config.model)
     return models.ViTMoE(
-        **settings, num_classes=info.num_classes, moe=config.moe
+        **settings,
+        num_classes=config.num_classes or info.num_classes,
+        moe=config.moe,
     )
 
 
@@ -116,7 +123,7 @@ def _compile(model, config, steps_per_epoch):
     warmup = round(config.warmup * config.epochs * steps_per_epoch)
     schedule = keras.optimizers.schedules.CosineDecay(
         initial_learning_rate=0.0 if warmup else config.learning_rate,
-        decay_steps=config.epochs * steps_per_epoch - warmup,
+        decay_steps=max(1, config.epochs * steps_per_epoch - warmup),
         warmup_target=config.learning_rate if warmup else None,
         warmup_steps=warmup,
     )
@@ -124,7 +131,11 @@ def _compile(model, config, steps_per_epoch):
         schedule, weight_decay=config.weight_decay
     )
     optimizer.exclude_from_weight_decay(
-        var_names=["bias", "gamma", "beta", "positions", "class_token"]
+        var_list=[
+            weight
+            for weight in model.trainable_weights
+            if not weight.path.endswith("kernel")
+        ]
     )
     model.compile(
         optimizer,
@@ -143,15 +154,14 @@ def _open_run(config, info):
             "remove this one."
         )
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "classes.json").write_text(json.dumps(info.class_names))
+    callbacks.write_file(run_dir / "classes.json", json.dumps(info.class_names))
     settings = dataclasses.asdict(config)
     settings["backend"] = keras.backend.backend()
     if config.moe is not None:
         settings["moe"] = config.moe.to_dict()
     yaml = require("yaml", "cli")
-    (run_dir / "config.yaml").write_text(
-        yaml.safe_dump(settings, sort_keys=False)
-    )
+    text = yaml.safe_dump(settings, sort_keys=False)
+    callbacks.write_file(run_dir / "config.yaml", text)
     return run_dir
 
 

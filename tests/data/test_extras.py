@@ -33,7 +33,7 @@ def test_require_names_the_command(monkeypatch, module, extra, distribution):
     with pytest.raises(ImportError) as caught:
         _extras.require(module, extra)
     text = str(caught.value)
-    assert text.startswith(f"`keras_vmoe.{extra}` needs {distribution}")
+    assert text.startswith(f"`keras_vmoe[{extra}]` needs {distribution}")
     assert f"Received: module_name={module!r}" in text
     assert text.endswith(f"pip install 'keras_vmoe[{extra}]'")
 

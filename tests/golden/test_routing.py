@@ -1,7 +1,9 @@
 """Routing decisions and losses of the reference program, to the last token.
 
 Gates, noise and losses were computed once by the authors' own V-MoE code for
-two groups of 68 tokens and 8 experts, under seven configurations.
+two groups of 68 tokens and 8 experts, under seven configurations; those of
+expert choice for two groups of 64 tokens and 4 experts, and those of Soft MoE
+for two images of 49 tokens, 4 experts and 5 slots.
 """
 
 import json
@@ -11,16 +13,22 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_vmoe import layers
 from keras_vmoe import losses
 from keras_vmoe.routing import SparsePlan
 from keras_vmoe.routing import capacity
+from keras_vmoe.routing import expert_choice_plan
 from keras_vmoe.routing import top_k_plan
 from tests.gradients import compiled
+from tests.routing.definitions import expert_choice_slowly
 from tests.routing.definitions import one_hot_dispatch
 
 FOLDER = pathlib.Path(__file__).parent
 GOLDEN = dict(np.load(FOLDER / "routing_top_k.npz"))
 CONFIGS = json.loads((FOLDER / "routing_top_k.json").read_text())
+CHOICE = dict(np.load(FOLDER / "routing_expert_choice.npz"))
+CHOICE_CONFIGS = json.loads((FOLDER / "routing_expert_choice.json").read_text())
+SOFT = dict(np.load(FOLDER / "routing_soft.npz"))
 
 
 def eagerly(function):
@@ -135,3 +143,79 @@ def test_load_loss(how, number):
     np.testing.assert_allclose(
         ops.convert_to_numpy(values), GOLDEN[f"c{number}/load_loss"], rtol=1e-5
     )
+
+
+# Expert choice.
+
+
+@HOW
+@pytest.mark.parametrize("number", range(len(CHOICE_CONFIGS)))
+def test_expert_choice(how, number):
+    config, logits = CHOICE_CONFIGS[number], CHOICE["logits"]
+    places = capacity(64, 4, 1, config["capacity_factor"])
+    assert places == config["capacity"]
+
+    def layer(logits, tokens, scale):
+        plan = expert_choice_plan(ops.softmax(logits), places)
+        combined = plan.combine(plan.dispatch(tokens) * scale)
+        return combined, plan.token, plan.dropped_share()
+
+    combined, token, dropped_share = how(layer)(
+        logits, CHOICE["data"], CHOICE["expert_scale"]
+    )
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(combined),
+        CHOICE[f"c{number}/combined"],
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    experts_per_token = CHOICE[f"c{number}/experts_per_token"]
+    token = ops.convert_to_numpy(token)
+    count = [np.bincount(places.ravel(), minlength=64) for places in token]
+    np.testing.assert_array_equal(count, experts_per_token)
+    dropped = np.mean(experts_per_token == 0)
+    assert float(dropped_share) == pytest.approx(dropped, abs=1e-6)
+
+
+def test_the_slow_definition_of_expert_choice():
+    gates = np.exp(CHOICE["logits"].astype("float64"))
+    gates /= gates.sum(axis=-1, keepdims=True)
+    for number, config in enumerate(CHOICE_CONFIGS):
+        dispatch, combine = expert_choice_slowly(gates, config["capacity"])
+        np.testing.assert_array_equal(
+            dispatch.sum(axis=(2, 3)), CHOICE[f"c{number}/experts_per_token"]
+        )
+        scale = np.einsum("gsec,eod->gsd", combine, CHOICE["expert_scale"])
+        np.testing.assert_allclose(
+            CHOICE["data"] * scale,
+            CHOICE[f"c{number}/combined"],
+            rtol=1e-5,
+            atol=1e-6,
+        )
+
+
+# Soft MoE.
+
+
+@HOW
+def test_soft(how):
+    router = layers.SoftRouter(num_experts=4, num_slots=5)
+    router.build(SOFT["input"].shape)
+    router.gate_layer.mu.assign(SOFT["mu"])
+    router.gate_layer.scale.assign(SOFT["scale"])
+
+    def layer(tokens, scale):
+        plan = router(tokens)
+        combined = plan.combine(plan.dispatch(tokens) * scale)
+        return plan.dispatch_weight, plan.combine_weight, combined
+
+    got = how(layer)(SOFT["input"], SOFT["expert_scale"])
+    names = ("dispatch_weights", "combine_weights", "combined")
+    for tensor, name in zip(got, names, strict=True):
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(tensor),
+            SOFT[name],
+            rtol=1e-5,
+            atol=1e-6,
+            err_msg=name,
+        )

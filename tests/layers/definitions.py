@@ -9,7 +9,10 @@ import math
 import keras
 import numpy as np
 
+from keras_vmoe import layers
 from tests.routing.definitions import capacity_slowly
+from tests.routing.definitions import expert_choice_slowly
+from tests.routing.definitions import soft_slowly
 from tests.routing.definitions import top_k_slowly
 
 
@@ -77,6 +80,97 @@ def moe_slowly(
             outputs[:, e] = mlp_slowly(buffers[:, e], *weights, activation)
         combined = np.einsum("gsec,gecd->gsd", combine, outputs)
         out[start : start + images_per_group] = combined.reshape(images.shape)
+    return out
+
+
+def unit(x, axis):
+    return x / np.sqrt((x**2).sum(axis=axis, keepdims=True) + 1e-6)
+
+
+def logits_slowly(gate, tokens):
+    """Logits of a gate, one token and one expert at a time."""
+    tokens = tokens.astype("float64")
+    kernel = None if hasattr(gate, "mu") else float64(gate.kernel)
+    if isinstance(gate, layers.LinearGate):
+        return tokens @ kernel
+    if isinstance(gate, layers.SoftGate):
+        mu = unit(float64(gate.mu), 0)
+        scale = float64(gate.scale)
+        return scale * np.einsum("gsd,dep->gsep", unit(tokens, -1), mu)
+    projected = tokens @ kernel + float64(gate.bias)
+    codes = float64(gate.codes)
+    scale = min(np.exp(float64(gate.log_scale)), 1 / gate.min_temperature)
+    logits = np.zeros((*tokens.shape[:2], gate.num_experts))
+    for g, s, e in np.ndindex(logits.shape):
+        token, code = projected[g, s], codes[:, e]
+        if isinstance(gate, layers.CosineGate):
+            logits[g, s, e] = scale * (unit(token, 0) @ unit(code, 0))
+        else:
+            logits[g, s, e] = -scale * ((token - code) ** 2).sum()
+    return logits
+
+
+def plan_slowly(router, tokens, group_size, mask):
+    """What any router makes of `(G, S, D)` tokens without noise.
+
+    Args:
+        router: A built router.
+        tokens: `(G, S, D)` array.
+        group_size: Tokens of a full group.
+        mask: `(G, S)` bool array.
+
+    Returns:
+        `logits`, `dispatch` and `combine` `(G, S, E, C)`, and `load` `(G, E)`.
+    """
+    logits = logits_slowly(router.gate_layer, tokens)
+    if isinstance(router, layers.SoftRouter):
+        dispatch, combine = soft_slowly(logits, mask)
+        return logits, dispatch, combine, combine.sum(axis=(1, 3))
+    gates, num_tokens = softmax(logits), tokens.shape[1]
+
+    def places(num_selected_experts):
+        if router.capacity_factor is None:
+            return num_tokens
+        capacity = capacity_slowly(
+            group_size,
+            router.num_experts,
+            num_selected_experts,
+            router.capacity_factor,
+        )
+        return min(capacity, num_tokens)
+
+    if isinstance(router, layers.ExpertChoiceRouter):
+        dispatch, combine = expert_choice_slowly(gates, places(1), mask)
+        return logits, dispatch, combine, dispatch.sum(axis=(1, 3))
+    scores = gates
+    if isinstance(router, layers.BiasBalancedRouter):
+        scores = gates + float64(router.bias)
+    selected = router.num_selected_experts
+    plan = top_k_slowly(
+        gates, selected, places(selected), router.batch_priority, mask, scores
+    )
+    return logits, *plan
+
+
+def moe_layer_slowly(layer, images, mask=None, activation=gelu):
+    """A `MoEMLP` with any router: `(B, N, D)` to `(B, N, D)`."""
+    size = layer.images_per_group or len(images)
+    mask = np.ones(images.shape[:2], bool) if mask is None else mask
+    out = np.zeros(images.shape)
+    for start in range(0, len(images), size):
+        part = slice(start, start + size)
+        tokens = images[part].reshape(1, -1, images.shape[-1])
+        tokens = tokens.astype("float64")
+        _, dispatch, combine, _ = plan_slowly(
+            layer.router, tokens, size * images.shape[1], mask[part].reshape(1, -1)
+        )
+        buffers = np.einsum("gsec,gsd->gecd", dispatch, tokens)
+        outputs = np.zeros(buffers.shape)
+        for e in range(layer.num_experts):
+            weights = [array[e] for array in experts_of(layer)]
+            outputs[:, e] = mlp_slowly(buffers[:, e], *weights, activation)
+        combined = np.einsum("gsec,gecd->gsd", combine, outputs)
+        out[part] = combined.reshape(images[part].shape)
     return out
 
 

@@ -22,9 +22,14 @@ TOKENS = (3, 6, 8)
 def moe(label, router=None, **arguments):
     """A MoE layer; in training each of its 3 experts gets some of 18 tokens."""
     arguments = {"num_experts": 3, "hidden_dim": 5, **arguments}
+    if isinstance(router, dict):
+        router = layers.TopKRouter(3, **router)
     if router is not None:
-        arguments["router"] = layers.TopKRouter(3, **router)
-    return Case(layers.MoEMLP, arguments, TOKENS, label=f"MoEMLP {label}")
+        arguments["router"] = router
+    layer = layers.MoEMLP
+    if "shared_hidden_dim" in arguments:
+        layer = layers.SharedExpertMoEMLP
+    return Case(layer, arguments, TOKENS, label=f"{layer.__name__} {label}")
 
 
 ROUTER_FLAGS = {
@@ -37,6 +42,28 @@ ROUTER_FLAGS = {
     "gshard_loss_weight": 0.3,
     "z_loss_weight": 0.4,
     "seed": 7,
+}
+BIAS_FLAGS = {
+    "update_rate": 0.1,
+    "importance_loss_weight": 0.1,
+    "load_loss_weight": 0.2,
+}
+CHOICE_FLAGS = {
+    "capacity_factor": 1.5,
+    "noise_std": 0.5,
+    "z_loss_weight": 0.4,
+    "seed": 7,
+}
+SOFT_FLAGS = {
+    "num_slots": 2,
+    "capacity_factor": 1.5,
+    "noise_std": 0.5,
+    "seed": 7,
+}
+GATE_FLAGS = {
+    "projection_dim": 3,
+    "temperature": 0.2,
+    "min_temperature": 0.05,
 }
 CASES = [
     Case(layers.AttentionPooling,
@@ -59,29 +86,65 @@ CASES = [
     moe("with all flags", ROUTER_FLAGS, images_per_group=2,
         activation="gelu_tanh", dropout=0.1),
     moe("one group", {"num_selected_experts": 3}, images_per_group=None),
+    moe("dropless", {"capacity_factor": None, "num_selected_experts": 2}),
+    moe("with a cosine gate", {"gate": "cosine", "num_selected_experts": 3,
+                               "capacity_factor": 3.0}),
+    moe("with a gate layer", {"gate": layers.L2Gate(3, 2),
+                              "num_selected_experts": 3,
+                              "capacity_factor": 3.0}),
+    moe("bias balanced", layers.BiasBalancedRouter(
+        3, num_selected_experts=3, capacity_factor=3.0, **BIAS_FLAGS)),
+    moe("expert choice", layers.ExpertChoiceRouter(3)),
+    moe("expert choice with all flags",
+        layers.ExpertChoiceRouter(3, gate="l2", **CHOICE_FLAGS),
+        images_per_group=2),
+    moe("soft", layers.SoftRouter(3)),
+    moe("soft with all flags", layers.SoftRouter(3, **SOFT_FLAGS),
+        images_per_group=1, activation="gelu_tanh", dropout=0.1),
+    moe("as it comes", {"num_selected_experts": 3}, shared_hidden_dim=4),
+    moe("with all flags", ROUTER_FLAGS, images_per_group=2,
+        activation="gelu_tanh", dropout=0.1, shared_hidden_dim=4),
 ]  # fmt: skip
 # These stand in no functional model by themselves.
 PARTS = [
     Case(layers.LinearGate, {"num_experts": 3}, TOKENS, (3, 6, 3)),
+    Case(layers.CosineGate, {"num_experts": 3, **GATE_FLAGS},
+         TOKENS, (3, 6, 3)),
+    Case(layers.L2Gate, {"num_experts": 3, **GATE_FLAGS}, TOKENS, (3, 6, 3)),
+    Case(layers.SoftGate, {"num_experts": 3, "capacity_factor": 1.5},
+         TOKENS, (3, 6, 3, 3)),
+    Case(layers.SoftGate, {"num_experts": 3, "num_slots": 2},
+         TOKENS, (3, 6, 3, 2), label="SoftGate with slots"),
     Case(layers.MLPExperts,
          {"num_experts": 3, "hidden_dim": 5, "activation": "gelu_tanh",
           "dropout": 0.1, "seed": 3},
          (2, 3, 4, 8)),
 ]  # fmt: skip
 ROUTERS = [
-    Case(layers.TopKRouter, {"num_experts": 3, **ROUTER_FLAGS}, TOKENS),
+    Case(
+        layers.TopKRouter,
+        {"num_experts": 3, "gate": "cosine", **ROUTER_FLAGS},
+        TOKENS,
+    ),
     Case(
         layers.TopKRouter,
         {"num_experts": 3, "gate": layers.LinearGate(3)},
         TOKENS,
         label="TopKRouter with a layer as gate",
     ),
+    Case(layers.BiasBalancedRouter, {"num_experts": 3, **BIAS_FLAGS}, TOKENS),
+    Case(
+        layers.ExpertChoiceRouter,
+        {"num_experts": 3, "gate": "cosine", **CHOICE_FLAGS},
+        TOKENS,
+    ),
+    Case(layers.SoftRouter, {"num_experts": 3, **SOFT_FLAGS}, TOKENS),
 ]
 each = pytest.mark.parametrize("case", CASES + PARTS, ids=str)
 # Gates are float32 under every policy: they have tests of their own below.
 lower_precision = pytest.mark.parametrize(
     "case",
-    [case for case in CASES + PARTS if case.layer is not layers.LinearGate],
+    [case for case in CASES + PARTS if "Gate" not in case.layer.__name__],
     ids=str,
 )
 
@@ -160,6 +223,10 @@ def test_a_router_stands_not_alone():
     with pytest.raises(ValueError, match="returns a routing plan, not a "
                        "tensor.*MoEMLP\\(router=...\\)"):  # fmt: skip
         layers.TopKRouter(3)(keras.Input((6, 8)))
+    for router in (layers.ExpertChoiceRouter, layers.SoftRouter):
+        router = router(3)
+        with pytest.raises(ValueError, match=f"A {type(router).__name__} ret"):
+            router(keras.Input((6, 8)))
 
 
 def test_parts_agree_on_the_global_policy():

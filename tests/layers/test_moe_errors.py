@@ -56,6 +56,39 @@ def test_bad_layer(arguments, words):
         layers.MoEMLP(**{"num_experts": 4, "hidden_dim": 8, **arguments})
 
 
+def test_no_tokens():
+    with pytest.raises(ValueError, match=r"Received: shape=\(2, 0, 4\)"):
+        layers.MoEMLP(2, 8)(np.ones((2, 0, 4), "float32"))
+
+
+def test_a_failed_layer_keeps_no_router():
+    router = layers.TopKRouter(4)
+    with pytest.raises(ValueError, match="Received: hidden_dim='a'"):
+        layers.MoEMLP(4, "a", router=router)
+    layers.MoEMLP(4, 8, router=router)
+
+
+def test_a_gate_serves_one_router():
+    gate = layers.LinearGate(4)
+    layers.TopKRouter(4, gate=gate)
+    with pytest.raises(ValueError, match="gate of its own.*Received: gate="):
+        layers.TopKRouter(4, gate=gate)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_a_gate_of_lower_precision_trains(policy):
+    gate = keras.layers.Dense(4, use_bias=False, dtype=policy)
+    router = layers.TopKRouter(4, 2, gate=gate, dtype=policy)
+    layer = layers.MoEMLP(4, 8, router, dtype=policy)
+    inputs = keras.Input((6, 4))
+    model = keras.Model(inputs, layer(inputs))
+    model.compile("sgd", "mse")
+    x = np.ones((3, 6, 4), "float32")
+    assert np.isfinite(model.fit(x, x, verbose=0).history["loss"][0])
+    weight = router(np.ones((1, 6, 4), "float32")).weight
+    assert keras.backend.standardize_dtype(weight.dtype) == "float32"
+
+
 def test_vectors_are_no_tokens():
     words = (
         r"\(batch, tokens..., features\) with at least one axis of tokens. "

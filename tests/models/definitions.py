@@ -75,14 +75,15 @@ def vit_slowly(model, images):
         if f"{block}/Mlp/Dense_0/kernel" in weights:
             x = x + mlp_slowly(y, *mlp_of(f"{block}/Mlp"), gelu_tanh)
         else:
+            layer = model.get_layer(f"block_{i}_moe")
             x = x + moe_slowly(
                 y,
                 weights[f"{block}/Moe/Router/dense/kernel"],
                 mlp_of(f"{block}/Moe/Mlp"),
-                model.moe.num_selected_experts,
-                model.moe.capacity_factor,
-                model.moe.images_per_group,
-                model.moe.batch_priority,
+                layer.router.num_selected_experts,
+                layer.router.capacity_factor,
+                layer.images_per_group,
+                layer.router.batch_priority,
                 gelu_tanh,
             )
     x = layer_norm(x, **part("Encoder/encoder_norm"))[:, 0]

@@ -37,7 +37,8 @@ NAMES = (
     "list of block indices. Received: layers="
 )
 INDICES = (
-    "Block indices must be different integers from 0 to 3, at least one. "
+    "Block indices must be a list of different integers from 0 to 3, at "
+    "least one. "
     r"Received: layers="
 )
 
@@ -51,13 +52,13 @@ INDICES = (
         ("last", NAMES + "'last'"),
         ("", NAMES + "''"),
         ("last_3", "A model of 4 blocks has no place for this many MoE "
-         "layers. Received: layers='last_3'. 'last_<n>' counts over odd "
+         "layers. Received: layers='last_3' .* 'last_<n>' counts over odd "
          "blocks, of which there are 2"),
         ("every_5", "no place for this many.*Received: layers='every_5'"),
-        ([4], INDICES + r"\[4\]. Use `moe=None`"),
+        ([4], INDICES + r"\[4\]. The blocks are counted from 0"),
         ([-1], INDICES + r"\[-1\]"),
         ([1, 1], INDICES + r"\[1, 1\]"),
-        ([], INDICES + r"\[\]. Use `moe=None`"),
+        ([], INDICES + r"\[\]. The blocks"),
         ([1.0], INDICES + r"\[1.0\]"),
     ],
 )  # fmt: skip

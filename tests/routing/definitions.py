@@ -21,9 +21,14 @@ def capacity_slowly(num_tokens, num_experts, num_selected_experts, factor):
 
 
 def top_k_slowly(
-    gates, num_selected_experts, capacity, batch_priority=False, mask=None
+    gates,
+    num_selected_experts,
+    capacity,
+    batch_priority=False,
+    mask=None,
+    scores=None,
 ):
-    """Who is served where.
+    """Who is served where. Experts are selected by the scores, if any.
 
     Returns:
         `dispatch` `(G, S, E, C)` of zeros and ones, `combine` `(G, S, E, C)`
@@ -34,17 +39,19 @@ def top_k_slowly(
     dispatch = np.zeros((groups, num_tokens, num_experts, capacity))
     combine = np.zeros_like(dispatch)
     load = np.zeros((groups, num_experts), "int32")
+    scores = gates if scores is None else scores
     for g in range(groups):
         # `sorted` is stable: equal tokens and equal experts keep their order.
         order = list(range(num_tokens))
         if batch_priority:
-            order = sorted(order, key=lambda s: -gates[g, s].max())
+            first = scores[g].argmax(axis=-1)
+            order = sorted(order, key=lambda s: -gates[g, s, first[s]])
         taken = [0] * num_experts
         for k in range(num_selected_experts):
             for s in order:
                 if mask is not None and not mask[g, s]:
                     continue
-                best = sorted(range(num_experts), key=lambda e: -gates[g, s, e])
+                best = sorted(range(num_experts), key=lambda e: -scores[g, s, e])
                 e = best[k]
                 load[g, e] += 1
                 if taken[e] < capacity:
@@ -52,6 +59,52 @@ def top_k_slowly(
                     combine[g, s, e, taken[e]] = gates[g, s, e]
                     taken[e] += 1
     return dispatch, combine, load
+
+
+def expert_choice_slowly(gates, capacity, mask=None):
+    """Which tokens each expert takes.
+
+    Returns:
+        `dispatch` and `combine`, as of `top_k_slowly`.
+    """
+    groups, num_tokens, num_experts = gates.shape
+    dispatch = np.zeros((groups, num_tokens, num_experts, capacity))
+    combine = np.zeros_like(dispatch)
+    for g, e in np.ndindex(groups, num_experts):
+        tokens = range(num_tokens)
+        if mask is not None:
+            tokens = [s for s in tokens if mask[g, s]]
+        best = sorted(tokens, key=lambda s: -gates[g, s, e])
+        for c, s in enumerate(best[:capacity]):
+            dispatch[g, s, e, c] = 1.0
+            combine[g, s, e, c] = gates[g, s, e]
+    return dispatch, combine
+
+
+def soft_slowly(logits, mask=None):
+    """The two softmaxes of Soft MoE, of `(G, S, E, P)` logits.
+
+    Returns:
+        `dispatch`, a softmax over the tokens, and `combine`, one over all
+        slots; 0 for masked tokens.
+    """
+    dispatch, combine = np.zeros(logits.shape), np.zeros(logits.shape)
+    kept = np.ones(logits.shape[:2], bool) if mask is None else mask
+    for g, s in zip(*np.nonzero(kept), strict=True):
+        rest = logits[g, kept[g]].astype("float64")
+        dispatch[g, s] = 1 / np.exp(rest - logits[g, s]).sum(axis=0)
+        combine[g, s] = np.exp(logits[g, s] - logits[g, s].max())
+        combine[g, s] /= combine[g, s].sum()
+    return dispatch, combine
+
+
+def experts_of_images_slowly(dispatch, num_images):
+    """Which experts serve each image, `(G, num_images, E)`."""
+    groups, num_tokens, num_experts, _ = dispatch.shape
+    used = np.zeros((groups, num_images, num_experts), bool)
+    for g, s, e, _ in zip(*np.nonzero(dispatch), strict=True):
+        used[g, s * num_images // num_tokens, e] = True
+    return used
 
 
 def one_hot_dispatch(plan):

@@ -12,6 +12,13 @@ from keras_vmoe.routing import select_experts
 from keras_vmoe.routing import top_k_plan
 from tests.gradients import compiled
 from tests.gradients import value_and_gradients
+from tests.routing.cases import GATES
+from tests.routing.cases import images_of
+from tests.routing.cases import random_gates
+from tests.routing.cases import random_layer
+from tests.routing.cases import slow_layer
+from tests.routing.cases import some_mask
+from tests.routing.definitions import experts_of_images_slowly
 from tests.routing.definitions import one_hot_combine
 from tests.routing.definitions import one_hot_dispatch
 from tests.routing.definitions import top_k_slowly
@@ -68,42 +75,6 @@ def test_combine_weights_are_not_renormalised():
     np.testing.assert_allclose(weight, [0.5, 0.3], rtol=1e-6)
 
 
-def random_gates(num_groups=2, num_tokens=9, num_experts=4, seed=0):
-    generator = np.random.default_rng(seed)
-    logits = generator.normal(size=(num_groups, num_tokens, num_experts))
-    gates = np.exp(logits - logits.max(-1, keepdims=True))
-    return (gates / gates.sum(-1, keepdims=True)).astype("float32")
-
-
-def tied_gates():
-    """Every token ties with its neighbours, and experts tie within a token."""
-    gates = np.full((2, 9, 4), 0.25, "float32")
-    gates[0, 3:6] = [0.1, 0.4, 0.1, 0.4]
-    gates[1, ::2] = [0.0, 0.5, 0.5, 0.0]
-    return gates
-
-
-def crowded_gates():
-    """All tokens want expert 2; nobody ever wants expert 0."""
-    gates = random_gates()
-    gates[..., 2] += 2.0
-    gates[..., 0] = 0.0
-    return gates
-
-
-def some_mask():
-    """Holes in the first group; the second group is padding only."""
-    mask = np.ones((2, 9), bool)
-    mask[0, [1, 4, 8]] = False
-    mask[1] = False
-    return mask
-
-
-GATES = {
-    "random": random_gates(),
-    "ties": tied_gates(),
-    "an empty and an overflowing expert": crowded_gates(),
-}
 # What belongs together is in one row, since each new shape costs JAX seconds:
 # (gates, K, C, BPR, mask).
 CASES = [
@@ -181,6 +152,8 @@ def check_plan(gates, mask, *settings):
     np.testing.assert_array_equal(plan.load, load)
     check_both_ends(plan)
     check_figures(dispatch, load, *more[4:6])
+    used = experts_of_images_slowly(dispatch, more[8].shape[1])
+    np.testing.assert_array_equal(more[8], used)
 
     buffers = np.einsum("gsec,gsd->gecd", dispatch, tokens)
     np.testing.assert_allclose(more[6], buffers, rtol=1e-6)
@@ -211,26 +184,10 @@ def fast_layer(*settings):
         fields = (plan.choice, plan.slot, plan.weight, plan.load)
         figures = (plan.dropped_share(), plan.load_share())
         moved = (buffers, plan.combine(ops.cos(buffers + scale)))
-        return loss, (*fields, *figures, *moved)
+        used = plan.experts_of_images(images_of(gates))
+        return loss, (*fields, *figures, *moved, used)
 
     return layer
-
-
-def slow_layer(gates, tokens, scale, probe, dispatch):
-    """The same loss by one-hot einsums."""
-    dispatch = ops.cast(dispatch, "float32")
-    buffers = ops.einsum("gsec,gsd->gecd", dispatch, tokens)
-    combine = dispatch * gates[..., None]
-    outputs = ops.tanh(scale * buffers)
-    return ops.sum(probe * ops.einsum("gsec,gecd->gsd", combine, outputs))
-
-
-def random_layer(gates, num_features=3):
-    """Tokens, a probe of the same shape and the experts' scales."""
-    generator = np.random.default_rng(1)
-    shape = (*gates.shape[:2], num_features)
-    shapes = (shape, shape, (gates.shape[-1], 1, num_features))
-    return [generator.normal(size=s).astype("float32") for s in shapes]
 
 
 def check_figures(dispatch, load, dropped_share, load_share):

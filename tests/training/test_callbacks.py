@@ -1,5 +1,6 @@
 import csv
 import math
+import warnings
 
 import keras
 import numpy as np
@@ -142,3 +143,163 @@ def test_history_file_holds_every_expert(tmp_path):
         model.history.history["loss"][0]
     )
     assert [path.name for path in tmp_path.iterdir()] == ["history.csv"]
+
+
+def test_routing_history_per_layer():
+    model, routing = moe_model(), callbacks.RoutingHistory(per_layer=True)
+    x, y = tokens_and_labels()
+    history = model.fit(
+        x, y, batch_size=4, epochs=2, verbose=0, callbacks=[routing]
+    ).history
+    layer = routing.epochs[-1]["inner_moe"]
+    assert set(layer) > {"gate_entropy", "importance_cv2", "experts_per_image"}
+    for name, value in layer.items():
+        if name == "load_share":
+            for e, share in enumerate(value):
+                logged = history[f"inner_moe/load_{e}"]
+                assert len(logged) == 2 and logged[-1] == share
+        else:
+            assert history[f"inner_moe/{name}"][-1] == value
+    assert 0 < layer["gate_entropy"] <= math.log(4)
+    # Next to those of the whole model, and only where asked for.
+    assert history["dropped_share"] == history["inner_moe/dropped_share"]
+    plain = model.fit(
+        x, y, verbose=0, callbacks=[callbacks.RoutingHistory()]
+    ).history
+    assert not [name for name in plain if "/" in name]
+
+
+def test_per_layer_in_the_csv_of_keras(tmp_path):
+    routing = callbacks.RoutingHistory(per_layer=True)
+    log = keras.callbacks.CSVLogger(str(tmp_path / "log.csv"))
+    x, y = tokens_and_labels()
+    moe_model().fit(x, y, epochs=2, verbose=0, callbacks=[routing, log])
+    with open(tmp_path / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2
+    loads = [float(rows[1][f"inner_moe/load_{e}"]) for e in range(4)]
+    np.testing.assert_allclose(
+        loads, routing.epochs[1]["inner_moe"]["load_share"], rtol=1e-6
+    )
+
+
+def monitored(router, epochs=1, **arguments):
+    """The messages of a monitor over one layer of 4 experts, and warnings."""
+    inputs = keras.Input((6, 8))
+    layer = layers.MoEMLP(4, 16, router, images_per_group=2, name="moe")
+    model = keras.Model(inputs, layer(inputs))
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    monitor = callbacks.RoutingMonitor(**arguments)
+    x = np.abs(tokens_and_labels(4)[0])
+    if isinstance(router, layers.TopKRouter):
+        # Everybody wants expert 1, and then expert 2.
+        kernel = np.zeros((8, 4), "float32")
+        kernel[:, 1], kernel[:, 2] = 2.0, 1.0
+        router.gate_layer.kernel.assign(kernel)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(x, x, epochs=epochs, verbose=0, callbacks=[monitor])
+    said = [str(w.message) for w in caught if "expert" in str(w.message)]
+    assert said == monitor.warnings
+    return monitor.warnings
+
+
+def quiet_router(**arguments):
+    return layers.TopKRouter(4, noise_std=0.0, **arguments)
+
+
+def test_the_monitor_tells_dead_experts_and_their_layer():
+    router = quiet_router(num_selected_experts=2, capacity_factor=4.0)
+    first, second = monitored(router, epochs=2)
+    assert first.startswith(
+        "Epoch 1, moe: experts [0, 3] get less than 0.1 of an even load. Raise "
+    )
+    assert second.startswith("Epoch 2, moe: ")
+    assert "dropped" not in first
+
+
+def test_the_monitor_tells_drops():
+    # 12 tokens want the 4 places of expert 1: two thirds are dropped.
+    (message,) = monitored(quiet_router(capacity_factor=1.0), min_load=0.0)
+    assert message.startswith("Epoch 1, moe: 67% dropped, more than 20%. Raise")
+    assert not monitored(
+        quiet_router(capacity_factor=1.0), min_load=0.0, max_dropped_share=0.7
+    )
+
+
+def test_the_monitor_tells_both_in_one_message():
+    (message,) = monitored(quiet_router(capacity_factor=1.0))
+    assert "experts [0, 2, 3] get less" in message
+    assert "; 67% dropped" in message
+
+
+def test_the_monitor_is_silent_when_all_is_well():
+    assert monitored(layers.ExpertChoiceRouter(4, capacity_factor=4.0)) == []
+    assert monitored(layers.SoftRouter(4)) == []
+
+
+@pytest.mark.parametrize("name", ["min_load", "max_dropped_share"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_limits_of_the_monitor(name, value):
+    with pytest.raises(
+        ValueError, match=f"`{name}` must be between 0 and 1. Received: {name}"
+    ):
+        callbacks.RoutingMonitor(**{name: value})
+
+
+def events_of(folder):
+    """All that TensorBoard finds: `{tag: {step: value or image bytes}}`."""
+    import tensorflow as tf
+
+    found = {}
+    for path in sorted(folder.rglob("*tfevents*")):
+        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+            event = tf.compat.v1.Event.FromString(record)
+            for value in event.summary.value:
+                array = tf.make_ndarray(value.tensor)
+                found.setdefault(value.tag, {})[event.step] = array
+    return found
+
+
+def test_tensorboard_has_scalars_and_pictures(tmp_path):
+    pytest.importorskip("tensorflow")
+    pytest.importorskip("matplotlib")
+    import tensorflow as tf
+
+    routing = callbacks.RoutingHistory()
+    board = callbacks.RoutingTensorBoard(tmp_path / "logs")
+    x, y = tokens_and_labels()
+    moe_model().fit(x, y, epochs=3, verbose=0, callbacks=[routing, board])
+    events = events_of(tmp_path / "logs")
+    picture = events.pop("inner_moe/load")
+    names = {f"inner_moe/load_{e}" for e in range(4)}
+    names |= {
+        f"inner_moe/{name}"
+        for name in routing.epochs[0]["inner_moe"]
+        if name != "load_share"
+    }
+    assert set(events) == names
+    for epoch, layers_of_epoch in enumerate(routing.epochs):
+        layer = layers_of_epoch["inner_moe"]
+        for name in ("dropped_share", "gate_entropy", "auxiliary_loss"):
+            got = events[f"inner_moe/{name}"][epoch]
+            assert float(got) == pytest.approx(layer[name], rel=1e-6)
+        for e, share in enumerate(layer["load_share"]):
+            got = events[f"inner_moe/load_{e}"][epoch]
+            assert float(got) == pytest.approx(float(share), rel=1e-6)
+    # Width, height and a PNG for each.
+    assert set(picture) == {0, 1, 2}
+    width, height, png = picture[2]
+    image = tf.io.decode_png(png).numpy()
+    assert image.shape == (int(height), int(width), 3)
+    assert image.std() > 0
+
+
+def test_tensorboard_without_moe_layers_writes_nothing(tmp_path):
+    pytest.importorskip("tensorflow")
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    x = np.ones((4, 2), "float32")
+    board = callbacks.RoutingTensorBoard(tmp_path)
+    model.fit(x, x[:, :1], verbose=0, callbacks=[board])
+    assert events_of(tmp_path) == {}

@@ -8,8 +8,10 @@ import keras
 import pytest
 import yaml
 
+from keras_vmoe import data
 from keras_vmoe import models
 from keras_vmoe import training
+from keras_vmoe.training import loop
 from keras_vmoe.training.callbacks import NonFiniteLossError
 
 SMALL = training.TrainConfig(
@@ -95,6 +97,29 @@ def test_run_folder(result):
 def test_one_seed_one_run(result, config):
     again = training.train(config)
     assert history(again.run_dir) == history(result.run_dir)
+
+
+def test_weight_decay_is_on_kernels_alone():
+    config = dataclasses.replace(
+        SMALL,
+        model=dataclasses.replace(
+            SMALL.model, pooling="token", layer_scale=0.1, representation_size=4
+        ),
+    )
+    info = data.info("digits")
+    model = loop._model(config, info)
+    loop._compile(model, config, 4)
+    model.optimizer.build(model.trainable_variables)
+    decayed = [
+        weight.path
+        for weight in model.trainable_weights
+        if model.optimizer._use_weight_decay(weight)
+    ]
+    kernels = [w.path for w in model.trainable_weights if w.ndim > 1]
+    others = ("bias", "class_token/token", "positions/embedding")
+    assert decayed == [path for path in kernels if not path.endswith(others)]
+    assert "block_1_moe/experts/hidden_kernel" in decayed
+    assert "block_0_attention_scale/scale" not in decayed
 
 
 def test_dense_twin(config):
