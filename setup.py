@@ -26,6 +26,12 @@ EXTRAS = {
     "plots": ["matplotlib>=3.9,<4"],
     "cli": ["jsonargparse[signatures]>=4.40,<5"],
     "serving": [TENSORFLOW, "tensorflow-serving-api>=2.20,<2.21"],
+    # What the MoE layer is measured against; only benchmarks/ needs it.
+    "benchmark": [
+        "keras-hub>=0.32,<0.33",
+        "mixture-of-experts==0.2.3",
+        "tf-models-official>=2.20,<2.21",
+    ],
     "test": [
         "pytest>=8,<10",
         "pytest-xdist>=3.6,<4",

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 
-def block_linear(x, kernel, bias, expert=None):
+def block_linear(x, kernel, bias, expert=None, count=None):
     """`x[m] @ kernel[expert[m]] + bias[expert[m]]` for every block m.
 
     Args:
@@ -13,30 +13,89 @@ def block_linear(x, kernel, bias, expert=None):
         bias: `(E, F)` variable.
         expert: `(M,)` int32 tensor, ascending. None means one block for each
             expert, in their order.
+        count: int32 scalar, how many blocks are of interest; they stand first.
 
     Returns:
         `(M, T, F)` tensor.
     """
     kernel, bias = ops.convert_to_tensor(kernel), ops.convert_to_tensor(bias)
     if expert is None:
-        return ops.matmul(x, kernel) + bias[:, None]
-    return _matmul(x, kernel, expert) + ops.take(bias, expert, axis=0)[:, None]
+        return _batched(x, kernel, bias)
+    bias = ops.take(bias, expert, axis=0)[:, None]
+    return _matmul(x, kernel, expert, count) + bias
 
 
-def _matmul(x, kernel, expert):
+def _batched(x, kernel, bias):
+    """One block for each expert."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        # Saves a pass over the result: 0.96 instead of 1.08 times dense.
+        return torch.baddbmm(bias[:, None], x, kernel)
+    if keras.backend.backend() == "tensorflow" and _on_tensorflow_cpu():
+        import tensorflow as tf
+
+        # TensorFlow fuses a product with its bias, but not a batched one: 0.95
+        # instead of 1.19 times dense.
+        parts = zip(*(tf.unstack(y) for y in (x, kernel, bias)), strict=True)
+        return tf.stack([tf.nn.bias_add(a @ b, c) for a, b, c in parts])
+    return ops.matmul(x, kernel) + bias[:, None]
+
+
+def _on_tensorflow_cpu():
+    import tensorflow as tf
+
+    kinds = {device.device_type for device in tf.config.list_logical_devices()}
+    return kinds == {"CPU"}
+
+
+def _matmul(x, kernel, expert, count):
     """`x[m] @ kernel[expert[m]]`, as fast as the backend can."""
     if keras.backend.backend() == "torch":
         return _matmul_segments(x, kernel, expert)
-    if keras.backend.backend() == "jax" and _has_grouped_matmul():
-        return _matmul_ragged(x, kernel, expert)
+    if keras.backend.backend() == "jax":
+        return _matmul_jax(x, kernel, expert, count)
     return ops.matmul(x, ops.take(kernel, expert, axis=0))
 
 
-def _has_grouped_matmul():
+def _matmul_jax(x, kernel, expert, count):
     import jax
 
-    # On CPU `ragged_dot` multiplies every row with every expert.
-    return jax.default_backend() != "cpu"
+    if jax.default_backend() == "cpu":
+        # There `ragged_dot` multiplies every row with every expert.
+        return _matmul_loop(x, kernel, expert, count)
+    return _matmul_ragged(x, kernel, expert)
+
+
+def _matmul_loop(x, kernel, expert, count):
+    """Block after block, as many as there are tokens in."""
+    import jax
+
+    @jax.custom_vjp
+    def matmul(x, kernel, expert, count):
+        def body(b, y):
+            return y.at[b].set(x[b] @ kernel[expert[b]])
+
+        zeros = ops.zeros((*x.shape[:2], kernel.shape[-1]), x.dtype)
+        return jax.lax.fori_loop(0, count, body, zeros)
+
+    def forward(*arguments):
+        return matmul(*arguments), arguments
+
+    def backward(saved, upstream):
+        x, kernel, expert, count = saved
+
+        def body(b, gradients):
+            d_x, d_kernel = gradients
+            d_x = d_x.at[b].set(upstream[b] @ kernel[expert[b]].T)
+            d_kernel = d_kernel.at[expert[b]].add(x[b].T @ upstream[b])
+            return d_x, d_kernel
+
+        zeros = (ops.zeros_like(x), ops.zeros_like(kernel))
+        return *jax.lax.fori_loop(0, count, body, zeros), None, None
+
+    matmul.defvjp(forward, backward)
+    return matmul(x, kernel, expert, count)
 
 
 def _matmul_ragged(x, kernel, expert):

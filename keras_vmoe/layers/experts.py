@@ -94,20 +94,20 @@ class MLPExperts(keras.layers.Layer):
 
     def call(self, buffers, training=False):
         if isinstance(buffers, routing.Blocks):
-            rows = self._mlps(buffers.rows, buffers.expert, training)
-            return buffers._replace(rows=rows)
+            rows, *blocks = buffers
+            return buffers._replace(rows=self._mlps(rows, blocks, training))
         groups, _, capacity, features = ops.shape(buffers)
         # One batched matmul over E, whatever the number of groups.
         x = _experts_first(buffers)  # (E, G * C, D)
-        x = self._mlps(x, None, training)
+        x = self._mlps(x, (), training)
         x = ops.reshape(x, (self.num_experts, groups, capacity, features))
         return _swap_groups_and_experts(x)
 
-    def _mlps(self, x, expert, training):
+    def _mlps(self, x, blocks, training):
         """One MLP for each block of rows; see `block_linear`."""
-        x = block_linear(x, self.hidden_kernel, self.hidden_bias, expert)
+        x = block_linear(x, self.hidden_kernel, self.hidden_bias, *blocks)
         x = self.dropout_layer(self.activation(x), training=training)
-        x = block_linear(x, self.output_kernel, self.output_bias, expert)
+        x = block_linear(x, self.output_kernel, self.output_bias, *blocks)
         return self.dropout_layer(x, training=training)
 
     def compute_output_shape(self, input_shape):

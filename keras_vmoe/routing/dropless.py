@@ -19,10 +19,12 @@ class Blocks(NamedTuple):
     Attributes:
         rows: `(M, T, D)`: M blocks of T places, 0 at empty places.
         expert: `(M,)` int32, the expert of each block, ascending.
+        count: int32 scalar, how many blocks hold tokens; they stand first.
     """
 
     rows: Any
     expert: Any
+    count: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +40,13 @@ class DroplessPlan:
         sparse: `SparsePlan` of one group that holds all tokens, whose experts
             and capacity are blocks and their places.
         block_expert: `(M,)` int32, the expert of each block.
+        count: int32 scalar, how many blocks hold tokens; they stand first.
         load: `(G, E)` int32, how many choices fell on the expert.
     """
 
     sparse: SparsePlan
     block_expert: Any
+    count: Any
     load: Any
 
     def dispatch(self, tokens):
@@ -55,7 +59,7 @@ class DroplessPlan:
             `Blocks`.
         """
         rows = self.sparse.dispatch(_one_group(tokens))
-        return Blocks(rows[0], self.block_expert)
+        return Blocks(rows[0], self.block_expert, self.count)
 
     def combine(self, blocks):
         """Brings the experts' outputs back to the tokens.
@@ -159,7 +163,9 @@ def dropless_plan(gates, num_selected_experts, mask=None, scores=None):
         weight=ops.reshape(weight, shape),
         load=queues.load,
     )
-    return DroplessPlan(sparse=sparse, block_expert=owner, load=load)
+    return DroplessPlan(
+        sparse=sparse, block_expert=owner, count=end[-1], load=load
+    )
 
 
 def block_size(num_choices, num_experts):
