@@ -19,9 +19,7 @@ SHAPE = "ViT-S/16 x8"
 def main():
     """Reads the committed results."""
     with open(FOLDER / "moe_layer.csv", newline="") as file:
-        rows = [
-            row for row in csv.DictReader(file) if row["dtype"] == "float32"
-        ]
+        rows = select(csv.DictReader(file), dtype="float32")
     draw(rows)
     for kind in PASSES:
         methods = select(rows, table="methods", shape=SHAPE)

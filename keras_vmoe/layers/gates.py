@@ -24,8 +24,9 @@ class Gate(keras.layers.Layer):
 
     def __init__(self, num_experts, **kwargs):
         super().__init__(**kwargs)
+        check_sizes(num_experts=num_experts)
         self.supports_masking = True
-        self.num_experts = num_experts
+        self.num_experts = int(num_experts)
 
     def add_float32(self, name, shape, initializer):
         """A float32 weight under every policy."""
@@ -279,10 +280,11 @@ class SoftGate(keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         self.supports_masking = True
+        check_sizes(num_experts=num_experts)
         check_capacity_factor(capacity_factor)
         if num_slots is not None:
             check_sizes(num_slots=num_slots)
-        self.num_experts = num_experts
+        self.num_experts = int(num_experts)
         self.num_slots = num_slots
         self.capacity_factor = capacity_factor
 
@@ -293,7 +295,10 @@ class SoftGate(keras.layers.Layer):
             shape=(features, self.num_experts, self._slots(num_tokens)),
             # Of the fan-in D, as if each slot were alone.
             initializer=keras.initializers.VarianceScaling(
-                mode="fan_in", distribution="truncated_normal", input_axes=(0,)
+                mode="fan_in",
+                distribution="truncated_normal",
+                input_axes=(0,),
+                output_axes=(1, 2),
             ),
             dtype="float32",
             autocast=False,

@@ -143,6 +143,8 @@ class MoEMLP(keras.layers.Layer):
 
     def call(self, inputs, mask=None, training=False):
         self._check_features(inputs.shape)
+        if inputs.shape[0] == 0:
+            return inputs
         groups = routing.group_tokens(inputs, self.images_per_group, mask)
         plan = self.router(
             groups.tokens,

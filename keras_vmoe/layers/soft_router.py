@@ -76,7 +76,8 @@ class SoftRouter(Router):
 
     def expert_gates(self, logits):
         groups, num_tokens, num_experts, num_slots = ops.shape(logits)
-        flat = ops.reshape(logits, (groups, num_tokens, -1))
+        size = num_experts * num_slots
+        flat = ops.reshape(logits, (groups, num_tokens, size))
         gates = ops.reshape(ops.softmax(flat), ops.shape(logits))
         return ops.sum(gates, axis=-1)
 

@@ -211,6 +211,8 @@ class BiasBalancedRouter(TopKRouter):
         [Wang et al., 2024](https://arxiv.org/abs/2408.15664), algorithm 1.
     """
 
+    parts = ("gate_layer", "bias")
+
     def __init__(
         self,
         num_experts,
@@ -227,9 +229,12 @@ class BiasBalancedRouter(TopKRouter):
         )
         check_not_negative(update_rate=update_rate)
         self.update_rate = update_rate
+        self.bias = None
 
     def build(self, input_shape):
         super().build(input_shape)
+        if self.bias is not None:  # That of another router; see `set_routing`.
+            return
         self.bias = self.add_weight(
             name="bias",
             shape=(self.num_experts,),

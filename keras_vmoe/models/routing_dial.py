@@ -104,14 +104,19 @@ def _with_routing(layer, settings, images_per_group):
     router = _changed_router(layer.router, settings, layer.name)
     config = {**layer.get_config(), "router": router}
     if images_per_group is not None:
+        if router.images_per_group is not None:
+            raise ValueError(
+                f"The {type(router).__name__} of {layer.name!r} routes each "
+                "image alone. Received: images_per_group="
+                f"{images_per_group!r}. Leave it out."
+            )
         config["images_per_group"] = _images(images_per_group)
     new = type(layer).from_config(config)
     _share_parts(router, layer.router)
+    if isinstance(router.gate, keras.layers.Layer):
+        router.gate = router.gate_layer
     _share_parts(new, layer)
     new.build(layer.get_build_config()["input_shape"])
-    for mine, theirs in zip(router.weights, layer.router.weights, strict=True):
-        if mine is not theirs:  # A bias of the router itself.
-            mine.assign(keras.ops.convert_to_numpy(theirs))
     return new
 
 
@@ -129,7 +134,8 @@ def _changed_router(router, settings, layer):
 def _share_parts(new, old):
     """Gives a layer the sublayers of another, and so their weights."""
     for name in old.parts:
-        new._tracker.untrack(getattr(new, name))
+        if isinstance(getattr(new, name), keras.layers.Layer):
+            new._tracker.untrack(getattr(new, name))
         setattr(new, name, getattr(old, name))
 
 

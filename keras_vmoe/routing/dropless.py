@@ -73,7 +73,7 @@ class DroplessPlan:
         """
         tokens = self.sparse.combine(blocks.rows[None])
         groups, features = ops.shape(self.load)[0], tokens.shape[-1]
-        size = ops.shape(tokens)[1] // groups
+        size = ops.shape(tokens)[1] // _at_least_1(groups)
         return ops.reshape(tokens, (groups, size, features))
 
     def load_share(self):
@@ -136,7 +136,9 @@ def dropless_plan(gates, num_selected_experts, mask=None, scores=None):
     order = ops.arange(total, dtype="int32")[None]
     queues = queue_choices(flat, order, num_experts)
     size = block_size(total, num_experts)
-    num_blocks = total // size + num_experts
+    # Each expert wastes less than one block, and each block holds a choice.
+    smaller = min if isinstance(total, int) else ops.minimum
+    num_blocks = total // size + smaller(total, num_experts)
     blocks = -(-queues.load[0] // size)  # (E,) blocks that each expert fills
     end = ops.cumsum(blocks)
     index = ops.arange(num_blocks, dtype="int32")
@@ -179,6 +181,11 @@ def block_size(num_choices, num_experts):
         return 8
     half = num_choices // (2 * num_experts)
     return max(8, min(256, half // 8 * 8))
+
+
+def _at_least_1(number):
+    """The number or 1, of an int or, of a symbolic batch, a tensor."""
+    return max(1, number) if isinstance(number, int) else ops.maximum(1, number)
 
 
 def _one_group(tokens):

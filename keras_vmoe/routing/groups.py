@@ -57,8 +57,9 @@ def capacity(num_tokens, num_experts, num_selected_experts, capacity_factor):
         return ops.minimum(blocks * CAPACITY_MULTIPLE, num_tokens)
     if num_tokens < 1:
         raise ValueError(
-            "Without tokens the capacity comes out at 0. "
-            f"Received: num_tokens={num_tokens}. Route at least one token."
+            "Each expert needs room for at least 1 token. Received: "
+            f"num_tokens={num_tokens}, capacity_factor={capacity_factor}, "
+            "which gives a capacity of 0. Route at least one token."
         )
     return min(blocks * CAPACITY_MULTIPLE, num_tokens)
 

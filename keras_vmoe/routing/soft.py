@@ -14,10 +14,12 @@ class SoftPlan:
         dispatch_weight: `(G, S, E, P)` float; sums to 1 over the tokens.
         combine_weight: `(G, S, E, P)` float; sums to 1 over the slots of all
             experts, and is 0 for masked tokens.
+        mask: `(G, S)` bool, False for tokens that are left out; or None.
     """
 
     dispatch_weight: Any
     combine_weight: Any
+    mask: Any = None
 
     def dispatch(self, tokens):
         """Mixes the tokens into the experts' slots.
@@ -29,6 +31,9 @@ class SoftPlan:
             `(G, E, P, D)` tensor.
         """
         weight = ops.cast(self.dispatch_weight, tokens.dtype)
+        if self.mask is not None:  # A weight of 0 does not undo a NaN.
+            zeros = ops.zeros_like(tokens)
+            tokens = ops.where(self.mask[..., None], tokens, zeros)
         _, _, num_experts, num_slots = self.dispatch_weight.shape
         groups, _, features = ops.shape(tokens)
         slots = ops.matmul(ops.transpose(_flat(weight), (0, 2, 1)), tokens)
@@ -99,6 +104,7 @@ def soft_plan(logits, mask=None):
     return SoftPlan(
         dispatch_weight=ops.reshape(dispatch, shape),
         combine_weight=ops.reshape(combine, shape),
+        mask=mask,
     )
 
 

@@ -162,7 +162,10 @@ def moe_layer_slowly(layer, images, mask=None, activation=gelu):
         tokens = images[part].reshape(1, -1, images.shape[-1])
         tokens = tokens.astype("float64")
         _, dispatch, combine, _ = plan_slowly(
-            layer.router, tokens, size * images.shape[1], mask[part].reshape(1, -1)
+            layer.router,
+            tokens,
+            size * images.shape[1],
+            mask[part].reshape(1, -1),
         )
         buffers = np.einsum("gsec,gsd->gecd", dispatch, tokens)
         outputs = np.zeros(buffers.shape)

@@ -193,7 +193,8 @@ def test_dropless_is_a_large_capacity_factor(small, large):
     dropless, roomy = make_layer("top-k", **small), make_layer("top-k", **large)
     images = images_of(5, 6, 4)
     probe = ops.convert_to_tensor(images_of(5, 6, 4, seed=1))
-    assert_same(compiled(dropless)(images), compiled(roomy)(images))
+    expected = ops.convert_to_numpy(compiled(roomy)(images))
+    assert_same(compiled(dropless)(images), expected)
     gradients = [
         weight_gradients(
             layer, lambda layer=layer: ops.sum(layer(images) * probe)
@@ -224,8 +225,8 @@ def test_a_shared_expert_adds_an_mlp_of_all_tokens(name):
 
 @pytest.mark.parametrize("size", [0, -1, 2.5])
 def test_bad_shared_expert(size):
-    with pytest.raises(ValueError, match="`shared_hidden_dim` must be an "
-                       f"integer of at least 1. Received: .*={size}"):  # fmt: skip
+    words = f"`shared_hidden_dim` must be an integer.*Received: .*={size}"
+    with pytest.raises(ValueError, match=words):
         layers.SharedExpertMoEMLP(3, 5, shared_hidden_dim=size)
 
 
@@ -480,8 +481,8 @@ def test_bad_router(router, arguments, words):
 
 @pytest.mark.parametrize("images_per_group", [2, None])
 def test_soft_takes_no_groups(images_per_group):
-    with pytest.raises(ValueError, match="A SoftRouter routes each image alone."
-                       f" Received: images_per_group={images_per_group}"):  # fmt: skip
+    words = f"routes each image alone. Received: .*={images_per_group}"
+    with pytest.raises(ValueError, match=words):
         layers.MoEMLP(
             4, 8, layers.SoftRouter(4), images_per_group=images_per_group
         )

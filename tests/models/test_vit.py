@@ -335,8 +335,8 @@ def test_two_models_do_not_share_a_mutable_config():
          "brings its own settings. Received: router=mine together with "
          "capacity_factor=2.0. Set these on the router"),
         ({"dropout": 1.5}, "1.5"),
-        ({"drop_path": 1.5}, "rate"),
-        ({"drop_path": -0.5}, "rate"),
+        ({"drop_path": 1.5}, "drop_path=1.5"),
+        ({"drop_path": -0.5}, "drop_path=-0.5"),
         ({"hidden_dim": 36, "num_heads": 2, "position_embedding": "sincos2d",
           "moe": None, "image_size": 8, "patch_size": 3}, "patch_size=3"),
         ({"hidden_dim": 6, "num_heads": 2, "position_embedding": "sincos2d"},

@@ -51,7 +51,9 @@ def top_k_slowly(
             for s in order:
                 if mask is not None and not mask[g, s]:
                     continue
-                best = sorted(range(num_experts), key=lambda e: -scores[g, s, e])
+                best = sorted(
+                    range(num_experts), key=lambda e: -scores[g, s, e]
+                )
                 e = best[k]
                 load[g, e] += 1
                 if taken[e] < capacity:

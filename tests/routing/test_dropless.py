@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_vmoe.routing import Blocks
 from keras_vmoe.routing import dropless_plan
 from keras_vmoe.routing import top_k_plan
 from keras_vmoe.routing.dropless import block_size
@@ -109,9 +108,10 @@ def fast_layer(num_selected_experts):
 
     def layer(gates, tokens, scale, probe, mask=None):
         plan = dropless_plan(gates, num_selected_experts, mask)
-        rows, expert = plan.dispatch(tokens)
+        blocks = plan.dispatch(tokens)
+        rows, expert = blocks.rows, blocks.expert
         out = ops.tanh(ops.take(scale, expert, axis=0) * rows)
-        loss = ops.sum(probe * plan.combine(Blocks(out, expert)))
+        loss = ops.sum(probe * plan.combine(blocks._replace(rows=out)))
         figures = (plan.load, plan.load_share(), plan.dropped_share())
         used = plan.experts_of_images(images_of(gates))
         fields = (rows, expert, plan.sparse.choice, plan.sparse.slot)
@@ -155,9 +155,9 @@ def test_gradient_of_rows_reaches_filled_places_only():
 
     def loss(noise, tokens):
         plan = dropless_plan(gates_of(gates), 1)
-        rows, expert = plan.dispatch(tokens)
-        out = plan.combine(Blocks(rows + noise, expert))
-        return ops.sum(out), (plan.sparse.choice, expert)
+        blocks = plan.dispatch(tokens)
+        out = plan.combine(blocks._replace(rows=blocks.rows + noise))
+        return ops.sum(out), (plan.sparse.choice, blocks.expert)
 
     tokens = random_layer(gates)[0]
     shape = (18 // 8 + 4, 8, 3)

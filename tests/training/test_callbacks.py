@@ -186,7 +186,8 @@ def test_per_layer_in_the_csv_of_keras(tmp_path):
 def monitored(router, epochs=1, **arguments):
     """The messages of a monitor over one layer of 4 experts, and warnings."""
     inputs = keras.Input((6, 8))
-    layer = layers.MoEMLP(4, 16, router, images_per_group=2, name="moe")
+    images_per_group = router.images_per_group or 2
+    layer = layers.MoEMLP(4, 16, router, images_per_group, name="moe")
     model = keras.Model(inputs, layer(inputs))
     model.compile(keras.optimizers.SGD(0.0), "mse")
     monitor = callbacks.RoutingMonitor(**arguments)
@@ -235,7 +236,7 @@ def test_the_monitor_tells_both_in_one_message():
 
 def test_the_monitor_is_silent_when_all_is_well():
     assert monitored(layers.ExpertChoiceRouter(4, capacity_factor=4.0)) == []
-    assert monitored(layers.SoftRouter(4)) == []
+    assert monitored(layers.SoftRouter(4, num_slots=1)) == []
 
 
 @pytest.mark.parametrize("name", ["min_load", "max_dropped_share"])
