@@ -17,6 +17,11 @@ def wait(result):
         import jax
 
         jax.block_until_ready(result)
+    if keras.backend.backend() == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
     return result
 
 
@@ -75,8 +80,23 @@ def versions(backend=None):
         "backend": backend,
         "versions": f"keras {keras.__version__}, {backend} {version}, "
         f"python {platform.python_version()}",
-        "hardware": f"CPU, {os.cpu_count()} cores",
+        "hardware": hardware(backend),
     }
+
+
+def hardware(backend):
+    """The accelerator that the backend works on, or the CPU."""
+    if backend == "jax":
+        import jax
+
+        if jax.default_backend() != "cpu":
+            return jax.devices()[0].device_kind
+    if backend == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name()
+    return f"CPU, {os.cpu_count()} cores"
 
 
 def write(path, new_rows, keys=("backend",)):

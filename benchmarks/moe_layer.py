@@ -4,7 +4,7 @@
 
 All candidates of a setting run in one process, in turn; ratios are those of the
 same round. The dense MLP has K times the experts' hidden size: what a token of
-the MoE layer passes through. Four tables:
+the MoE layer passes through. Six tables:
 
 - methods: every router of ours and the other libraries against the dense MLP,
   at 8 experts, 2 per token, capacity factor 1.0. Expert choice and soft routing
@@ -12,9 +12,11 @@ the MoE layer passes through. Four tables:
 - experts: the same work spread over more experts, against 8 of them.
 - selected: 1, 2 and 4 experts per token, each against its own dense MLP.
 - capacity: other capacity factors, against 1.0.
-- memory: peak memory of a training step, against the dense MLP: of JAX the
-  compiler's figure for temporary buffers and results, else the growth of the
-  process while it runs the step for the first time.
+- statistics: a training step with the routing statistics, against one without.
+- memory: peak memory of a training step beside inputs, weights and gradients
+  (8 experts have four times the weights of the dense MLP), against the dense
+  MLP: of JAX the compiler's figure for temporary buffers, else the growth of
+  the process while it runs the step for the first time, less the gradients.
 
 Training is the gradient of a squared error and of the auxiliary losses with
 respect to the inputs and all weights, with noise, without an optimizer.
@@ -23,7 +25,6 @@ respect to the inputs and all weights, with noise, without an optimizer.
 import argparse
 import gc
 import pathlib
-import resource
 import subprocess
 import sys
 
@@ -46,8 +47,23 @@ SHAPES = {
     "ConvNeXt-T stage 3 x8": (8, 196, 384, 1536),
     "ConvNeXt-T stage 4 x8": (8, 49, 768, 3072),
 }
+# For accelerators: --shapes "ViT-B/16 x128" "ViT-L/16 x128"
+# --dtype mixed_bfloat16 --peak-tflops ...
+LARGE_SHAPES = {
+    "ViT-B/16 x128": (128, 197, 768, 3072),
+    "ViT-L/16 x128": (128, 197, 1024, 4096),
+}
+DEFAULT_SHAPES = list(SHAPES)
+SHAPES |= LARGE_SHAPES
 SMALL = "ViT-S/16 x8"
-TABLES = ("methods", "experts", "selected", "capacity", "memory")
+TABLES = (
+    "methods",
+    "experts",
+    "selected",
+    "capacity",
+    "statistics",
+    "memory",
+)
 
 
 def main():
@@ -55,9 +71,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument(
-        "--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES)
+        "--shapes", nargs="+", choices=list(SHAPES), default=DEFAULT_SHAPES
     )
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument(
+        "--peak-tflops",
+        type=float,
+        help="Peak of the hardware's matrix products in the dtype; adds the "
+        "share that each candidate reaches.",
+    )
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -117,6 +139,18 @@ def capacity(args):
     return compare("capacity", SMALL, found, "factor 1.0", args)
 
 
+def statistics(args):
+    """What the routing statistics of a training step cost."""
+
+    def without():
+        layer = top_k(SHAPES[SMALL])
+        layer.router.statistics.update = lambda *arguments: None
+        return layer
+
+    found = {"without": without, "with": lambda: top_k(SHAPES[SMALL])}
+    return compare("statistics", SMALL, found, "without", args)
+
+
 def memory(args):
     """Peak memory of a training step."""
     found = {name: peak_memory(name, args) for name in candidates(SMALL)}
@@ -134,9 +168,9 @@ def memory(args):
 def compare(table, shape, makers, baseline, args):
     """Times forward passes and training steps of one setting."""
     images, tokens, features, _ = SHAPES[shape]
-    # Fewer rounds where one takes seconds.
+    # Fewer rounds where one takes half a minute.
     work = images * tokens * features**2
-    rounds = max(5, min(args.rounds, int(args.rounds * 1.2e9 / work)))
+    rounds = max(3, min(args.rounds, int(args.rounds * 6e8 / work)))
     inputs = inputs_of(shape)
     made = {name: make() for name, make in makers.items()}
     for layer in made.values():
@@ -145,26 +179,40 @@ def compare(table, shape, makers, baseline, args):
     for kind in ("forward", "training"):
         make = getattr(steps, kind)
         functions = {name: make(made[name], inputs) for name in made}
-        seconds = interleaved.measure(functions, rounds)
+        seconds = interleaved.measure(functions, rounds, warmup=2)
         columns = {"table": table, "shape": shape, "pass": kind}
         rows += interleaved.rows(seconds, baseline, **columns)
+        if args.peak_tflops and table == "methods":
+            print_shares(rows[-len(made) :], shape, kind, args.peak_tflops)
     interleaved.print_table(rows)
     del made, functions
     gc.collect()
     return rows
 
 
+def print_shares(rows, shape, kind, peak):
+    """Prints the share of the hardware's peak, by the dense MLP's products."""
+    images, tokens, features, hidden = SHAPES[shape]
+    flops = 2 * images * tokens * features * 2 * hidden * 2  # K = 2
+    flops *= 3 if kind == "training" else 1
+    for row in rows:
+        share = flops / (1e-3 * row["median"]) / (1e12 * peak)
+        print(f"{row['candidate']}, {kind}: {share:.1%} of the peak")
+
+
 def inputs_of(shape):
     """Random tokens `(B, N, D)`."""
     generator = np.random.default_rng(0)
     inputs = generator.normal(size=SHAPES[shape][:3]).astype("float32")
-    return keras.ops.cast(inputs, keras.config.floatx())
+    return keras.ops.convert_to_tensor(inputs)
 
 
 def candidates(shape):
     """What the methods table compares, by name."""
     size = SHAPES[shape]
-    _, _, features, hidden = size
+    images, _, features, hidden = size
+    # The others take minutes at the larger batch, and no other ratio.
+    found = {} if images > 8 else others.others(8, hidden, 2, 1.0, features)
     return {
         "dense": lambda: dense(size),
         "top-k": lambda: top_k(size),
@@ -175,7 +223,7 @@ def candidates(shape):
         "soft": lambda: moe(size, layers.SoftRouter(8, capacity_factor=2.0)),
         "dropless": lambda: top_k(size, capacity_factor=None),
         "einsum": lambda: others.EinsumMoE(8, hidden, 2, 1.0),
-        **others.others(8, hidden, 2, 1.0, features),
+        **found,
     }
 
 
@@ -200,14 +248,14 @@ def moe(size, router):
 
 
 def peak_memory(name, args):
-    """Bytes of one candidate's training step, beside inputs and weights."""
+    """Bytes of one candidate's training step, as the module says."""
     if keras.backend.backend() == "jax":
         layer = candidates(SMALL)[name]()
         inputs = inputs_of(SMALL)
         layer.build(inputs.shape)
         step, arguments = steps.jax_training(layer, inputs)
         found = step.lower(*arguments).compile().memory_analysis()
-        return found.temp_size_in_bytes + found.output_size_in_bytes
+        return found.temp_size_in_bytes
     command = [sys.executable, __file__, "--memory-of", name]
     command += ["--dtype", args.dtype]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -223,12 +271,20 @@ def growth_of(name):
     steps.training(warm, inputs)()
     layer = candidates(SMALL)[name]()
     layer.build(inputs.shape)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step = steps.training(layer, inputs)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # Forgets the peak.
+    before = memory_of("VmRSS")
     for _ in range(3):
-        step()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return 1024 * (after - before)
+        gradients = step()
+    results = sum(4 * int(np.prod(gradient.shape)) for gradient in gradients)
+    return memory_of("VmHWM") - before - results
+
+
+def memory_of(field):
+    """A figure of Linux about this process, in bytes."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    line = next(x for x in status.splitlines() if x.startswith(f"{field}:"))
+    return 1024 * int(line.split()[1])
 
 
 if __name__ == "__main__":

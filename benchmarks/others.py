@@ -76,7 +76,9 @@ class EinsumMoE(keras.layers.Layer):
         place = ops.cumsum(queue, axis=1) * queue - 1.0
         place = ops.reshape(place, (groups, choices, tokens, -1))
         place = ops.max(ops.transpose(place, (0, 2, 1, 3)), axis=2)  # (G, S, E)
-        place = ops.one_hot(ops.cast(place, "int32"), capacity)
+        # Beyond the capacity no place is equal: dropped.
+        place = place[..., None] == ops.arange(capacity, dtype=place.dtype)
+        place = ops.cast(place, gates.dtype)
         weights = ops.sum(chosen * weights[..., None], axis=2)  # (G, S, E)
         return weights[..., None] * place
 

@@ -450,3 +450,18 @@ def test_number_of_weights():
     assert layer.count_params() == 4 * 3 + 3 * (4 * 5 + 5 + 5 * 4 + 4)
     assert len(layer.weights) == 5
     assert len(layer.trainable_weights) == 5
+
+
+# What PyTorch has for a compiled step; without code generation, for its speed.
+COMPILERS = ["eager"] if keras.backend.backend() == "torch" else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_torch_compile(compiler):
+    import torch
+
+    layer = make_layer()
+    images = images_of(5, 6, 4)
+    step = torch.compile(layer, backend=compiler)
+    assert_same(step(ops.convert_to_tensor(images)), expected_of(layer, images))
