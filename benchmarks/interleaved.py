@@ -28,6 +28,9 @@ def wait(result):
 def measure(candidates, rounds, warmup=3):
     """Times functions in turn, `rounds` times each.
 
+    The order changes from round to round: what runs behind a large candidate
+    finds the caches cold.
+
     Args:
         candidates: Dict from name to a function without arguments.
         rounds: Measurements of each.
@@ -40,10 +43,11 @@ def measure(candidates, rounds, warmup=3):
         for _ in range(warmup):
             wait(function())
     seconds = {name: [] for name in candidates}
+    generator = np.random.default_rng(0)
     for _ in range(rounds):
-        for name, function in candidates.items():
+        for name in generator.permutation(list(candidates)):
             start = time.perf_counter()
-            wait(function())
+            wait(candidates[name]())
             seconds[name].append(time.perf_counter() - start)
     return {name: np.array(values) for name, values in seconds.items()}
 

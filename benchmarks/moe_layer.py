@@ -94,7 +94,8 @@ def main():
     if args.save:
         columns = {**interleaved.versions(), "dtype": args.dtype}
         rows = [{**columns, **row} for row in rows]
-        interleaved.write(RESULTS, rows, keys=("backend", "dtype", "table"))
+        keys = ("backend", "dtype", "table", "shape")
+        interleaved.write(RESULTS, rows, keys)
 
 
 def methods(args):

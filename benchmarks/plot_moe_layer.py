@@ -77,6 +77,7 @@ def draw(rows):
         axis.set_title(f"{kind}, {SHAPE}, E=8, K=2, CPU")
         axis.set_yscale("log")
         axis.set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+        axis.minorticks_off()
     axes[0].set_ylabel("time, relative to a dense MLP of the same FLOPs")
     axes[0].legend()
     figure.savefig(FOLDER / "moe_layer.png", dpi=110)
