@@ -10,9 +10,10 @@ def routing_statistics(model):
         model: Any Keras model with `MoEMLP` layers, nested ones included.
 
     Returns:
-        Dict from layer name to a dict with `auxiliary_loss` and
-        `dropped_share`, floats, and `load_share`, a numpy array `(E,)`: means
-        over the training steps. Layers that took no step are left out.
+        Dict from layer name to a dict with the floats `auxiliary_loss`,
+        `dropped_share`, `gate_entropy`, `importance_cv2` and
+        `experts_per_image`, and `load_share`, a numpy array `(E,)`: means over
+        the training steps. Layers that took no step are left out.
 
     Example:
 

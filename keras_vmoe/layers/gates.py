@@ -236,10 +236,11 @@ class L2Gate(ProjectedGate):
     """
 
     def compare(self, projected, codes):
-        # |p - c|² without a tensor of all differences.
-        size = ops.sum(ops.square(projected), axis=-1, keepdims=True)
-        product = ops.matmul(projected, codes)
-        return 2.0 * product - size - ops.sum(ops.square(codes), axis=0)
+        # |p - c|² without a tensor of all differences. What experts differ in
+        # comes first: |p|² may be much larger.
+        product = 2.0 * ops.matmul(projected, codes)
+        differing = product - ops.sum(ops.square(codes), axis=0)
+        return differing - ops.sum(ops.square(projected), -1, keepdims=True)
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")

@@ -206,6 +206,7 @@ OWNERS = {
     "load_loss_weight": "TopKRouter",
     "num_selected_experts": "TopKRouter",
     "num_slots": "SoftRouter",
+    "update_rate": "BiasBalancedRouter",
     "z_loss_weight": "TopKRouter or an ExpertChoiceRouter",
 }
 
@@ -215,7 +216,7 @@ def check_settings(router, kwargs):
     for name in kwargs:
         if name in OWNERS:
             raise ValueError(
-                f"A {router} has no `{name}`. "
+                f"{router} has no `{name}`. "
                 f"Received: {name}={kwargs[name]!r}. "
                 f"Leave it out, or use a {OWNERS[name]}."
             )

@@ -99,8 +99,9 @@ def gate_entropy(gates, mask=None):
     entropy = -ops.sum(gates * ops.log(ops.maximum(gates, 1e-30)), axis=-1)
     if mask is None:
         return ops.mean(entropy)
-    kept = ops.cast(mask, entropy.dtype)
-    return ops.divide_no_nan(ops.sum(entropy * kept), ops.sum(kept))
+    entropy = ops.where(mask, entropy, ops.zeros_like(entropy))
+    kept = ops.sum(ops.cast(mask, entropy.dtype))
+    return ops.divide_no_nan(ops.sum(entropy), kept)
 
 
 def experts_per_image(plan, mask, images_per_group):

@@ -43,6 +43,7 @@ class MoEConfig:
             dropless top-K routing.
         batch_priority: Whether a top-K router serves confident tokens first.
         num_slots: Slots per expert of a soft router.
+        update_rate: Change of a `bias_balanced` router's bias per step.
         noise_std: Standard deviation of the logits' noise in training, in
             units of `1 / E`.
         gate: `"linear"`, `"cosine"` or `"l2"`.
@@ -62,6 +63,7 @@ class MoEConfig:
     capacity_factor: float | Literal["auto"] | None = "auto"
     batch_priority: bool | None = None
     num_slots: int | None = None
+    update_rate: float | None = None
     noise_std: float | None = None
     gate: str | None = None
     importance_loss_weight: float | None = None
@@ -203,6 +205,7 @@ ROUTER_FIELDS = (
     "num_selected_experts",
     "batch_priority",
     "num_slots",
+    "update_rate",
     "noise_std",
     "gate",
     "importance_loss_weight",

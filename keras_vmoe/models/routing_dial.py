@@ -1,6 +1,7 @@
 """Adaptive compute: the same weights under other routing settings."""
 
 import dataclasses
+import warnings
 
 import keras
 
@@ -26,8 +27,10 @@ def set_routing(
 
     The new model shares the weights of the given one, so that it needs no
     memory of its own and follows further training; `keras.Model.save` writes
-    it as a whole. Nothing else is shared: it compiles its own functions, and
-    the given model stays as it is. It is compiled as the given model is.
+    it as a whole. Its MoE layers are new; the layers between them are those of
+    the given model, so that the `output` of such a layer belongs to the given
+    model's graph: take features of that one. The new model compiles its own
+    functions. It is compiled as the given model is, with a new optimizer.
 
     Args:
         model: A `ViTMoE` or any functional Keras model with `MoEMLP` layers,
@@ -40,7 +43,7 @@ def set_routing(
             group per batch.
 
     Returns:
-        A model of the same class.
+        A model of the same class; nested models become functional ones.
 
     Raises:
         ValueError: If nothing is to be set, the model has no MoE layers, or a
@@ -95,8 +98,20 @@ def set_routing(
         clone = model.with_graph(clone.inputs, clone.output)
         clone.moe = _changed_config(model.moe, router, images_per_group)
     if model.compiled:
-        clone.compile_from_config(model.get_compile_config())
+        _compile_alike(clone, model)
     return clone
+
+
+def _compile_alike(clone, model):
+    try:
+        clone.compile_from_config(model.get_compile_config())
+    except (TypeError, ValueError) as error:
+        warnings.warn(
+            "The new model is not compiled: loss or metrics of the given one "
+            f"cannot be serialized ({error}). Call its `compile`, or register "
+            "them by keras.saving.register_keras_serializable.",
+            stacklevel=3,
+        )
 
 
 def _with_routing(layer, settings, images_per_group):
@@ -122,6 +137,8 @@ def _with_routing(layer, settings, images_per_group):
 
 def _changed_router(router, settings, layer):
     config = router.get_config()
+    if _is_dropless(settings) and "batch_priority" in config:
+        settings = {"batch_priority": False, **settings}  # Nobody has to wait.
     for name, value in settings.items():
         if name not in config or isinstance(router, layers.SoftRouter):
             raise ValueError(
@@ -144,9 +161,15 @@ def _changed_config(moe, settings, images_per_group):
         images = _images(images_per_group)
         moe = dataclasses.replace(moe, images_per_group=images)
     if not isinstance(moe.router, keras.layers.Layer):
+        if _is_dropless(settings):
+            settings = {"batch_priority": None, **settings}
         return dataclasses.replace(moe, **settings)
     router = _changed_router(moe.router, settings, "moe")
     return dataclasses.replace(moe, router=router)
+
+
+def _is_dropless(settings):
+    return settings.get("capacity_factor", "unset") is None
 
 
 def _images(images_per_group):

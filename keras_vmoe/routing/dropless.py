@@ -175,10 +175,13 @@ def block_size(num_choices, num_experts):
 
     Half of what an expert gets when the load is even wastes a quarter of that
     share on average, in the last block of each expert. PyTorch joins the blocks
-    of an expert before it multiplies, and takes the smallest.
+    of an expert before it multiplies, and takes the smallest. Of a batch of
+    unknown size the blocks are large, because each takes a copy of its kernel.
     """
-    if keras.backend.backend() == "torch" or not isinstance(num_choices, int):
+    if keras.backend.backend() == "torch":
         return 8
+    if not isinstance(num_choices, int):
+        return 128
     half = num_choices // (2 * num_experts)
     return max(8, min(256, half // 8 * 8))
 

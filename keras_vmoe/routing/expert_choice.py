@@ -5,6 +5,7 @@ from typing import Any
 
 from keras import ops
 
+from keras_vmoe.routing.groups import is_integer
 from keras_vmoe.routing.plans import check_capacity
 from keras_vmoe.routing.plans import experts_of_images
 from keras_vmoe.routing.rows import add_rows
@@ -86,7 +87,7 @@ def expert_choice_plan(gates, capacity, mask=None):
         An `ExpertChoicePlan`.
 
     Raises:
-        ValueError: If the capacity is below 1.
+        ValueError: If the capacity is below 1 or above S.
 
     Example:
 
@@ -101,8 +102,17 @@ def expert_choice_plan(gates, capacity, mask=None):
     """
     check_capacity(capacity)
     num_tokens = ops.shape(gates)[1]
+    if is_integer(num_tokens) and is_integer(capacity):
+        if capacity > num_tokens:
+            raise ValueError(
+                "`capacity` must be at most the number of tokens. Received: "
+                f"capacity={capacity} for {num_tokens} tokens. "
+                "`routing.capacity` computes one from a capacity factor."
+            )
     gates = ops.transpose(gates, (0, 2, 1))  # (G, E, S)
     scores = ops.stop_gradient(gates)
+    # Behind all finite ones: TensorFlow's sort is confused by NaN.
+    scores = ops.where(ops.isnan(scores), -0.5, scores)
     if mask is None:
         mask = ops.ones((ops.shape(gates)[0], num_tokens), "bool")
     else:

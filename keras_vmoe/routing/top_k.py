@@ -23,9 +23,9 @@ def top_k_plan(
 
     All first choices are served before all second choices, and so on. Within
     one choice the order is that of the tokens (vanilla), or with
-    `batch_priority` that of decreasing best gate, stable (Batch Prioritized
-    Routing). A choice that finds its expert full is dropped. Combine weights
-    are the selected gates as they are, not renormalised.
+    `batch_priority` that of decreasing gate of the first choice, stable (Batch
+    Prioritized Routing). A choice that finds its expert full is dropped.
+    Combine weights are the selected gates as they are, not renormalised.
 
     Args:
         gates: `(G, S, E)` float tensor.
@@ -61,16 +61,19 @@ def top_k_plan(
     if mask is not None:
         # One past the last expert: sorted behind all others, counted nowhere.
         experts = ops.where(mask[..., None], experts, num_experts)
-    order = _service_order(weights, batch_priority)
+    best = weights[..., 0] if batch_priority else None
+    order = _service_order(weights, best)
     return _serve(experts, weights, order, num_experts, capacity)
 
 
-def _service_order(weights, batch_priority):
+def _service_order(weights, best):
     """All choices `s * K + k` in the order of service, `(G or 1, K * S)`."""
     _, num_tokens, num_choices = ops.shape(weights)
     choice = ops.reshape(ops.arange(num_choices, dtype="int32"), (1, -1, 1))
-    if batch_priority:
-        best = ops.stop_gradient(weights[..., 0])  # (G, S)
+    if best is not None:  # (G, S)
+        best = ops.stop_gradient(best)
+        # Last: TensorFlow's sort is confused by NaN.
+        best = ops.where(ops.isnan(best), -1.0, best)
         tokens = ops.cast(ops.argsort(-best, axis=1), "int32")
     else:
         tokens = ops.expand_dims(ops.arange(num_tokens, dtype="int32"), 0)

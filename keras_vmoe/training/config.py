@@ -66,8 +66,8 @@ class TrainConfig:
             from there a cosine leads to 0.
         warmup: Share of the training steps that is linear warm-up, in [0, 1).
         weight_decay: Decoupled weight decay of AdamW, on the kernels of all
-            layers and experts; not on biases, norms, positions, the class
-            token, the layer scale and the attention pooling's probe.
+            layers and experts and on learned positions; not on biases, norms,
+            the class token, the layer scale and the attention pooling's probe.
         seed: Makes a run repeatable on one machine and backend.
         model: The model's size.
         moe: Its MoE layers; null trains the dense twin.

@@ -1,6 +1,6 @@
 """Trains a MoE layer on virtual devices; prints the history as JSON.
 
-    KERAS_BACKEND=jax python -m tests.layers.distributed_run 2
+KERAS_BACKEND=jax python -m tests.layers.distributed_run 2
 """
 
 import json

@@ -436,13 +436,13 @@ def test_a_bad_token_does_not_crash_a_training_step(name, value):
     ("router", "arguments", "words"),
     [
         ("ExpertChoiceRouter", {"num_selected_experts": 2},
-         "A ExpertChoiceRouter has no `num_selected_experts`. Received: "
+         "ExpertChoiceRouter has no `num_selected_experts`. Received: "
          "num_selected_experts=2. Leave it out, or use a TopKRouter"),
         ("ExpertChoiceRouter", {"num_slots": 2},
          "no `num_slots`. Received: num_slots=2. .* use a SoftRouter"),
-        ("TopKRouter", {"num_slots": 2}, "A TopKRouter has no `num_slots`"),
+        ("TopKRouter", {"num_slots": 2}, "TopKRouter has no `num_slots`"),
         ("BiasBalancedRouter", {"num_slots": 2},
-         "A BiasBalancedRouter has no `num_slots`"),
+         "BiasBalancedRouter has no `num_slots`"),
         ("ExpertChoiceRouter", {"batch_priority": True},
          "no `batch_priority`. Received: batch_priority=True"),
         ("ExpertChoiceRouter", {"importance_loss_weight": 0.1},
@@ -465,8 +465,8 @@ def test_a_bad_token_does_not_crash_a_training_step(name, value):
          "`update_rate` must be a finite number and not negative. Received: "
          "update_rate=-0.1"),
         ("SoftRouter", {"num_selected_experts": 2},
-         "A SoftRouter has no `num_selected_experts`"),
-        ("SoftRouter", {"gate": "cosine"}, "A SoftRouter has no `gate`"),
+         "SoftRouter has no `num_selected_experts`"),
+        ("SoftRouter", {"gate": "cosine"}, "SoftRouter has no `gate`"),
         ("SoftRouter", {"z_loss_weight": 0.1}, "no `z_loss_weight`"),
         ("SoftRouter", {"num_slots": 0}, "num_slots=0"),
         ("SoftRouter", {"capacity_factor": 0.0}, "capacity_factor=0.0"),

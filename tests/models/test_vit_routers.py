@@ -115,14 +115,14 @@ def test_the_shared_expert_has_the_activation_and_dropout_of_the_model():
     ("moe", "words"),
     [
         ({"router": "expert_choice", "num_selected_experts": 2},
-         "A ExpertChoiceRouter has no `num_selected_experts`. Received: "
+         "ExpertChoiceRouter has no `num_selected_experts`. Received: "
          "num_selected_experts=2"),
         ({"router": "expert_choice", "num_slots": 2}, "has no `num_slots`"),
-        ({"num_slots": 2}, "A TopKRouter has no `num_slots`"),
+        ({"num_slots": 2}, "TopKRouter has no `num_slots`"),
         ({"router": "expert_choice", "capacity_factor": None},
          "cannot be dropless"),
         ({"router": "soft", "images_per_group": 1, "gate": "l2"},
-         "A SoftRouter has no `gate`"),
+         "SoftRouter has no `gate`"),
         ({"router": "soft", "images_per_group": 4},
          "routes each image alone. Received: images_per_group=4"),
         ({"router": "soft", "images_per_group": 1, "num_slots": 0},
