@@ -13,6 +13,7 @@ from keras import ops
 
 from keras_vmoe.routing.groups import check_capacity_factor
 from keras_vmoe.routing.groups import check_sizes
+from keras_vmoe.routing.groups import is_number
 
 
 class Gate(keras.layers.Layer):
@@ -108,12 +109,13 @@ class ProjectedGate(Gate):
         super().__init__(num_experts, **kwargs)
         if projection_dim is not None:
             check_sizes(projection_dim=projection_dim)
-        if not 0 < min_temperature <= temperature < math.inf:
+        numbers = is_number(temperature) and is_number(min_temperature)
+        if not numbers or not 0 < min_temperature <= temperature:
             raise ValueError(
-                "`temperature` and `min_temperature` must be positive, the "
-                "first not below the second. Received: "
-                f"temperature={temperature}, min_temperature={min_temperature}."
-                " The defaults are 0.5 and 0.01."
+                "`temperature` and `min_temperature` must be positive numbers, "
+                "the first not below the second. Received: temperature="
+                f"{temperature!r}, min_temperature={min_temperature!r}. "
+                "The defaults are 0.5 and 0.01."
             )
         self.projection_dim = projection_dim
         self.temperature = temperature

@@ -1,8 +1,5 @@
 """Routers: gate, noise, selection, auxiliary losses: from tokens to plans."""
 
-import math
-import numbers
-
 import keras
 from keras import ops
 
@@ -11,6 +8,7 @@ from keras_vmoe.layers.gates import get_gate
 from keras_vmoe.layers.statistics import RoutingStatistics
 from keras_vmoe.layers.stochastic import SavesSeedState
 from keras_vmoe.routing.groups import check_selection
+from keras_vmoe.routing.groups import is_number
 
 
 class Router(SavesSeedState, keras.layers.Layer):
@@ -180,7 +178,7 @@ def _mean(values):
 def check_not_negative(**settings):
     """Raises unless all settings are finite numbers of at least 0."""
     for name, value in settings.items():
-        if not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+        if not is_number(value) or value < 0:
             raise ValueError(
                 f"`{name}` must be a finite number and not negative. "
                 f"Received: {name}={value!r}. 0 turns it off."

@@ -60,6 +60,12 @@ class SoftRouter(Router):
         **kwargs,
     ):
         check_settings(type(self).__name__, kwargs)
+        if num_slots is not None and capacity_factor != 1.0:
+            raise ValueError(
+                "The number of slots is given or follows from the capacity "
+                f"factor. Received: num_slots={num_slots} together with "
+                f"capacity_factor={capacity_factor}. Leave one of them out."
+            )
         gate = SoftGate(
             num_experts,
             num_slots,

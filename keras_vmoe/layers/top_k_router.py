@@ -93,6 +93,12 @@ class TopKRouter(Router):
             gshard_loss_weight=gshard_loss_weight,
             z_loss_weight=z_loss_weight,
         )
+        if not isinstance(batch_priority, bool):
+            raise ValueError(
+                "`batch_priority` must be True or False. "
+                f"Received: batch_priority={batch_priority!r}."
+                " V-MoE trains without and serves with it."
+            )
         if capacity_factor is None:
             if batch_priority:
                 raise ValueError(

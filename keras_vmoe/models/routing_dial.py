@@ -27,14 +27,13 @@ def set_routing(
 
     The new model shares the weights of the given one, so that it needs no
     memory of its own and follows further training; `keras.Model.save` writes
-    it as a whole. Its MoE layers are new; the layers between them are those of
-    the given model, so that the `output` of such a layer belongs to the given
-    model's graph: take features of that one. The new model compiles its own
-    functions. It is compiled as the given model is, with a new optimizer.
+    it as a whole. Its layers are new ones around the same variables, and it
+    compiles its own functions. It is compiled as the given model is, with a new
+    optimizer.
 
     Args:
-        model: A `ViTMoE` or any functional Keras model with `MoEMLP` layers,
-            nested ones included.
+        model: A `ViTMoE` or any functional or sequential Keras model with
+            `MoEMLP` layers, nested ones included.
         capacity_factor: Room of the experts relative to an even load, or
             "dropless".
         num_selected_experts: K.
@@ -43,11 +42,12 @@ def set_routing(
             group per batch.
 
     Returns:
-        A model of the same class; nested models become functional ones.
+        A model of the same class.
 
     Raises:
-        ValueError: If nothing is to be set, the model has no MoE layers, or a
-            setting does not fit their routers.
+        ValueError: If nothing is to be set, the model has no MoE layers or
+            hides them inside of other layers, or a setting does not fit their
+            routers.
 
     Example:
 
@@ -70,36 +70,85 @@ def set_routing(
             "At least one routing setting must be given. Received: none. "
             "Set for example `capacity_factor=0.5`."
         )
+    _check_dials(router, images_per_group)
     if router.get("capacity_factor") == DROPLESS:
         router["capacity_factor"] = None
-    if not isinstance(model, keras.Model) or not hasattr(model, "operations"):
+    if not _is_graph(model) or not model.built:
         raise ValueError(
-            "`model` must be a functional Keras model, whose layers can be "
-            f"replaced. Received: model={model!r}. Build it from "
-            "`keras.Input`, or set the routers' arguments."
+            "`model` must be a built functional or sequential Keras model, "
+            f"whose layers can be replaced. Received: model={model!r}. Build "
+            "it from `keras.Input`, or set the routers' arguments."
         )
-    changed = []
-
-    def change(layer):
-        if isinstance(layer, layers.MoEMLP):
-            layer = _with_routing(layer, router, images_per_group)
-            changed.append(layer)
-        return layer
-
-    clone = keras.models.clone_model(
-        model, clone_function=change, recursive=True
-    )
-    if not changed:
+    clone = _changed_model(model, router, images_per_group)
+    if not any(isinstance(x, layers.MoEMLP) for x in clone._flatten_layers()):
         raise ValueError(
             "The model must have MoE layers. Received: model="
             f"{model.name!r} without any. A dense model has nothing to route."
         )
-    if isinstance(getattr(model, "moe", None), MoEConfig):
-        clone = model.with_graph(clone.inputs, clone.output)
-        clone.moe = _changed_config(model.moe, router, images_per_group)
     if model.compiled:
         _compile_alike(clone, model)
     return clone
+
+
+def _check_dials(router, images_per_group):
+    """Raises for strings other than the two known ones."""
+    factor = router.get("capacity_factor")
+    if isinstance(factor, str) and factor != DROPLESS:
+        raise ValueError(
+            f"`capacity_factor` must be a number above 0 or {DROPLESS!r}. "
+            f"Received: capacity_factor={factor!r}. V-MoE has 1.05."
+        )
+    if isinstance(images_per_group, str) and images_per_group != WHOLE_BATCH:
+        raise ValueError(
+            "`images_per_group` must be an integer of at least 1 or "
+            f"{WHOLE_BATCH!r}. Received: images_per_group="
+            f"{images_per_group!r}. V-MoE has 8."
+        )
+
+
+def _is_graph(model):
+    """Whether the layers of this layer can be replaced."""
+    if isinstance(model, keras.Sequential):
+        return True
+    return isinstance(model, keras.Model) and hasattr(model, "operations")
+
+
+def _changed_model(model, router, images_per_group):
+    """The model, nested ones included, on new layers around its variables."""
+
+    def change(layer):
+        if isinstance(layer, layers.MoEMLP):
+            return _with_routing(layer, router, images_per_group)
+        if _is_graph(layer):
+            return _changed_model(layer, router, images_per_group)
+        return _alias(layer)
+
+    clone = keras.models.clone_model(model, clone_function=change)
+    if hasattr(model, "with_graph"):
+        clone = model.with_graph(clone.inputs, clone.output)
+        if model.moe is not None:
+            clone.moe = _changed_config(model.moe, router, images_per_group)
+    return clone
+
+
+def _alias(layer):
+    """A layer of the same variables and sublayers, to stand in another graph.
+
+    A layer that is called a second time has two outputs, and features of the
+    new model could no longer be taken by name. A copy by `from_config` would
+    fill memory with weights of its own first.
+    """
+    inner = layer._flatten_layers(include_self=False)
+    if any(isinstance(x, layers.MoEMLP) for x in inner):
+        raise ValueError(
+            "MoE layers must stand in the graph of a functional model. "
+            f"Received: {layer.name!r}, a {type(layer).__name__} that holds "
+            "one. Call it on the tensors themselves."
+        )
+    alias = object.__new__(type(layer))
+    alias.__dict__.update(vars(layer))
+    alias.__dict__.update(_inbound_nodes=[], _outbound_nodes=[])
+    return alias
 
 
 def _compile_alike(clone, model):

@@ -66,10 +66,7 @@ def capacity(num_tokens, num_experts, num_selected_experts, capacity_factor):
 
 def check_capacity_factor(capacity_factor):
     """Raises unless `capacity_factor` is a positive, finite number."""
-    number = isinstance(capacity_factor, numbers.Real) and not isinstance(
-        capacity_factor, bool
-    )
-    if not number or not math.isfinite(capacity_factor):
+    if not is_number(capacity_factor):
         raise ValueError(
             "`capacity_factor` must be a finite number. "
             f"Received: capacity_factor={capacity_factor!r}. "
@@ -82,6 +79,12 @@ def check_capacity_factor(capacity_factor):
             f"Received: capacity_factor={capacity_factor}. "
             "1.05 is V-MoE's choice for training."
         )
+
+
+def is_number(value):
+    """Whether a value is a finite number; bools are not."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def is_integer(value):

@@ -25,7 +25,8 @@ class SparsePlan:
             `S * K` where the place is empty.
         slot: `(G, S, K)` int32, the place `e * C + c` of the choice; `E * C`
             where the choice was dropped.
-        weight: `(G, S, K)` float, the combine weight; 0 where dropped.
+        weight: `(G, S, K)` float, the combine weight; 0 where dropped
+            (NaN where the gate is NaN).
         load: `(G, E)` int32, how many choices fell on the expert, with those
             that were dropped.
     """

@@ -61,6 +61,7 @@ def top_k_plan(
     if mask is not None:
         # One past the last expert: sorted behind all others, counted nowhere.
         experts = ops.where(mask[..., None], experts, num_experts)
+        weights = ops.where(mask[..., None], weights, ops.zeros_like(weights))
     best = weights[..., 0] if batch_priority else None
     order = _service_order(weights, best)
     return _serve(experts, weights, order, num_experts, capacity)
@@ -146,7 +147,11 @@ def _serve(experts, weights, order, num_experts, capacity):
     slot = ops.where(served, slot, num_experts * capacity)
     slot = ops.reshape(slot, (groups, num_tokens, num_choices))
     served = ops.reshape(served, (groups, num_tokens, num_choices))
-    weights = ops.where(served, weights, ops.zeros_like(weights))
     return SparsePlan(
-        choice=choice, slot=slot, weight=weights, load=queues.load
+        choice=choice,
+        slot=slot,
+        # Not `where`: the gates of a NaN token are NaN, and what it gets back
+        # must be too, even if nobody serves it.
+        weight=weights * ops.cast(served, weights.dtype),
+        load=queues.load,
     )

@@ -12,6 +12,7 @@ import numpy as np
 from keras_vmoe import inspection
 from keras_vmoe import models
 from keras_vmoe._extras import require
+from keras_vmoe.routing.groups import is_number
 
 
 class RoutingHistory(keras.callbacks.Callback):
@@ -108,10 +109,10 @@ class RoutingMonitor(keras.callbacks.Callback):
             ("min_load", min_load),
             ("max_dropped_share", max_dropped_share),
         ):
-            if not 0 <= value <= 1:
+            if not is_number(value) or not 0 <= value <= 1:
                 raise ValueError(
-                    f"`{name}` must be between 0 and 1. "
-                    f"Received: {name}={value!r}."
+                    f"`{name}` must be a number between 0 and 1. "
+                    f"Received: {name}={value!r}. 0.1 is a tenth."
                 )
         self.min_load = min_load
         self.max_dropped_share = max_dropped_share

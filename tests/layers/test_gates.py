@@ -228,9 +228,10 @@ def test_gradients_of_the_router_in_bfloat16_are_near_those_in_float32(name):
         ({"projection_dim": 0}, "`projection_dim` must be an integer of at "
          "least 1. Received: projection_dim=0"),
         ({"projection_dim": 2.5}, "Received: projection_dim=2.5"),
-        ({"temperature": 0.0}, "must be positive, the first not below the "
-         "second. Received: temperature=0.0, min_temperature=0.01"),
+        ({"temperature": 0.0}, "must be positive numbers, the first not below "
+         "the second. Received: temperature=0.0, min_temperature=0.01"),
         ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": "hot"}, "temperature='hot'"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"temperature": float("inf")}, "temperature=inf"),
         ({"min_temperature": 0.0}, "min_temperature=0.0"),

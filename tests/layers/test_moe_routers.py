@@ -385,6 +385,8 @@ def test_a_bad_token_spoils_its_image_only(name, value):
     out, *indices = map(ops.convert_to_numpy, call(bad))
     assert np.isfinite(out[[0, 2, 3, 4]]).all()
     np.testing.assert_allclose(out[2:], expected[2:], rtol=1e-5, atol=1e-6)
+    if name != "expert choice":  # There nobody need choose the token.
+        assert not np.isfinite(out[1, 2]).any()
     # The layer stands on a residual branch.
     assert not np.isfinite(bad[1] + out[1]).all()
     for index, largest in zip(indices[::2], indices[1::2], strict=True):
@@ -469,6 +471,10 @@ def test_a_bad_token_does_not_crash_a_training_step(name, value):
         ("SoftRouter", {"gate": "cosine"}, "SoftRouter has no `gate`"),
         ("SoftRouter", {"z_loss_weight": 0.1}, "no `z_loss_weight`"),
         ("SoftRouter", {"num_slots": 0}, "num_slots=0"),
+        ("SoftRouter", {"num_slots": 2, "capacity_factor": 2.0},
+         "num_slots=2 together with capacity_factor=2.0. Leave one"),
+        ("TopKRouter", {"batch_priority": "no"},
+         "must be True or False. Received: batch_priority='no'"),
         ("SoftRouter", {"capacity_factor": 0.0}, "capacity_factor=0.0"),
         ("SoftRouter", {"noise_std": -1.0}, "noise_std=-1.0"),
         ("SoftRouter", {"num_experts": 0}, "num_experts=0"),

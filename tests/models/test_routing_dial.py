@@ -211,6 +211,61 @@ def test_models_of_anybody(make, tmp_path):
     np.testing.assert_array_equal(predict(loaded, tokens), got)
 
 
+def sequential():
+    return keras.Sequential(
+        [keras.Input((6, 8)), layers.MoEMLP(4, 16, name="moe")]
+    )
+
+
+def vit_inside():
+    images = keras.Input((8, 8, 3))
+    features = tiny(num_layers=2, num_classes=None, moe={"layers": [1]})
+    return keras.Model(images, keras.layers.Dense(3)(features(images)))
+
+
+def test_sequential_models():
+    model = randomize(sequential())
+    dial = set_routing(model, num_selected_experts=2)
+    assert isinstance(dial, keras.Sequential)
+    shared_weights(model, dial)
+    assert dial.layers[0].router.num_selected_experts == 2
+
+
+def test_a_vit_inside_of_a_model_stays_one():
+    model = randomize(vit_inside())
+    dial = set_routing(model, capacity_factor=0.5)
+    shared_weights(model, dial)
+    vit_moe = dial.get_layer("vit_moe")
+    assert type(vit_moe) is ViTMoE and vit_moe.moe.capacity_factor == 0.5
+
+
+def test_features_of_both_models_by_name():
+    model, images = vit(capacity_factor=0.3), images_of(4)
+    dial = set_routing(model, capacity_factor=2.0)
+    logits = [predict(m, images) for m in (model, dial)]
+    for m, expected in zip((model, dial), logits, strict=True):
+        pooled = keras.Model(m.inputs, m.get_layer("pooling").output)
+        got = m.get_layer("head")(predict(pooled, images))
+        assert_same(float64(got), expected)
+        assert len(m.get_layer("norm")._inbound_nodes) == 1
+
+
+def test_freezing_is_shared_as_the_weights_are():
+    model = vit()
+    dial = set_routing(model, capacity_factor=2.0)
+    dial.get_layer("head").trainable = False
+    assert not model.get_layer("head").kernel.trainable
+
+
+def test_hidden_layers_are_refused():
+    inputs = keras.Input((3, 6, 8))
+    moe = layers.MoEMLP(4, 16, name="moe")
+    outer = keras.layers.TimeDistributed(moe, name="outer")
+    model = keras.Model(inputs, outer(inputs))
+    with pytest.raises(ValueError, match="'outer', a TimeDistributed"):
+        set_routing(model, capacity_factor=2.0)
+
+
 def test_a_layer_used_twice_is_changed_once():
     inputs = keras.Input((6, 8))
     moe = layers.MoEMLP(4, 16, name="moe")
@@ -245,6 +300,9 @@ def test_a_layer_used_twice_is_changed_once():
          "cannot be dropless. Received: capacity_factor=None"),
         ({}, {"capacity_factor": 0.0}, "capacity_factor=0.0"),
         ({}, {"capacity_factor": "all"}, "capacity_factor='all'"),
+        ({}, {"capacity_factor": "droples"}, "number above 0 or 'dropless'"),
+        ({}, {"images_per_group": "btach"}, "at least 1 or 'batch'"),
+        ({}, {"batch_priority": "no"}, "batch_priority='no'"),
         ({}, {"num_selected_experts": 5}, "num_selected_experts=5 with"),
         ({}, {"images_per_group": 0}, "images_per_group=0"),
         ({}, {"images_per_group": "all"}, "images_per_group='all'"),

@@ -240,10 +240,10 @@ def test_the_monitor_is_silent_when_all_is_well():
 
 
 @pytest.mark.parametrize("name", ["min_load", "max_dropped_share"])
-@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "many"])
 def test_limits_of_the_monitor(name, value):
     with pytest.raises(
-        ValueError, match=f"`{name}` must be between 0 and 1. Received: {name}"
+        ValueError, match=f"`{name}` must be a number between 0 and 1. Rec"
     ):
         callbacks.RoutingMonitor(**{name: value})
 
