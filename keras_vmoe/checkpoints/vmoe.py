@@ -1,58 +1,71 @@
 """Weights of the reference program (google-research/vmoe) into a `ViTMoE`."""
 
+import os
 from collections.abc import Mapping
 
-import numpy as np
-
+from keras_vmoe.checkpoints.assignment import POSITIONS
+from keras_vmoe.checkpoints.assignment import assign
+from keras_vmoe.checkpoints.assignment import check_model
+from keras_vmoe.checkpoints.assignment import fit_head
+from keras_vmoe.checkpoints.assignment import fit_positions
+from keras_vmoe.checkpoints.assignment import kernel_bias
+from keras_vmoe.checkpoints.sharded import read_vmoe
 from keras_vmoe.layers.gates import LinearGate
 from keras_vmoe.layers.gates import SoftGate
 from keras_vmoe.layers.moe import MoEMLP
+from keras_vmoe.layers.patches import patch_grid
+from keras_vmoe.models.base import image_pair
 from keras_vmoe.models.vit import ViTMoE
 
 
 def load_vmoe(model, arrays):
-    """Assigns the reference's arrays to the weights of a model.
+    """Assigns a checkpoint of the reference program to a model.
 
     Everything is checked before the first assignment, so that a model is
-    either loaded whole or left as it was.
+    either loaded whole or left as it was. Learned positions of another
+    resolution are resized, as bilinear zoom. A head of another number of
+    classes starts anew, with a warning; a model without head takes none.
 
     Args:
-        model: A `ViTMoE` of the same architecture.
-        arrays: Dict from the reference's names, such as
+        model: A `ViTMoE` of the same architecture; `checkpoints.vmoe_config`
+            finds it.
+        arrays: Prefix of a sharded checkpoint, see `read_vmoe`, or a dict from
+            the reference's names, such as
             `"Encoder/encoderblock_0/LayerNorm_0/scale"`, to arrays.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: If `model` is no ViTMoE, or `arrays` is not a mapping.
+        TypeError: If `model` is no ViTMoE, or `arrays` neither path nor dict.
         ValueError: If arrays are missing, left over, or of another shape; the
-            message lists all of them.
+            message lists all of them. `CheckpointError` for damaged files.
+        FileNotFoundError: If a file is missing.
 
     Example:
 
-    >>> load_vmoe(model, dict(np.load("vmoe.npz")))  # doctest: +SKIP
+    >>> load_vmoe(model, "checkpoints/vmoe_b16")  # doctest: +SKIP
 
     Reference:
         https://github.com/google-research/vmoe, `vmoe/nn/vit_moe.py` for the
         names.
     """
-    if not isinstance(model, ViTMoE):
-        raise TypeError(
-            "`model` must be a ViTMoE. "
-            f"Received: model={model!r} of type {type(model).__name__}. Of a "
-            "clone, load the original's weights by `set_weights`."
-        )
+    check_model(model, (ViTMoE,))
+    if isinstance(arrays, (str, os.PathLike)):
+        arrays = read_vmoe(arrays)
     if not isinstance(arrays, Mapping):
         raise TypeError(
-            "`arrays` must be a dict from the reference's names to arrays. "
+            "`arrays` must be the prefix of a checkpoint or a dict from the "
+            "reference's names to arrays. "
             f"Received: arrays={arrays!r} of type {type(arrays).__name__}."
         )
     weights = vmoe_weights(model)
-    _check_names(weights, arrays)
-    _check_shapes(weights, arrays)
-    for name, weight in weights.items():
-        weight.assign(np.asarray(arrays[name]).astype(weight.dtype))
+    arrays = fit_head(dict(arrays), weights, model.num_classes)
+    if model.position_embedding == "learned":
+        grid = patch_grid(image_pair(model.image_size), model.patch_size)
+        has_token = model.pooling == "token"
+        arrays = fit_positions(arrays, POSITIONS, grid, has_token)
+    assign(weights, arrays)
     return model
 
 
@@ -65,7 +78,7 @@ def vmoe_weights(model):
     Returns:
         Dict from name to `keras.Variable`, in the order of the data flow.
     """
-    weights = _kernel_bias("embedding", model.get_layer("embedding").projection)
+    weights = kernel_bias("embedding", model.get_layer("embedding").projection)
     for i in range(model.num_layers):
         block = f"Encoder/encoderblock_{i}"
         weights |= _encoder_block(block, model, f"block_{i}")
@@ -76,11 +89,11 @@ def vmoe_weights(model):
         weights |= _map_head(model.get_layer("pooling"))
     if model.position_embedding == "learned":
         positions = model.get_layer("positions").embedding
-        weights["Encoder/posembed_input/pos_embedding"] = positions
+        weights[POSITIONS] = positions
     if model.representation_size is not None:
-        weights |= _kernel_bias("pre_logits", model.get_layer("pre_logits"))
+        weights |= kernel_bias("pre_logits", model.get_layer("pre_logits"))
     if model.num_classes is not None:
-        weights |= _kernel_bias("head", model.get_layer("head"))
+        weights |= kernel_bias("head", model.get_layer("head"))
     return weights
 
 
@@ -123,8 +136,8 @@ def _router(name, router):
 
 
 def _mlp(name, layer):
-    hidden = _kernel_bias(f"{name}/Dense_0", layer.hidden_dense)
-    return hidden | _kernel_bias(f"{name}/Dense_1", layer.output_dense)
+    hidden = kernel_bias(f"{name}/Dense_0", layer.hidden_dense)
+    return hidden | kernel_bias(f"{name}/Dense_1", layer.output_dense)
 
 
 def _map_head(layer):
@@ -147,34 +160,3 @@ def _attention(name, layer):
 
 def _norm(name, layer):
     return {f"{name}/scale": layer.gamma, f"{name}/bias": layer.beta}
-
-
-def _kernel_bias(name, layer):
-    return {f"{name}/kernel": layer.kernel, f"{name}/bias": layer.bias}
-
-
-def _check_names(weights, arrays):
-    missing = sorted(set(weights) - set(arrays))
-    extra = sorted(set(arrays) - set(weights))
-    if missing or extra:
-        raise ValueError(
-            "The arrays must be those of the model, name by name. Received: "
-            f"{len(arrays)} arrays for {len(weights)} weights. "
-            f"Missing: {missing or 'none'}. Not in the model: "
-            f"{extra or 'none'}. Build the model with the architecture of the "
-            "checkpoint (blocks, MoE placement, pooling, pre-logits)."
-        )
-
-
-def _check_shapes(weights, arrays):
-    wrong = [
-        f"{name} {np.shape(arrays[name])} for {tuple(weight.shape)}"
-        for name, weight in weights.items()
-        if np.shape(arrays[name]) != tuple(weight.shape)
-    ]
-    if wrong:
-        raise ValueError(
-            "The arrays must have the shapes of the weights. "
-            f"Received: {'; '.join(wrong)}. Build the model with the sizes of "
-            "the checkpoint."
-        )

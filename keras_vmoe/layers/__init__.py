@@ -1,7 +1,8 @@
-"""Keras layers: gates, routers, experts, the MoE layer, parts of a ViT."""
+"""Keras layers: gates, routers, experts, the MoE layer, parts of models."""
 
 from keras_vmoe.layers.activations import gelu_tanh
 from keras_vmoe.layers.attention import SelfAttention
+from keras_vmoe.layers.convnext import convnext_block
 from keras_vmoe.layers.encoder import encoder_block
 from keras_vmoe.layers.expert_choice_router import ExpertChoiceRouter
 from keras_vmoe.layers.experts import MLPExperts
@@ -50,6 +51,7 @@ __all__ = [
     "SinCos2DPositions",
     "TokenPooling",
     "TopKRouter",
+    "convnext_block",
     "encoder_block",
     "gelu_tanh",
 ]

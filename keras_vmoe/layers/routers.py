@@ -185,6 +185,16 @@ def check_not_negative(**settings):
             )
 
 
+def check_flags(**settings):
+    """Raises unless all settings are True or False."""
+    for name, value in settings.items():
+        if not isinstance(value, bool):
+            raise ValueError(
+                f"`{name}` must be True or False. Received: {name}={value!r}. "
+                "The default is False."
+            )
+
+
 def places(group_size, num_tokens, num_experts, num_selected, capacity_factor):
     """C, of a full group, but no more than there are tokens."""
     capacity = routing.capacity(
@@ -204,6 +214,7 @@ OWNERS = {
     "load_loss_weight": "TopKRouter",
     "num_selected_experts": "TopKRouter",
     "num_slots": "SoftRouter",
+    "renormalize": "TopKRouter",
     "update_rate": "BiasBalancedRouter",
     "z_loss_weight": "TopKRouter or an ExpertChoiceRouter",
 }

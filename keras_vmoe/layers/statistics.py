@@ -30,7 +30,8 @@ class RoutingStatistics:
         # Steps, the scalars, the load share of each expert. With several
         # replicas each keeps its own, read as their mean.
         self.state = keras.Variable(
-            self._nothing(),
+            "zeros",
+            shape=(1 + len(SCALARS) + num_experts,),
             trainable=False,
             dtype="float32",
             autocast=False,
@@ -38,9 +39,6 @@ class RoutingStatistics:
             synchronization="on_read",
             name="routing_statistics",
         )
-
-    def _nothing(self):
-        return np.zeros(1 + len(SCALARS) + self.num_experts, "float32")
 
     def update(self, plan, loss, gates, mask, images_per_group):
         """Takes one step into the means.
@@ -70,7 +68,7 @@ class RoutingStatistics:
 
     def reset(self):
         """Forgets all steps."""
-        self.state.assign(self._nothing())
+        self.state.assign(np.zeros(self.state.shape, "float32"))
 
     def result(self):
         """The means, on the host.

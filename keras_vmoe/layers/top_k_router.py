@@ -6,6 +6,7 @@ from keras import ops
 from keras_vmoe import losses
 from keras_vmoe import routing
 from keras_vmoe.layers.routers import Router
+from keras_vmoe.layers.routers import check_flags
 from keras_vmoe.layers.routers import check_not_negative
 from keras_vmoe.layers.routers import places
 from keras_vmoe.routing.groups import check_capacity_factor
@@ -18,7 +19,8 @@ class TopKRouter(Router):
 
     The gates are `softmax(logits + noise)` in float32; noise
     `N(0, (noise_std / E)²)` is there in training only. Combine weights are the
-    selected gates, not renormalised. What finds its expert full is dropped.
+    selected gates, as they are unless `renormalize`. What finds its expert full
+    is dropped.
 
     Names against the paper: `num_selected_experts` is k, `capacity_factor` is
     C, and `images_per_group` of `MoEMLP` is what its program calls the group
@@ -30,6 +32,9 @@ class TopKRouter(Router):
         capacity_factor: Room of the experts relative to an even load. None
             drops nothing, whatever the load: see `routing.dropless_plan`.
         batch_priority: Whether confident tokens are served first (BPR).
+        renormalize: Whether the combine weights of a token are divided by
+            their sum, before any is dropped. With K = 1 they are then 1, and
+            the gate learns from the auxiliary losses alone.
         noise_std: Standard deviation of the noise, in units of `1 / E`.
         gate: `"linear"`, `"cosine"` or `"l2"`, or a layer from `(G, S, D)`
             tokens to `(G, S, E)` logits; make it with `dtype="float32"`.
@@ -76,6 +81,7 @@ class TopKRouter(Router):
         num_selected_experts=1,
         capacity_factor=1.05,
         batch_priority=False,
+        renormalize=False,
         noise_std=1.0,
         gate="linear",
         importance_loss_weight=0.005,
@@ -93,12 +99,7 @@ class TopKRouter(Router):
             gshard_loss_weight=gshard_loss_weight,
             z_loss_weight=z_loss_weight,
         )
-        if not isinstance(batch_priority, bool):
-            raise ValueError(
-                "`batch_priority` must be True or False. "
-                f"Received: batch_priority={batch_priority!r}."
-                " V-MoE trains without and serves with it."
-            )
+        check_flags(batch_priority=batch_priority, renormalize=renormalize)
         if capacity_factor is None:
             if batch_priority:
                 raise ValueError(
@@ -113,6 +114,7 @@ class TopKRouter(Router):
         self.num_selected_experts = int(num_selected_experts)
         self.capacity_factor = capacity_factor
         self.batch_priority = batch_priority
+        self.renormalize = renormalize
         self.importance_loss_weight = importance_loss_weight
         self.load_loss_weight = load_loss_weight
         self.gshard_loss_weight = gshard_loss_weight
@@ -122,7 +124,11 @@ class TopKRouter(Router):
         gates = ops.softmax(logits)
         if self.capacity_factor is None:
             return routing.dropless_plan(
-                gates, self.num_selected_experts, mask, self.scores(gates)
+                gates,
+                self.num_selected_experts,
+                mask=mask,
+                scores=self.scores(gates),
+                renormalize=self.renormalize,
             )
         capacity = places(
             group_size,
@@ -138,6 +144,7 @@ class TopKRouter(Router):
             batch_priority=self.batch_priority,
             mask=mask,
             scores=self.scores(gates),
+            renormalize=self.renormalize,
         )
 
     def scores(self, gates):
@@ -172,6 +179,7 @@ class TopKRouter(Router):
             "num_selected_experts": self.num_selected_experts,
             "capacity_factor": self.capacity_factor,
             "batch_priority": self.batch_priority,
+            "renormalize": self.renormalize,
             "importance_loss_weight": self.importance_loss_weight,
             "load_loss_weight": self.load_loss_weight,
             "gshard_loss_weight": self.gshard_loss_weight,

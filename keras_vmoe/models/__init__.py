@@ -1,10 +1,33 @@
 """Models of the papers, as functional Keras models."""
 
+from keras_vmoe.models.convnext import ConvNeXtMoE
+from keras_vmoe.models.costs import Cost
+from keras_vmoe.models.costs import cost
+from keras_vmoe.models.costs import without_weights
 from keras_vmoe.models.moe import MoEConfig
 from keras_vmoe.models.placement import moe_blocks
+from keras_vmoe.models.placement import stage_blocks
+from keras_vmoe.models.presets import from_preset
+from keras_vmoe.models.presets import presets
 from keras_vmoe.models.routing_dial import set_routing
 from keras_vmoe.models.saving import load
 from keras_vmoe.models.saving import save
+from keras_vmoe.models.upcycling import upcycle
 from keras_vmoe.models.vit import ViTMoE
 
-__all__ = ["MoEConfig", "ViTMoE", "load", "moe_blocks", "save", "set_routing"]
+__all__ = [
+    "ConvNeXtMoE",
+    "Cost",
+    "MoEConfig",
+    "ViTMoE",
+    "cost",
+    "from_preset",
+    "load",
+    "moe_blocks",
+    "presets",
+    "save",
+    "set_routing",
+    "stage_blocks",
+    "upcycle",
+    "without_weights",
+]

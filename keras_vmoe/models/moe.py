@@ -16,8 +16,6 @@ ROUTERS = {
     "soft": moe_layers.SoftRouter,
     "top_k": moe_layers.TopKRouter,
 }
-# V-MoE's K, where a router by itself has 1 (Sweet Spot's ConvNeXt).
-NUM_SELECTED_EXPERTS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,22 +24,26 @@ class MoEConfig:
 
     Users write a dict; `from_dict` checks its keys. The settings from
     `num_selected_experts` on are the router's own. Those that are left at None
-    (`capacity_factor`: "auto") have the router's default, and K is 2.
+    (`capacity_factor`: "auto") have the router's default; K is that of the
+    model, 2 in a ViT and 1 in a ConvNeXt.
 
     Attributes:
-        layers: Placement; see `models.moe_blocks`.
+        layers: Placement; see `models.moe_blocks` and `models.stage_blocks`.
         num_experts: E.
         router: `"top_k"`, `"expert_choice"`, `"soft"` or `"bias_balanced"`, or
             a router whose copies, one per layer, are used as they are and
             bring their own settings.
         images_per_group: Images that are routed together; None for all.
-        hidden_dim: F of an expert; None means the model's `mlp_dim`.
+        hidden_dim: F of an expert; None means that of the dense MLP.
+        mlp_ratio: F / D of an expert, instead of `hidden_dim`.
         shared_hidden_dim: Hidden features of an expert that sees every token;
             None for no such expert. See `layers.SharedExpertMoEMLP`.
         num_selected_experts: K of a top-K router.
         capacity_factor: Room of the experts relative to an even load; None for
             dropless top-K routing.
         batch_priority: Whether a top-K router serves confident tokens first.
+        renormalize: Whether a top-K router divides the combine weights of a
+            token by their sum.
         num_slots: Slots per expert of a soft router.
         update_rate: Change of a `bias_balanced` router's bias per step.
         noise_std: Standard deviation of the logits' noise in training, in
@@ -58,10 +60,12 @@ class MoEConfig:
     router: Any = "top_k"
     images_per_group: int | None = 8
     hidden_dim: int | None = None
+    mlp_ratio: float | None = None
     shared_hidden_dim: int | None = None
     num_selected_experts: int | None = None
     capacity_factor: float | Literal["auto"] | None = "auto"
     batch_priority: bool | None = None
+    renormalize: bool | None = None
     num_slots: int | None = None
     update_rate: float | None = None
     noise_std: float | None = None
@@ -73,6 +77,12 @@ class MoEConfig:
 
     def __post_init__(self):
         settings = self.router_settings()
+        if None not in (self.hidden_dim, self.mlp_ratio):
+            raise ValueError(
+                "The hidden features of an expert are given or follow from "
+                f"`mlp_ratio`. Received: hidden_dim={self.hidden_dim} together "
+                f"with mlp_ratio={self.mlp_ratio}. Leave one of them out."
+            )
         if isinstance(self.router, keras.layers.Layer):
             if settings:
                 both = [f"{key}={value!r}" for key, value in settings.items()]
@@ -147,24 +157,31 @@ class MoEConfig:
             settings["capacity_factor"] = self.capacity_factor
         return settings
 
-    def make_layer(self, block, hidden_dim, name, **kwargs):
+    def make_layer(
+        self, block, features, hidden_dim, name, num_selected_experts, **kwargs
+    ):
         """A new MoE layer.
 
         Args:
             block: Index of the layer's block.
+            features: D.
             hidden_dim: Hidden features of the MLP that the layer stands for.
             name: Name of the layer.
+            num_selected_experts: K, where this config leaves it open.
             **kwargs: `activation`, `dropout` and `dtype` of the layer.
 
         Returns:
             A `layers.MoEMLP`.
         """
+        if self.hidden_dim is not None:
+            hidden_dim = self.hidden_dim
+        elif self.mlp_ratio is not None:
+            hidden_dim = round(self.mlp_ratio * features)
+        dtype = kwargs["dtype"]
         arguments = {
             "num_experts": self.num_experts,
-            "hidden_dim": (
-                hidden_dim if self.hidden_dim is None else self.hidden_dim
-            ),
-            "router": self.make_router(block, kwargs["dtype"]),
+            "hidden_dim": hidden_dim,
+            "router": self.make_router(block, num_selected_experts, dtype),
             "images_per_group": self.images_per_group,
             "name": name,
             **kwargs,
@@ -175,12 +192,13 @@ class MoEConfig:
             shared_hidden_dim=self.shared_hidden_dim, **arguments
         )
 
-    def make_router(self, block, dtype):
+    def make_router(self, block, num_selected_experts, dtype):
         """A new router for one layer.
 
         Args:
             block: Index of the layer's block. A router with a seed is copied
                 with `seed + block`, so that no two layers draw the same noise.
+            num_selected_experts: K, where this config leaves it open.
             dtype: Dtype policy of the layer.
 
         Returns:
@@ -197,13 +215,14 @@ class MoEConfig:
         router = ROUTERS[self.router]
         settings = self.router_settings()
         if issubclass(router, moe_layers.TopKRouter):
-            settings.setdefault("num_selected_experts", NUM_SELECTED_EXPERTS)
+            settings.setdefault("num_selected_experts", num_selected_experts)
         return router(self.num_experts, dtype=dtype, name="router", **settings)
 
 
 ROUTER_FIELDS = (
     "num_selected_experts",
     "batch_priority",
+    "renormalize",
     "num_slots",
     "update_rate",
     "noise_std",

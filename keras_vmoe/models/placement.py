@@ -1,5 +1,6 @@
 """Which blocks of a model hold a MoE layer."""
 
+import itertools
 import re
 
 from keras_vmoe.routing.groups import is_integer
@@ -43,6 +44,42 @@ def moe_blocks(layers, num_layers):
             "well."
         )
     return tuple(sorted(layers))
+
+
+def stage_blocks(layers, depths):
+    """Resolves a placement in a model of several stages to block indices.
+
+    Blocks are counted from 0 through all stages. A model of one stage, and all
+    names but the three below, are resolved by `moe_blocks`.
+
+    Args:
+        layers: `"stage"` (the last block of each stage), `"last_2"` (that of
+            the last two stages), `"last_3"` (these, and the middle block of the
+            last but one stage, `depth // 2`), or what `moe_blocks` takes.
+        depths: Blocks of each stage.
+
+    Returns:
+        Tuple of increasing block indices.
+
+    Raises:
+        ValueError: As `moe_blocks`.
+
+    Example:
+
+    >>> stage_blocks("last_3", [3, 3, 9, 3]), stage_blocks("last_2", [18])
+    ((10, 14, 17), (15, 17))
+
+    Reference:
+        [Videau et al., 2024](https://arxiv.org/abs/2411.18322).
+    """
+    ends = list(itertools.accumulate(depths))
+    last = tuple(end - 1 for end in ends)
+    if len(depths) > 1 and layers == "last_2":
+        return last[-2:]
+    if len(depths) > 1 and layers == "last_3":
+        middle = ends[-2] - depths[-2] + depths[-2] // 2
+        return tuple(sorted({middle, *last[-2:]}))
+    return last if layers == "stage" else moe_blocks(layers, ends[-1])
 
 
 def _are_blocks(layers, num_layers):

@@ -138,7 +138,8 @@ def _alias(layer):
     new model could no longer be taken by name. A copy by `from_config` would
     fill memory with weights of its own first.
     """
-    inner = layer._flatten_layers(include_self=False)
+    is_layer = isinstance(layer, keras.layers.Layer)  # Not an operation.
+    inner = layer._flatten_layers(include_self=False) if is_layer else ()
     if any(isinstance(x, layers.MoEMLP) for x in inner):
         raise ValueError(
             "MoE layers must stand in the graph of a functional model. "

@@ -4,11 +4,14 @@ import keras
 
 from keras_vmoe import layers
 from keras_vmoe.layers.patches import patch_grid
+from keras_vmoe.models.base import MoEModel
+from keras_vmoe.models.base import check_rates
+from keras_vmoe.models.base import image_pair
 from keras_vmoe.models.moe import MoEConfig
 from keras_vmoe.models.placement import moe_blocks
 from keras_vmoe.routing.groups import check_sizes
-from keras_vmoe.routing.groups import is_integer
 
+NUM_SELECTED_EXPERTS = 2  # K of V-MoE.
 CHOICES = {
     "pooling": ("token", "gap", "map"),
     "position_embedding": ("learned", "sincos2d"),
@@ -16,7 +19,7 @@ CHOICES = {
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
-class ViTMoE(keras.Model):
+class ViTMoE(MoEModel):
     """Vision transformer whose MLPs may be mixtures of experts.
 
     A functional model. Its layers are named `embedding`, `class_token`,
@@ -117,14 +120,16 @@ class ViTMoE(keras.Model):
             num_classes=1 if num_classes is None else num_classes,
             representation_size=representation_size or 1,
         )
-        _check_rates(dropout=dropout, drop_path=drop_path)
-        images = keras.Input((*_pair(image_size), 3), name="images")
+        check_rates(dropout=dropout, drop_path=drop_path)
+        images = keras.Input((*image_pair(image_size), 3), name="images")
         x = layers.PatchEmbedding(
             hidden_dim, patch_size, dtype=policy, name="embedding"
         )(images)
         grid = patch_grid(images.shape[1:3], patch_size)
         x = _positions(x, pooling, position_embedding, grid, dropout, policy)
-        mlps = _mlps(num_layers, mlp_dim, moe, activation, dropout, policy)
+        mlps = _mlps(
+            num_layers, hidden_dim, mlp_dim, moe, activation, dropout, policy
+        )
         x = _encoder(x, mlps, num_heads, dropout, drop_path, layer_scale)
         x = _pooling(pooling, num_heads, mlp_dim, activation, policy)(x)
         x = _head(x, representation_size, num_classes, policy)
@@ -146,22 +151,6 @@ class ViTMoE(keras.Model):
         self.layer_scale = layer_scale
         self.activation = activation
         self.layers_dtype = policy
-
-    def with_graph(self, inputs, outputs):
-        """A model of the same arguments around another graph."""
-        model = type(self).__new__(type(self))
-        super(ViTMoE, model).__init__(inputs, outputs, name=self.name)
-        for argument in set(self.get_config()) - {"dtype", "name", "trainable"}:
-            setattr(model, argument, getattr(self, argument))
-        model.layers_dtype = self.layers_dtype
-        return model
-
-    @property
-    def moe_layers(self):
-        """The model's `MoEMLP` layers, from first to last."""
-        return [
-            layer for layer in self.layers if isinstance(layer, layers.MoEMLP)
-        ]
 
     def get_config(self):
         return {
@@ -185,10 +174,6 @@ class ViTMoE(keras.Model):
             "trainable": self.trainable,
         }
 
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        return cls(**config)
-
 
 def _encoder(x, mlps, num_heads, dropout, drop_path, layer_scale):
     """The encoder blocks and the norm behind them."""
@@ -209,15 +194,17 @@ def _encoder(x, mlps, num_heads, dropout, drop_path, layer_scale):
     )(x)
 
 
-def _mlps(num_layers, mlp_dim, moe, activation, dropout, policy):
+def _mlps(num_layers, hidden_dim, mlp_dim, moe, activation, dropout, policy):
     """One MLP or MoE layer for each block."""
     sparse = () if moe is None else moe_blocks(moe.layers, num_layers)
     for i in range(num_layers):
         if i in sparse:
             yield moe.make_layer(
                 i,
+                hidden_dim,
                 mlp_dim,
                 f"block_{i}_moe",
+                num_selected_experts=NUM_SELECTED_EXPERTS,
                 activation=activation,
                 dropout=dropout,
                 dtype=policy,
@@ -280,25 +267,3 @@ def _check_choices(**names):
                 f"`{name}` must be one of {choices}. "
                 f"Received: {name}={value!r}. The default is {choices[0]!r}."
             )
-
-
-def _check_rates(**rates):
-    for name, rate in rates.items():
-        if not 0 <= rate < 1:
-            raise ValueError(
-                f"`{name}` must be at least 0 and below 1. "
-                f"Received: {name}={rate!r}. 0 turns it off."
-            )
-
-
-def _pair(size):
-    """`(height, width)` of an image size, checked."""
-    pair = (size, size) if is_integer(size) else size
-    good = isinstance(pair, (list, tuple)) and len(pair) == 2
-    if not good or not all(is_integer(side) and side > 0 for side in pair):
-        raise ValueError(
-            "`image_size` must be an integer of at least 1 or a pair (height, "
-            f"width) of them, in pixels. Received: image_size={size!r}. "
-            "Set for example `image_size=224`."
-        )
-    return tuple(pair)

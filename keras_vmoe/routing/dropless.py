@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_vmoe.routing.groups import check_selection
 from keras_vmoe.routing.plans import SparsePlan
+from keras_vmoe.routing.selection import renormalized
 from keras_vmoe.routing.selection import select_experts
 from keras_vmoe.routing.top_k import queue_choices
 
@@ -94,7 +95,9 @@ class DroplessPlan:
         return ops.reshape(used, (groups, num_images, num_experts))
 
 
-def dropless_plan(gates, num_selected_experts, mask=None, scores=None):
+def dropless_plan(
+    gates, num_selected_experts, mask=None, scores=None, renormalize=False
+):
     """Sends each token to its K best experts, all of them.
 
     Args:
@@ -103,6 +106,8 @@ def dropless_plan(gates, num_selected_experts, mask=None, scores=None):
         mask: Optional `(G, S)` bool tensor. Tokens at False choose nothing:
             they take no place and get 0 back.
         scores: Optional `(G, S, E)` tensor to select by, instead of the gates.
+        renormalize: Whether the combine weights of a token are divided by
+            their sum.
 
     Returns:
         A `DroplessPlan`.
@@ -128,6 +133,8 @@ def dropless_plan(gates, num_selected_experts, mask=None, scores=None):
     if mask is not None:
         experts = ops.where(mask[..., None], experts, num_experts)
         weight = ops.where(mask[..., None], weight, ops.zeros_like(weight))
+    if renormalize:
+        weight = renormalized(weight)
     chosen = experts[..., None] == ops.arange(num_experts, dtype="int32")
     load = ops.sum(ops.cast(chosen, "int32"), axis=(1, 2))
 

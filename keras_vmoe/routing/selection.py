@@ -40,3 +40,9 @@ def select_experts(gates, num_selected_experts, scores=None):
         )
         remaining = ops.where(chosen, -float("inf"), remaining)
     return ops.stack(experts, axis=-1), ops.stack(values, axis=-1)
+
+
+def renormalized(weights):
+    """`(G, S, K)` combine weights divided by their sum; 0 stays 0."""
+    total = ops.sum(weights, axis=-1, keepdims=True)
+    return weights / ops.where(total == 0, ops.ones_like(total), total)

@@ -8,6 +8,7 @@ from keras import ops
 from keras_vmoe.routing.groups import check_selection
 from keras_vmoe.routing.plans import SparsePlan
 from keras_vmoe.routing.plans import check_capacity
+from keras_vmoe.routing.selection import renormalized
 from keras_vmoe.routing.selection import select_experts
 
 
@@ -18,6 +19,7 @@ def top_k_plan(
     batch_priority=False,
     mask=None,
     scores=None,
+    renormalize=False,
 ):
     """Sends each token to its K best experts, `capacity` tokens per expert.
 
@@ -25,7 +27,7 @@ def top_k_plan(
     one choice the order is that of the tokens (vanilla), or with
     `batch_priority` that of decreasing gate of the first choice, stable (Batch
     Prioritized Routing). A choice that finds its expert full is dropped.
-    Combine weights are the selected gates as they are, not renormalised.
+    Combine weights are the selected gates as they are unless `renormalize`.
 
     Args:
         gates: `(G, S, E)` float tensor.
@@ -35,6 +37,8 @@ def top_k_plan(
         mask: Optional `(G, S)` bool tensor. Tokens at False choose nothing:
             they take no place and get 0 back.
         scores: Optional `(G, S, E)` tensor to select by, instead of the gates.
+        renormalize: Whether the combine weights of a token are divided by
+            their sum, before any is dropped.
 
     Returns:
         A `SparsePlan`.
@@ -63,6 +67,8 @@ def top_k_plan(
         experts = ops.where(mask[..., None], experts, num_experts)
         weights = ops.where(mask[..., None], weights, ops.zeros_like(weights))
     best = weights[..., 0] if batch_priority else None
+    if renormalize:
+        weights = renormalized(weights)
     order = _service_order(weights, best)
     return _serve(experts, weights, order, num_experts, capacity)
 

@@ -44,15 +44,19 @@ def without(weights, name):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda w: without(w, GATE), r"name by name. Received: 107 arrays for "
-         rf"108 weights. Missing: \['{GATE}'\]. Not in the model: none. Build "
-         "the model with the architecture"),
-        (lambda w: {**w, "Encoder/x": w[HEAD]}, "Missing: none. Not in the "
-         r"model: \['Encoder/x'\]"),
+        (lambda w: without(w, GATE), "name by name and shape by shape. "
+         "Received: 107 arrays for 108 weights. Missing in the file: "
+         rf"{GATE} \(32, 4\). Not in the model: none. Of another shape: none. "
+         "Build the model with the architecture"),
+        (lambda w: {**w, "Encoder/x": w[HEAD]}, "Missing in the file: none. "
+         r"Not in the model: Encoder/x \(32, 10\). Of"),
         (lambda w: {**without(w, HEAD), "a": w[HEAD], "b": w[HEAD]},
-         rf"Missing: \['{HEAD}'\]. Not in the model: \['a', 'b'\]"),
-        (lambda w: {**w, HEAD: w[HEAD].T}, "shapes of the weights. Received: "
-         rf"{HEAD} \(10, 32\) for \(32, 10\). Build the model with the sizes"),
+         rf"Missing in the file: {HEAD} \(32, 10\). Not in the model: a "
+         r"\(32, 10\); b \(32, 10\)"),
+        (lambda w: {**w, HEAD: w[HEAD].T}, "Not in the model: none. Of another "
+         rf"shape: {HEAD} \(10, 32\) for \(32, 10\). Build the model"),
+        (lambda w: {**w, HEAD: w[HEAD].astype(str)},
+         f"must hold numbers. Received: {HEAD} of dtype <U"),
         (lambda w: {**w, HEAD: 1.0, GATE: w[GATE][:, :2]},
          rf"{GATE} \(32, 2\) for \(32, 4\); {HEAD} \(\) for \(32, 10\)"),
         (lambda w: {}, "Received: 0 arrays for 108 weights"),
@@ -69,7 +73,7 @@ def test_wrong_arrays_leave_the_model_as_it_was(loaded, change, words):
 
 @pytest.mark.parametrize("arrays", [[1, 2], None, np.zeros(3)])
 def test_not_a_dict(loaded, arrays):
-    words = "must be a dict from the reference's names to arrays. Received: "
+    words = "or a dict from the reference's names to arrays. Received: "
     with pytest.raises(TypeError, match=words + "arrays=.* of type "):
         load_vmoe(loaded[0], arrays)
 

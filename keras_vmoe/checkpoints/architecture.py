@@ -1,0 +1,128 @@
+"""The architecture of a checkpoint, from the shapes of its arrays."""
+
+import os
+import re
+
+import numpy as np
+
+from keras_vmoe.checkpoints.assignment import POSITIONS
+from keras_vmoe.checkpoints.sharded import read_index
+
+BLOCK = r"Encoder/encoderblock_(\d+)"
+
+
+def vmoe_config(arrays, image_size=None):
+    """Finds the arguments of the `ViTMoE` that a checkpoint belongs to.
+
+    Shapes tell all but what has no weights: how many experts a token selects
+    (V-MoE: 2, as `ViTMoE` assumes), the capacity factor, the order of service,
+    and whether the tokens choose or the experts. Set those in the result.
+
+    Args:
+        arrays: Prefix of a sharded checkpoint, of which only the index is read,
+            or a dict from the reference's names to arrays.
+        image_size: Side of the images in pixels. None means that of the
+            position embedding, or 224 where there is none.
+
+    Returns:
+        Dict of `ViTMoE`'s arguments.
+
+    Raises:
+        ValueError: If the arrays are none of a V-MoE, or contradict each other.
+        FileNotFoundError, CheckpointError, ImportError: As `read_vmoe`.
+
+    Example:
+
+    >>> config = vmoe_config("checkpoints/vmoe_b16")  # doctest: +SKIP
+    >>> model = ViTMoE(**config)  # doctest: +SKIP
+    """
+    if isinstance(arrays, (str, os.PathLike)):
+        entries = read_index(arrays).entries
+        shapes = {name: entry.shape for name, entry in entries.items()}
+    else:
+        shapes = {name: np.shape(array) for name, array in arrays.items()}
+    shapes = {name: tuple(shape) for name, shape in shapes.items()}
+    try:
+        return _config(shapes, image_size)
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            "The arrays must be those of a V-MoE or ViT of the reference "
+            f"program. Received: {len(shapes)} arrays, of which {error} is "
+            f"missing or has another rank; the first are {list(shapes)[:3]}."
+        ) from error
+
+
+def _config(shapes, image_size):
+    kernel = shapes["embedding/kernel"]
+    if len(kernel) != 4 or kernel[0] != kernel[1]:
+        raise TypeError("embedding/kernel of square patches")
+    patch_size, hidden_dim = kernel[0], kernel[3]
+    blocks = {m[1] for m in (re.match(BLOCK, name) for name in shapes) if m}
+    num_layers = len(blocks)
+    attention = "Encoder/encoderblock_0/SelfAttention/query/kernel"
+    moe, mlp_dim = _moe(shapes, num_layers)
+    pooling = _pooling(shapes)
+    learned = POSITIONS in shapes
+    return {
+        "image_size": image_size or _image_size(shapes, pooling, patch_size),
+        "patch_size": patch_size,
+        "hidden_dim": hidden_dim,
+        "num_layers": num_layers,
+        "num_heads": shapes[attention][1],
+        "mlp_dim": mlp_dim,
+        "num_classes": shapes.get("head/bias", (None,))[0],
+        "pooling": pooling,
+        "representation_size": shapes.get("pre_logits/bias", (None,))[0],
+        "position_embedding": "learned" if learned else "sincos2d",
+        "moe": moe,
+    }
+
+
+def _pooling(shapes):
+    if "cls" in shapes:
+        return "token"
+    return "map" if "MapHead/probe" in shapes else "gap"
+
+
+def _image_size(shapes, pooling, patch_size):
+    if POSITIONS not in shapes:
+        return 224
+    num_patches = shapes[POSITIONS][1] - (pooling == "token")
+    side = round(num_patches**0.5)
+    if side**2 != num_patches:
+        raise ValueError(
+            "The patches must form a square, or the image size be given. "
+            f"Received: {num_patches} patches. Set `image_size`."
+        )
+    return side * patch_size
+
+
+def _moe(shapes, num_layers):
+    """The `moe` argument and F of the dense MLPs."""
+    dense, sparse, kinds = set(), {}, set()
+    for i in range(num_layers):
+        block = f"Encoder/encoderblock_{i}"
+        experts = shapes.get(f"{block}/Moe/Mlp/Dense_0/kernel")
+        if experts is None:
+            dense.add(shapes[f"{block}/Mlp/Dense_0/kernel"][1])
+        else:
+            sparse[i] = (experts[0], experts[2])
+            mu = shapes.get(f"{block}/Moe/Router/mu")
+            kinds.add(None if mu is None else mu[2])
+    experts = set(sparse.values())
+    if len(dense) > 1 or len(experts) > 1 or len(kinds) > 1:
+        raise ValueError(
+            "All MLPs and all MoE layers must be alike. Received: hidden "
+            f"features {sorted(dense)}, (experts, hidden features) "
+            f"{sorted(experts)}, slots {kinds or 'none'}."
+        )
+    if not sparse:
+        return None, dense.pop()
+    (num_experts, hidden_dim), (num_slots,) = experts.pop(), kinds
+    mlp_dim = dense.pop() if dense else hidden_dim
+    moe = {"layers": list(sparse), "num_experts": num_experts}
+    if hidden_dim != mlp_dim:
+        moe["hidden_dim"] = hidden_dim
+    if num_slots is not None:
+        moe |= {"router": "soft", "num_slots": num_slots}
+    return moe, mlp_dim

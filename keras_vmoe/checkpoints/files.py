@@ -1,0 +1,149 @@
+"""Files of checkpoints: local or remote, whole or refused."""
+
+import contextlib
+import os
+import struct
+
+import numpy as np
+
+from keras_vmoe._extras import require
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file is damaged, or not what it is taken for."""
+
+
+@contextlib.contextmanager
+def open_checkpoint(path):
+    """Opens a file of a checkpoint for reading.
+
+    Args:
+        path: A local path, or one with a scheme such as `gs://`, which is
+            opened by TensorFlow.
+
+    Yields:
+        A `Reader`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ImportError: If a remote path is given without TensorFlow.
+    """
+    path = os.fspath(path)
+    if "://" not in path:
+        with open(path, "rb") as file:
+            yield Reader(file, path, os.fstat(file.fileno()).st_size)
+        return
+    tensorflow = require("tensorflow", "tensorflow")
+    try:
+        size = tensorflow.io.gfile.stat(path).length
+    except tensorflow.errors.NotFoundError as error:
+        raise FileNotFoundError(f"There is no file {path}.") from error
+    with tensorflow.io.gfile.GFile(path, "rb") as file:
+        yield Reader(file, path, size)
+
+
+class Reader:
+    """Reads bytes and MessagePack headers, never beyond the end of the file.
+
+    Arrays of a checkpoint are read straight to where they belong. A MessagePack
+    library hands out copies of them: a checkpoint of one large array would take
+    three times its size.
+
+    Attributes:
+        path: Name of the file, for messages.
+        size: Bytes of the file.
+    """
+
+    def __init__(self, file, path, size):
+        self._file = file
+        self.path = path
+        self.size = size
+
+    def error(self, problem):
+        """A `CheckpointError` about this file."""
+        return CheckpointError(
+            f"The checkpoint file must be whole. Received: {self.path}, where "
+            f"{problem} (byte {self._file.tell()} of {self.size}). Copy or "
+            "download it again."
+        )
+
+    def tell(self):
+        return self._file.tell()
+
+    def seek(self, position):
+        self._file.seek(position)
+
+    def check_left(self, length):
+        """Raises unless `length` more bytes are in the file."""
+        left = self.size - self._file.tell()
+        if length > left:
+            raise self.error(f"{length} bytes must follow and {left} are there")
+
+    def read(self, length):
+        """The next `length` bytes."""
+        self.check_left(length)
+        data = self._file.read(length)
+        if len(data) != length:
+            raise self.error("the file ends early")
+        return data
+
+    def skip(self, length):
+        """Passes over `length` bytes."""
+        self.check_left(length)
+        self._file.seek(self._file.tell() + length)
+
+    def read_into(self, array):
+        """Fills a contiguous array with the next bytes."""
+        self.check_left(array.nbytes)
+        target = memoryview(array.reshape(-1).view(np.uint8))
+        if not hasattr(self._file, "readinto"):  # A remote file.
+            target[:] = self.read(array.nbytes)
+        elif self._file.readinto(target) != array.nbytes:
+            raise self.error("the file ends early")
+
+    def map_header(self):
+        """Number of entries of the map that starts here."""
+        return self._header("map", 0x80, 0x0F, {0xDE: ">H", 0xDF: ">I"})
+
+    def array_header(self):
+        """Number of items of the array that starts here."""
+        return self._header("array", 0x90, 0x0F, {0xDC: ">H", 0xDD: ">I"})
+
+    def string(self):
+        """The string that starts here."""
+        formats = {0xD9: ">B", 0xDA: ">H", 0xDB: ">I"}
+        data = self.read(self._header("string", 0xA0, 0x1F, formats))
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            raise self.error("a name is not in UTF-8") from None
+
+    def bytes_header(self):
+        """Length of the byte string that starts here."""
+        formats = {0xC4: ">B", 0xC5: ">H", 0xC6: ">I"}
+        return self._header("byte string", None, 0, formats)
+
+    def extension_header(self):
+        """`(type, length)` of the extension that starts here."""
+        code = self.read(1)[0]
+        formats = {0xC7: ">B", 0xC8: ">H", 0xC9: ">I"}
+        if 0xD4 <= code <= 0xD8:
+            length = 1 << (code - 0xD4)
+        elif code in formats:
+            length = self._number(formats[code])
+        else:
+            raise self.error(f"an array should start, not a byte {code:#04x}")
+        kind = self._number(">b")
+        self.check_left(length)
+        return kind, length
+
+    def _header(self, what, small, mask, formats):
+        code = self.read(1)[0]
+        if small is not None and code & ~mask == small:
+            return code & mask
+        if code in formats:
+            return self._number(formats[code])
+        raise self.error(f"a {what} should start, not a byte {code:#04x}")
+
+    def _number(self, layout):
+        return struct.unpack(layout, self.read(struct.calcsize(layout)))[0]

@@ -1,0 +1,158 @@
+"""Weights of `keras.applications.ConvNeXt*` into a `ConvNeXtMoE`."""
+
+import re
+
+from keras import ops
+
+from keras_vmoe.checkpoints.assignment import assign
+from keras_vmoe.checkpoints.assignment import check_model
+from keras_vmoe.checkpoints.assignment import fit_head
+from keras_vmoe.checkpoints.assignment import kernel_bias
+from keras_vmoe.models.convnext import ConvNeXtMoE
+
+
+def load_keras_applications(model, keras_model):
+    """Assigns the weights of a `keras.applications` ConvNeXt to a dense twin.
+
+    With the same images both then give the same logits. A `keras.applications`
+    model with `include_preprocessing=True` takes pixels from 0 to 255 and
+    normalises them itself; ours takes normalised images:
+    `(pixels / 255 - mean) / std` with mean (0.485, 0.456, 0.406) and std
+    (0.229, 0.224, 0.225). A head of another number of classes starts anew, with
+    a warning. For a MoE model call `models.upcycle` on the twin.
+
+    Args:
+        model: A `ConvNeXtMoE` with `moe=None` and the same depths and dims.
+        keras_model: A model of `keras.applications`, such as
+            `ConvNeXtTiny(weights="imagenet")`.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: If `model` is no ConvNeXtMoE.
+        ValueError: If the weights do not fit; the message lists all of them.
+
+    Example:
+
+    >>> from keras_vmoe.models import ConvNeXtMoE
+    >>> theirs = keras.applications.ConvNeXtTiny(weights=None)
+    ...  # doctest: +SKIP
+    >>> ours = load_keras_applications(
+    ...     from_preset("convnext_t"), theirs)  # doctest: +SKIP
+    """
+    check_model(model, (ConvNeXtMoE,))
+    if model.moe is not None:
+        raise ValueError(
+            "`model` must be dense: its MLPs are what experts start from. "
+            f"Received: model={model.name!r} with moe={model.moe}. Load the "
+            "twin with moe=None, then call `models.upcycle`."
+        )
+    weights = _weights(model)
+    arrays = _keras_arrays(keras_model)
+    arrays = fit_head(arrays, weights, model.num_classes)
+    assign(weights, arrays)
+    return model
+
+
+def _weights(model):
+    """Weights of a dense ConvNeXtMoE by name."""
+    weights = kernel_bias("stem", model.get_layer("stem"))
+    names = {layer.name for layer in model.layers}
+    norms = [name for name in names if name.endswith("norm")]
+    for name in norms:
+        weights |= _norm(name, model.get_layer(name))
+    for name in names:
+        if re.fullmatch(r"downsample_\d", name):
+            weights |= kernel_bias(name, model.get_layer(name))
+    for name in names:
+        match = re.fullmatch(r"(block_\d+)_conv", name)
+        if not match:
+            continue
+        block = match[1]
+        conv, mlp = (model.get_layer(f"{block}_{x}") for x in ("conv", "mlp"))
+        weights |= kernel_bias(f"{block}_conv", conv)
+        weights |= kernel_bias(f"{block}_hidden", mlp.hidden_dense)
+        weights |= kernel_bias(f"{block}_output", mlp.output_dense)
+        if f"{block}_scale" in names:
+            scale = model.get_layer(f"{block}_scale").scale
+            weights[f"{block}_scale"] = scale
+    if model.num_classes is not None:
+        weights |= kernel_bias("head", model.get_layer("head"))
+    return weights
+
+
+# What follows the model's name in Keras's names of layers, and our name.
+LAYERS = (
+    (r"stem_conv", "stem"),
+    (r"stem_layernorm", "stem_norm"),
+    (r"downsampling_layernorm_(\d)", "downsample_{}_norm"),
+    (r"downsampling_conv_(\d)", "downsample_{}"),
+    (r"head_layernorm", "norm"),
+    (r"head_dense", "head"),
+    (r"stage_(\d)_block_(\d+)_depthwise_conv", "block_{}_conv"),
+    (r"stage_(\d)_block_(\d+)_layernorm", "block_{}_norm"),
+    (r"stage_(\d)_block_(\d+)_pointwise_conv_1", "block_{}_hidden"),
+    (r"stage_(\d)_block_(\d+)_pointwise_conv_2", "block_{}_output"),
+    (r"stage_(\d)_block_(\d+)_layer_scale", "block_{}_scale"),
+)
+
+
+def _keras_arrays(keras_model):
+    """Arrays of a Keras ConvNeXt by our names."""
+    found = [
+        layer
+        for layer in keras_model._flatten_layers(include_self=False)
+        if layer.weights and not hasattr(layer, "layers")
+    ]
+    numbers = _block_numbers(found)
+    arrays = {}
+    for layer in found:
+        name = _our_name(layer.name, numbers)
+        if "normalization" in layer.name and not name:
+            # Means and variances of the preprocessing, or, without a head, a
+            # norm that Keras gives no name of its own.
+            if not hasattr(layer, "gamma"):
+                continue
+            name = "norm"
+        arrays |= _arrays(name or layer.name, layer)
+    return arrays
+
+
+def _block_numbers(found):
+    """Number, through all stages, of the block that has stage and index."""
+    pattern = r".*stage_(\d)_block_(\d+)_depthwise_conv"
+    matches = (re.fullmatch(pattern, layer.name) for layer in found)
+    blocks = sorted((int(m[1]), int(m[2])) for m in matches if m)
+    return {block: number for number, block in enumerate(blocks)}
+
+
+def _our_name(name, numbers):
+    """Our name of one of Keras's layers, or None."""
+    for pattern, ours in LAYERS:
+        match = re.fullmatch(rf"(?:.*_)?{pattern}", name)
+        if match and "block" in ours:
+            return ours.format(numbers[int(match[1]), int(match[2])])
+        if match:
+            return ours.format(*(int(n) + 1 for n in match.groups()))
+    return None
+
+
+def _arrays(name, layer):
+    """The arrays of one of Keras's layers."""
+    if hasattr(layer, "beta"):
+        variables = _norm(name, layer)
+    elif hasattr(layer, "kernel"):
+        variables = kernel_bias(name, layer)
+    else:
+        variables = {name: layer.gamma}
+    arrays = {k: ops.convert_to_numpy(v) for k, v in variables.items()}
+    if name.endswith("_conv"):
+        # A convolution of D groups: (7, 7, 1, D), ours is (7, 7, D, 1).
+        kernel = arrays[f"{name}/kernel"]
+        arrays[f"{name}/kernel"] = kernel.swapaxes(2, 3)
+    return arrays
+
+
+def _norm(name, layer):
+    return {f"{name}/scale": layer.gamma, f"{name}/bias": layer.beta}

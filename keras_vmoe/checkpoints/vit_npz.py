@@ -1,0 +1,105 @@
+"""The `.npz` checkpoints of the original vision transformers (augreg)."""
+
+import math
+import re
+import zipfile
+
+import numpy as np
+
+from keras_vmoe.checkpoints.files import CheckpointError
+from keras_vmoe.checkpoints.vmoe import load_vmoe
+
+# Their names, and those of the V-MoE program for the same arrays.
+NAMES = (
+    ("Transformer/encoderblock_", "Encoder/encoderblock_"),
+    ("Transformer/", "Encoder/"),
+    ("MultiHeadDotProductAttention_1/", "SelfAttention/"),
+    ("LayerNorm_2/", "LayerNorm_1/"),
+    ("MlpBlock_3/", "Mlp/"),
+    ("MAPHead_0/", "MapHead/"),
+    ("MultiHeadDotProductAttention_0/", "MultiHeadDotProductAttention/"),
+    ("MapHead/LayerNorm_0/", "MapHead/LayerNorm/"),
+    ("MapHead/MlpBlock_0/", "MapHead/Mlp/"),
+)
+MAX_COMPRESSION = 1000  # Of zeros by deflate.
+
+
+def read_vit_npz(path):
+    """Reads a `.npz` checkpoint of a ViT, by the V-MoE program's names.
+
+    Args:
+        path: A local `.npz` file.
+
+    Returns:
+        Dict from name to numpy array, as of `checkpoints.read_vmoe`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file is cut short, damaged or of another kind.
+
+    Example:
+
+    >>> arrays = read_vit_npz("ViT-B_16.npz")  # doctest: +SKIP
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                _check_member(archive, member)
+        with np.load(path, allow_pickle=False) as file:
+            return {_name(name): file[name] for name in file.files}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy share no base class.
+        raise CheckpointError(
+            "The checkpoint must be a whole .npz file of arrays. "
+            f"Received: {path} ({error}). Copy or download it again."
+        ) from error
+
+
+def load_vit_npz(model, path):
+    """Assigns a `.npz` checkpoint of a dense ViT to a model.
+
+    Args:
+        model: A dense `ViTMoE`; `vmoe_config(read_vit_npz(path))` finds its
+            arguments, and `models.upcycle` makes a MoE model of it.
+        path: A local `.npz` file.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: As `load_vmoe`.
+
+    Example:
+
+    >>> load_vit_npz(model, "ViT-B_16.npz")  # doctest: +SKIP
+
+    Reference:
+        [Steiner et al., 2021](https://arxiv.org/abs/2106.10270).
+    """
+    return load_vmoe(model, read_vit_npz(path))
+
+
+def _name(name):
+    for theirs, ours in NAMES:
+        name = name.replace(theirs, ours)
+    # Blocks of the first releases count their parts from 0.
+    return re.sub(r"^opt/target/|^params/", "", name)
+
+
+def _check_member(archive, member):
+    """Raises if a member claims more bytes than it can hold."""
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, _, dtype = read_header(file)
+    size = math.prod(shape) * dtype.itemsize
+    most = MAX_COMPRESSION * max(1, member.compress_size)
+    if dtype.hasobject or size > member.file_size or member.file_size > most:
+        raise ValueError(
+            f"{member.filename} claims shape {shape} of {dtype} in "
+            f"{member.compress_size} bytes"
+        )

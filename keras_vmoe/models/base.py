@@ -1,0 +1,57 @@
+"""What the models of the papers have in common."""
+
+import keras
+
+from keras_vmoe import layers
+from keras_vmoe.routing.groups import is_integer
+
+
+class MoEModel(keras.Model):
+    """A functional model that is made by its arguments, not by its graph.
+
+    A subclass builds its graph in `__init__`, keeps every argument under its
+    own name, and its dtype policy's name as `layers_dtype`.
+    """
+
+    def with_graph(self, inputs, outputs):
+        """A model of the same arguments around another graph."""
+        model = type(self).__new__(type(self))
+        super(MoEModel, model).__init__(inputs, outputs, name=self.name)
+        for argument in set(self.get_config()) - {"dtype", "name", "trainable"}:
+            setattr(model, argument, getattr(self, argument))
+        model.layers_dtype = self.layers_dtype
+        return model
+
+    @property
+    def moe_layers(self):
+        """The model's `MoEMLP` layers, from first to last."""
+        return [
+            layer for layer in self.layers if isinstance(layer, layers.MoEMLP)
+        ]
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        return cls(**config)
+
+
+def image_pair(size):
+    """`(height, width)` of an image size, checked."""
+    pair = (size, size) if is_integer(size) else size
+    good = isinstance(pair, (list, tuple)) and len(pair) == 2
+    if not good or not all(is_integer(side) and side > 0 for side in pair):
+        raise ValueError(
+            "`image_size` must be an integer of at least 1 or a pair (height, "
+            f"width) of them, in pixels. Received: image_size={size!r}. "
+            "Set for example `image_size=224`."
+        )
+    return tuple(pair)
+
+
+def check_rates(**rates):
+    """Raises unless all of these are probabilities below 1."""
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ValueError(
+                f"`{name}` must be at least 0 and below 1. "
+                f"Received: {name}={rate!r}. 0 turns it off."
+            )

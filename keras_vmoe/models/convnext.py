@@ -1,0 +1,253 @@
+"""ConvNeXtMoE: ConvNeXt with the sparse MoE layers of the Sweet Spot paper."""
+
+import itertools
+
+import keras
+
+from keras_vmoe import layers
+from keras_vmoe.layers.convnext import convnext_norm
+from keras_vmoe.layers.convnext import kernel_initializer
+from keras_vmoe.layers.convnext import patchify
+from keras_vmoe.models.base import MoEModel
+from keras_vmoe.models.base import check_rates
+from keras_vmoe.models.base import image_pair
+from keras_vmoe.models.moe import MoEConfig
+from keras_vmoe.models.placement import stage_blocks
+from keras_vmoe.routing.groups import check_sizes
+from keras_vmoe.routing.groups import is_integer
+from keras_vmoe.routing.groups import is_number
+
+NUM_SELECTED_EXPERTS = 1  # K of the Sweet Spot paper's ConvNeXt.
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class ConvNeXtMoE(MoEModel):
+    """ConvNeXt whose MLPs may be mixtures of experts.
+
+    A functional model. Its layers are named `stem`, `stem_norm`,
+    `downsample_<stage>_norm`, `downsample_<stage>`, `block_<i>_conv`,
+    `block_<i>_norm`, `block_<i>_mlp` or `block_<i>_moe`, `pooling`, `norm`,
+    `head`; blocks are counted from 0 through all stages. What leaves a block is
+    the output of `block_<i>_add`. Experts work on the positions of the feature
+    map. Logits are float32 under every dtype policy.
+
+    Args:
+        depths: Blocks of each stage; of an isotropic model a number or a list
+            of one.
+        dims: Features of each stage, as many as `depths`.
+        num_classes: Classes; None leaves the head out, and the model returns
+            features `(B, D)`.
+        isotropic: Whether the model has one stage at 1/`patch_size` of the
+            resolution, like a ViT, without norm behind the stem.
+        image_size: Side of the images in pixels, or `(height, width)`.
+        patch_size: Side of the stem's patches; None means 4, or 16 if
+            isotropic.
+        mlp_ratio: F / D of the dense MLPs.
+        moe: None for the dense twin, or a dict of `models.MoEConfig`'s
+            attributes, such as `layers` (`"every_2"`, `"stage"`, `"last_3"`,
+            `"last_2"` or block indices; see `models.stage_blocks`),
+            `num_experts`, `mlp_ratio` (that of the experts). K is 1 unless set.
+        drop_path: Probability of dropping a residual branch of an image in the
+            last block; it rises linearly from 0 in the first.
+        layer_scale: Starting value of the layer scale; None leaves it out, as
+            the authors do in isotropic models.
+        activation: Activation of the MLPs and experts; see `layers.MLP`.
+        dtype: Dtype policy of the layers, such as `"mixed_bfloat16"`. None
+            means the global one.
+        name: Name of the model.
+
+    Call arguments:
+        images: `(B, H, W, 3)` float tensor, channels last.
+        training: Whether to route with noise and add auxiliary losses.
+
+    Returns:
+        `(B, num_classes)` float32 logits.
+
+    Raises:
+        ValueError: If sizes do not fit each other, or if a name is unknown.
+
+    Example:
+
+    >>> model = ConvNeXtMoE(
+    ...     depths=[1, 1, 2, 1], dims=[8, 16, 24, 32], num_classes=10,
+    ...     image_size=32, moe=dict(layers="last_2", num_experts=4))
+    >>> model(keras.ops.ones((3, 32, 32, 3))).shape
+    (3, 10)
+    >>> [layer.name for layer in model.moe_layers]
+    ['block_3_moe', 'block_4_moe']
+
+    Reference:
+        [Liu et al., 2022](https://arxiv.org/abs/2201.03545), section 2, 3.3
+        for isotropic models;
+        [Videau et al., 2024](https://arxiv.org/abs/2411.18322) for the MoE.
+        Ours starts the MLPs with Glorot's values, not with a deviation of 0.02.
+    """
+
+    def __init__(
+        self,
+        depths,
+        dims,
+        num_classes,
+        isotropic=False,
+        image_size=224,
+        patch_size=None,
+        mlp_ratio=4,
+        moe=None,
+        drop_path=0.0,
+        layer_scale=1e-6,
+        activation="gelu",
+        dtype=None,
+        name="convnext_moe",
+        **kwargs,
+    ):
+        dtype = dtype or keras.config.dtype_policy()
+        policy = keras.dtype_policies.get(dtype).name
+        moe = None if moe is None else MoEConfig.from_dict(moe)
+        stages = _stages(depths, dims, isotropic)
+        check_sizes(num_classes=1 if num_classes is None else num_classes)
+        check_rates(drop_path=drop_path)
+        _check_ratio(mlp_ratio)
+        side = patch_size or (16 if isotropic else 4)
+        check_sizes(patch_size=side)
+        _check_image(image_size, side * 2 ** (len(stages) - 1))
+
+        images = keras.Input((*image_pair(image_size), 3), name="images")
+        x = patchify(stages[0][1], side, "stem", policy)(images)
+        if not isotropic:
+            x = convnext_norm("stem_norm", policy)(x)
+        mlps = _mlps(stages, mlp_ratio, moe, activation, policy)
+        x = _blocks(x, stages, mlps, drop_path, layer_scale, policy)
+        x = _head(x, num_classes, policy)
+        super().__init__(images, x, name=name, **kwargs)
+
+        self.depths = depths
+        self.dims = dims
+        self.num_classes = num_classes
+        self.isotropic = isotropic
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.mlp_ratio = mlp_ratio
+        self.moe = moe
+        self.drop_path = drop_path
+        self.layer_scale = layer_scale
+        self.activation = activation
+        self.layers_dtype = policy
+
+    def get_config(self):
+        return {
+            "depths": self.depths,
+            "dims": self.dims,
+            "num_classes": self.num_classes,
+            "isotropic": self.isotropic,
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "mlp_ratio": self.mlp_ratio,
+            "moe": None if self.moe is None else self.moe.to_dict(),
+            "drop_path": self.drop_path,
+            "layer_scale": self.layer_scale,
+            "activation": self.activation,
+            "dtype": self.layers_dtype,
+            "name": self.name,
+            "trainable": self.trainable,
+        }
+
+
+def _blocks(x, stages, mlps, drop_path, layer_scale, policy):
+    """All stages, with the downsampling between them."""
+    number = itertools.count()
+    last = max(1, len(mlps) - 1)
+    for stage, (depth, features) in enumerate(stages):
+        if stage:
+            name = f"downsample_{stage}"
+            x = convnext_norm(f"{name}_norm", policy)(x)
+            x = patchify(features, 2, name, policy)(x)
+        for i in itertools.islice(number, depth):
+            x = layers.convnext_block(
+                x,
+                mlps[i],
+                name=f"block_{i}",
+                drop_path=drop_path * i / last,
+                layer_scale=layer_scale,
+            )
+    return x
+
+
+def _mlps(stages, mlp_ratio, moe, activation, policy):
+    """One MLP or MoE layer for each block."""
+    sparse = ()
+    if moe is not None:
+        sparse = stage_blocks(moe.layers, [depth for depth, _ in stages])
+    features = [size for depth, size in stages for _ in range(depth)]
+    arguments = {"activation": activation, "dtype": policy}
+    mlps = []
+    for i, size in enumerate(features):
+        hidden_dim = round(mlp_ratio * size)
+        if i in sparse:
+            mlp = moe.make_layer(
+                i,
+                size,
+                hidden_dim,
+                f"block_{i}_moe",
+                num_selected_experts=NUM_SELECTED_EXPERTS,
+                **arguments,
+            )
+        else:
+            mlp = layers.MLP(hidden_dim, name=f"block_{i}_mlp", **arguments)
+        mlps.append(mlp)
+    return mlps
+
+
+def _head(x, num_classes, policy):
+    """From the feature map to the logits of an image."""
+    x = keras.layers.GlobalAveragePooling2D(
+        data_format="channels_last", dtype=policy, name="pooling"
+    )(x)
+    x = convnext_norm("norm", policy)(x)
+    if num_classes is None:
+        return x
+    return keras.layers.Dense(
+        num_classes,
+        kernel_initializer=kernel_initializer(),
+        dtype="float32",
+        name="head",
+    )(x)
+
+
+def _stages(depths, dims, isotropic):
+    """`(depth, features)` of each stage, checked."""
+    depths, dims = (
+        (sizes,) if is_integer(sizes) else tuple(sizes)
+        for sizes in (depths, dims)
+    )
+    good = [is_integer(size) and size > 0 for size in depths + dims]
+    if not all(good) or not depths or len(depths) != len(dims):
+        raise ValueError(
+            "`depths` and `dims` must be as many integers of at least 1. "
+            f"Received: depths={depths}, dims={dims}. "
+            "ConvNeXt-T has depths=(3, 3, 9, 3), dims=(96, 192, 384, 768)."
+        )
+    if isotropic and len(depths) > 1:
+        raise ValueError(
+            "An isotropic model has one stage. "
+            f"Received: depths={depths}. ConvNeXt-S (iso.) has depths=18, "
+            "dims=384."
+        )
+    return list(zip(depths, dims, strict=True))
+
+
+def _check_ratio(mlp_ratio):
+    if not is_number(mlp_ratio) or mlp_ratio <= 0:
+        raise ValueError(
+            "`mlp_ratio` must be a number above 0. "
+            f"Received: mlp_ratio={mlp_ratio!r}. ConvNeXt has 4."
+        )
+
+
+def _check_image(image_size, stride):
+    """Raises unless the feature map of every stage is whole."""
+    if any(side % stride for side in image_pair(image_size)):
+        raise ValueError(
+            f"`image_size` must be divisible by {stride}, the stride of the "
+            f"last stage. Received: image_size={image_size}. Resize the "
+            "images."
+        )

@@ -1,0 +1,132 @@
+"""Sparse upcycling: a MoE model that starts from a dense one."""
+
+import dataclasses
+
+import keras
+import numpy as np
+
+from keras_vmoe import layers
+from keras_vmoe.layers.routers import check_not_negative
+from keras_vmoe.models.base import MoEModel
+from keras_vmoe.models.moe import MoEConfig
+
+
+def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
+    """Makes a MoE model whose experts start as copies of the dense MLPs.
+
+    All other weights are copied. Gates start at random, and a token gets back
+    what its experts give it times the gates, of which it has K; so that the
+    model must be trained on. It gives the dense model's outputs at the start,
+    to the rounding of the sum over K, if the gates of a token sum to 1
+    (`renormalize=True`, or K = E) and no token is dropped; with K = 1 exactly,
+    but then the gate learns from the auxiliary losses alone.
+
+    Args:
+        model: A dense `ViTMoE` or `ConvNeXtMoE`.
+        moe: The `moe` argument of the new model; experts have the hidden
+            features of the MLPs that they start from.
+        noise_std: Standard deviation of the noise on the experts' kernels, in
+            units of that of the kernel's own values.
+        preserve_outputs: Whether to set `renormalize=True` and
+            `capacity_factor=None` (dropless), which keeps the function of the
+            dense model. It takes no noise.
+        seed: Seed of the noise.
+
+    Returns:
+        A new model of the same class, not compiled.
+
+    Raises:
+        ValueError: If the model is not dense, experts would have other hidden
+            features, or `preserve_outputs` contradicts `moe`.
+
+    Example:
+
+    >>> from keras_vmoe.models import ConvNeXtMoE
+    >>> dense = ConvNeXtMoE(
+    ...     depths=[2], dims=[8], num_classes=10, image_size=8)
+    >>> sparse = upcycle(dense, dict(layers=[1], num_experts=4))
+    >>> [layer.name for layer in sparse.moe_layers]
+    ['block_1_moe']
+
+    Reference:
+        [Komatsuzaki et al., 2022](https://arxiv.org/abs/2212.05055), section 3.
+    """
+    if not isinstance(model, MoEModel) or model.moe is not None:
+        raise ValueError(
+            "`model` must be a dense ViTMoE or ConvNeXtMoE, made with "
+            f"moe=None. Received: model={model!r}. Weights of other models are "
+            "read by `keras_vmoe.checkpoints`."
+        )
+    check_not_negative(noise_std=noise_std)
+    moe = MoEConfig.from_dict(moe)
+    if preserve_outputs:
+        moe = _preserving(moe, noise_std)
+    sparse = type(model).from_config({**model.get_config(), "moe": moe})
+    experts = [(_dense_mlp(model, layer), layer) for layer in sparse.moe_layers]
+    for mlp, layer in experts:
+        _check_hidden(mlp, layer)
+
+    names = {layer.name for layer in model.layers}
+    for layer in sparse.layers:
+        if layer.name in names:
+            layer.set_weights(model.get_layer(layer.name).get_weights())
+    generator = np.random.default_rng(seed)
+    for mlp, layer in experts:
+        _copy_experts(mlp, layer.experts, noise_std, generator)
+    return sparse
+
+
+def _preserving(moe, noise_std):
+    """The config whose model has the function of the dense one."""
+    wrong = {
+        name: getattr(moe, name)
+        for name, good in (
+            ("router", ("top_k", "bias_balanced")),
+            ("capacity_factor", ("auto", None)),
+            ("renormalize", (None, True)),
+            ("batch_priority", (None, False)),
+            ("shared_hidden_dim", (None,)),
+        )
+        if getattr(moe, name) not in good
+    }
+    if noise_std:
+        wrong["noise_std"] = noise_std
+    if wrong:
+        given = ", ".join(f"{key}={value!r}" for key, value in wrong.items())
+        raise ValueError(
+            "Only a dropless top-K router with renormalised gates, no shared "
+            "expert and no noise on the kernels keep the outputs of the dense "
+            f"model. Received: preserve_outputs=True together with {given}. "
+            "Leave these out, or `preserve_outputs`."
+        )
+    return dataclasses.replace(moe, renormalize=True, capacity_factor=None)
+
+
+def _dense_mlp(model, layer):
+    return model.get_layer(layer.name.removesuffix("_moe") + "_mlp")
+
+
+def _check_hidden(mlp, layer):
+    if mlp.hidden_dim != layer.hidden_dim:
+        raise ValueError(
+            "Experts that start from an MLP have its hidden features. "
+            f"Received: {layer.hidden_dim} for the experts of {layer.name!r} "
+            f"and {mlp.hidden_dim} in the MLP. Leave `hidden_dim` and "
+            "`mlp_ratio` out."
+        )
+
+
+def _copy_experts(mlp: layers.MLP, experts, noise_std, generator):
+    """Every expert becomes a copy of the MLP, with noise of its own."""
+    for weight, source in (
+        (experts.hidden_kernel, mlp.hidden_dense.kernel),
+        (experts.hidden_bias, mlp.hidden_dense.bias),
+        (experts.output_kernel, mlp.output_dense.kernel),
+        (experts.output_bias, mlp.output_dense.bias),
+    ):
+        value = keras.ops.convert_to_numpy(source)
+        copies = np.broadcast_to(value, weight.shape)
+        if noise_std and value.ndim > 1:
+            noise = generator.normal(size=weight.shape) * value.std()
+            copies = copies + noise_std * noise.astype(value.dtype)
+        weight.assign(copies)

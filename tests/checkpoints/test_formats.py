@@ -1,0 +1,220 @@
+"""Other formats: `.npz` of the first ViTs, Orbax, resizing, architecture."""
+
+import zipfile
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_vmoe import checkpoints
+from keras_vmoe.checkpoints.assignment import zoom
+from keras_vmoe.checkpoints.vit_npz import NAMES
+from keras_vmoe.checkpoints.vmoe import vmoe_weights
+from tests.golden.models import build
+from tests.golden.models import read
+from tests.harness import randomize
+from tests.models.definitions import images_of
+from tests.models.definitions import tiny
+
+
+def arrays_of(model):
+    weights = vmoe_weights(model)
+    return {k: ops.convert_to_numpy(v) for k, v in weights.items()}
+
+
+def their_name(name):
+    """A name of the V-MoE program in the layout of the first ViTs."""
+    for theirs, ours in reversed(NAMES):
+        inside = "MapHead/" in name or "MAPHead" in name
+        if ours == "Mlp/" and inside:
+            continue
+        name = name.replace(ours, theirs)
+    return name
+
+
+def save_npz(path, model):
+    arrays = {their_name(k): v for k, v in arrays_of(model).items()}
+    np.savez(path, **arrays)
+    return arrays
+
+
+@pytest.mark.parametrize("pooling", ["token", "gap", "map"])
+def test_npz(pooling, tmp_path):
+    model = randomize(tiny(moe=None, pooling=pooling, num_layers=2))
+    path = tmp_path / "vit.npz"
+    names = save_npz(path, model)
+    block = "Transformer/encoderblock_1"
+    assert f"{block}/MlpBlock_3/Dense_1/kernel" in names
+    assert f"{block}/MultiHeadDotProductAttention_1/out/bias" in names
+    assert f"{block}/LayerNorm_2/scale" in names
+    config = checkpoints.vmoe_config(checkpoints.read_vit_npz(path))
+    assert config["pooling"] == pooling and config["moe"] is None
+    twin = checkpoints.load_vit_npz(type(model)(**config), path)
+    images = images_of(3)
+    np.testing.assert_array_equal(
+        twin.predict(images, verbose=0), model.predict(images, verbose=0)
+    )
+
+
+def test_bad_npz(tmp_path):
+    path = tmp_path / "vit.npz"
+    with pytest.raises(FileNotFoundError):
+        checkpoints.read_vit_npz(path)
+    save_npz(path, tiny(moe=None, num_layers=1))
+    whole = path.read_bytes()
+    for length in (0, 10, len(whole) // 2, len(whole) - 10):
+        path.write_bytes(whole[:length])
+        with pytest.raises(checkpoints.CheckpointError, match="vit.npz"):
+            checkpoints.read_vit_npz(path)
+    changed = bytearray(whole)
+    changed[len(whole) // 2] ^= 0xFF  # The checksum no longer fits.
+    path.write_bytes(bytes(changed))
+    with pytest.raises(checkpoints.CheckpointError, match="whole .npz file"):
+        checkpoints.read_vit_npz(path)
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code was executed')",))
+
+
+def test_npz_never_executes_code_or_takes_memory(tmp_path):
+    path = tmp_path / "evil.npz"
+    np.savez(path, x=np.array([Evil()], dtype=object))
+    with pytest.raises(checkpoints.CheckpointError, match="claims"):
+        checkpoints.read_vit_npz(path)
+    header = {"descr": "<f4", "fortran_order": False, "shape": (2**50,)}
+    with zipfile.ZipFile(path, "w") as archive:
+        with archive.open("x.npy", "w") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(checkpoints.CheckpointError, match="claims shape"):
+        checkpoints.read_vit_npz(path)
+
+
+# Orbax.
+
+
+def test_orbax(tmp_path):
+    orbax = pytest.importorskip("orbax.checkpoint")
+    figures, weights, config = read("vit_last2_k2")
+    tree = {}
+    for name, array in weights.items():
+        *path, last = name.split("/")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = array
+    state = {"params": tree, "step": np.array(3), "opt_state": [np.zeros(2)]}
+    folder = tmp_path / "1000"
+    with orbax.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(folder / "state", state)
+    arrays = checkpoints.read_orbax(folder)
+    assert set(arrays) == set(weights)
+    model = checkpoints.load_vmoe(build(config), arrays)
+    got = model.predict(figures["input"], batch_size=4, verbose=0)
+    assert np.isfinite(got).all()
+    np.testing.assert_array_equal(arrays_of(model)["cls"], weights["cls"])
+
+
+def test_bad_orbax(tmp_path):
+    pytest.importorskip("orbax.checkpoint")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        checkpoints.read_orbax(tmp_path / "none")
+    with pytest.raises(checkpoints.CheckpointError, match="whole Orbax"):
+        checkpoints.read_orbax(tmp_path)
+
+
+# Fitting.
+
+
+def test_zoom_by_hand():
+    row = np.array([[[0.0], [3.0]]])
+    np.testing.assert_allclose(zoom(row, (1, 4))[0, :, 0], [0, 1, 2, 3])
+    square = np.array([[[0.0], [1.0]], [[2.0], [3.0]]])
+    expected = [[0, 0.5, 1], [1, 1.5, 2], [2, 2.5, 3]]
+    np.testing.assert_allclose(zoom(square, (3, 3))[..., 0], expected)
+    np.testing.assert_allclose(zoom(square, (1, 1))[..., 0], [[0]])
+    one = np.ones((1, 1, 2))
+    np.testing.assert_allclose(zoom(one, (3, 2)), np.ones((3, 2, 2)))
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (3, 5), (7, 7), (4, 4)])
+def test_zoom_is_scipys(shape):
+    ndimage = pytest.importorskip("scipy.ndimage")
+    image = np.random.default_rng(0).normal(size=(4, 4, 3))
+    factors = (shape[0] / 4, shape[1] / 4, 1)
+    expected = ndimage.zoom(image, factors, order=1)
+    np.testing.assert_allclose(zoom(image, shape), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("pooling", ["token", "gap"])
+def test_positions_of_another_resolution(pooling):
+    small = randomize(tiny(num_layers=2, moe=None, pooling=pooling))
+    large = tiny(num_layers=2, moe=None, pooling=pooling, image_size=(12, 16))
+    arrays = arrays_of(small)
+    checkpoints.load_vmoe(large, arrays)
+    name = "Encoder/posembed_input/pos_embedding"
+    got, old = arrays_of(large)[name], arrays[name]
+    prefix = int(pooling == "token")
+    assert got.shape == (1, 12 + prefix, 32)
+    np.testing.assert_array_equal(got[0, :prefix], old[0, :prefix])
+    expected = zoom(old[0, prefix:].reshape(2, 2, 32), (3, 4))
+    np.testing.assert_allclose(got[0, prefix:].reshape(3, 4, 32), expected)
+
+
+def test_a_head_of_another_size():
+    moe = {"layers": [1]}
+    old = randomize(tiny(num_layers=2, moe=moe))
+    new = randomize(tiny(num_layers=2, moe=moe, num_classes=7), seed=1)
+    with pytest.warns(UserWarning, match="has 10 classes and that of the mo"):
+        checkpoints.load_vmoe(new, arrays_of(old))
+    assert not arrays_of(new)["head/kernel"].any()
+    np.testing.assert_array_equal(
+        arrays_of(new)["embedding/kernel"], arrays_of(old)["embedding/kernel"]
+    )
+    features = tiny(num_layers=2, moe=moe, num_classes=None)
+    checkpoints.load_vmoe(features, arrays_of(old))
+
+
+# Architecture.
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"moe": None, "pooling": "gap"},
+        {"moe": {"hidden_dim": 16}, "pooling": "map", "num_classes": None},
+        {"moe": {"router": "soft", "num_slots": 2, "images_per_group": 1}},
+        {"moe": {"layers": "every_1"}, "representation_size": 8},
+    ],
+)
+def test_the_architecture_is_found(arguments):
+    model = randomize(tiny(**arguments))
+    config = checkpoints.vmoe_config(arrays_of(model))
+    twin = checkpoints.load_vmoe(type(model)(**config), arrays_of(model))
+    shapes = [tuple(weight.shape) for weight in model.weights]
+    assert [tuple(weight.shape) for weight in twin.weights] == shapes
+    assert twin.pooling == model.pooling and twin.num_heads == 4
+
+
+def test_architecture_with_sincos_positions():
+    model = tiny(position_embedding="sincos2d")
+    config = checkpoints.vmoe_config(arrays_of(model), image_size=8)
+    assert config["position_embedding"] == "sincos2d"
+    assert config["image_size"] == 8
+    assert checkpoints.vmoe_config(arrays_of(model))["image_size"] == 224
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda a: {}, "must be those of a V-MoE or ViT.* 0 arrays"),
+        (lambda a: {**a, "embedding/kernel": np.ones(3)}, "another rank"),
+        (lambda a: {**a, "Encoder/encoderblock_1/Moe/Mlp/Dense_0/kernel":
+                    np.ones((9, 32, 64))}, "must be alike"),
+    ],
+)  # fmt: skip
+def test_no_architecture(change, words):
+    with pytest.raises(ValueError, match=words):
+        checkpoints.vmoe_config(change(arrays_of(tiny())))

@@ -1,0 +1,275 @@
+"""`read_vmoe`: the sharded format, and files that are not what they seem."""
+
+import json
+import pathlib
+import shutil
+
+import ml_dtypes
+import msgpack
+import numpy as np
+import pytest
+
+from keras_vmoe import checkpoints
+from keras_vmoe.checkpoints.files import open_checkpoint
+from keras_vmoe.checkpoints.sharded import read_index
+from keras_vmoe.models import ViTMoE
+from tests.checkpoints import writer
+from tests.golden.models import FOLDER
+
+PREFIX = FOLDER / "vit_checkpoint" / "ckpt_1"
+
+
+def unversioned(folder):
+    """The golden checkpoint of the older format; its data are the same."""
+    for path in PREFIX.parent.glob("*.data*"):
+        shutil.copy(path, folder)
+    name = "vit_checkpoint_unversioned/ckpt_1.index"
+    shutil.copy(FOLDER / name, folder)
+    return folder / "ckpt_1"
+
+
+@pytest.mark.parametrize("versioned", [True, False])
+def test_the_golden_checkpoint(versioned, tmp_path):
+    prefix = PREFIX if versioned else unversioned(tmp_path)
+    config = checkpoints.vmoe_config(prefix)
+    expected = json.loads((FOLDER / "vit_checkpoint.json").read_text())
+    assert config["hidden_dim"] == expected["hidden_size"]
+    assert config["representation_size"] == expected["representation_size"]
+    assert config["moe"] == {"layers": [1, 3], "num_experts": 8}
+    figures = dict(np.load(FOLDER / "vit_checkpoint.npz"))
+    moe = {**config["moe"], "noise_std": 0.0}
+    model = ViTMoE(**{**config, "moe": moe})
+    checkpoints.load_vmoe(model, prefix)
+    images = figures["input"]
+    got = model.predict(images, batch_size=len(images), verbose=0)
+    scale = np.abs(figures["logits"]).max()
+    np.testing.assert_allclose(
+        got / scale, figures["logits"] / scale, atol=1e-5
+    )
+
+
+def arrays_of(*dtypes):
+    generator = np.random.default_rng(0)
+    arrays = {"scalar": np.array(3, "int32"), "empty": np.zeros((0, 4), "int8")}
+    for dtype in dtypes or ("float32",):
+        for name, shape in (("a/b", (6, 4)), ("a", ()), ("c/d/e", (5, 3, 2))):
+            name = f"{np.dtype(dtype).name}/{name}".replace("/a/b", "/ab/b")
+            values = 100 * generator.normal(size=shape)
+            arrays[name] = np.asarray(values).astype(dtype)
+    return arrays
+
+
+def check(prefix, arrays):
+    seen = []
+    got = checkpoints.read_vmoe(prefix, lambda *done: seen.append(done))
+    assert set(got) == set(arrays)
+    for name, array in arrays.items():
+        assert got[name].dtype == array.dtype, name
+        np.testing.assert_array_equal(got[name], array)
+    total = writer.nbytes(arrays)
+    assert seen[-1] == (total, total)
+
+
+def test_every_dtype(tmp_path):
+    dtypes = ("float16", "float32", "float64", "bool", "uint8", "int64")
+    arrays = arrays_of(*dtypes, ml_dtypes.bfloat16)
+    writer.write(tmp_path / "all", arrays)
+    check(tmp_path / "all", arrays)
+    check(str(tmp_path / "all.index"), arrays)
+
+
+@pytest.mark.parametrize("piece", [None, 1, 5])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_parts_and_pieces(shards, piece, tmp_path):
+    arrays = arrays_of()
+    cuts = {"float32/ab/b": (3, 2), "float32/c/d/e": (1, 3, 1)}
+    writer.write(tmp_path / "cut", arrays, shards, cuts, piece)
+    check(tmp_path / "cut", arrays)
+
+
+def test_of_a_training_state_the_parameters(tmp_path):
+    arrays = {"x/w": np.arange(3.0), "y": np.ones((2, 2))}
+    state = {f"params/{k}": v for k, v in arrays.items()}
+    state |= {"opt_state/0/mu": np.zeros(7), "step": np.array(4)}
+    writer.write(tmp_path / "state", state, shards=2)
+    check(tmp_path / "state", arrays)
+
+
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 31, 32, 255, 256, 65536])
+def test_headers_of_every_length(size, tmp_path):
+    arrays = {"w" * max(1, min(size, 300)): np.arange(size, dtype="uint8")}
+    writer.write(tmp_path / "x", arrays, piece=max(1, size // 2))
+    check(tmp_path / "x", arrays)
+
+
+def test_remote_paths_go_through_tensorflow(tmp_path):
+    pytest.importorskip("tensorflow")
+    arrays = arrays_of()
+    writer.write(tmp_path / "far", arrays, shards=2)
+    check(f"file://{tmp_path}/far", arrays)
+    with pytest.raises(FileNotFoundError, match="There is no file file://"):
+        checkpoints.read_vmoe(f"file://{tmp_path}/none")
+
+
+# Bad files. Nothing may crash, hang, take memory or be half read.
+
+
+@pytest.fixture
+def good(tmp_path):
+    """A small good checkpoint, to be spoilt."""
+    arrays = {"a/w": np.arange(600.0).reshape(20, 30), "b": np.ones(4)}
+    prefix = tmp_path / "ckpt"
+    writer.write(prefix, arrays, shards=2, cuts={"a/w": (2, 1)})
+    return prefix
+
+
+def data(prefix, shard=0):
+    return prefix.with_name(f"ckpt.data-{shard:05d}-of-00002")
+
+
+def refused(prefix, *words):
+    with pytest.raises(checkpoints.CheckpointError) as error:
+        checkpoints.read_vmoe(prefix)
+    for word in ("Received: ", *words):
+        assert word in str(error.value), str(error.value)
+
+
+def test_missing_files(good):
+    data(good, 1).unlink()
+    with pytest.raises(FileNotFoundError, match="data-00001-of-00002"):
+        checkpoints.read_vmoe(good)
+    with pytest.raises(FileNotFoundError, match="none.index"):
+        checkpoints.read_vmoe(good.with_name("none"))
+
+
+@pytest.mark.parametrize("file", ["index", "data"])
+def test_files_cut_anywhere(good, file):
+    path = data(good) if file == "data" else good.with_name("ckpt.index")
+    whole = path.read_bytes()
+    for length in range(0, len(whole), max(1, len(whole) // 60)):
+        path.write_bytes(whole[:length])
+        refused(good, path.name)
+
+
+def test_any_changed_byte_is_refused_or_harmless(good):
+    """No byte of the structure can be changed into a crash."""
+    path = data(good)
+    whole = path.read_bytes()
+    for position in range(0, 120):
+        for value in (0x00, 0x7F, 0xC1, 0xDF, 0xC9, 0xFF):
+            changed = bytearray(whole)
+            changed[position] = value
+            path.write_bytes(bytes(changed))
+            try:
+                checkpoints.read_vmoe(good)
+            except (checkpoints.CheckpointError, FileNotFoundError):
+                pass
+
+
+def test_any_changed_byte_of_the_index(good):
+    path = good.with_name("ckpt.index")
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        for value in (0x00, 0x7F, 0xC1, 0xDF, 0xFF):
+            changed = bytearray(whole)
+            changed[position] = value
+            path.write_bytes(bytes(changed))
+            try:
+                checkpoints.read_vmoe(good)
+            except (checkpoints.CheckpointError, FileNotFoundError):
+                pass
+
+
+def test_a_foreign_file(good):
+    good.with_name("ckpt.index").write_bytes(b"\x89PNG\r\n" + bytes(100))
+    refused(good, "ckpt.index")
+    good.with_name("ckpt.index").write_bytes(msgpack.packb([1, 2]))
+    refused(good, "no index of a V-MoE checkpoint")
+
+
+def index_with(good, **changes):
+    index = msgpack.unpackb(
+        good.with_name("ckpt.index").read_bytes(), strict_map_key=False
+    )
+    index |= changes
+    good.with_name("ckpt.index").write_bytes(msgpack.packb(index))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"version": "30000101"}, "the version is '30000101'"),
+        ({"shard_count": -1}, "no index"),
+        ({"shard_count": 10**12}, "no index"),
+        ({"shard_count": "../../x"}, "no index"),
+        ({"shard_count": 1}, "in shards"),
+        ({"index": {"a": 3}}, "a is no array but int"),
+        ({"index": {"a": msgpack.ExtType(77, b"x")}}, "extension of type 77"),
+        ({"index": {"a": msgpack.ExtType(8, b"\xc1")}}, "entry of a cannot"),
+        ({"index": {1: msgpack.ExtType(8, b"")}}, "a name is 1, not a string"),
+    ],
+)
+def test_hostile_indices(good, changes, words):
+    index_with(good, **changes)
+    refused(good, words)
+
+
+def leaf(shape, dtype, parts, shards):
+    head = msgpack.packb((shape, dtype, False, {}))
+    return writer.ext(8, head, tuple(map(writer.slices, parts)), shards)
+
+
+HUGE = 2**60
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (leaf([4], "object", [[(0, 4)]], [0]), "unknown dtype 'object'"),
+        (leaf([-4], "float32", [[(0, 4)]], [0]), "shape [-4]"),
+        (leaf([4], "float32", [[(0, 3)]], [0]), "do not make up shape"),
+        (leaf([4], "float32", [[(0, 9)]], [0]), "do not make up shape"),
+        (leaf([4], "float32", [[(0, 2)], [(1, 4)]], [0, 1]), "do not make up"),
+        (leaf([4], "float32", [[(0, 4)]] * 2, [0, 1]), "do not make up"),
+        (leaf([4], "float32", [[(0, 4)]], [7]), "in shards [7] of 2"),
+        (leaf([4], "float32", [[(0, 4)]], []), "in shards []"),
+        # Claims more than all files hold: no array is made.
+        (leaf([HUGE], "float64", [[(0, HUGE)]], [0]), "what the index expects"),
+        (leaf([2], "float64", [[(0, 2)]], [1]), "what the index expects"),
+        (leaf([HUGE], "int8", [[(0, HUGE)]], [1]), "dtype 'float64', not int8"),
+    ],
+)
+def test_hostile_entries(good, entry, words):
+    index_with(good, index={"a": entry})
+    refused(good, words)
+
+
+def test_deep_names(good):
+    tree = leaf([1], "int8", [[(0, 1)]], [0])
+    for _ in range(200):
+        tree = {"a": tree}
+    index_with(good, index=tree)
+    refused(good, "nested deeper than 32")
+    nested = b"\x81\xa1a" * 100_000
+    good.with_name("ckpt.index").write_bytes(nested)
+    refused(good, "MessagePack cannot be read")
+
+
+def test_lengths_beyond_the_end(tmp_path):
+    path = tmp_path / "x"
+    for content in (b"\xc9\xff\xff\xff\xff\x01", b"\xc6\xff\xff\xff\xff"):
+        path.write_bytes(content)
+        with open_checkpoint(path) as reader:
+            with pytest.raises(checkpoints.CheckpointError):
+                reader.extension_header()
+                reader.skip(2**40)
+    path.write_bytes(b"\xdb\xff\xff\xff\xff")
+    with open_checkpoint(path) as reader:
+        words = "4294967295 bytes must follow and 0 are there"
+        with pytest.raises(checkpoints.CheckpointError, match=words):
+            reader.string()
+
+
+def test_a_prefix_is_only_a_prefix(good):
+    assert set(read_index(good).entries) == {"a/w", "b"}
+    assert pathlib.Path(read_index(good).shard_path(1)) == data(good, 1)

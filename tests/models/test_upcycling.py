@@ -1,0 +1,138 @@
+"""`upcycle`: MoE models that start from dense ones."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_vmoe import models
+from tests.harness import randomize
+from tests.layers.definitions import float64
+from tests.models.definitions import tiny
+
+
+def dense(kind="vit"):
+    """A dense model with random weights, and images for it."""
+    if kind == "vit":
+        model, size = tiny(moe=None, pooling="gap"), 8
+    else:
+        size = 16
+        model = models.ConvNeXtMoE(
+            depths=(1, 3), dims=(8, 12), num_classes=10, image_size=size
+        )
+    generator = np.random.default_rng(0)
+    images = generator.normal(size=(3, size, size, 3)).astype("float32")
+    return randomize(model), images
+
+
+def predict(model, images):
+    return model.predict(images, batch_size=3, verbose=0)
+
+
+KINDS = pytest.mark.parametrize("kind", ["vit", "convnext"])
+
+
+@KINDS
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_function_is_kept(kind, k):
+    model, images = dense(kind)
+    moe = {"layers": [1, 3], "num_experts": 4, "num_selected_experts": k}
+    sparse = models.upcycle(model, moe, preserve_outputs=True)
+    assert type(sparse) is type(model) and len(sparse.moe_layers) == 2
+    expected = predict(model, images)
+    # Weights of a token that sum to 1, and equal experts.
+    np.testing.assert_allclose(
+        predict(sparse, images), expected, rtol=2e-5, atol=2e-5
+    )
+    # It is a model of its own.
+    sparse.get_layer("head").bias.assign_add(np.ones(10, "float32"))
+    np.testing.assert_array_equal(predict(model, images), expected)
+
+
+def test_all_experts_of_all_tokens_keep_it_too():
+    # K = E: the gates of a token sum to 1 as they are.
+    model, images = dense()
+    moe = {"layers": [1], "num_experts": 4, "num_selected_experts": 4}
+    sparse = models.upcycle(model, {**moe, "capacity_factor": 1.0})
+    np.testing.assert_allclose(
+        predict(sparse, images), predict(model, images), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_renormalised_gates_with_room_for_all():
+    model, images = dense()
+    moe = {"layers": [1], "num_experts": 4, "num_selected_experts": 1,
+           "renormalize": True, "capacity_factor": 4.0}  # fmt: skip
+    sparse = models.upcycle(model, moe)
+    np.testing.assert_allclose(
+        predict(sparse, images), predict(model, images), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_plain_gates_change_the_function():
+    model, images = dense()
+    sparse = models.upcycle(model, {"layers": [1], "num_experts": 4})
+    assert np.abs(predict(sparse, images) - predict(model, images)).max() > 0.01
+
+
+def test_experts_are_copies_and_noise_is_theirs():
+    model, _ = dense()
+    moe = {"layers": [3], "num_experts": 4}
+    kernel = float64(model.get_layer("block_3_mlp").hidden_dense.kernel)
+    plain, noisy, again, other = (
+        float64(
+            models.upcycle(model, moe, noise_std=std, seed=seed)
+            .get_layer("block_3_moe")
+            .experts.hidden_kernel
+        )
+        for std, seed in ((0.0, 0), (0.1, 0), (0.1, 0), (0.1, 1))
+    )
+    for expert in plain:
+        np.testing.assert_array_equal(expert, kernel)
+    noise = (noisy - kernel) / kernel.std()
+    assert noise.std() == pytest.approx(0.1, rel=0.05)
+    assert np.abs(noise[0] - noise[1]).max() > 0.01
+    np.testing.assert_array_equal(noisy, again)
+    assert (noisy != other).any()
+
+
+@KINDS
+def test_gradients_reach_all_experts(kind):
+    model, images = dense(kind)
+    moe = {"layers": [3], "num_experts": 2, "num_selected_experts": 1,
+           "noise_std": 3.0}  # fmt: skip
+    sparse = models.upcycle(model, moe, preserve_outputs=True)
+    experts = sparse.get_layer("block_3_moe").experts
+    before = float64(experts.output_kernel)
+    sparse.compile(keras.optimizers.SGD(1.0), "mse")
+    sparse.fit(images, np.ones((3, 10)), batch_size=3, verbose=0)
+    moved = float64(experts.output_kernel) - before
+    for expert in moved:
+        assert np.abs(expert).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("moe", "arguments", "words"),
+    [
+        ({"hidden_dim": 32}, {}, "Received: 32 for the experts of "
+         "'block_1_moe' and 64 in the MLP"),
+        ({"capacity_factor": 1.05}, {"preserve_outputs": True},
+         "together with capacity_factor=1.05"),
+        ({"router": "soft"}, {"preserve_outputs": True}, "router='soft'"),
+        ({"renormalize": False}, {"preserve_outputs": True},
+         "renormalize=False"),
+        ({"shared_hidden_dim": 8}, {"preserve_outputs": True},
+         "shared_hidden_dim=8"),
+        ({}, {"preserve_outputs": True, "noise_std": 0.1}, "noise_std=0.1"),
+        ({}, {"noise_std": -1.0}, "noise_std=-1.0"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(moe, arguments, words):
+    moe = {"layers": [1], "num_experts": 4, **moe}
+    with pytest.raises(ValueError, match=words):
+        models.upcycle(tiny(moe=None), moe, **arguments)
+
+
+@pytest.mark.parametrize("model", [tiny(), keras.Sequential()])
+def test_only_dense_models(model):
+    with pytest.raises(ValueError, match="must be a dense ViTMoE or ConvNeXt"):
+        models.upcycle(model, {"num_experts": 2})
