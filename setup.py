@@ -23,7 +23,7 @@ EXTRAS = {
         "importlib_resources>=6",
     ],
     "model-garden": ["tf-models-official>=2.20,<2.21"],
-    "checkpoints": ["msgpack>=1.1,<2"],
+    "checkpoints": ["msgpack>=1.1,<2", "orbax-checkpoint>=0.12,<0.13"],
     "plots": ["matplotlib>=3.9,<4"],
     "cli": ["jsonargparse[signatures]>=4.40,<5"],
     "serving": [TENSORFLOW, "tensorflow-serving-api>=2.20,<2.21"],

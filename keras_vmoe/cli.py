@@ -11,11 +11,13 @@ from typing import Literal
 
 import keras
 
+from keras_vmoe import checkpoints
 from keras_vmoe import data
 from keras_vmoe import evaluation
 from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe._extras import require
+from keras_vmoe.models.presets import find_preset
 from keras_vmoe.version import __version__
 
 TRAIN_EPILOG = """The MoE layers have settings of their own, such as
@@ -30,6 +32,14 @@ examples:
 PREDICT_EPILOG = """examples:
   keras-vmoe predict runs/digits seven.png three.png
   keras-vmoe predict model.keras *.jpg --classes names.json --top 5
+"""
+CONVERT_EPILOG = """examples:
+  keras-vmoe convert checkpoints/vmoe_b16_imagenet21k vmoe_b16.keras
+  keras-vmoe convert ViT-B_16.npz vit_b16.keras --image_size 384
+"""
+PRESETS_EPILOG = """examples:
+  keras-vmoe presets
+  keras-vmoe presets convnext_t
 """
 # What users can mend is printed as one message; anything else is a bug and
 # keeps its traceback.
@@ -93,7 +103,74 @@ def predict(settings, arguments):
         print(f"{image}: {classes}")
 
 
-COMMANDS = {"train": train, "predict": predict}
+def presets(settings, arguments):
+    """`keras-vmoe presets`: prints the models of the papers."""
+    names = [name for name in models.presets() if settings.match in name]
+    if not names:
+        models.from_preset(settings.match)  # Raises, with the nearest names.
+    print(_PRESET_LINE.format(*_PRESET_COLUMNS))
+    for name in names:
+        preset = find_preset(name)
+        with models.without_weights():
+            classes = preset.paper_classes
+            model = models.from_preset(name, num_classes=classes)
+        cost = models.cost(model)
+        row = (
+            name,
+            classes,
+            f"{cost.params / 1e6:.1f}",
+            preset.paper_params or "",
+            f"{cost.active_params / 1e6:.1f}",
+            preset.paper_active or "",
+            f"{cost.flops / 1e9:.1f}",
+            preset.paper_gflops or "",
+        )
+        print(_PRESET_LINE.format(*row), flush=True)
+    print(
+        "Millions of parameters, active ones per token, giga multiply-adds per "
+        "image; paper: as printed there, empty where no figure is at hand."
+    )
+
+
+_PRESET_LINE = "{:<27} {:>7} {:>8} {:>7} {:>8} {:>7} {:>7} {:>6}"
+_PRESET_COLUMNS = (
+    "preset", "classes", "params", "(paper)", "active", "(paper)", "GFLOPs",
+    "(paper)",
+)  # fmt: skip
+
+
+def convert(settings, arguments):
+    """`keras-vmoe convert`: writes other people's weights as a Keras model."""
+    if settings.backend not in (None, keras.backend.backend()):
+        _restart(settings.backend, arguments)
+    output = pathlib.Path(settings.output)
+    if output.suffix != ".keras" or output.exists():
+        raise ValueError(
+            "The output must be a new file that ends in '.keras'. "
+            f"Received: {settings.output}. Choose another name."
+        )
+    bar = None
+
+    def progress(done, total):
+        nonlocal bar
+        bar = bar or keras.utils.Progbar(total, unit_name="byte")
+        bar.update(done)
+
+    arrays = checkpoints.read(settings.checkpoint, progress)
+    config = checkpoints.vmoe_config(arrays, settings.image_size)
+    if config["moe"] is not None and settings.num_selected_experts:
+        config["moe"]["num_selected_experts"] = settings.num_selected_experts
+    model = checkpoints.load_vmoe(models.ViTMoE(**config), arrays)
+    models.save(model, output)
+    print(f"model: {output}, {model.count_params():,} parameters")
+
+
+COMMANDS = {
+    "train": train,
+    "predict": predict,
+    "convert": convert,
+    "presets": presets,
+}
 
 
 def _parser(jsonargparse):
@@ -154,6 +231,58 @@ def _parser(jsonargparse):
         help="Keras backend; null leaves the choice to Keras.",
     )
     commands.add_subcommand("predict", predict_parser, help="Classify images.")
+    commands.add_subcommand(
+        "convert", _convert_parser(jsonargparse), help="Read other weights."
+    )
+    presets_parser = jsonargparse.ArgumentParser(
+        usage="keras-vmoe presets [match]",
+        description="Prints the models of the papers, their sizes and costs.",
+        epilog=PRESETS_EPILOG,
+        allow_abbrev=False,
+    )
+    presets_parser.add_argument(
+        "match", type=str, nargs="?", default="", help="Part of the names."
+    )
+    commands.add_subcommand(
+        "presets", presets_parser, help="List the papers' models."
+    )
+    return parser
+
+
+def _convert_parser(jsonargparse):
+    parser = jsonargparse.ArgumentParser(
+        usage="keras-vmoe convert [options] checkpoint output",
+        description="Writes a checkpoint of the V-MoE program, or of the first "
+        "ViTs, as a .keras file.",
+        epilog=CONVERT_EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "checkpoint",
+        type=str,
+        help="Prefix of a sharded checkpoint (without .index), folder of an "
+        "Orbax checkpoint, or .npz file.",
+    )
+    parser.add_argument("output", type=str, help="New .keras file.")
+    parser.add_argument(
+        "--image_size",
+        type=int | None,
+        default=None,
+        help="Side of the images, if not that of the checkpoint; learned "
+        "positions are resized.",
+    )
+    parser.add_argument(
+        "--num_selected_experts",
+        type=int | None,
+        default=None,
+        help="K, which no checkpoint holds; null means 2.",
+    )
+    parser.add_argument(
+        "--backend",
+        type=Literal["jax", "tensorflow", "torch"] | None,
+        default=None,
+        help="Keras backend; null leaves the choice to Keras.",
+    )
     return parser
 
 

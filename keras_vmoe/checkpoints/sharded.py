@@ -342,7 +342,7 @@ def _scan(reader, by_number, entries):
 
 
 def _piece(reader, dtype):
-    """`(position, number of elements)` of a flat array, which is passed over."""
+    """`(position, elements)` of a flat array, which is passed over."""
     kind, length = reader.extension_header()
     end = reader.tell() + length
     if kind != NDARRAY:

@@ -6,7 +6,7 @@ import warnings
 import keras
 
 from keras_vmoe import layers
-from keras_vmoe.models.moe import MoEConfig
+from keras_vmoe.models.base import MoEModel
 
 WHOLE_BATCH = "batch"
 DROPLESS = "dropless"
@@ -124,7 +124,7 @@ def _changed_model(model, router, images_per_group):
         return _alias(layer)
 
     clone = keras.models.clone_model(model, clone_function=change)
-    if hasattr(model, "with_graph"):
+    if isinstance(model, MoEModel):
         clone = model.with_graph(clone.inputs, clone.output)
         if model.moe is not None:
             clone.moe = _changed_config(model.moe, router, images_per_group)
