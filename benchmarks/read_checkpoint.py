@@ -79,7 +79,9 @@ def write(prefix, gigabytes):
         ).astype("float32")
         for i in range(count)
     }
-    writer.write(prefix, arrays, shards=4, cuts=dict.fromkeys(arrays, (8, 1, 1)))
+    writer.write(
+        prefix, arrays, shards=4, cuts=dict.fromkeys(arrays, (8, 1, 1))
+    )
     return writer.nbytes(arrays)
 
 

@@ -188,63 +188,67 @@ def _parser(jsonargparse):
         allow_abbrev=False,
     )
     commands = parser.add_subcommands(required=True)
-    train_parser = jsonargparse.ArgumentParser(
+    for name, make, text in (
+        ("train", _train_parser, "Train a model."),
+        ("predict", _predict_parser, "Classify images."),
+        ("convert", _convert_parser, "Read other weights."),
+        ("presets", _presets_parser, "List the papers' models."),
+    ):
+        commands.add_subcommand(name, make(jsonargparse), help=text)
+    return parser
+
+
+def _train_parser(jsonargparse):
+    parser = jsonargparse.ArgumentParser(
         usage="keras-vmoe train [options]",
         description="Trains a ViTMoE on a TFDS dataset; writes a run folder.",
         epilog=TRAIN_EPILOG,
         allow_abbrev=False,
     )
-    train_parser.add_argument(
+    parser.add_argument(
         "--config", action="config", help="YAML file with these settings."
     )
-    train_parser.add_class_arguments(training.TrainConfig)
-    commands.add_subcommand("train", train_parser, help="Train a model.")
-    predict_parser = jsonargparse.ArgumentParser(
+    parser.add_class_arguments(training.TrainConfig)
+    return parser
+
+
+def _predict_parser(jsonargparse):
+    parser = jsonargparse.ArgumentParser(
         usage="keras-vmoe predict [options] model image [image ...]",
         description="Prints the most probable classes of image files.",
         epilog=PREDICT_EPILOG,
         allow_abbrev=False,
     )
-    predict_parser.add_argument(
-        "model", type=str, help="Run folder or .keras file."
-    )
-    predict_parser.add_argument(
+    parser.add_argument("model", type=str, help="Run folder or .keras file.")
+    parser.add_argument(
         "images",
         type=str,
         nargs="+",
         help="PNG, JPEG, BMP or GIF files that look like the training images "
         "(the embedded digits are white on black).",
     )
-    predict_parser.add_argument(
+    parser.add_argument(
         "--classes",
         type=str | None,
         default=None,
         help="JSON list of class names; default: that of the run folder.",
     )
-    predict_parser.add_argument(
+    parser.add_argument(
         "--top", type=int, default=3, help="Classes to print for each image."
     )
-    predict_parser.add_argument(
-        "--backend",
-        type=Literal["jax", "tensorflow", "torch"] | None,
-        default=None,
-        help="Keras backend; null leaves the choice to Keras.",
-    )
-    commands.add_subcommand("predict", predict_parser, help="Classify images.")
-    commands.add_subcommand(
-        "convert", _convert_parser(jsonargparse), help="Read other weights."
-    )
-    presets_parser = jsonargparse.ArgumentParser(
+    _add_backend(parser)
+    return parser
+
+
+def _presets_parser(jsonargparse):
+    parser = jsonargparse.ArgumentParser(
         usage="keras-vmoe presets [match]",
         description="Prints the models of the papers, their sizes and costs.",
         epilog=PRESETS_EPILOG,
         allow_abbrev=False,
     )
-    presets_parser.add_argument(
+    parser.add_argument(
         "match", type=str, nargs="?", default="", help="Part of the names."
-    )
-    commands.add_subcommand(
-        "presets", presets_parser, help="List the papers' models."
     )
     return parser
 
@@ -277,13 +281,17 @@ def _convert_parser(jsonargparse):
         default=None,
         help="K, which no checkpoint holds; null means 2.",
     )
+    _add_backend(parser)
+    return parser
+
+
+def _add_backend(parser):
     parser.add_argument(
         "--backend",
         type=Literal["jax", "tensorflow", "torch"] | None,
         default=None,
         help="Keras backend; null leaves the choice to Keras.",
     )
-    return parser
 
 
 def _restart(backend, arguments):

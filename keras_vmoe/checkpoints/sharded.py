@@ -153,10 +153,18 @@ def _parameters(entries):
 def _unpack(msgpack, reader, data):
     try:
         return msgpack.unpackb(data, raw=False, strict_map_key=False)
-    except Exception as error:  # The library has no common base class.
+    except _errors(msgpack) as error:
         raise reader.error(
             f"MessagePack cannot be read: {type(error).__name__} {error}"
         ) from error
+
+
+def _errors(msgpack):
+    """What bytes that are no MessagePack, or hold other things, raise."""
+    return (
+        AttributeError, LookupError, TypeError, ValueError,
+        msgpack.UnpackException,
+    )  # fmt: skip
 
 
 def _flatten(reader, tree):
@@ -189,7 +197,7 @@ def _entry(msgpack, reader, name, number, leaf, shard_count):
             for part in slices
         ]
         dtype = dtype.decode() if isinstance(dtype, bytes) else dtype
-    except Exception as error:
+    except _errors(msgpack) as error:
         raise reader.error(
             f"the entry of {name} cannot be read: {error}"
         ) from error
@@ -385,7 +393,7 @@ def _read_slices(reader):
     data = reader.read(length)
     try:
         return [tuple(msgpack.unpackb(one)) for one in msgpack.unpackb(data)]
-    except Exception as error:
+    except _errors(msgpack) as error:
         raise reader.error(f"a slice cannot be read: {error}") from error
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -21,6 +22,11 @@ NAMES = (
     ("MapHead/LayerNorm_0/", "MapHead/LayerNorm/"),
     ("MapHead/MlpBlock_0/", "MapHead/Mlp/"),
 )
+# What zipfile, zlib and numpy raise for damaged files.
+DAMAGE = (
+    EOFError, LookupError, NotImplementedError, OSError, RuntimeError,
+    SyntaxError, ValueError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 MAX_COMPRESSION = 1000  # Of zeros by deflate.
 
 
@@ -49,7 +55,7 @@ def read_vit_npz(path):
             return {_name(name): file[name] for name in file.files}
     except FileNotFoundError:
         raise
-    except Exception as error:  # zipfile, zlib and numpy share no base class.
+    except DAMAGE as error:
         raise CheckpointError(
             "The checkpoint must be a whole .npz file of arrays. "
             f"Received: {path} ({error}). Copy or download it again."

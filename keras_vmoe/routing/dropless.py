@@ -142,6 +142,33 @@ def dropless_plan(
     flat = ops.reshape(experts, (1, total))
     order = ops.arange(total, dtype="int32")[None]
     queues = queue_choices(flat, order, num_experts)
+    choice, slot, owner, count = _fill_blocks(flat[0], queues, num_experts)
+    shape = (1, groups * num_tokens, num_selected_experts)
+    sparse = SparsePlan(
+        choice=choice[None],
+        slot=ops.reshape(slot, shape),
+        weight=ops.reshape(weight, shape),
+        load=queues.load,
+    )
+    return DroplessPlan(
+        sparse=sparse, block_expert=owner, count=count, load=load
+    )
+
+
+def _fill_blocks(experts, queues, num_experts):
+    """Cuts the queues of all experts into blocks of T places.
+
+    Args:
+        experts: `(K * S,)` int32, the expert of each choice; E for nobody.
+        queues: The `Queues` of these choices, one group.
+        num_experts: E.
+
+    Returns:
+        `(choice, slot, owner, count)`: `(M, T)` the choice in each place,
+        `(K * S,)` the place of each choice, `(M,)` the expert of each block,
+        and the number of blocks that hold a choice.
+    """
+    total = ops.shape(experts)[0]
     size = block_size(total, num_experts)
     # Each expert wastes less than one block, and each block holds a choice.
     smaller = min if isinstance(total, int) else ops.minimum
@@ -162,19 +189,10 @@ def dropless_plan(
     choice = ops.where(
         rank < length, ops.take(queues.order[0], position), total
     )
-    expert = ops.minimum(flat[0], num_experts - 1)
+    expert = ops.minimum(experts, num_experts - 1)
     slot = ops.take(end - blocks, expert) * size + queues.rank[0]
-    slot = ops.where(flat[0] < num_experts, slot, num_blocks * size)
-    shape = (1, groups * num_tokens, num_selected_experts)
-    sparse = SparsePlan(
-        choice=choice[None],
-        slot=ops.reshape(slot, shape),
-        weight=ops.reshape(weight, shape),
-        load=queues.load,
-    )
-    return DroplessPlan(
-        sparse=sparse, block_expert=owner, count=end[-1], load=load
-    )
+    slot = ops.where(experts < num_experts, slot, num_blocks * size)
+    return choice, slot, owner, end[-1]
 
 
 def block_size(num_choices, num_experts):

@@ -95,7 +95,8 @@ def test_npz_never_executes_code_or_takes_memory(tmp_path):
 
 
 def test_orbax(tmp_path):
-    orbax = pytest.importorskip("orbax.checkpoint")
+    import orbax.checkpoint as orbax
+
     figures, weights, config = read("vit_last2_k2")
     tree = {}
     for name, array in weights.items():
@@ -117,7 +118,6 @@ def test_orbax(tmp_path):
 
 
 def test_bad_orbax(tmp_path):
-    pytest.importorskip("orbax.checkpoint")
     with pytest.raises(FileNotFoundError, match="no folder"):
         checkpoints.read_orbax(tmp_path / "none")
     with pytest.raises(checkpoints.CheckpointError, match="whole Orbax"):
@@ -140,7 +140,8 @@ def test_zoom_by_hand():
 
 @pytest.mark.parametrize("shape", [(2, 2), (3, 5), (7, 7), (4, 4)])
 def test_zoom_is_scipys(shape):
-    ndimage = pytest.importorskip("scipy.ndimage")
+    import scipy.ndimage as ndimage
+
     image = np.random.default_rng(0).normal(size=(4, 4, 3))
     factors = (shape[0] / 4, shape[1] / 4, 1)
     expected = ndimage.zoom(image, factors, order=1)

@@ -103,7 +103,6 @@ def test_headers_of_every_length(size, tmp_path):
 
 
 def test_remote_paths_go_through_tensorflow(tmp_path):
-    pytest.importorskip("tensorflow")
     arrays = arrays_of()
     writer.write(tmp_path / "far", arrays, shards=2)
     check(f"file://{tmp_path}/far", arrays)

@@ -36,6 +36,7 @@ ROUTER_FLAGS = {
     "num_selected_experts": 2,
     "capacity_factor": 1.5,
     "batch_priority": True,
+    "renormalize": True,
     "noise_std": 0.5,
     "importance_loss_weight": 0.1,
     "load_loss_weight": 0.2,
@@ -56,7 +57,6 @@ CHOICE_FLAGS = {
 }
 SOFT_FLAGS = {
     "num_slots": 2,
-    "capacity_factor": 1.5,
     "noise_std": 0.5,
     "seed": 7,
 }
@@ -99,6 +99,7 @@ CASES = [
         layers.ExpertChoiceRouter(3, gate="l2", **CHOICE_FLAGS),
         images_per_group=2),
     moe("soft", layers.SoftRouter(3)),
+    moe("soft with more slots", layers.SoftRouter(3, capacity_factor=1.5)),
     moe("soft with all flags", layers.SoftRouter(3, **SOFT_FLAGS),
         images_per_group=1, activation="gelu_tanh", dropout=0.1),
     moe("as it comes", {"num_selected_experts": 3}, shared_hidden_dim=4),
@@ -139,6 +140,12 @@ ROUTERS = [
         TOKENS,
     ),
     Case(layers.SoftRouter, {"num_experts": 3, **SOFT_FLAGS}, TOKENS),
+    Case(
+        layers.SoftRouter,
+        {"num_experts": 3, "capacity_factor": 1.5},
+        TOKENS,
+        label="SoftRouter with more slots",
+    ),
 ]
 each = pytest.mark.parametrize("case", CASES + PARTS, ids=str)
 # Gates are float32 under every policy: they have tests of their own below.

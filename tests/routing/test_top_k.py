@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 from keras_vmoe.routing import SparsePlan
+from keras_vmoe.routing import dropless_plan
 from keras_vmoe.routing import select_experts
 from keras_vmoe.routing import top_k_plan
 from tests.gradients import compiled
@@ -73,6 +74,51 @@ def test_combine_weights_are_not_renormalised():
     plan = make_plan(gates, 2, 1, False, None)
     weight = ops.convert_to_numpy(plan.weight)[0, 0]
     np.testing.assert_allclose(weight, [0.5, 0.3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dropless", [False, True])
+@pytest.mark.parametrize("num_selected_experts", [1, 2, 4])
+def test_renormalised_weights(num_selected_experts, dropless):
+    """Of every token they sum to 1 before any is dropped; masked ones get 0."""
+    gates, mask = random_gates(2, 9, 4), some_mask()
+    arguments = {"mask": ops.convert_to_tensor(mask), "renormalize": True}
+    tensor = ops.convert_to_tensor(gates)
+    if dropless:
+        plan = dropless_plan(tensor, num_selected_experts, **arguments).sparse
+    else:
+        plan = top_k_plan(tensor, num_selected_experts, 4, True, **arguments)
+    weight = ops.convert_to_numpy(plan.weight).reshape(2, 9, -1)
+    best = -np.sort(-gates, axis=-1)[..., :num_selected_experts]
+    expected = best / best.sum(axis=-1, keepdims=True) * mask[..., None]
+    places = plan.choice.shape[1] * plan.choice.shape[2]
+    served = ops.convert_to_numpy(plan.slot).reshape(2, 9, -1) < places
+    np.testing.assert_allclose(weight, expected * served, rtol=1e-6)
+    assert dropless or not served.all()
+
+
+def test_gradient_of_renormalised_weights():
+    """That of a softmax over the selected logits; of one weight 0."""
+    gates, probe = random_gates(1, 3, 4), np.array([0.3, -1.0, 2.0])
+
+    def ours(gates):
+        plan = top_k_plan(gates, 2, 3, renormalize=True)
+        first = plan.weight[0, :, 0] * ops.convert_to_tensor(probe, "float32")
+        return ops.sum(first)
+
+    _, (got,) = value_and_gradients(ours, gates)
+    for s, row in enumerate(gates[0]):
+        a, b = np.argsort(-row, kind="stable")[:2]
+        expected = np.zeros(4)
+        expected[a] = row[b] / (row[a] + row[b]) ** 2
+        expected[b] = -row[a] / (row[a] + row[b]) ** 2
+        np.testing.assert_allclose(got[0, s], probe[s] * expected, rtol=1e-4)
+
+    def one(gates):
+        return ops.sum(top_k_plan(gates, 1, 3, renormalize=True).weight)
+
+    value, (got,) = value_and_gradients(one, gates)
+    assert value == 3.0
+    np.testing.assert_allclose(got, 0.0, atol=1e-6)
 
 
 # What belongs together is in one row, since each new shape costs JAX seconds:

@@ -263,8 +263,6 @@ def events_of(folder):
 
 
 def test_tensorboard_has_scalars_and_pictures(tmp_path):
-    pytest.importorskip("tensorflow")
-    pytest.importorskip("matplotlib")
     import tensorflow as tf
 
     routing = callbacks.RoutingHistory()
@@ -297,7 +295,6 @@ def test_tensorboard_has_scalars_and_pictures(tmp_path):
 
 
 def test_tensorboard_without_moe_layers_writes_nothing(tmp_path):
-    pytest.importorskip("tensorflow")
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     x = np.ones((4, 2), "float32")
