@@ -15,6 +15,7 @@ import pytest
 import keras_vmoe
 from keras_vmoe import cli
 from keras_vmoe import models
+from tests.golden.models import FOLDER
 
 SMALL = [
     "--train_split=train[:128]",
@@ -229,3 +230,45 @@ def test_help(command, words):
     done = run(*command, "--help")
     assert done.returncode == 0
     assert all(word in done.stdout for word in words)
+
+
+# Models of the papers and other people's weights.
+
+
+def test_presets():
+    done = run("presets", "convnext_t_e4")
+    assert done.returncode == 0
+    header, row, *_ = done.stdout.splitlines()
+    assert header.split()[:3] == ["preset", "classes", "params"]
+    columns = "convnext_t_e4_last2_r2 1000 34.5 34.5 25.6 25.6 4.2".split()
+    assert row.split() == columns
+    done = run("presets", "convnet_t")
+    assert done.returncode == 1 and "nearest names: convnext_t" in done.stderr
+
+
+def test_convert(tmp_path):
+    prefix = FOLDER / "vit_checkpoint" / "ckpt_1"
+    output = tmp_path / "vmoe.keras"
+    arguments = ("convert", prefix, output, "--num_selected_experts=1")
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"model: {output}, 376,202 parameters" in done.stdout
+    assert "1504808/1504808" in done.stdout  # The progress bar, in bytes.
+    model = models.load(output)
+    assert model.moe.num_selected_experts == 1
+    again = run(*arguments)
+    assert again.returncode == 1 and "must be a new file" in again.stderr
+
+
+def test_convert_resizes(tmp_path):
+    prefix = FOLDER / "vit_checkpoint" / "ckpt_1"
+    output = tmp_path / "large.keras"
+    done = run("convert", prefix, output, "--image_size=24")
+    assert done.returncode == 0, done.stderr
+    assert models.load(output).input_shape == (None, 24, 24, 3)
+
+
+def test_convert_without_a_checkpoint(tmp_path):
+    done = run("convert", tmp_path / "none", tmp_path / "x.keras")
+    assert done.returncode == 1 and "none.index" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -69,7 +69,7 @@ def cost(model):
 
     >>> from keras_vmoe.models import ConvNeXtMoE
     >>> cost(ConvNeXtMoE(depths=[1], dims=[8], num_classes=10, image_size=8))
-    Cost(params=1258, active_params=1258, flops=5296, activation_bytes=1384)
+    Cost(params=1490, active_params=1490, flops=5232, activation_bytes=1512)
 
     Reference:
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 3.
@@ -273,7 +273,7 @@ def without_weights():
     >>> with without_weights():
     ...     model = from_preset("vmoe_h14_e32_every2")
     >>> round(cost(model).params / 1e9, 1)
-    7.1
+    7.2
     """
     name = "uninitialized_variables"
     waiting = list(global_state.get_global_attribute(name, []))
