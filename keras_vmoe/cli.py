@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -33,6 +34,10 @@ PREDICT_EPILOG = """examples:
   keras-vmoe predict runs/digits seven.png three.png
   keras-vmoe predict model.keras *.jpg --classes names.json --top 5
 """
+EVALUATE_EPILOG = """examples:
+  keras-vmoe evaluate runs/digits digits
+  keras-vmoe evaluate model.keras cifar10 --split 'test[:50%]' --data_dir DIR
+"""
 CONVERT_EPILOG = """examples:
   keras-vmoe convert checkpoints/vmoe_b16_imagenet21k vmoe_b16.keras
   keras-vmoe convert ViT-B_16.npz vit_b16.keras --image_size 384
@@ -63,7 +68,8 @@ def main(arguments=None):
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        parser = _parser(require("jsonargparse", "cli"))
+        jsonargparse = require("jsonargparse", "cli")
+        parser = _parser(jsonargparse, _recipe_of(arguments))
         settings = parser.instantiate(parser.parse_args(arguments))
         command = settings.subcommand
         COMMANDS[command](settings[command], arguments)
@@ -80,6 +86,9 @@ def train(settings, arguments):
     if config.backend not in (None, keras.backend.backend()):
         _restart(config.backend, arguments)
     print(f"backend: {keras.backend.backend()}", flush=True)
+    if settings.dry_run:
+        print(training.describe(config))
+        return
     result = training.train(config)
     print(f"model: {result.run_dir / 'model.keras'}")
     print(f"history: {result.run_dir / 'history.csv'}")
@@ -101,6 +110,28 @@ def predict(settings, arguments):
     for image, predictions in zip(settings.images, found, strict=True):
         classes = "  ".join(f"{name} {p:.3f}" for name, p in predictions)
         print(f"{image}: {classes}")
+
+
+def evaluate(settings, arguments):
+    """`keras-vmoe evaluate`: measures a model on a split of a dataset."""
+    if settings.backend not in (None, keras.backend.backend()):
+        _restart(settings.backend, arguments)
+    path = pathlib.Path(settings.model)
+    run_dir = path if path.is_dir() else path.parent
+    file = path / "model.keras" if path.is_dir() else path
+    model = models.load(file, compile=False)
+    images = data.load(
+        settings.dataset,
+        settings.split,
+        model.input_shape[1:3],
+        settings.batch_size,
+        training=False,
+        data_dir=settings.data_dir,
+        num_classes=model.output_shape[-1],
+        test_crop=settings.test_crop,
+    )
+    names = _class_names(settings.classes, run_dir, model.output_shape[-1])
+    print(evaluation.report(evaluation.measure(model, images), names))
 
 
 def presets(settings, arguments):
@@ -167,13 +198,33 @@ def convert(settings, arguments):
 
 COMMANDS = {
     "train": train,
+    "evaluate": evaluate,
     "predict": predict,
     "convert": convert,
     "presets": presets,
 }
 
 
-def _parser(jsonargparse):
+def _recipe_of(arguments):
+    """Settings of the recipe that the command line names, if any."""
+    value = functools.partial(_value_of, arguments)
+    name = value("--recipe")
+    if name is None or "train" not in arguments:
+        return {}
+    return training.recipes.find_recipe(name).settings(value("--preset"))
+
+
+def _value_of(arguments, flag):
+    """What follows a flag on the command line; None without it."""
+    for i, argument in enumerate(arguments):
+        if argument == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _parser(jsonargparse, recipe):
     # Keeps the lines of the examples apart; subcommands inherit it.
     class layout(  # noqa: N801
         argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter
@@ -190,12 +241,29 @@ def _parser(jsonargparse):
     commands = parser.add_subcommands(required=True)
     for name, make, text in (
         ("train", _train_parser, "Train a model."),
+        ("evaluate", _evaluate_parser, "Measure a model on a dataset."),
         ("predict", _predict_parser, "Classify images."),
         ("convert", _convert_parser, "Read other weights."),
         ("presets", _presets_parser, "List the papers' models."),
     ):
-        commands.add_subcommand(name, make(jsonargparse), help=text)
+        command = make(jsonargparse)
+        if name == "train":
+            command.set_defaults(_dotted(recipe))
+        commands.add_subcommand(name, command, help=text)
     return parser
+
+
+def _dotted(settings, prefix=""):
+    """Nested settings and dataclasses by dotted names."""
+    dotted = {}
+    for name, value in settings.items():
+        if dataclasses.is_dataclass(value):
+            value = dataclasses.asdict(value)
+        if isinstance(value, dict):
+            dotted |= _dotted(value, f"{prefix}{name}.")
+        else:
+            dotted[prefix + name] = value
+    return dotted
 
 
 def _train_parser(jsonargparse):
@@ -209,6 +277,51 @@ def _train_parser(jsonargparse):
         "--config", action="config", help="YAML file with these settings."
     )
     parser.add_class_arguments(training.TrainConfig)
+    parser.add_argument(
+        "--recipe",
+        type=str | None,
+        default=None,
+        help="Name of a recipe whose settings are the defaults of all others: "
+        + ", ".join(training.recipes.RECIPES),
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Print settings, cost, memory and steps, and train nothing.",
+    )
+    return parser
+
+
+def _evaluate_parser(jsonargparse):
+    parser = jsonargparse.ArgumentParser(
+        usage="keras-vmoe evaluate [options] model dataset",
+        description="Accuracy, loss, a table of the classes and what the "
+        "routers do, on one split of a TFDS dataset.",
+        epilog=EVALUATE_EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", type=str, help="Run folder or .keras file.")
+    parser.add_argument("dataset", type=str, help='TFDS dataset or "digits".')
+    parser.add_argument("--split", type=str, default="test", help="TFDS split.")
+    parser.add_argument(
+        "--data_dir", type=str | None, default=None, help="Folder of datasets."
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=64, help="Images at a time."
+    )
+    parser.add_argument(
+        "--test_crop",
+        type=float | None,
+        default=None,
+        help="Share of the shorter side that the centre crop keeps.",
+    )
+    parser.add_argument(
+        "--classes",
+        type=str | None,
+        default=None,
+        help="JSON list of class names; default: that of the run folder.",
+    )
+    _add_backend(parser)
     return parser
 
 

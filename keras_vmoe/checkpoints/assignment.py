@@ -5,6 +5,9 @@ import warnings
 import keras
 import numpy as np
 
+from keras_vmoe.layers.patches import patch_grid
+from keras_vmoe.models.base import image_pair
+
 HEAD = ("head/kernel", "head/bias")
 POSITIONS = "Encoder/posembed_input/pos_embedding"
 
@@ -115,6 +118,21 @@ def fit_positions(arrays, name, grid, has_token):
     table = table.reshape(rows * columns, -1)
     token = np.asarray(embedding[0, :prefix], "float32")
     return {**arrays, name: np.concatenate([token, table])[None]}
+
+
+def fit_table(embedding, model):
+    """A position embedding at the resolution of a `ViTMoE`.
+
+    Args:
+        embedding: `(1, N, D)` array.
+        model: A `ViTMoE` with learned positions.
+
+    Returns:
+        `(1, N, D)` array with the model's N, where the patches form a square.
+    """
+    grid = patch_grid(image_pair(model.image_size), model.patch_size)
+    has_token = model.pooling == "token"
+    return fit_positions({"": embedding}, "", grid, has_token)[""]
 
 
 def zoom(image, size):

@@ -7,14 +7,12 @@ from keras_vmoe.checkpoints.assignment import POSITIONS
 from keras_vmoe.checkpoints.assignment import assign
 from keras_vmoe.checkpoints.assignment import check_model
 from keras_vmoe.checkpoints.assignment import fit_head
-from keras_vmoe.checkpoints.assignment import fit_positions
+from keras_vmoe.checkpoints.assignment import fit_table
 from keras_vmoe.checkpoints.assignment import kernel_bias
 from keras_vmoe.checkpoints.sharded import read_vmoe
 from keras_vmoe.layers.gates import LinearGate
 from keras_vmoe.layers.gates import SoftGate
 from keras_vmoe.layers.moe import MoEMLP
-from keras_vmoe.layers.patches import patch_grid
-from keras_vmoe.models.base import image_pair
 from keras_vmoe.models.vit import ViTMoE
 
 
@@ -61,10 +59,8 @@ def load_vmoe(model, arrays):
         )
     weights = vmoe_weights(model)
     arrays = fit_head(dict(arrays), weights, model.num_classes)
-    if model.position_embedding == "learned":
-        grid = patch_grid(image_pair(model.image_size), model.patch_size)
-        has_token = model.pooling == "token"
-        arrays = fit_positions(arrays, POSITIONS, grid, has_token)
+    if model.position_embedding == "learned" and POSITIONS in arrays:
+        arrays[POSITIONS] = fit_table(arrays[POSITIONS], model)
     assign(weights, arrays)
     return model
 

@@ -4,6 +4,7 @@ Importing this room needs neither TensorFlow nor TFDS; calling it needs the
 extra `data`: `pip install 'keras_vmoe[data]'`.
 """
 
+from keras_vmoe.data.augmentation import Augmentation
 from keras_vmoe.data.images import normalize
 from keras_vmoe.data.images import preprocess
 from keras_vmoe.data.images import read_images
@@ -12,6 +13,7 @@ from keras_vmoe.data.schema import DatasetInfo
 from keras_vmoe.data.schema import info
 
 __all__ = [
+    "Augmentation",
     "DatasetInfo",
     "info",
     "load",

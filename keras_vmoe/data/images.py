@@ -227,6 +227,93 @@ def random_crop(image, padding, seed):
     return tf.slice(padded, tf.concat([offset, [0]], 0), image.shape)
 
 
+def decode_and_crop(image, decode, area, seed):
+    """Decodes a random window of an image (the crop of Inception).
+
+    Of a JPEG only the window is decoded.
+
+    Args:
+        image: Encoded bytes, or `(H, W, channels)` pixels.
+        decode: Function from the bytes to pixels; None for pixels.
+        area: Lowest and highest share of the area that the window has.
+        seed: Pair of integers; the same pair gives the same window.
+
+    Returns:
+        `(h, w, channels)` tensor; the ratio of its sides is 3/4 to 4/3 where
+        the image has room for it.
+
+    Reference:
+        [Szegedy et al., 2015](https://arxiv.org/abs/1409.4842), section 6.
+    """
+    tf = import_tensorflow()
+
+    def window(shape):
+        begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
+            shape,
+            tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
+            seed,
+            min_object_covered=0.0,
+            aspect_ratio_range=(3 / 4, 4 / 3),
+            area_range=area,
+            max_attempts=10,
+            use_image_if_no_bounding_boxes=True,
+        )
+        return begin, size
+
+    def crop(pixels):
+        begin, size = window(tf.shape(pixels))
+        channels = pixels.shape[-1]
+        size = tf.concat([size[:2], [channels]], 0)
+        return tf.ensure_shape(
+            tf.slice(pixels, begin, size), (None, None, channels)
+        )
+
+    if decode is None:
+        return crop(image)
+
+    def crop_jpeg():
+        begin, size = window(tf.image.extract_jpeg_shape(image))
+        corners = tf.concat([begin[:2], size[:2]], 0)
+        return tf.image.decode_and_crop_jpeg(image, corners, channels=3)
+
+    def crop_other():
+        pixels = crop(decode(image))
+        if pixels.shape[-1] != 3:  # Both branches give RGB.
+            pixels = tf.repeat(pixels[..., :1], 3, axis=-1)
+        return tf.cast(pixels, tf.uint8)
+
+    probe = decode(image)
+    if probe.dtype != tf.uint8:
+        return crop(probe)  # 16 bits are no JPEG.
+    return tf.cond(tf.io.is_jpeg(image), crop_jpeg, crop_other)
+
+
+def center_crop(image, size, share):
+    """The centre of an image, as evaluation crops it.
+
+    Args:
+        image: `(H, W, channels)` tensor.
+        size: Pair `(height, width)` of the result's ratio.
+        share: Share of the largest such window to keep, in (0, 1].
+
+    Returns:
+        `(h, w, channels)` tensor with `h / w` as in `size`.
+    """
+    tf = import_tensorflow()
+    sides = tf.cast(tf.shape(image)[:2], tf.float32)
+    wanted = tf.constant(size, tf.float32)
+    scale = share * tf.reduce_min(sides / wanted)
+    window = tf.maximum(tf.cast(tf.round(wanted * scale), tf.int32), 1)
+    begin = (tf.shape(image)[:2] - window) // 2
+    channels = image.shape[-1]
+    cropped = tf.slice(
+        image,
+        tf.concat([begin, [0]], 0),
+        tf.concat([window, [channels]], 0),
+    )
+    return tf.ensure_shape(cropped, (None, None, channels))
+
+
 def check_image_size(image_size):
     """Returns `(height, width)` of an integer or a pair of integers."""
     pair = (image_size,) * 2 if np.ndim(image_size) == 0 else image_size

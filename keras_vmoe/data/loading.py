@@ -3,21 +3,16 @@
 Axes: B images in the batch, H and W height and width in pixels.
 """
 
-import contextlib
-import logging
 import operator
 
+from keras_vmoe.data.augmentation import Augmentation
 from keras_vmoe.data.images import check_image_size
-from keras_vmoe.data.images import normalize
-from keras_vmoe.data.images import random_crop
-from keras_vmoe.data.images import to_rgb
 from keras_vmoe.data.integrity import check_files
+from keras_vmoe.data.pipeline import Pipeline
+from keras_vmoe.data.pipeline import seed_of_epoch
 from keras_vmoe.data.schema import read_schema
 from keras_vmoe.data.schema import resolve_num_classes
 from keras_vmoe.data.sources import open_builder
-from keras_vmoe.data.tensorflow_runtime import checked
-from keras_vmoe.data.tensorflow_runtime import import_tensorflow
-from keras_vmoe.data.tensorflow_runtime import import_tfds
 
 # What TFDS raises for splits that it cannot read; AttributeError is for one
 # that is no string.
@@ -40,17 +35,22 @@ def load(
     *,
     num_classes=None,
     seed=0,
-    random_crop_padding=0,
+    epoch=None,
+    augmentation=None,
+    one_hot=False,
+    test_crop=None,
     drop_remainder=None,
     shuffle_buffer=10_000,
 ):
     """Loads an image-classification dataset as batches for a model.
 
-    One pass over the result is one epoch. In training the order and the crops
+    One pass over the result is one epoch. In training the order and the changes
     differ from epoch to epoch, and a second run with the same seed repeats
     them exactly. (TensorFlow mixes the global seed of `tf.random.set_seed`,
-    which `keras.utils.set_random_seed` sets, into both.) In evaluation the
-    examples come in the order of the files, always the same.
+    which `keras.utils.set_random_seed` sets, into both.) With `epoch` the
+    result is that epoch and no other, whatever was read before: so a run can
+    be resumed. In evaluation the examples come in the order of the files,
+    always the same.
 
     Images become RGB, are resized and normalised as by `preprocess`; read
     there what number types mean. Nothing is downloaded: a dataset has to be
@@ -71,9 +71,15 @@ def load(
             (`~/.cache/keras_vmoe/datasets`, or under `XDG_CACHE_HOME`).
         num_classes: Integer, labels must lie in `[0, num_classes)`. None takes
             it from the dataset.
-        seed: Non-negative integer, seed of the order and of the crops.
-        random_crop_padding: Integer, in training images are padded with that
-            many black pixels per side, then cropped at random to their size.
+        seed: Non-negative integer, seed of the order and of the augmentation.
+        epoch: Optional non-negative integer; every pass over the result is then
+            this epoch of a training with this seed.
+        augmentation: Optional `Augmentation` of the training images.
+        one_hot: Boolean, whether labels are one-hot. They always are where the
+            augmentation mixes them.
+        test_crop: Optional share of the image's shorter side, in (0, 1], that
+            the centre crop of evaluation keeps. None resizes the whole image,
+            its sides independently.
         drop_remainder: Boolean, whether to drop a last batch that is not
             full. None drops it in training only.
         shuffle_buffer: Integer, number of examples (undecoded, as stored) to
@@ -81,7 +87,8 @@ def load(
 
     Returns:
         A `tf.data.Dataset` of `(images, labels)`: float32 `(B, H, W, 3)` in
-        [-1, 1] and int32 `(B,)`. Its length is known.
+        [-1, 1], and int32 `(B,)` or float32 `(B, num_classes)`. Its length is
+        known.
 
     Raises:
         ValueError: Something was asked for that does not exist: an unknown or
@@ -102,10 +109,11 @@ def load(
         print(images.shape, labels.shape)  # (64, 32, 32, 3) (64,)
     ```
     """
-    tf = import_tensorflow()
     size = check_image_size(image_size)
     _check_at_least(1, batch_size=batch_size, shuffle_buffer=shuffle_buffer)
-    _check_at_least(0, random_crop_padding=random_crop_padding, seed=seed)
+    _check_at_least(0, seed=seed, epoch=0 if epoch is None else epoch)
+    augmentation = _check_augmentation(augmentation, training)
+    _check_test_crop(test_crop)
     drop_remainder = training if drop_remainder is None else drop_remainder
 
     builder = open_builder(name, data_dir)
@@ -115,122 +123,41 @@ def load(
     if num_examples < (batch_size if drop_remainder else 1):
         raise _no_batch(name, split, num_examples, batch_size)
     check_files(builder, split)
-
-    dataset = _read(builder, schema, split, seed if training else None)
-    if training:
-        buffer = min(shuffle_buffer, num_examples)
-        dataset = dataset.shuffle(buffer, seed, reshuffle_each_iteration=True)
-    dataset = dataset.map(_decoder(builder, schema, size), tf.data.AUTOTUNE)
-    if training and random_crop_padding:
-        dataset = _with_random_crops(dataset, random_crop_padding, seed)
-    dataset = dataset.batch(batch_size, drop_remainder=bool(drop_remainder))
-    finish = _finisher(name, num_classes)
-    dataset = dataset.map(finish, tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
-    options = tf.data.Options()
-    options.deterministic = True
-    return dataset.with_options(options)
-
-
-def _read(builder, schema, split, shuffle_seed):
-    """Reads examples whose images are still as stored, mostly compressed.
-
-    Decoding comes after the shuffle, whose buffer would otherwise hold
-    decoded photographs (5 GB of them for ImageNet).
-    """
-    tfds = import_tfds()
-    shuffles = shuffle_seed is not None
-    config = tfds.ReadConfig(
-        shuffle_seed=shuffle_seed,
-        shuffle_reshuffle_each_iteration=shuffles,
-        # TFDS's default of 16 would mix the order of the files.
-        interleave_cycle_length=16 if shuffles else 1,
-        enable_ordering_guard=False,
-        try_autocache=False,
-        skip_prefetch=True,
+    pipeline = Pipeline(
+        builder=builder,
+        schema=schema,
+        split=split,
+        num_examples=num_examples,
+        num_classes=num_classes,
+        size=size,
+        seed=seed if epoch is None else seed_of_epoch(seed, epoch),
+        is_one_epoch=epoch is not None,
+        augmentation=augmentation,
+        one_hot=one_hot or augmentation.mixes,
+        test_crop=None if training else test_crop,
     )
-    skip = {schema.image: tfds.decode.SkipDecoding()}
-    with _without_tfds_warnings():
-        return builder.as_dataset(
-            split,
-            shuffle_files=shuffles,
-            read_config=config,
-            decoders=tfds.decode.PartialDecoding(
-                {schema.image: True, schema.label: True},
-                decoders=skip if schema.is_encoded else None,
-            ),
+    examples = pipeline.examples(training, shuffle_buffer)
+    return pipeline.batches(examples, batch_size, bool(drop_remainder))
+
+
+def _check_augmentation(augmentation, training):
+    """The augmentation of the training images, nothing in evaluation."""
+    if augmentation is not None and not isinstance(augmentation, Augmentation):
+        raise ValueError(
+            "`augmentation` must be an Augmentation or None. "
+            f"Received: augmentation={augmentation!r}. "
+            "Write data.Augmentation(flip=True)."
         )
+    return augmentation if augmentation and training else Augmentation()
 
 
-@contextlib.contextmanager
-def _without_tfds_warnings():
-    """Keeps back what TFDS has to say about things done on purpose.
-
-    It warns that an ordered dataset is shuffled, and blames its own use of a
-    deprecated property on the user.
-    """
-
-    def keeps(record):
-        text = record.getMessage()
-        return "FeatureConnector" not in text and "ordered" not in text
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(keeps)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keeps)
-
-
-def _decoder(builder, schema, size):
-    """Returns the function from a stored example to RGB pixels and label."""
-    tf = import_tensorflow()
-    feature = builder.info.features[schema.image]
-
-    def decode(example):
-        image = example[schema.image]
-        if schema.is_encoded:
-            image = feature.decode_example(image)
-        return to_rgb(image, size), tf.cast(example[schema.label], tf.int64)
-
-    return decode
-
-
-def _finisher(name, num_classes):
-    """Returns the function from a batch of pixels to a batch for the model."""
-    tf = import_tensorflow()
-    message = (
-        f"Labels must lie in [0, {num_classes}). "
-        "Received: label={shown} "
-        f"with num_classes={num_classes} in the dataset {name}. "
-        "Pass the true num_classes, or prepare the dataset with right labels."
-    )
-
-    # By the batch, because one by one small operations cost as much as
-    # decoding a small image.
-    def finish(images, labels):
-        is_wrong = (labels < 0) | (labels >= num_classes)
-        is_right = tf.logical_not(tf.reduce_any(is_wrong))
-        first_wrong = tf.gather(labels, tf.argmax(tf.cast(is_wrong, tf.int32)))
-        labels = checked(labels, is_right, message, first_wrong)
-        return normalize(images), tf.cast(labels, tf.int32)
-
-    return finish
-
-
-def _with_random_crops(dataset, padding, seed):
-    """Crops each image at random; which crop does not depend on threads."""
-    tf = import_tensorflow()
-    # One number per example: a function of the seed, the example's place in
-    # the epoch, and how many epochs went before.
-    numbers = tf.data.Dataset.random(seed, rerandomize_each_iteration=True)
-
-    def crop(example, number):
-        image, label = example
-        return random_crop(image, padding, [number, seed]), label
-
-    return tf.data.Dataset.zip(dataset, numbers).map(
-        crop, num_parallel_calls=tf.data.AUTOTUNE
-    )
+def _check_test_crop(test_crop):
+    good = isinstance(test_crop, (int, float)) and 0 < test_crop <= 1
+    if test_crop is not None and not good:
+        raise ValueError(
+            "`test_crop` must be a share in (0, 1] or None. "
+            f"Received: test_crop={test_crop!r}. ConvNeXt has 0.875."
+        )
 
 
 def _count_examples(name, builder, split):

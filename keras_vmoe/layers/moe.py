@@ -146,16 +146,32 @@ class MoEMLP(keras.layers.Layer):
         if inputs.shape[0] == 0:
             return inputs
         groups = routing.group_tokens(inputs, self.images_per_group, mask)
-        plan = self.router(
+        plan = self._plan(groups, training)
+        buffers = plan.dispatch(groups.tokens)  # (G, E, C, D)
+        buffers = self.experts(buffers, training=training)
+        return routing.ungroup_tokens(plan.combine(buffers), ops.shape(inputs))
+
+    def plan(self, inputs, mask=None):
+        """The routing plan of a batch, as in evaluation.
+
+        Args:
+            inputs: `(B, ..., D)` float tensor.
+            mask: Optional `(B, ...)` bool tensor.
+
+        Returns:
+            The router's plan.
+        """
+        groups = routing.group_tokens(inputs, self.images_per_group, mask)
+        return self._plan(groups, training=False)
+
+    def _plan(self, groups, training):
+        return self.router(
             groups.tokens,
             mask=groups.mask,
             group_size=groups.group_size,
             images_per_group=groups.images_per_group,
             training=training,
         )
-        buffers = plan.dispatch(groups.tokens)  # (G, E, C, D)
-        buffers = self.experts(buffers, training=training)
-        return routing.ungroup_tokens(plan.combine(buffers), ops.shape(inputs))
 
     def compute_output_spec(self, inputs, mask=None, training=False):
         # Keras would trace `call` with a made-up batch, which fits no group.

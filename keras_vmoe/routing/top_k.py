@@ -156,8 +156,8 @@ def _serve(experts, weights, order, num_experts, capacity):
     return SparsePlan(
         choice=choice,
         slot=slot,
-        # Not `where`: the gates of a NaN token are NaN, and what it gets back
-        # must be too, even if nobody serves it.
-        weight=weights * ops.cast(served, weights.dtype),
+        # The gates of a NaN token are NaN, and what it gets back must be too,
+        # even if nobody serves it. (A product with `served` XLA takes for 0.)
+        weight=ops.where(served, weights, weights * 0.0),
         load=queues.load,
     )

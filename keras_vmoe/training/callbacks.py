@@ -1,7 +1,5 @@
 """Callbacks for `fit`: routing in the logs, stopping on NaN, atomic files."""
 
-import csv
-import io
 import math
 import pathlib
 import warnings
@@ -13,6 +11,7 @@ from keras_vmoe import inspection
 from keras_vmoe import models
 from keras_vmoe._extras import require
 from keras_vmoe.routing.groups import is_number
+from keras_vmoe.training.files import write_csv
 
 
 class RoutingHistory(keras.callbacks.Callback):
@@ -39,6 +38,7 @@ class RoutingHistory(keras.callbacks.Callback):
 
     Args:
         per_layer: Whether to log each layer as well.
+        epochs: Statistics of the epochs before, of a run that is resumed.
 
     Attributes:
         epochs: One dict per epoch, from layer name to that layer's statistics;
@@ -49,13 +49,14 @@ class RoutingHistory(keras.callbacks.Callback):
     >>> model.fit(x, y, callbacks=[RoutingHistory()])  # doctest: +SKIP
     """
 
-    def __init__(self, per_layer=False):
+    def __init__(self, per_layer=False, epochs=()):
         super().__init__()
         self.per_layer = per_layer
-        self.epochs = []
+        self.earlier = list(epochs)
+        self.epochs = list(epochs)
 
     def on_train_begin(self, logs=None):
-        self.epochs = []
+        self.epochs = list(self.earlier)
 
     def on_epoch_begin(self, epoch, logs=None):
         inspection.reset_routing_statistics(self.model)
@@ -285,6 +286,7 @@ class HistoryFile(keras.callbacks.Callback):
     Args:
         path: CSV file.
         routing: Optional `RoutingHistory` that stands before this callback.
+        rows: Rows of the epochs before, of a run that is resumed.
 
     Attributes:
         rows: One dict per epoch.
@@ -295,14 +297,15 @@ class HistoryFile(keras.callbacks.Callback):
     >>> callbacks = [routing, HistoryFile("history.csv", routing)]
     """
 
-    def __init__(self, path, routing=None):
+    def __init__(self, path, routing=None, rows=()):
         super().__init__()
         self.path = pathlib.Path(path)
         self.routing = routing
-        self.rows = []
+        self.earlier = list(rows)
+        self.rows = list(rows)
 
     def on_train_begin(self, logs=None):
-        self.rows = []
+        self.rows = list(self.earlier)
 
     def on_epoch_end(self, epoch, logs=None):
         row = {"epoch": epoch + 1}
@@ -323,33 +326,3 @@ def _columns(layers):
         for e, share in enumerate(layer["load_share"]):
             row[f"{name}/load_{e}"] = float(share)
     return row
-
-
-def write_csv(path, rows):
-    """Writes rows as CSV, atomically.
-
-    Args:
-        path: `pathlib.Path` to write.
-        rows: List of dicts; the columns are all their keys, in order.
-    """
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(path, text.getvalue())
-
-
-def write_file(path, text):
-    """Writes a text file, atomically.
-
-    Args:
-        path: `pathlib.Path` to write.
-        text: String.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, newline="")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

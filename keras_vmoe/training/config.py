@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
+from keras_vmoe.data import Augmentation
 from keras_vmoe.models import MoEConfig
 
 
@@ -48,7 +49,8 @@ class TrainConfig:
     """A training run. The defaults train a V-MoE on the embedded digits.
 
     Attributes:
-        run_dir: Folder that the run writes into; must be new or empty.
+        run_dir: Folder that the run writes into: a new or empty one, or that
+            of a run with the same settings that was stopped, which is resumed.
         backend: Keras backend; null leaves the choice to Keras.
         dataset: Name of a TFDS image-classification dataset, or "digits".
         data_dir: Folder of the prepared dataset; null means TFDS's default
@@ -58,17 +60,35 @@ class TrainConfig:
         test_split: TFDS split to measure once, at the end.
         num_classes: Classes of a dataset whose labels are plain integers; null
             for one that knows them.
-        random_crop_padding: Pixels of padding before a random crop of the
-            training images; 0 leaves them as they are.
+        augmentation: What happens to the training images.
+        test_crop: Share of the shorter side that the centre crop of evaluation
+            keeps; null resizes the whole image.
         batch_size: Images per training step.
         epochs: Passes over the training split.
-        learning_rate: Peak learning rate of AdamW, reached after the warm-up;
-            from there a cosine leads to 0.
+        loss: Cross-entropy over the classes, or a binary one for each class.
+        label_smoothing: Share of the label's 1 that all classes get, in [0, 1).
+        optimizer: AdamW, LAMB or SGD with momentum 0.9.
+        learning_rate: Peak learning rate, reached after the warm-up.
+        schedule: How the learning rate falls from there to 0.
         warmup: Share of the training steps that is linear warm-up, in [0, 1).
-        weight_decay: Decoupled weight decay of AdamW, on the kernels of all
-            layers and experts and on learned positions; not on biases, norms,
-            the class token, the layer scale and the attention pooling's probe.
+        weight_decay: Decoupled weight decay of the kernels of all layers; not
+            of biases, norms, the class token, the layer scale and the
+            attention pooling's probe.
+        expert_weight_decay: That of the experts' kernels; null means the same.
+        decay_positions: Whether learned positions are decayed as well.
+        decay_gates: Whether the routers' kernels are decayed as well.
+        clip_norm: Largest norm of all gradients together; null clips nothing.
+        accumulate: Steps whose gradients are added up for one update.
+        ema: Momentum of an exponential moving average of the weights, which
+            the saved model then has; null for none.
+        init: Weights to start from: a .keras file, or a checkpoint of the
+            reference program, see `keras-vmoe convert`. The head starts anew
+            where the classes differ, positions are resized.
+        freeze: What is not trained: the routers, or all but the head.
+        keep_checkpoints: How many epochs' checkpoints to keep.
         seed: Makes a run repeatable on one machine and backend.
+        preset: One of the papers' models, see `keras-vmoe presets`, in the
+            place of `model`, whose image size and drop path it takes.
         model: The model's size.
         moe: Its MoE layers; null trains the dense twin.
     """
@@ -81,22 +101,56 @@ class TrainConfig:
     validation_split: str = "validation"
     test_split: str = "test"
     num_classes: int | None = None
-    random_crop_padding: int = 3
+    augmentation: Augmentation = dataclasses.field(
+        default_factory=lambda: Augmentation(crop_padding=3)
+    )
+    test_crop: float | None = None
     batch_size: int = 64
     epochs: int = 60
+    loss: Literal["ce", "bce"] = "ce"
+    label_smoothing: float = 0.0
+    optimizer: Literal["adamw", "lamb", "sgd"] = "adamw"
     learning_rate: float = 2e-3
+    schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
     warmup: float = 1 / 12
     weight_decay: float = 0.3
+    expert_weight_decay: float | None = None
+    decay_positions: bool = True
+    decay_gates: bool = True
+    clip_norm: float | None = None
+    accumulate: int = 1
+    ema: float | None = None
+    init: str | None = None
+    freeze: Literal["routers", "backbone"] | None = None
+    keep_checkpoints: int = 2
     seed: int = 0
+    preset: str | None = None
     model: ViTConfig = dataclasses.field(default_factory=ViTConfig)
     moe: MoEConfig | None = dataclasses.field(default_factory=MoEConfig)
 
     def __post_init__(self):
-        for name in ("batch_size", "epochs", "learning_rate"):
+        for name in ("batch_size", "epochs", "learning_rate", "accumulate"):
             self._check(name, getattr(self, name) > 0, "positive")
-        for name in ("weight_decay", "random_crop_padding"):
-            self._check(name, getattr(self, name) >= 0, "at least 0")
-        self._check("warmup", 0 <= self.warmup < 1, "at least 0 and below 1")
+        self._check("keep_checkpoints", self.keep_checkpoints > 0, "positive")
+        self._check("weight_decay", self.weight_decay >= 0, "at least 0")
+        for name in ("warmup", "label_smoothing"):
+            good = 0 <= getattr(self, name) < 1
+            self._check(name, good, "at least 0 and below 1")
+        for name, good in (
+            ("expert_weight_decay", lambda x: x >= 0),
+            ("clip_norm", lambda x: x > 0),
+            ("ema", lambda x: 0 < x < 1),
+            ("test_crop", lambda x: 0 < x <= 1),
+        ):
+            value = getattr(self, name)
+            if value is not None:
+                self._check(name, good(value), "null or in its range")
+        if self.label_smoothing and self.loss == "bce":
+            raise ValueError(
+                "Labels are smoothed over the classes of a cross-entropy. "
+                f"Received: label_smoothing={self.label_smoothing} with "
+                "loss='bce'. Leave one of them out."
+            )
         seed = 0 <= self.seed < 2**32
         self._check("seed", seed, "at least 0 and below 2**32")
 

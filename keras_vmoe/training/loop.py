@@ -1,22 +1,30 @@
 """The training loop: datasets, model, `fit`, and the files of a run."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import sys
 from typing import NamedTuple
 
 import keras
+import numpy as np
 
 from keras_vmoe import data
 from keras_vmoe import inspection
 from keras_vmoe import models
 from keras_vmoe._extras import require
 from keras_vmoe.training import callbacks
+from keras_vmoe.training import optimizers
+from keras_vmoe.training.checkpointing import Checkpoints
+from keras_vmoe.training.checkpointing import SaveCheckpoint
+from keras_vmoe.training.initialization import freeze
+from keras_vmoe.training.initialization import initialize
+from keras_vmoe.training.run_folder import open_run
+from keras_vmoe.training.run_folder import write_result
 
-# On digits positions without decay were worse: 0.975 instead of 0.984, the mean
-# test accuracy of two seeds.
-DECAYED = ("kernel", "positions/embedding")
+POSITIONS = r"positions/embedding$"
+MOMENTUM = 0.9  # Of SGD.
 
 
 class RunResult(NamedTuple):
@@ -34,11 +42,17 @@ class RunResult(NamedTuple):
 
 
 def train(config):
-    """Trains a `ViTMoE` and writes a run folder.
+    """Trains a model and writes a run folder.
 
     The folder holds `model.keras` (the model of the last epoch), `config.yaml`
-    (to be given to `keras-vmoe train --config`), `classes.json`, `history.csv`
-    and `curves.png`. Test images are looked at once, after the training.
+    (to be given to `keras-vmoe train --config`), `classes.json`, `history.csv`,
+    `curves.png` and, when all is done, `result.json`. Test images are looked at
+    once, after the training.
+
+    A run that was stopped continues from its last whole epoch when it is
+    started again with the same settings, and ends as if it had never stopped:
+    weights, optimizer, noise, order and augmentation of the images are those of
+    the epoch.
 
     Args:
         config: A `TrainConfig`.
@@ -48,8 +62,8 @@ def train(config):
 
     Raises:
         ValueError: If the configuration fits no model or dataset, before
-            anything is written.
-        FileExistsError: If the run folder holds files.
+            anything is written, or is not that of the run in the folder.
+        FileExistsError: If the run folder holds a finished run or other files.
         NonFiniteLossError: If the loss becomes NaN; the model of the last good
             epoch stays in the folder.
 
@@ -60,114 +74,191 @@ def train(config):
     require("matplotlib", "plots")  # Before an hour of training, not after.
     keras.utils.set_random_seed(config.seed)
     info = data.info(config.dataset, config.data_dir)
-    train_data, validation_data, test_data = _datasets(config, info)
-    model = _model(config, info)
+    train_data, validation_data, test_data = datasets(config, info)
     steps = len(train_data)
-    _compile(model, config, steps)
-    run_dir = _open_run(config, info)
+    model = make_model(config, info)
+    compile_model(model, config, steps)
+    run_dir = open_run(config, info.class_names)
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
+    state = checkpoints.restore(model) or {"epoch": 0}
+    if state["epoch"]:
+        print(f"resumed after epoch {state['epoch']}", flush=True)
 
-    routing = callbacks.RoutingHistory()
-    history = callbacks.HistoryFile(run_dir / "history.csv", routing)
-    model.fit(
-        train_data,
-        validation_data=validation_data,
-        epochs=config.epochs,
-        shuffle=False,  # The dataset shuffles itself.
-        verbose=1 if sys.stdout.isatty() else 2,
-        callbacks=[
-            callbacks.StopOnNonFiniteLoss(run_dir / "model.keras"),
-            routing,
-            callbacks.SaveModel(run_dir / "model.keras"),
-            history,
-        ],
+    routing = callbacks.RoutingHistory(epochs=_to_arrays(state))
+    history = callbacks.HistoryFile(
+        run_dir / "history.csv", routing, state.get("rows", ())
     )
+    if state["epoch"] < config.epochs:
+        model.fit(
+            batches(config, info, state["epoch"]),
+            steps_per_epoch=steps,
+            validation_data=validation_data,
+            initial_epoch=state["epoch"],
+            epochs=config.epochs,
+            shuffle=False,  # The dataset shuffles itself.
+            verbose=1 if sys.stdout.isatty() else 2,
+            callbacks=[
+                callbacks.StopOnNonFiniteLoss(run_dir / "model.keras"),
+                routing,
+                history,
+                SaveCheckpoint(
+                    checkpoints, lambda: _to_lists(history.rows, routing.epochs)
+                ),
+                # Behind the checkpoint, which has the weights themselves.
+                *_ema_callbacks(config),
+                callbacks.SaveModel(run_dir / "model.keras"),
+            ],
+        )
+    elif config.ema:
+        model.optimizer.finalize_variable_values(model.trainable_variables)
     test = model.evaluate(test_data, verbose=0, return_dict=True)
-    inspection.plot_history(
-        model.history.history, routing.epochs, run_dir / "curves.png"
-    )
+    curves = {
+        name: [row.get(name) for row in history.rows]
+        for name in history.rows[0]
+    }
+    inspection.plot_history(curves, routing.epochs, run_dir / "curves.png")
+    write_result(run_dir, test)
     return RunResult(test["accuracy"], model, run_dir)
 
 
-def _datasets(config, info):
-    def load(name, training):
-        try:
-            return data.load(
-                config.dataset,
-                getattr(config, name),
-                config.model.image_size,
-                config.batch_size,
-                training,
-                config.data_dir,
-                num_classes=config.num_classes or info.num_classes,
-                seed=config.seed,
-                random_crop_padding=(
-                    config.random_crop_padding if training else 0
-                ),
-            )
-        except ValueError as error:
-            raise ValueError(f"{error} (The setting is `{name}`.)") from error
+def _ema_callbacks(config):
+    """What puts the average of the weights into validation and saved model."""
+    if not config.ema:
+        return []
+    return [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)]
 
+
+def datasets(config, info):
+    """The datasets of training (its first epoch), validation and test."""
     return (
-        load("train_split", True),
-        load("validation_split", False),
-        load("test_split", False),
+        load(config, info, "train_split", True, epoch=0),
+        load(config, info, "validation_split", False),
+        load(config, info, "test_split", False),
     )
 
 
-def _model(config, info):
-    settings = dataclasses.asdict(config.model)
-    return models.ViTMoE(
-        **settings,
-        num_classes=config.num_classes or info.num_classes,
-        moe=config.moe,
-    )
-
-
-def _compile(model, config, steps_per_epoch):
-    warmup = round(config.warmup * config.epochs * steps_per_epoch)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        initial_learning_rate=0.0 if warmup else config.learning_rate,
-        decay_steps=max(1, config.epochs * steps_per_epoch - warmup),
-        warmup_target=config.learning_rate if warmup else None,
-        warmup_steps=warmup,
-    )
-    optimizer = keras.optimizers.AdamW(
-        schedule, weight_decay=config.weight_decay
-    )
-    optimizer.exclude_from_weight_decay(
-        var_list=[
-            weight
-            for weight in model.trainable_weights
-            if not weight.path.endswith(DECAYED)
-        ]
-    )
-    model.compile(
-        optimizer,
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
-
-
-def _open_run(config, info):
-    """Makes the run folder and writes what is known before the training."""
-    run_dir = pathlib.Path(config.run_dir)
-    if run_dir.exists() and not (run_dir.is_dir() and _is_empty(run_dir)):
-        raise FileExistsError(
-            "`run_dir` must be new or empty, so that no run is overwritten. "
-            f"Received: run_dir={config.run_dir!r}. Name another folder or "
-            "remove this one."
+def load(config, info, split, training, epoch=None):
+    """One of the run's datasets."""
+    try:
+        return data.load(
+            config.dataset,
+            getattr(config, split),
+            config.model.image_size,
+            config.batch_size,
+            training,
+            config.data_dir,
+            num_classes=config.num_classes or info.num_classes,
+            seed=config.seed,
+            epoch=epoch,
+            augmentation=config.augmentation,
+            one_hot=is_one_hot(config),
+            test_crop=config.test_crop,
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    callbacks.write_file(run_dir / "classes.json", json.dumps(info.class_names))
-    settings = dataclasses.asdict(config)
-    settings["backend"] = keras.backend.backend()
-    if config.moe is not None:
-        settings["moe"] = config.moe.to_dict()
-    yaml = require("yaml", "cli")
-    text = yaml.safe_dump(settings, sort_keys=False)
-    callbacks.write_file(run_dir / "config.yaml", text)
-    return run_dir
+    except ValueError as error:
+        raise ValueError(f"{error} (The setting is `{split}`.)") from error
 
 
-def _is_empty(folder):
-    return not any(folder.iterdir())
+def batches(config, info, first_epoch):
+    """Batches of one epoch after the other, without end.
+
+    Each epoch is a dataset of its own, a function of the seed and of its
+    number: what was read before does not matter.
+    """
+    for epoch in itertools.count(first_epoch):
+        dataset = load(config, info, "train_split", True, epoch=epoch)
+        yield from dataset.as_numpy_iterator()
+
+
+def is_one_hot(config):
+    """Whether the labels are distributions over the classes."""
+    smoothed = config.label_smoothing > 0 or config.loss == "bce"
+    return smoothed or config.augmentation.mixes
+
+
+def make_model(config, info):
+    """The model of a configuration, with the weights that it starts from."""
+    num_classes = config.num_classes or info.num_classes
+    settings = dataclasses.asdict(config.model)
+    if config.preset is not None:
+        shared = ("image_size", "drop_path", "dtype")
+        settings = {name: settings[name] for name in shared}
+        model = models.from_preset(
+            config.preset, num_classes=num_classes, **settings
+        )
+    else:
+        model = models.ViTMoE(
+            **settings, num_classes=num_classes, moe=config.moe
+        )
+    if config.init is not None:
+        initialize(model, config.init)
+    freeze(model, config.freeze)
+    return model
+
+
+def compile_model(model, config, steps_per_epoch):
+    """Compiles a model with the optimizer, loss and metrics of a run."""
+    updates = max(1, config.epochs * steps_per_epoch // config.accumulate)
+    schedule = optimizers.WarmUp(
+        config.learning_rate,
+        steps=updates,
+        warmup_steps=min(round(config.warmup * updates), updates - 1),
+        decay=config.schedule,
+    )
+    decayed = list(optimizers.KERNELS)
+    arguments = {"momentum": MOMENTUM} if config.optimizer == "sgd" else {}
+    optimizer = optimizers.OPTIMIZERS[config.optimizer](
+        schedule,
+        weight_decay=config.weight_decay,
+        expert_weight_decay=config.expert_weight_decay,
+        decayed=decayed + [POSITIONS] * config.decay_positions,
+        decay_gates=config.decay_gates,
+        global_clipnorm=config.clip_norm,
+        use_ema=config.ema is not None,
+        ema_momentum=config.ema or 0.99,
+        gradient_accumulation_steps=(
+            config.accumulate if config.accumulate > 1 else None
+        ),
+        **arguments,
+    )
+    model.compile(optimizer, make_loss(config), metrics=make_metrics(config))
+
+
+def make_loss(config):
+    """The loss of a run, of logits."""
+    if config.loss == "bce":
+        return keras.losses.BinaryCrossentropy(from_logits=True)
+    if is_one_hot(config):
+        return keras.losses.CategoricalCrossentropy(
+            from_logits=True, label_smoothing=config.label_smoothing
+        )
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def make_metrics(config):
+    """The metrics of a run."""
+    if is_one_hot(config):
+        return [keras.metrics.CategoricalAccuracy(name="accuracy")]
+    return [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
+
+
+def _to_lists(rows, epochs):
+    """What a checkpoint keeps of the history, for JSON."""
+    routing = [
+        {
+            name: {key: np.asarray(value).tolist() for key, value in x.items()}
+            for name, x in layers.items()
+        }
+        for layers in epochs
+    ]
+    return {"rows": rows, "routing": routing}
+
+
+def _to_arrays(state):
+    """The routing of the epochs before, as it was."""
+    return [
+        {
+            name: {**x, "load_share": np.array(x["load_share"])}
+            for name, x in layers.items()
+        }
+        for layers in state.get("routing", ())
+    ]

@@ -189,7 +189,7 @@ me.touch()
 while not other.exists():
     time.sleep(0.01)
 train = data.load("digits", "train", 8, 64, True, folder,
-                  seed=5, random_crop_padding=2)
+                  seed=5, augmentation=data.Augmentation(crop_padding=2))
 digest = hashlib.sha256()
 for _ in range(2):
     for images, labels in train.as_numpy_iterator():

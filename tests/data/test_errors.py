@@ -242,7 +242,7 @@ def test_num_classes_that_is_too_small(data_dir, num_classes):
         ("batch_size", 2.5, 1),
         ("batch_size", None, 1),
         ("shuffle_buffer", 0, 1),
-        ("random_crop_padding", -1, 0),
+        ("epoch", -1, 0),
         ("seed", None, 0),
         ("seed", -1, 0),
     ],

@@ -120,7 +120,8 @@ def test_training_labels_stay_with_their_images(data_dir, grey_images):
 
 @pytest.mark.parametrize("padding", [0, 2])
 def test_training_repeats_for_the_same_seed_only(data_dir, padding):
-    options = {"epochs": 2, "random_crop_padding": padding}
+    augmentation = data.Augmentation(crop_padding=padding)
+    options = {"epochs": 2, "augmentation": augmentation}
     first = train(data_dir, seed=1, **options)
     np.testing.assert_array_equal(first, train(data_dir, seed=1, **options))
     assert not np.array_equal(first, train(data_dir, seed=2, **options))
@@ -141,7 +142,8 @@ def window_of(crop, image, padding):
 
 def test_training_crops_are_windows_that_differ_between_epochs():
     # A buffer of one does not shuffle, so that images can be compared.
-    options = {"random_crop_padding": 2, "shuffle_buffer": 1}
+    augmentation = data.Augmentation(crop_padding=2)
+    options = {"augmentation": augmentation, "shuffle_buffer": 1}
     crops = data.load("digits", "train[:64]", 8, 16, True, **options)
     plain, _ = arrays(data.load("digits", "train[:64]", 8, 16, False))
     epochs = []
@@ -159,7 +161,8 @@ def test_training_crops_are_windows_that_differ_between_epochs():
 
 def test_evaluation_ignores_what_is_random(data_dir):
     plain = arrays(data.load("grey", "test", 28, 5, False, data_dir))
-    options = {"seed": 3, "random_crop_padding": 4, "shuffle_buffer": 7}
+    augmentation = data.Augmentation(crop_padding=4, flip=True, mixup=1.0)
+    options = {"seed": 3, "augmentation": augmentation, "shuffle_buffer": 7}
     other = data.load("grey", "test", 28, 5, False, data_dir, **options)
     for expected, result in zip(plain, arrays(other), strict=True):
         np.testing.assert_array_equal(expected, result)

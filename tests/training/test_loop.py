@@ -18,7 +18,7 @@ SMALL = training.TrainConfig(
     train_split="train[:128]",
     validation_split="validation[:64]",
     test_split="test[:64]",
-    random_crop_padding=1,
+    augmentation=data.Augmentation(crop_padding=1),
     batch_size=32,
     epochs=2,
     warmup=0.5,
@@ -63,11 +63,13 @@ def result(tmp_path_factory, cache):
 def test_run_folder(result):
     names = {path.name for path in result.run_dir.iterdir()}
     assert names == {
+        "checkpoints",
         "classes.json",
         "config.yaml",
         "curves.png",
         "history.csv",
         "model.keras",
+        "result.json",
     }
     rows = history(result.run_dir)
     assert len(rows) == 2
@@ -107,13 +109,12 @@ def test_weight_decay_is_on_kernels_and_positions():
         ),
     )
     info = data.info("digits")
-    model = loop._model(config, info)
-    loop._compile(model, config, 4)
-    model.optimizer.build(model.trainable_variables)
+    model = loop.make_model(config, info)
+    loop.compile_model(model, config, 4)
     decayed = [
         weight.path
         for weight in model.trainable_weights
-        if model.optimizer._use_weight_decay(weight)
+        if model.optimizer.decay_of(weight)
     ]
     kernels = [w.path for w in model.trainable_weights if w.ndim > 1]
     others = ("bias", "class_token/token")

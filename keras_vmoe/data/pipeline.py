@@ -1,0 +1,203 @@
+"""The stages between a prepared dataset and batches for a model.
+
+Read, shuffle, repeat, decode and crop, batch, check, augment, normalise.
+"""
+
+import contextlib
+import dataclasses
+import logging
+from typing import Any
+
+import numpy as np
+
+from keras_vmoe.data.augmentation import Augmentation
+from keras_vmoe.data.augmentation import make_augment
+from keras_vmoe.data.images import center_crop
+from keras_vmoe.data.images import decode_and_crop
+from keras_vmoe.data.images import normalize
+from keras_vmoe.data.images import random_crop
+from keras_vmoe.data.images import to_rgb
+from keras_vmoe.data.schema import Schema
+from keras_vmoe.data.tensorflow_runtime import checked
+from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.data.tensorflow_runtime import import_tfds
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """What all stages need to know; see the arguments of `data.load`."""
+
+    builder: Any
+    schema: Schema
+    split: str
+    num_examples: int
+    num_classes: int
+    size: tuple[int, int]
+    seed: int
+    is_one_epoch: bool
+    augmentation: Augmentation
+    one_hot: bool
+    test_crop: float | None
+
+    def examples(self, training, shuffle_buffer):
+        """Stored examples, each with a random number of its own.
+
+        Args:
+            training: Whether to shuffle and to repeat images.
+            shuffle_buffer: Examples to draw from.
+
+        Returns:
+            A `tf.data.Dataset` of `(example, number)`.
+        """
+        tf = import_tensorflow()
+        dataset = self._read(training)
+        if training:
+            dataset = dataset.shuffle(
+                min(shuffle_buffer, self.num_examples),
+                self.seed,
+                reshuffle_each_iteration=not self.is_one_epoch,
+            )
+        repeats = self.augmentation.repeats
+        if repeats > 1:
+            dataset = dataset.take(-(-self.num_examples // repeats))
+            dataset = dataset.flat_map(
+                lambda x: tf.data.Dataset.from_tensors(x).repeat(repeats)
+            )
+            dataset = dataset.take(self.num_examples)
+            dataset = dataset.apply(
+                tf.data.experimental.assert_cardinality(self.num_examples)
+            )
+        # A function of the seed, the example's place in the epoch, and how
+        # many epochs went before; which crop does not depend on threads.
+        numbers = tf.data.Dataset.random(
+            self.seed, rerandomize_each_iteration=not self.is_one_epoch
+        )
+        return tf.data.Dataset.zip(dataset, numbers)
+
+    def batches(self, examples, batch_size, drop_remainder):
+        """Batches for a model.
+
+        Args:
+            examples: What `examples` returns.
+            batch_size: B.
+            drop_remainder: Whether to drop a last batch that is not full.
+
+        Returns:
+            A `tf.data.Dataset` of `(images, labels)`.
+        """
+        tf = import_tensorflow()
+        dataset = examples.map(self._decode, tf.data.AUTOTUNE)
+        dataset = dataset.batch(batch_size, drop_remainder=drop_remainder)
+        dataset = dataset.map(self._checked_labels, tf.data.AUTOTUNE)
+        augment = make_augment(self.augmentation, self.seed)
+        if augment is not None:
+            dataset = dataset.prefetch(1).map(augment)  # One after the other.
+        dataset = dataset.map(
+            lambda images, labels: (normalize(images), labels), tf.data.AUTOTUNE
+        )
+        options = tf.data.Options()
+        options.deterministic = True
+        return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
+
+    def _read(self, shuffles):
+        """Reads examples whose images are still as stored, mostly compressed.
+
+        Decoding comes after the shuffle, whose buffer would otherwise hold
+        decoded photographs (5 GB of them for ImageNet).
+        """
+        tfds = import_tfds()
+        schema = self.schema
+        config = tfds.ReadConfig(
+            shuffle_seed=self.seed if shuffles else None,
+            shuffle_reshuffle_each_iteration=shuffles and not self.is_one_epoch,
+            # TFDS's default of 16 would mix the order of the files.
+            interleave_cycle_length=16 if shuffles else 1,
+            enable_ordering_guard=False,
+            try_autocache=False,
+            skip_prefetch=True,
+        )
+        skip = {schema.image: tfds.decode.SkipDecoding()}
+        with _without_tfds_warnings():
+            return self.builder.as_dataset(
+                self.split,
+                shuffle_files=shuffles,
+                read_config=config,
+                decoders=tfds.decode.PartialDecoding(
+                    {schema.image: True, schema.label: True},
+                    decoders=skip if schema.is_encoded else None,
+                ),
+            )
+
+    def _decode(self, example, number):
+        """From a stored example to RGB pixels of the right size and a label."""
+        tf = import_tensorflow()
+        image = example[self.schema.image]
+        feature = self.builder.info.features[self.schema.image]
+        seed = [number, self.seed]
+        area = self.augmentation.crop_area
+        if area is not None:
+            decode = feature.decode_example if self.schema.is_encoded else None
+            image = decode_and_crop(image, decode, area, seed)
+        elif self.schema.is_encoded:
+            image = feature.decode_example(image)
+        if self.test_crop is not None:
+            image = center_crop(image, self.size, self.test_crop)
+        image = to_rgb(image, self.size)
+        if self.augmentation.crop_padding:
+            image = random_crop(image, self.augmentation.crop_padding, seed)
+        return image, tf.cast(example[self.schema.label], tf.int64)
+
+    def _checked_labels(self, images, labels):
+        """Labels in range, one-hot if wanted."""
+        # By the batch, because one by one small operations cost as much as
+        # decoding a small image.
+        tf = import_tensorflow()
+        message = (
+            f"Labels must lie in [0, {self.num_classes}). "
+            "Received: label={shown} "
+            f"with num_classes={self.num_classes} in the dataset "
+            f"{self.builder.name}. "
+            "Pass the true num_classes, or prepare the dataset with right "
+            "labels."
+        )
+        is_wrong = (labels < 0) | (labels >= self.num_classes)
+        is_right = tf.logical_not(tf.reduce_any(is_wrong))
+        first_wrong = tf.gather(labels, tf.argmax(tf.cast(is_wrong, tf.int32)))
+        labels = checked(labels, is_right, message, first_wrong)
+        if self.one_hot:
+            return images, tf.one_hot(labels, self.num_classes)
+        return images, tf.cast(labels, tf.int32)
+
+
+def seed_of_epoch(seed, epoch):
+    """A seed for one epoch, below 2**31.
+
+    Args:
+        seed: Non-negative integer of the whole training.
+        epoch: Non-negative integer.
+
+    Returns:
+        An integer.
+    """
+    state = np.random.SeedSequence([seed, epoch]).generate_state(1)
+    return int(state[0] >> 1)
+
+
+@contextlib.contextmanager
+def _without_tfds_warnings():
+    """Keeps back what TFDS has to say about things done on purpose.
+
+    It warns that an ordered dataset is shuffled, and blames its own use of a
+    deprecated property on the user.
+    """
+
+    def keeps(record):
+        text = record.getMessage()
+        return "FeatureConnector" not in text and "ordered" not in text
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(keeps)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keeps)

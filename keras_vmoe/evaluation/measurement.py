@@ -1,0 +1,142 @@
+"""How good a model is on a dataset, class by class."""
+
+import dataclasses
+
+import keras
+import numpy as np
+from keras import ops
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What a model came to on a dataset.
+
+    Attributes:
+        num_images: Images.
+        accuracy: Share of the images whose class has the largest logit.
+        top5: Share of those whose class is among the five largest.
+        loss: Mean cross-entropy.
+        confusion: `(classes, classes)` int array: images by true class (rows)
+            and predicted class (columns).
+        routing: Dict from MoE layer to what its router did with these images:
+            `load_share` and `dropped_share`.
+    """
+
+    num_images: int
+    accuracy: float
+    top5: float
+    loss: float
+    confusion: np.ndarray
+    routing: dict
+
+
+def measure(model, dataset):
+    """Measures a model on a dataset.
+
+    Args:
+        model: A functional model from images to logits `(B, classes)`.
+        dataset: Iterable of batches of `(images, labels)` with integer labels,
+            such as `data.load(..., training=False)`.
+
+    Returns:
+        A `Measurement`.
+
+    Raises:
+        ValueError: If the dataset is empty.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Identity()])
+    >>> batch = (np.array([[0.0, 9.0]], "float32"), np.array([1]))
+    >>> measure(model, [batch]).accuracy
+    1.0
+    """
+    layers = [x for x in model.layers if hasattr(x, "router")]
+    # What the routers get to see, from the same pass as the logits.
+    outputs = [model.outputs[0], *(layer.input for layer in layers)]
+    probe = keras.Model(model.inputs, outputs)
+    watches = [_RouterWatch(layer) for layer in layers]
+    logits, labels = [], []
+    for images, batch_labels in dataset:
+        got, *tokens = probe.predict_on_batch(np.asarray(images))
+        logits.append(got)
+        labels.append(np.asarray(batch_labels))
+        for watch, x in zip(watches, tokens, strict=True):
+            watch.update(x)
+    if not labels:
+        raise ValueError(
+            "There must be at least one batch to measure. Received: an empty "
+            "dataset. Choose another split."
+        )
+    logits, labels = np.concatenate(logits), np.concatenate(labels)
+    classes = logits.shape[-1]
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    confusion = np.zeros((classes, classes), int)
+    np.add.at(confusion, (labels, order[:, 0]), 1)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    log_sum = np.log(np.exp(shifted).sum(axis=-1))
+    losses = log_sum - shifted[np.arange(len(labels)), labels]
+    return Measurement(
+        num_images=len(labels),
+        accuracy=float((order[:, 0] == labels).mean()),
+        top5=float((order[:, :5] == labels[:, None]).any(axis=-1).mean()),
+        loss=float(losses.mean()),
+        confusion=confusion,
+        routing={watch.layer.name: watch.result() for watch in watches},
+    )
+
+
+class _RouterWatch:
+    """Means over batches of what a MoE layer's router does."""
+
+    def __init__(self, layer):
+        self.layer = layer
+        self.load, self.dropped, self.count = 0.0, 0.0, 0
+
+    def update(self, tokens):
+        plan = self.layer.plan(ops.convert_to_tensor(tokens))
+        self.load += ops.convert_to_numpy(plan.load_share())
+        self.dropped += float(plan.dropped_share())
+        self.count += 1
+
+    def result(self):
+        return {
+            "load_share": self.load / self.count,
+            "dropped_share": self.dropped / self.count,
+        }
+
+
+def report(measurement, class_names):
+    """A measurement as text: numbers, a table of classes, the routers.
+
+    Args:
+        measurement: A `Measurement`.
+        class_names: One name per class.
+
+    Returns:
+        String of several lines.
+    """
+    total = measurement.confusion.sum(axis=1)
+    lines = [
+        f"images: {measurement.num_images}",
+        f"accuracy: {measurement.accuracy:.4f}",
+        f"top-5 accuracy: {measurement.top5:.4f}",
+        f"loss: {measurement.loss:.4f}",
+        "",
+        f"{'class':<24} {'images':>7} {'correct':>8}  mostly taken for",
+    ]
+    for i, name in enumerate(class_names):
+        row = measurement.confusion[i]
+        others = np.where(np.arange(len(row)) == i, -1, row)
+        worst = int(others.argmax())
+        wrong = f"{class_names[worst]} ({row[worst]})" if others[worst] else ""
+        share = row[i] / total[i] if total[i] else float("nan")
+        lines.append(f"{name:<24} {total[i]:>7} {share:>8.3f}  {wrong}")
+    for name, routing in measurement.routing.items():
+        load = routing["load_share"] * len(routing["load_share"])
+        lines += [
+            "",
+            f"{name}: {routing['dropped_share']:.1%} dropped, load of the "
+            f"experts {' '.join(f'{x:.2f}' for x in load)} (1 is even)",
+        ]
+    return "\n".join(lines)

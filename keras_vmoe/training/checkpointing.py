@@ -1,0 +1,139 @@
+"""Checkpoints of a run: what a killed training continues from."""
+
+import json
+import pathlib
+import warnings
+import zlib
+
+import keras
+
+from keras_vmoe.training.files import write_file
+
+NAME = "epoch_{:06d}"
+WEIGHTS, STATE = ".weights.h5", ".json"
+# What damaged files of either kind raise.
+DAMAGE = (AttributeError, LookupError, OSError, TypeError, ValueError)
+
+
+class Checkpoints:
+    """The checkpoints in a folder, one per epoch, the newest few of them kept.
+
+    A checkpoint is a weights file of Keras, which holds the weights, the
+    optimizer and the routers' noise, and beside it a small state file with its
+    checksum, written last: a checkpoint without a state file does not exist.
+
+    Args:
+        folder: Folder of the checkpoints; made when the first is saved.
+        keep: How many to keep, at least 1.
+    """
+
+    def __init__(self, folder, keep=2):
+        if keep < 1:
+            raise ValueError(
+                "`keep` must be at least 1, the number of checkpoints to keep. "
+                f"Received: keep={keep}."
+            )
+        self.folder = pathlib.Path(folder)
+        self.keep = keep
+
+    def save(self, model, epoch, state):
+        """Saves a checkpoint, then removes the oldest ones.
+
+        Args:
+            model: A compiled and built model.
+            epoch: Epochs that are done.
+            state: Dict for JSON, returned by `restore`.
+
+        Raises:
+            OSError: If it cannot be written, as on a full disk; the older
+                checkpoints are whole and still there.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / NAME.format(epoch)
+        weights = path.with_suffix(WEIGHTS)
+        partial = self.folder / f".partial{WEIGHTS}"
+        try:
+            model.save_weights(partial, overwrite=True)
+            checksum = _checksum(partial)
+            partial.replace(weights)
+            state = {**state, "epoch": epoch, "crc32": checksum}
+            write_file(path.with_suffix(STATE), json.dumps(state))
+        except OSError as error:
+            raise OSError(
+                "A checkpoint must be written whole. "
+                f"Received: {weights} ({error}). The older checkpoints are "
+                "kept; free some space and run the command again."
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+        for old in self.epochs()[: -self.keep]:
+            self._remove(old)
+
+    def restore(self, model):
+        """Restores the newest whole checkpoint, with a warning for damaged ones.
+
+        Args:
+            model: A compiled model of the same configuration.
+
+        Returns:
+            The `state` that was saved, with `epoch`; None without a checkpoint.
+        """
+        for epoch in reversed(self.epochs()):
+            path = self.folder / NAME.format(epoch)
+            weights = path.with_suffix(WEIGHTS)
+            try:
+                state = json.loads(path.with_suffix(STATE).read_text())
+                if state["crc32"] != _checksum(weights):
+                    raise ValueError("its checksum is wrong")
+                model.optimizer.build(model.trainable_variables)
+                model.load_weights(weights)
+            except DAMAGE as error:
+                warnings.warn(
+                    f"The checkpoint {weights} is damaged ({error}); the one "
+                    "before it is taken.",
+                    stacklevel=2,
+                )
+                self._remove(epoch)
+                continue
+            return state
+        return None
+
+    def epochs(self):
+        """The epochs of all checkpoints, in order."""
+        stems = (path.stem for path in self.folder.glob(f"epoch_*{STATE}"))
+        return sorted(int(stem.removeprefix("epoch_")) for stem in stems)
+
+    def _remove(self, epoch):
+        path = self.folder / NAME.format(epoch)
+        # The state first: without it the rest is nothing.
+        path.with_suffix(STATE).unlink(missing_ok=True)
+        path.with_suffix(WEIGHTS).unlink(missing_ok=True)
+
+
+class SaveCheckpoint(keras.callbacks.Callback):
+    """Saves a checkpoint after every epoch.
+
+    Args:
+        checkpoints: A `Checkpoints`.
+        state: Function that returns the dict to save beside the weights.
+
+    Example:
+
+    >>> callback = SaveCheckpoint(Checkpoints("run/checkpoints"), dict)
+    """
+
+    def __init__(self, checkpoints, state):
+        super().__init__()
+        self.checkpoints = checkpoints
+        self.state = state
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.checkpoints.save(self.model, epoch + 1, self.state())
+
+
+def _checksum(path):
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum

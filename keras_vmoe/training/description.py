@@ -1,0 +1,56 @@
+"""What a run would do, before it does it."""
+
+import math
+
+from keras_vmoe import data
+from keras_vmoe import models
+from keras_vmoe._extras import require
+from keras_vmoe.training.loop import load
+from keras_vmoe.training.loop import make_model
+from keras_vmoe.training.run_folder import settings_of
+
+# Numbers of the size of the weights: themselves, gradients, optimizer's slots.
+COPIES = {"adamw": 4, "lamb": 4, "sgd": 3}
+
+
+def describe(config):
+    """The settings, cost, memory and steps of a run, as text.
+
+    Memory is an estimate: the weights, gradients and the optimizer's slots in
+    float32, and what all layers make of a batch.
+
+    Args:
+        config: A `TrainConfig`.
+
+    Returns:
+        String of several lines.
+
+    Raises:
+        ValueError: If the configuration fits no model or dataset.
+
+    Example:
+
+    >>> print(describe(TrainConfig()))  # doctest: +SKIP
+    """
+    info = data.info(config.dataset, config.data_dir)
+    steps = len(load(config, info, "train_split", True, epoch=0))
+    with models.without_weights():
+        model = make_model(config, info)
+    cost = models.cost(model)
+    copies = COPIES[config.optimizer] + (config.ema is not None)
+    copies += config.accumulate > 1
+    weights = 4 * copies * cost.params
+    activations = cost.activation_bytes * config.batch_size
+    yaml = require("yaml", "cli")
+    lines = [
+        yaml.safe_dump(settings_of(config), sort_keys=False).rstrip(),
+        "",
+        f"parameters: {cost.params / 1e6:.2f} million, "
+        f"{cost.active_params / 1e6:.2f} million active per token",
+        f"multiply-adds per image: {cost.flops / 1e9:.3f} billion",
+        f"memory, estimated: {weights / 2**20:.0f} MiB for weights and "
+        f"optimizer, {activations / 2**20:.0f} MiB for a batch",
+        f"steps: {steps} per epoch, {steps * config.epochs} in all, "
+        f"{math.ceil(config.warmup * steps * config.epochs)} of warm-up",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,82 @@
+"""What a training starts from: other weights, frozen parts."""
+
+import pathlib
+import warnings
+
+from keras_vmoe import checkpoints
+from keras_vmoe import layers
+from keras_vmoe import models
+from keras_vmoe.checkpoints.assignment import fit_table
+
+
+def initialize(model, path):
+    """Gives a model the weights of a file, for fine-tuning.
+
+    Args:
+        model: The model to train.
+        path: A `.keras` file, or a checkpoint that `checkpoints.read` knows.
+            The head starts anew where the classes differ, learned positions
+            are resized.
+
+    Raises:
+        ValueError: If the weights do not fit otherwise; the message lists all
+            of them. The model is then as it was.
+        FileNotFoundError, CheckpointError: As `checkpoints.read`.
+    """
+    if pathlib.Path(path).suffix == ".keras":
+        copy_weights(models.load(path, compile=False), model)
+    else:
+        checkpoints.load_vmoe(model, checkpoints.read(path))
+
+
+def copy_weights(source, model):
+    """Copies the weights of one model to another, layer by layer.
+
+    Args:
+        source: The model with the weights.
+        model: One of the same layers; `head` and `positions` may have other
+            shapes.
+
+    Raises:
+        ValueError: If layers are missing or have other shapes.
+    """
+    theirs = {layer.name: layer for layer in source.layers if layer.weights}
+    ours = {layer.name: layer for layer in model.layers if layer.weights}
+    values, wrong = {}, sorted(theirs.keys() ^ ours.keys() - {"head"})
+    for name in theirs.keys() & ours.keys():
+        arrays = theirs[name].get_weights()
+        shapes = [tuple(weight.shape) for weight in ours[name].weights]
+        if name == "positions" and isinstance(model, models.ViTMoE):
+            arrays = [fit_table(arrays[0], model)]
+        if [array.shape for array in arrays] == shapes:
+            values[name] = arrays
+        elif name == "head":
+            warnings.warn(
+                "The head of the file has other classes: the model's starts "
+                "anew.",
+                stacklevel=4,
+            )
+        else:
+            wrong.append(f"{name} {[a.shape for a in arrays]} for {shapes}")
+    if wrong:
+        raise ValueError(
+            "The weights to start from must be those of the same model. "
+            f"Received: layers that differ: {'; '.join(wrong)}. Train a model "
+            "of the architecture of the file."
+        )
+    for name, arrays in values.items():
+        ours[name].set_weights(arrays)
+
+
+def freeze(model, what):
+    """Freezes parts of a model.
+
+    Args:
+        model: A `ViTMoE` or `ConvNeXtMoE`.
+        what: `"routers"`, `"backbone"` (all but the head), or None.
+    """
+    for layer in model.layers:
+        if what == "backbone" and layer.name != "head":
+            layer.trainable = False
+        elif what == "routers" and isinstance(layer, layers.MoEMLP):
+            layer.router.trainable = False

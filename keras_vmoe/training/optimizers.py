@@ -1,0 +1,231 @@
+"""Keras's optimizers with weight decay by kind of variable, and schedules."""
+
+import re
+
+import keras
+from keras import ops
+
+from keras_vmoe.routing.groups import is_number
+
+EXPERTS = "/experts/"
+# Kernels of all layers and experts. Biases, norms, positions, the class token
+# and layer scale are left alone, and gates unless `decay_gates`.
+KERNELS = (r"kernel$",)
+GATES = r"/router/"
+
+
+class DecayByKind:
+    """Mixin: weight decay of its own for experts, none for what is no kernel.
+
+    Decay is decoupled: in each step a decayed variable loses the share
+    `learning_rate * decay` of itself. Under LAMB the trust ratio scales the
+    update alone, as in Keras, and not the decay.
+
+    Args:
+        expert_weight_decay: Decay of the experts' kernels; None means
+            `weight_decay`.
+        decayed: Regular expressions; a variable is decayed if one of them is
+            found in its path.
+        decay_gates: Whether the kernels of routers are decayed as well.
+    """
+
+    def __init__(
+        self,
+        *args,
+        expert_weight_decay=None,
+        decayed=KERNELS,
+        decay_gates=False,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        if expert_weight_decay is not None and (
+            not is_number(expert_weight_decay) or expert_weight_decay < 0
+        ):
+            raise ValueError(
+                "`expert_weight_decay` must be a number of at least 0 or None. "
+                f"Received: expert_weight_decay={expert_weight_decay!r}. "
+                "None means that of all kernels."
+            )
+        self.expert_weight_decay = expert_weight_decay
+        self.decayed = tuple(decayed)
+        self.decay_gates = decay_gates
+
+    def decay_of(self, variable):
+        """The weight decay of a variable, by its path.
+
+        Args:
+            variable: A `keras.Variable`.
+
+        Returns:
+            A float, 0 for a variable that is not decayed.
+        """
+        path = variable.path
+        if not any(re.search(pattern, path) for pattern in self.decayed):
+            return 0.0
+        if re.search(GATES, path) and not self.decay_gates:
+            return 0.0
+        if EXPERTS in path and self.expert_weight_decay is not None:
+            return float(self.expert_weight_decay)
+        return float(self.weight_decay or 0.0)
+
+    def _apply_weight_decay(self, variables):
+        groups = {}
+        for variable in variables:
+            groups.setdefault(self.decay_of(variable), []).append(variable)
+        groups.pop(0.0, None)
+        # Each backend decays in its own way, all variables by one number.
+        weight_decay = self.weight_decay
+        try:
+            for self.weight_decay, group in groups.items():
+                super()._apply_weight_decay(group)
+        finally:
+            self.weight_decay = weight_decay
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "expert_weight_decay": self.expert_weight_decay,
+            "decayed": list(self.decayed),
+            "decay_gates": self.decay_gates,
+        }
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class AdamW(DecayByKind, keras.optimizers.AdamW):
+    """`keras.optimizers.AdamW` with weight decay by kind of variable.
+
+    Args:
+        expert_weight_decay: Decay of the experts' kernels; None means
+            `weight_decay`.
+        decayed: Regular expressions of the paths of decayed variables.
+        decay_gates: Whether the kernels of routers are decayed as well.
+        **kwargs: Arguments of `keras.optimizers.AdamW`.
+
+    Example:
+
+    >>> AdamW(1e-3, weight_decay=0.03, expert_weight_decay=0.06).decayed
+    ('kernel$',)
+
+    Reference:
+        [Loshchilov and Hutter, 2019](https://arxiv.org/abs/1711.05101).
+    """
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class Lamb(DecayByKind, keras.optimizers.Lamb):
+    """`keras.optimizers.Lamb` with weight decay by kind of variable.
+
+    Args:
+        expert_weight_decay: Decay of the experts' kernels; None means
+            `weight_decay`.
+        decayed: Regular expressions of the paths of decayed variables.
+        decay_gates: Whether the kernels of routers are decayed as well.
+        **kwargs: Arguments of `keras.optimizers.Lamb`.
+
+    Example:
+
+    >>> Lamb(4e-3, weight_decay=0.03).decay_gates
+    False
+
+    Reference:
+        [You et al., 2020](https://arxiv.org/abs/1904.00962), algorithm 2. In
+        the paper the decay is a part of what the trust ratio scales.
+    """
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class SGD(DecayByKind, keras.optimizers.SGD):
+    """`keras.optimizers.SGD` with weight decay by kind of variable.
+
+    Args:
+        expert_weight_decay: Decay of the experts' kernels; None means
+            `weight_decay`.
+        decayed: Regular expressions of the paths of decayed variables.
+        decay_gates: Whether the kernels of routers are decayed as well.
+        **kwargs: Arguments of `keras.optimizers.SGD`.
+
+    Example:
+
+    >>> SGD(0.01, momentum=0.9).momentum
+    0.9
+    """
+
+
+OPTIMIZERS = {"adamw": AdamW, "lamb": Lamb, "sgd": SGD}
+DECAYS = ("cosine", "linear", "rsqrt", "constant")
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
+    """Linear warm-up from 0, then a decay.
+
+    The first step has `peak / warmup_steps`, step `warmup_steps` the peak.
+
+    Args:
+        peak: Highest learning rate.
+        steps: Steps of the whole training.
+        warmup_steps: Steps of the warm-up, below `steps`.
+        decay: `"cosine"` or `"linear"` down to `end`, `"rsqrt"` (the peak times
+            `sqrt(warmup_steps / step)`), or `"constant"`.
+        end: Learning rate at the end of cosine and linear decay.
+
+    Raises:
+        ValueError: If the decay is unknown, or a number out of range.
+
+    Example:
+
+    >>> float(WarmUp(0.1, steps=100, warmup_steps=10)(9))
+    0.1...
+    """
+
+    def __init__(self, peak, steps, warmup_steps=0, decay="cosine", end=0.0):
+        super().__init__()
+        if decay not in DECAYS:
+            raise ValueError(
+                f"`decay` must be one of {DECAYS}. Received: decay={decay!r}. "
+                "The papers' recipes have cosine and linear."
+            )
+        if not is_number(peak) or peak <= 0 or not is_number(end) or end < 0:
+            raise ValueError(
+                "`peak` must be a number above 0 and `end` one of at least 0. "
+                f"Received: peak={peak!r}, end={end!r}."
+            )
+        if not 0 <= warmup_steps < steps:
+            raise ValueError(
+                "The warm-up must end before the training. Received: "
+                f"warmup_steps={warmup_steps}, steps={steps}. Shorten it or "
+                "train longer."
+            )
+        self.peak = peak
+        self.steps = steps
+        self.warmup_steps = warmup_steps
+        self.decay = decay
+        self.end = end
+
+    def __call__(self, step):
+        step = ops.cast(step, "float32")
+        warm = (step + 1.0) / max(1, self.warmup_steps)
+        length = max(1, self.steps - self.warmup_steps)
+        done = ops.clip((step - self.warmup_steps) / length, 0.0, 1.0)
+        if self.decay == "cosine":
+            share = 0.5 * (1.0 + ops.cos(3.141592653589793 * done))
+        elif self.decay == "linear":
+            share = 1.0 - done
+        else:
+            share = ops.ones_like(done)
+        rate = self.end + (self.peak - self.end) * share
+        if self.decay == "rsqrt":
+            start = float(max(1, self.warmup_steps))
+            rate = self.peak * ops.sqrt(start / ops.maximum(step, start))
+        if not self.warmup_steps:
+            return rate
+        return ops.where(step < self.warmup_steps, self.peak * warm, rate)
+
+    def get_config(self):
+        return {
+            "peak": self.peak,
+            "steps": self.steps,
+            "warmup_steps": self.warmup_steps,
+            "decay": self.decay,
+            "end": self.end,
+        }

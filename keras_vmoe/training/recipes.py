@@ -1,0 +1,253 @@
+"""The papers' training recipes, and small ones measured here, with sources.
+
+A recipe is a set of settings for `TrainConfig`. What depends on the model, the
+drop path, is a table of its own in the recipe.
+"""
+
+import dataclasses
+import difflib
+
+from keras_vmoe.data import Augmentation
+
+SWEET_SPOT = "Videau et al., 2024, arXiv:2411.18322, table of hyperparameters; "
+DEIT = "peak learning rate of DeiT III, arXiv:2204.07118, table of recipes"
+CONVNEXT = "peak learning rate of ConvNeXt, arXiv:2201.03545, appendix A"
+V_MOE = "Riquelme et al., 2021, arXiv:2106.05974, appendix"
+
+IN1K_IMAGES, IN21K_IMAGES = 1_281_167, 14_197_122
+THREE_AUGMENT = {"flip": True, "three_augment": True, "color_jitter": 0.3}
+INCEPTION = (0.08, 1.0)
+RAND_AUGMENT = {"rand_augment": 0.9, "rand_augment_layers": 2}
+VIT_DROP_PATH_1K = {"vit_s16": 0.1, "vit_b16": 0.2}
+VIT_DROP_PATH_21K = {"vit_s16": 0.0, "vit_b16": 0.1}
+CONVNEXT_DROP_PATH_1K = {
+    "convnext_t": 0.1,
+    "convnext_s": 0.3,
+    "convnext_b": 0.6,
+    "convnext_iso_s": 0.1,
+    "convnext_iso_b": 0.5,
+}
+CONVNEXT_DROP_PATH_21K = {
+    "convnext_t": 0.0,
+    "convnext_s": 0.0,
+    "convnext_b": 0.1,
+    "convnext_iso_s": 0.1,
+    "convnext_iso_b": 0.5,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One way to train.
+
+    Attributes:
+        source: Where the numbers are printed.
+        epochs: Passes over the training images.
+        batch_size: Images per update.
+        optimizer: `"adamw"`, `"lamb"` or `"sgd"`.
+        learning_rate: Peak learning rate.
+        weight_decay: Of kernels.
+        schedule: How the learning rate falls.
+        warmup_epochs: Epochs of linear warm-up.
+        warmup_steps: Steps of it instead, where the source counts these.
+        expert_weight_decay: Of the experts' kernels.
+        augmentation: Of the training images.
+        loss: `"ce"` or `"bce"`.
+        label_smoothing: Share of the label that all classes get.
+        test_crop: Share that the centre crop of evaluation keeps.
+        clip_norm: Largest norm of the gradients.
+        capacity_factor: Of the MoE layers; None leaves the model's.
+        drop_path: By the name of the dense preset.
+        training_images: Images of the dataset that the steps refer to.
+    """
+
+    source: str
+    epochs: int
+    batch_size: int
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+    schedule: str = "cosine"
+    warmup_epochs: float = 0
+    warmup_steps: int = 0
+    expert_weight_decay: float | None = None
+    augmentation: Augmentation = Augmentation()
+    loss: str = "ce"
+    label_smoothing: float = 0.0
+    test_crop: float | None = None
+    clip_norm: float | None = None
+    capacity_factor: float | None = None
+    drop_path: dict = dataclasses.field(default_factory=dict)
+    training_images: int = IN1K_IMAGES
+
+    def settings(self, preset=None):
+        """The settings of a `TrainConfig`.
+
+        Args:
+            preset: Optional name of a preset, for what depends on the model.
+
+        Returns:
+            Dict of `TrainConfig`'s attributes; those of `model` under
+            `"model"`.
+        """
+        warmup = self.warmup_epochs / self.epochs
+        if self.warmup_steps:
+            steps = self.epochs * self.training_images / self.batch_size
+            warmup = min(0.5, self.warmup_steps / steps)
+        names = (
+            "epochs", "batch_size", "optimizer", "learning_rate",
+            "weight_decay", "schedule", "expert_weight_decay", "augmentation",
+            "loss", "label_smoothing", "test_crop", "clip_norm",
+        )  # fmt: skip
+        settings = {name: getattr(self, name) for name in names}
+        settings |= {"warmup": warmup, "decay_positions": False}
+        settings |= {"decay_gates": False}
+        dense = (preset or "").partition("_e")[0]
+        if dense in self.drop_path:
+            settings["model"] = {"drop_path": self.drop_path[dense]}
+        return settings
+
+
+def _v_moe(learning_rate, clip_norm=None):
+    return Recipe(
+        source=V_MOE + ": pre-training on ImageNet-21k; its program's "
+        "configurations for the augmentation",
+        epochs=300,
+        batch_size=4096,
+        optimizer="adamw",
+        learning_rate=learning_rate,
+        schedule="linear",
+        warmup_steps=10_000,
+        weight_decay=0.1,
+        augmentation=Augmentation(
+            crop_area=INCEPTION, flip=True, rand_augment=0.67,
+            rand_augment_layers=2, mixup=0.5,
+        ),
+        loss="bce",
+        test_crop=0.875,
+        clip_norm=clip_norm,
+        training_images=IN21K_IMAGES,
+    )  # fmt: skip
+
+
+RECIPES = {
+    "sweet_spot_vit_in1k": Recipe(
+        source=SWEET_SPOT + DEIT,
+        epochs=300,
+        batch_size=2048,
+        optimizer="lamb",
+        learning_rate=3e-3,
+        weight_decay=0.03,
+        expert_weight_decay=0.06,
+        warmup_epochs=5,
+        augmentation=Augmentation(
+            repeats=3, **THREE_AUGMENT, mixup=0.8, cutmix=1.0
+        ),
+        loss="bce",
+        test_crop=1.0,
+        drop_path=VIT_DROP_PATH_1K,
+    ),
+    "sweet_spot_vit_in21k": Recipe(
+        source=SWEET_SPOT + DEIT,
+        epochs=90,
+        batch_size=2048,
+        optimizer="lamb",
+        learning_rate=3e-3,
+        weight_decay=0.02,
+        expert_weight_decay=0.04,
+        warmup_epochs=5,
+        label_smoothing=0.1,
+        augmentation=Augmentation(
+            crop_area=INCEPTION, **THREE_AUGMENT, cutmix=1.0
+        ),
+        test_crop=1.0,
+        drop_path=VIT_DROP_PATH_21K,
+        training_images=IN21K_IMAGES,
+    ),
+    "sweet_spot_convnext_in1k": Recipe(
+        source=SWEET_SPOT + CONVNEXT,
+        epochs=300,
+        batch_size=4096,
+        optimizer="adamw",
+        learning_rate=4e-3,
+        weight_decay=0.05,
+        expert_weight_decay=0.05,
+        warmup_epochs=20,
+        label_smoothing=0.1,
+        augmentation=Augmentation(
+            flip=True, **RAND_AUGMENT, mixup=0.8, cutmix=1.0, erasing=0.25
+        ),
+        test_crop=0.875,
+        drop_path=CONVNEXT_DROP_PATH_1K,
+    ),
+    "sweet_spot_convnext_in21k": Recipe(
+        source=SWEET_SPOT + CONVNEXT,
+        epochs=90,
+        batch_size=4096,
+        optimizer="adamw",
+        learning_rate=4e-3,
+        weight_decay=0.05,
+        expert_weight_decay=0.05,
+        warmup_epochs=5,
+        label_smoothing=0.1,
+        augmentation=Augmentation(
+            crop_area=INCEPTION, flip=True, **RAND_AUGMENT, cutmix=1.0
+        ),
+        test_crop=0.875,
+        drop_path=CONVNEXT_DROP_PATH_21K,
+        training_images=IN21K_IMAGES,
+    ),
+    "vmoe_s32_in21k": _v_moe(1e-3),
+    "vmoe_b_in21k": _v_moe(8e-4),
+    "vmoe_l32_in21k": _v_moe(6e-4),
+    "vmoe_l16_in21k": _v_moe(4e-4),
+    "vmoe_h14_in21k": _v_moe(3e-4, clip_norm=1.0),
+    "vmoe_finetune": Recipe(
+        source=V_MOE + ": fine-tuning",
+        epochs=8,
+        batch_size=512,
+        optimizer="sgd",
+        learning_rate=3e-3,
+        weight_decay=0.0,
+        augmentation=Augmentation(crop_area=INCEPTION, flip=True),
+        clip_norm=10.0,
+        capacity_factor=1.5,
+    ),
+    "cifar10_small": Recipe(
+        source="measured here: benchmarks/cifar10.py",
+        epochs=20,
+        batch_size=128,
+        optimizer="adamw",
+        learning_rate=2e-3,
+        weight_decay=0.1,
+        warmup_epochs=2,
+        augmentation=Augmentation(crop_padding=4, flip=True),
+        training_images=50_000,
+    ),
+}
+
+
+def find_recipe(name):
+    """A recipe by its name.
+
+    Args:
+        name: One of `RECIPES`.
+
+    Returns:
+        A `Recipe`.
+
+    Raises:
+        ValueError: If there is no such recipe; the message lists the nearest.
+
+    Example:
+
+    >>> find_recipe("sweet_spot_vit_in1k").optimizer
+    'lamb'
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(str(name), RECIPES, n=3, cutoff=0.4)
+        raise ValueError(
+            f"The recipe must be one of {list(RECIPES)}. "
+            f"Received: recipe={name!r}. The nearest: {near or 'none'}."
+        )
+    return RECIPES[name]

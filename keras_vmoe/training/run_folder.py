@@ -1,0 +1,100 @@
+"""The folder of a run: its configuration, and whether it may be written to."""
+
+import dataclasses
+import json
+import pathlib
+
+import keras
+
+from keras_vmoe._extras import require
+from keras_vmoe.training.files import write_file
+
+CONFIG, RESULT = "config.yaml", "result.json"
+# Settings that may differ when a run is resumed.
+FREE = ("run_dir", "data_dir", "keep_checkpoints")
+
+
+def open_run(config, class_names):
+    """Makes the folder of a run, or opens that of a stopped one.
+
+    Args:
+        config: A `TrainConfig`.
+        class_names: Names of the classes.
+
+    Returns:
+        `pathlib.Path` of the folder.
+
+    Raises:
+        FileExistsError: If the folder holds a finished run or other files.
+        ValueError: If it holds a run of another configuration; the message
+            lists what differs.
+    """
+    run_dir = pathlib.Path(config.run_dir)
+    settings = settings_of(config)
+    if run_dir.exists() and not (run_dir.is_dir() and _is_empty(run_dir)):
+        _check_same(run_dir, settings)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    yaml = require("yaml", "cli")
+    text = yaml.safe_dump(settings, sort_keys=False)
+    write_file(run_dir / CONFIG, text)  # First: what a stopped run is known by.
+    write_file(run_dir / "classes.json", json.dumps(class_names))
+    return run_dir
+
+
+def settings_of(config):
+    """A configuration as plain values, with the backend that is in use."""
+    settings = dataclasses.asdict(config)
+    settings["backend"] = keras.backend.backend()
+    if config.moe is not None:
+        settings["moe"] = config.moe.to_dict()
+    return json.loads(json.dumps(settings))  # Tuples are lists in YAML.
+
+
+def write_result(run_dir, test):
+    """Marks a run as finished."""
+    test = {name: float(value) for name, value in test.items()}
+    write_file(run_dir / RESULT, json.dumps(test))
+
+
+def _check_same(run_dir, settings):
+    """Raises unless the folder holds a stopped run with these settings."""
+    if (run_dir / RESULT).exists() or not (run_dir / CONFIG).exists():
+        kind = (
+            "a finished run" if (run_dir / RESULT).exists() else "other files"
+        )
+        raise FileExistsError(
+            "`run_dir` must be new or empty, or hold a run that was stopped, "
+            f"so that no run is overwritten. Received: run_dir={str(run_dir)!r}"
+            f", which holds {kind}. Name another folder or remove this one."
+        )
+    text = (run_dir / CONFIG).read_text()
+    there = _flat(require("yaml", "cli").safe_load(text))
+    here = _flat(settings)
+    different = [
+        f"{name}: {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in {**there, **here}
+        if there.get(name) != here.get(name) and name not in FREE
+    ]
+    if different:
+        raise ValueError(
+            "A stopped run is resumed with the settings that it was started "
+            f"with. Received: run_dir={str(run_dir)!r}, where these differ: "
+            f"{'; '.join(different)}. Name another folder, or give `--config "
+            f"{run_dir / CONFIG}`."
+        )
+
+
+def _flat(settings, prefix=""):
+    """Nested settings by dotted names."""
+    flat = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _is_empty(folder):
+    """Whether nothing but half-written files of ours is in the folder."""
+    return all(path.name.endswith(".partial") for path in folder.iterdir())

@@ -1,0 +1,261 @@
+"""Runs that are stopped, at any moment, end as if they had not been."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+
+from keras_vmoe import data
+from keras_vmoe import models
+from keras_vmoe import training
+from keras_vmoe.training import checkpointing
+from keras_vmoe.training.checkpointing import Checkpoints
+from tests.models.definitions import images_of
+from tests.models.definitions import tiny
+from tests.training.test_loop import SMALL
+from tests.training.test_loop import history
+
+EPOCHS = 4
+# Bit-equal on JAX; the others add up in an order of their own.
+EXACT = keras.backend.backend() == "jax"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("data"))
+
+
+def config_of(run_dir, cache, **changes):
+    changes = {"epochs": EPOCHS, **changes}
+    return dataclasses.replace(
+        SMALL, run_dir=str(run_dir), data_dir=cache, **changes
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """A run that nobody disturbed."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    return training.train(config_of(run_dir, cache))
+
+
+def assert_same(result, whole):
+    for mine, theirs in zip(
+        result.model.weights, whole.model.weights, strict=True
+    ):
+        mine, theirs = np.array(mine), np.array(theirs)
+        if EXACT:
+            np.testing.assert_array_equal(mine, theirs)
+        else:
+            np.testing.assert_allclose(mine, theirs, atol=1e-4)
+    rows, expected = history(result.run_dir), history(whole.run_dir)
+    assert [row["epoch"] for row in rows] == [row["epoch"] for row in expected]
+    if EXACT:
+        assert rows == expected
+        assert result.test_accuracy == whole.test_accuracy
+
+
+class Killed(BaseException):
+    """What no handler of ours catches, as a kill is."""
+
+
+def die_at(monkeypatch, number):
+    """Lets the process die at the n-th renaming of a file."""
+    count = 0
+    replace = pathlib.Path.replace
+
+    def dying(path, target):
+        nonlocal count
+        count += 1
+        if count == number:
+            raise Killed
+        return replace(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "replace", dying)
+
+
+# Two files at the start, then four an epoch: history, weights, state, model.
+@pytest.mark.parametrize(
+    "number",
+    [2, 5, 9, *(pytest.param(n, marks=pytest.mark.slow) for n in
+                (1, 3, 4, 6, 7, 8, 10, 11, 12, 14, 15, 17, 18))],
+)  # fmt: skip
+def test_death_at_any_file(whole, number, tmp_path, cache, monkeypatch):
+    config = config_of(tmp_path / "run", cache)
+    with monkeypatch.context() as patch:
+        die_at(patch, number)
+        with pytest.raises(Killed):
+            training.train(config)
+    assert_same(training.train(config), whole)
+
+
+KILLS = 20
+SCRIPT = """
+import dataclasses, json, sys
+from keras_vmoe import training
+from tests.training.test_resume import config_of
+training.train(config_of(sys.argv[1], sys.argv[2], epochs=int(sys.argv[3])))
+"""
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(tmp_path, cache):
+    """Processes, killed by the system while they train and write."""
+    whole = training.train(config_of(tmp_path / "whole", cache, epochs=60))
+    run_dir = tmp_path / "killed"
+    command = [sys.executable, "-c", SCRIPT, str(run_dir), cache, "60"]
+    root = pathlib.Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    moments, kills = random.Random(0), 0
+    while not (run_dir / "result.json").exists():
+        process = subprocess.Popen(
+            command,
+            cwd=root,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        if kills < KILLS:
+            wait_for_a_checkpoint(process, run_dir)
+            time.sleep(moments.uniform(0.0, 0.4))
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+        else:
+            assert process.wait() == 0
+    assert kills == KILLS
+    saved = models.load(run_dir / "model.keras")
+    for mine, theirs in zip(saved.weights, whole.model.weights, strict=True):
+        if EXACT:
+            np.testing.assert_array_equal(np.array(mine), np.array(theirs))
+        else:
+            np.testing.assert_allclose(
+                np.array(mine), np.array(theirs), atol=1e-3
+            )
+
+
+def wait_for_a_checkpoint(process, run_dir):
+    """Waits until the process has written one more."""
+    before = newest(run_dir)
+    while process.poll() is None and newest(run_dir) == before:
+        time.sleep(0.01)
+
+
+def newest(run_dir):
+    return max(Checkpoints(run_dir / "checkpoints").epochs(), default=None)
+
+
+def test_a_truncated_checkpoint_falls_back(whole, tmp_path, cache):
+    config = config_of(tmp_path / "run", cache)
+    stop_after(config, 3)
+    folder = tmp_path / "run" / "checkpoints"
+    path = folder / "epoch_000003.weights.h5"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="epoch_000003.* is damaged"):
+        result = training.train(config)
+    assert_same(result, whole)
+
+
+def stop_after(config, epochs):
+    """Trains some epochs of a run and stops as by an interrupt."""
+
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == epochs:
+                raise Killed
+
+    save = checkpointing.SaveCheckpoint
+
+    class SaveAndStop(save, Stop):
+        pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.loop, "SaveCheckpoint", SaveAndStop)
+        with pytest.raises(Killed):
+            training.train(config)
+
+
+def test_another_configuration_is_refused(tmp_path, cache):
+    config = config_of(tmp_path / "run", cache)
+    stop_after(config, 1)
+    other = dataclasses.replace(
+        config,
+        learning_rate=0.5,
+        augmentation=data.Augmentation(crop_padding=2),
+    )
+    words = (
+        "these differ: augmentation.crop_padding: 1 there, 2 here; "
+        "learning_rate: 0.002 there, 0.5 here. Name another folder"
+    )
+    with pytest.raises(ValueError, match=words):
+        training.train(other)
+
+
+def test_a_finished_run_is_not_run_again(whole, cache):
+    with pytest.raises(FileExistsError, match="which holds a finished run"):
+        training.train(config_of(whole.run_dir, cache))
+    result = json.loads((whole.run_dir / "result.json").read_text())
+    assert result["accuracy"] == pytest.approx(whole.test_accuracy)
+
+
+# Checkpoints by themselves.
+
+
+def fitted():
+    model = tiny(num_layers=2, moe={"layers": [1]})
+    model.compile("adam", "mse")
+    model.fit(images_of(4), np.ones((4, 10)), shuffle=False, verbose=0)
+    return model
+
+
+def test_a_checkpoint_holds_weights_optimizer_and_noise(tmp_path):
+    model = fitted()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(model, 1, {"rows": [1, 2]})
+    model.fit(images_of(4), np.ones((4, 10)), shuffle=False, verbose=0)
+    expected = model.get_weights()
+
+    twin = tiny(num_layers=2, moe={"layers": [1]})
+    twin.compile("adam", "mse")
+    state = checkpoints.restore(twin)
+    assert state["rows"] == [1, 2] and state["epoch"] == 1
+    twin.fit(images_of(4), np.ones((4, 10)), shuffle=False, verbose=0)
+    for mine, theirs in zip(twin.get_weights(), expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    model, checkpoints = fitted(), Checkpoints(tmp_path, keep=2)
+    for epoch in range(1, 5):
+        checkpoints.save(model, epoch, {})
+    assert checkpoints.epochs() == [3, 4]
+    assert len(list(tmp_path.iterdir())) == 4
+    with pytest.raises(ValueError, match="keep=0"):
+        Checkpoints(tmp_path, keep=0)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    model, checkpoints = fitted(), Checkpoints(tmp_path)
+    checkpoints.save(model, 1, {})
+
+    def full(path, overwrite=True):
+        pathlib.Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model, "save_weights", full)
+    with pytest.raises(OSError, match="No space left.*run the command again"):
+        checkpoints.save(model, 2, {})
+    assert checkpoints.epochs() == [1]
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "epoch_000001.json",
+        "epoch_000001.weights.h5",
+    }
+    assert Checkpoints(tmp_path).restore(model)["epoch"] == 1
