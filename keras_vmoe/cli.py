@@ -19,6 +19,7 @@ from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe._extras import require
 from keras_vmoe.models.presets import find_preset
+from keras_vmoe.routing.groups import check_sizes
 from keras_vmoe.version import __version__
 
 TRAIN_EPILOG = """The MoE layers have settings of their own, such as
@@ -175,11 +176,15 @@ def convert(settings, arguments):
     if settings.backend not in (None, keras.backend.backend()):
         _restart(settings.backend, arguments)
     output = pathlib.Path(settings.output)
-    if output.suffix != ".keras" or output.exists():
+    is_new = output.suffix == ".keras" and not output.exists()
+    if not is_new or not output.parent.is_dir():
         raise ValueError(
-            "The output must be a new file that ends in '.keras'. "
-            f"Received: {settings.output}. Choose another name."
+            "The output must be a new file that ends in '.keras', in a folder "
+            f"that exists. Received: {settings.output}. Choose another name."
         )
+    for name in ("image_size", "num_selected_experts"):
+        value = getattr(settings, name)
+        check_sizes(**{name: 1 if value is None else value})
     bar = None
 
     def progress(done, total):
@@ -189,7 +194,13 @@ def convert(settings, arguments):
 
     arrays = checkpoints.read(settings.checkpoint, progress)
     config = checkpoints.vmoe_config(arrays, settings.image_size)
-    if config["moe"] is not None and settings.num_selected_experts:
+    if settings.num_selected_experts is not None:
+        if config["moe"] is None:
+            raise ValueError(
+                "A dense model selects no experts. Received: "
+                f"--num_selected_experts {settings.num_selected_experts}. "
+                "Leave it out."
+            )
         config["moe"]["num_selected_experts"] = settings.num_selected_experts
     model = checkpoints.load_vmoe(models.ViTMoE(**config), arrays)
     models.save(model, output)

@@ -2,11 +2,13 @@
 
 import os
 import re
+from collections.abc import Mapping
 
 import numpy as np
 
 from keras_vmoe.checkpoints.assignment import POSITIONS
 from keras_vmoe.checkpoints.sharded import read_index
+from keras_vmoe.routing.groups import check_sizes
 
 BLOCK = r"Encoder/encoderblock_(\d+)"
 
@@ -36,11 +38,18 @@ def vmoe_config(arrays, image_size=None):
     >>> config = vmoe_config("checkpoints/vmoe_b16")  # doctest: +SKIP
     >>> model = ViTMoE(**config)  # doctest: +SKIP
     """
+    if image_size is not None:
+        check_sizes(image_size=image_size)
     if isinstance(arrays, (str, os.PathLike)):
         entries = read_index(arrays).entries
         shapes = {name: entry.shape for name, entry in entries.items()}
-    else:
+    elif isinstance(arrays, Mapping):
         shapes = {name: np.shape(array) for name, array in arrays.items()}
+    else:
+        raise TypeError(
+            "`arrays` must be the prefix of a checkpoint or a dict from names "
+            f"to arrays. Received: arrays={arrays!r}."
+        )
     shapes = {name: tuple(shape) for name, shape in shapes.items()}
     try:
         return _config(shapes, image_size)
@@ -54,7 +63,7 @@ def vmoe_config(arrays, image_size=None):
 
 def _config(shapes, image_size):
     kernel = shapes["embedding/kernel"]
-    if len(kernel) != 4 or kernel[0] != kernel[1]:
+    if len(kernel) != 4 or kernel[0] != kernel[1] or 0 in kernel:
         raise TypeError("embedding/kernel of square patches")
     patch_size, hidden_dim = kernel[0], kernel[3]
     blocks = {m[1] for m in (re.match(BLOCK, name) for name in shapes) if m}
@@ -87,9 +96,9 @@ def _pooling(shapes):
 def _image_size(shapes, pooling, patch_size):
     if POSITIONS not in shapes:
         return 224
-    num_patches = shapes[POSITIONS][1] - (pooling == "token")
+    num_patches = max(0, shapes[POSITIONS][1] - (pooling == "token"))
     side = round(num_patches**0.5)
-    if side**2 != num_patches:
+    if side**2 != num_patches or not side:
         raise ValueError(
             "The patches must form a square, or the image size be given. "
             f"Received: {num_patches} patches. Set `image_size`."

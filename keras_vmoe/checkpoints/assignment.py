@@ -3,26 +3,41 @@
 import warnings
 
 import keras
+import ml_dtypes
 import numpy as np
 
 from keras_vmoe.layers.patches import patch_grid
 from keras_vmoe.models.base import image_pair
 
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 HEAD = ("head/kernel", "head/bias")
 POSITIONS = "Encoder/posembed_input/pos_embedding"
 
 
-def assign(weights, arrays):
+VMOE_MEND = (
+    "Build the model with the architecture of the checkpoint (blocks, MoE "
+    "placement, experts, pooling, pre-logits; no layer scale, shared expert or "
+    "bias of the router); `checkpoints.vmoe_config` finds it."
+)
+
+
+def assign(model, weights, arrays, mend=VMOE_MEND):
     """Assigns arrays to weights of the same names, after checking all.
 
     Args:
+        model: The model, none of whose weights may be left out.
         weights: Dict from name to `keras.Variable`.
         arrays: Dict from name to array.
+        mend: What to do about arrays that do not fit.
 
     Raises:
         ValueError: If arrays are missing, left over, of another shape or no
-            numbers; the message lists all of them. No weight has changed then.
+            real numbers; the message lists all of them. No weight has changed
+            then.
     """
+    named = {id(weight) for weight in weights.values()}
+    rest = {w.path: w for w in model.weights if id(w) not in named}
+    weights = {**weights, **rest}
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
     lacking = [
         f"{name} {tuple(weight.shape)}"
@@ -45,16 +60,14 @@ def assign(weights, arrays):
             f"shape. Received: {len(arrays)} arrays for {len(weights)} weights."
             f" Missing in the file: {_list(lacking)}. "
             f"Not in the model: {_list(extra)}. "
-            f"Of another shape: {_list(wrong)}. "
-            "Build the model with the architecture of the checkpoint (blocks, "
-            "MoE placement, experts, pooling, pre-logits); "
-            "`checkpoints.vmoe_config` finds it."
+            f"Of another shape: {_list(wrong)}. {mend}"
         )
     for name, array in arrays.items():
-        if array.dtype.kind in "OSUMm":
+        is_number = array.dtype.kind in "biuf" or array.dtype == BFLOAT16
+        if not is_number:
             raise ValueError(
-                "The arrays must hold numbers. "
-                f"Received: {name} of dtype {array.dtype}."
+                "The arrays must hold real numbers. "
+                f"Received: {name} of dtype {array.dtype}. Save it as float32."
             )
     for name, weight in weights.items():
         weight.assign(arrays[name].astype(weight.dtype))
@@ -64,13 +77,12 @@ def _list(items):
     return "; ".join(sorted(items)) or "none"
 
 
-def fit_head(arrays, weights, num_classes):
+def fit_head(arrays, head):
     """Arrays whose head is a new one, where the model's has other classes.
 
     Args:
-        arrays: Dict from name to array.
-        weights: Dict from name to `keras.Variable`.
-        num_classes: Classes of the model; None if it has no head.
+        arrays: Dict from name to numpy array.
+        head: The model's head, a built dense layer; None if it has none.
 
     Returns:
         Dict of arrays: without a head if the model has none, or with the values
@@ -79,17 +91,28 @@ def fit_head(arrays, weights, num_classes):
     kernel, bias = (arrays.get(name) for name in HEAD)
     if kernel is None or bias is None:
         return arrays
-    if num_classes is None:
+    if head is None:
         return {k: v for k, v in arrays.items() if k not in HEAD}
-    if np.shape(bias) == tuple(weights[HEAD[1]].shape):
-        return arrays
+    features, num_classes = head.kernel.shape
+    whole = np.ndim(bias) == 1 and np.shape(kernel) == (features, len(bias))
+    if not whole or len(bias) == num_classes:
+        return arrays  # It fits, or the shapes are compared and reported.
     warnings.warn(
         f"The head of the checkpoint has {len(bias)} classes and that of the "
         f"model {num_classes}: the model's starts anew.",
         stacklevel=4,
     )
-    fresh = {name: np.zeros(weights[name].shape, "float32") for name in HEAD}
-    return {**arrays, **fresh}
+    fresh = (
+        head.kernel_initializer(head.kernel.shape, "float32"),
+        head.bias_initializer(head.bias.shape, "float32"),
+    )
+    fresh = map(keras.ops.convert_to_numpy, fresh)
+    return {**arrays, **dict(zip(HEAD, fresh, strict=True))}
+
+
+def head_of(model):
+    """The head of a ViTMoE or ConvNeXtMoE, or None."""
+    return None if model.num_classes is None else model.get_layer("head")
 
 
 def fit_positions(arrays, name, grid, has_token):
@@ -102,11 +125,12 @@ def fit_positions(arrays, name, grid, has_token):
         has_token: Whether the embedding of a class token stands first.
 
     Returns:
-        Dict of arrays.
+        Dict of arrays. A square grid is assumed of the checkpoint; the shape of
+        its arrays does not tell.
     """
     rows, columns = grid
     embedding = arrays.get(name)
-    if embedding is None or np.ndim(embedding) != 3:
+    if np.ndim(embedding) != 3 or embedding.shape[0] != 1:
         return arrays
     prefix = 1 if has_token else 0
     num_patches = embedding.shape[1] - prefix
@@ -184,11 +208,3 @@ def check_model(model, kinds):
 def kernel_bias(name, layer):
     """The two weights of a dense or convolution layer, by name."""
     return {f"{name}/kernel": layer.kernel, f"{name}/bias": layer.bias}
-
-
-def to_numpy(variables):
-    """Numpy arrays of a dict of variables."""
-    return {
-        name: keras.ops.convert_to_numpy(variable)
-        for name, variable in variables.items()
-    }

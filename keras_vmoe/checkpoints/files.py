@@ -26,6 +26,7 @@ def open_checkpoint(path):
 
     Raises:
         FileNotFoundError: If there is no such file.
+        OSError: If it cannot be opened, or is a folder.
         ImportError: If a remote path is given without TensorFlow.
     """
     path = os.fspath(path)
@@ -38,6 +39,11 @@ def open_checkpoint(path):
         size = tensorflow.io.gfile.stat(path).length
     except tensorflow.errors.NotFoundError as error:
         raise FileNotFoundError(f"There is no file {path}.") from error
+    except tensorflow.errors.OpError as error:
+        raise OSError(
+            "A remote checkpoint must be readable by TensorFlow. "
+            f"Received: {path} ({error.message})."
+        ) from error
     with tensorflow.io.gfile.GFile(path, "rb") as file:
         yield Reader(file, path, size)
 

@@ -2,13 +2,20 @@
 
 import re
 
+import keras
 from keras import ops
 
 from keras_vmoe.checkpoints.assignment import assign
 from keras_vmoe.checkpoints.assignment import check_model
 from keras_vmoe.checkpoints.assignment import fit_head
+from keras_vmoe.checkpoints.assignment import head_of
 from keras_vmoe.checkpoints.assignment import kernel_bias
 from keras_vmoe.models.convnext import ConvNeXtMoE
+
+MEND = (
+    "Build the twin with the same depths, dims and layer scale, such as "
+    "models.from_preset('convnext_t') for ConvNeXtTiny."
+)
 
 
 def load_keras_applications(model, keras_model):
@@ -48,10 +55,15 @@ def load_keras_applications(model, keras_model):
             f"Received: model={model.name!r} with moe={model.moe}. Load the "
             "twin with moe=None, then call `models.upcycle`."
         )
+    if not isinstance(keras_model, keras.Model):
+        raise TypeError(
+            "`keras_model` must be a Keras model. Received: keras_model="
+            f"{keras_model!r}. Write keras.applications.ConvNeXtTiny(...)."
+        )
     weights = _weights(model)
     arrays = _keras_arrays(keras_model)
-    arrays = fit_head(arrays, weights, model.num_classes)
-    assign(weights, arrays)
+    arrays = fit_head(arrays, head_of(model))
+    assign(model, weights, arrays, MEND)
     return model
 
 
@@ -109,12 +121,10 @@ def _keras_arrays(keras_model):
     arrays = {}
     for layer in found:
         name = _our_name(layer.name, numbers)
-        if "normalization" in layer.name and not name:
-            # Means and variances of the preprocessing, or, without a head, a
-            # norm that Keras gives no name of its own.
-            if not hasattr(layer, "gamma"):
-                continue
-            name = "norm"
+        if isinstance(layer, keras.layers.Normalization):
+            continue  # Means and variances of the preprocessing.
+        if not name and isinstance(layer, keras.layers.LayerNormalization):
+            name = "norm"  # Without a head Keras gives it no name of its own.
         arrays |= _arrays(name or layer.name, layer)
     return arrays
 
@@ -140,12 +150,14 @@ def _our_name(name, numbers):
 
 def _arrays(name, layer):
     """The arrays of one of Keras's layers."""
-    if hasattr(layer, "beta"):
+    if isinstance(layer, keras.layers.LayerNormalization):
         variables = _norm(name, layer)
-    elif hasattr(layer, "kernel"):
+    elif isinstance(layer, (keras.layers.Dense, keras.layers.Conv2D)):
         variables = kernel_bias(name, layer)
-    else:
+    elif name.endswith("_scale"):
         variables = {name: layer.gamma}
+    else:  # Of another kind of model; it is reported.
+        variables = {w.path: w for w in layer.weights}
     arrays = {k: ops.convert_to_numpy(v) for k, v in variables.items()}
     if name.endswith("_conv"):
         # A convolution of D groups: (7, 7, 1, D), ours is (7, 7, D, 1).

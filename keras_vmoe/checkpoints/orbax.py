@@ -1,5 +1,6 @@
 """Orbax checkpoints, as newer versions of the reference program save them."""
 
+import math
 import pathlib
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from keras_vmoe._extras import require
 from keras_vmoe.checkpoints.files import CheckpointError
 
+MAX_COMPRESSION = 1040  # As of `.npz` files.
 STATE = "state"  # What the program calls the folder of the training state.
 
 
@@ -31,6 +33,11 @@ def read_orbax(directory):
     >>> arrays = read_orbax("workdir/ckpt/1000")  # doctest: +SKIP
     """
     orbax = require("orbax.checkpoint", "checkpoints")
+    if "://" in str(directory):
+        raise ValueError(
+            "`directory` must be a local folder. "
+            f"Received: directory={str(directory)!r}. Copy it first."
+        )
     directory = pathlib.Path(directory).resolve()
     if not directory.is_dir():
         raise FileNotFoundError(f"There is no folder {directory}.")
@@ -55,10 +62,22 @@ def read_orbax(directory):
 
 def _restore(orbax, directory):
     """The tree of a checkpoint, as numpy arrays on any number of devices."""
-    with orbax.PyTreeCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(directory).item_metadata.tree
-        import jax
+    import jax
 
+    with orbax.PyTreeCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(directory).item_metadata
+        if metadata is None:
+            raise ValueError("its metadata are missing")
+        metadata = metadata.tree
+        claimed = sum(
+            math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+            for leaf in jax.tree.leaves(metadata)
+            if getattr(leaf, "shape", None) is not None
+        )
+        files = (f for f in directory.rglob("*") if f.is_file())
+        held = sum(file.stat().st_size for file in files)
+        if claimed > MAX_COMPRESSION * held:
+            raise ValueError(f"{held} bytes claim to hold {claimed}")
         arguments = jax.tree.map(
             lambda _: orbax.RestoreArgs(restore_type=np.ndarray), metadata
         )
@@ -66,9 +85,11 @@ def _restore(orbax, directory):
 
 
 def _flatten(tree, prefix=""):
+    if not isinstance(tree, dict):
+        tree = dict(enumerate(tree))
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict):
+        if isinstance(value, (dict, list, tuple)):
             yield from _flatten(value, f"{name}/")
         elif value is not None:
             yield name, np.asarray(value)

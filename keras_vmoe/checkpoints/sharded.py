@@ -21,6 +21,7 @@ DTYPES = {
     )
 } | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}  # fmt: skip
 MAX_DEPTH = 32  # Of nested names.
+MAX_SIZE = 2**48  # Of an axis.
 HEADER = 4096  # Bytes that the head of an array takes at most.
 
 
@@ -133,6 +134,8 @@ def read_index(prefix):
         for number, name in enumerate(sorted(leaves)):
             entry = _entry(msgpack, reader, name, number, leaves[name], count)
             entries["/".join(name)] = entry
+        if not entries:
+            raise reader.error("no array is named")
     return Index(prefix, count, _parameters(entries))
 
 
@@ -175,8 +178,8 @@ def _flatten(reader, tree):
         if len(name) > MAX_DEPTH:
             raise reader.error(f"names are nested deeper than {MAX_DEPTH}")
         for key, child in node.items():
-            if not isinstance(key, str):
-                raise reader.error(f"a name is {key!r}, not a string")
+            if not isinstance(key, str) or "/" in key:
+                raise reader.error(f"a name is {key!r}, not a plain string")
             if isinstance(child, dict):
                 nodes.append(((*name, key), child))
             else:
@@ -201,11 +204,13 @@ def _entry(msgpack, reader, name, number, leaf, shard_count):
         raise reader.error(
             f"the entry of {name} cannot be read: {error}"
         ) from error
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise reader.error(f"{name} has the unknown dtype {dtype!r}")
-    sizes = isinstance(shape, list) and all(
-        type(size) is int and size >= 0 for size in shape
+    sizes = isinstance(shape, list) and len(shape) <= MAX_DEPTH
+    sizes = sizes and all(
+        type(size) is int and 0 <= size < MAX_SIZE for size in shape
     )
+    shards = shards if isinstance(shards, list) else [shards]
     known = [
         type(shard) is int and 0 <= shard < shard_count for shard in shards
     ]

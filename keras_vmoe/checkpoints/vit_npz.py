@@ -24,10 +24,15 @@ NAMES = (
 )
 # What zipfile, zlib and numpy raise for damaged files.
 DAMAGE = (
-    EOFError, LookupError, NotImplementedError, OSError, RuntimeError,
-    SyntaxError, ValueError, zipfile.BadZipFile, zlib.error,
+    ArithmeticError, EOFError, LookupError, NotImplementedError, OSError,
+    RuntimeError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-MAX_COMPRESSION = 1000  # Of zeros by deflate.
+MAX_COMPRESSION = 1040  # Of zeros by deflate: a little less.
+MAX_HEADER = 1 << 16
+READ_HEADER = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 def read_vit_npz(path):
@@ -49,6 +54,11 @@ def read_vit_npz(path):
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            names = [
+                m.filename.removesuffix(".npy") for m in archive.infolist()
+            ]
+            if not names or len(set(names)) < len(names):
+                raise ValueError("it holds no arrays, or one name twice")
             for member in archive.infolist():
                 _check_member(archive, member)
         with np.load(path, allow_pickle=False) as file:
@@ -94,17 +104,29 @@ def _name(name):
 
 
 def _check_member(archive, member):
-    """Raises if a member claims more bytes than it can hold."""
+    """Raises if a member is no array, or claims more than it can hold."""
+    most = MAX_COMPRESSION * max(1, member.compress_size)
+    if member.file_size > most:
+        raise ValueError(
+            f"{member.filename} claims {member.file_size} bytes in "
+            f"{member.compress_size}"
+        )
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, _, dtype = read_header(file)
+        length = int.from_bytes(
+            file.read(2 if version == (1, 0) else 4), "little"
+        )
+        if length > MAX_HEADER:
+            raise ValueError(f"{member.filename} has a head of {length} bytes")
+    with archive.open(member) as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = READ_HEADER[version](file)
     size = math.prod(shape) * dtype.itemsize
-    most = MAX_COMPRESSION * max(1, member.compress_size)
-    if dtype.hasobject or size > member.file_size or member.file_size > most:
+    if (
+        dtype.kind not in "biufcV"
+        or size > member.file_size
+        or not dtype.itemsize
+    ):
         raise ValueError(
             f"{member.filename} claims shape {shape} of {dtype} in "
             f"{member.compress_size} bytes"

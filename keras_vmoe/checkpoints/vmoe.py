@@ -3,11 +3,14 @@
 import os
 from collections.abc import Mapping
 
+import numpy as np
+
 from keras_vmoe.checkpoints.assignment import POSITIONS
 from keras_vmoe.checkpoints.assignment import assign
 from keras_vmoe.checkpoints.assignment import check_model
 from keras_vmoe.checkpoints.assignment import fit_head
 from keras_vmoe.checkpoints.assignment import fit_table
+from keras_vmoe.checkpoints.assignment import head_of
 from keras_vmoe.checkpoints.assignment import kernel_bias
 from keras_vmoe.checkpoints.sharded import read_vmoe
 from keras_vmoe.layers.gates import LinearGate
@@ -58,10 +61,11 @@ def load_vmoe(model, arrays):
             f"Received: arrays={arrays!r} of type {type(arrays).__name__}."
         )
     weights = vmoe_weights(model)
-    arrays = fit_head(dict(arrays), weights, model.num_classes)
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    arrays = fit_head(arrays, head_of(model))
     if model.position_embedding == "learned" and POSITIONS in arrays:
         arrays[POSITIONS] = fit_table(arrays[POSITIONS], model)
-    assign(weights, arrays)
+    assign(model, weights, arrays)
     return model
 
 

@@ -1,9 +1,13 @@
 """What the models of the papers have in common."""
 
+import difflib
+import inspect
+
 import keras
 
 from keras_vmoe import layers
 from keras_vmoe.routing.groups import is_integer
+from keras_vmoe.routing.groups import is_number
 
 
 class MoEModel(keras.Model):
@@ -34,6 +38,30 @@ class MoEModel(keras.Model):
         return cls(**config)
 
 
+def check_unknown(model_class, kwargs):
+    """Raises a TypeError for arguments that no model has.
+
+    Keras ignores those of a functional model.
+    """
+    known = list(inspect.signature(model_class.__init__).parameters)[1:-1]
+    for name in kwargs.keys() - {"trainable"}:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise TypeError(
+            f"`{model_class.__name__}` takes the arguments {known}. "
+            f"Received: {name}={kwargs[name]!r}.{hint}"
+        )
+
+
+def check_layer_scale(value):
+    """Raises unless this is a number above 0 or None."""
+    if value is not None and (not is_number(value) or value <= 0):
+        raise ValueError(
+            "`layer_scale` must be a number above 0, or None for none. "
+            f"Received: layer_scale={value!r}. DeiT III has 1e-4."
+        )
+
+
 def image_pair(size):
     """`(height, width)` of an image size, checked."""
     pair = (size, size) if is_integer(size) else size
@@ -50,8 +78,8 @@ def image_pair(size):
 def check_rates(**rates):
     """Raises unless all of these are probabilities below 1."""
     for name, rate in rates.items():
-        if not 0 <= rate < 1:
+        if not is_number(rate) or not 0 <= rate < 1:
             raise ValueError(
-                f"`{name}` must be at least 0 and below 1. "
+                f"`{name}` must be a number of at least 0 and below 1. "
                 f"Received: {name}={rate!r}. 0 turns it off."
             )

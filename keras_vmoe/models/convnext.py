@@ -9,7 +9,9 @@ from keras_vmoe.layers.convnext import convnext_norm
 from keras_vmoe.layers.convnext import kernel_initializer
 from keras_vmoe.layers.convnext import patchify
 from keras_vmoe.models.base import MoEModel
+from keras_vmoe.models.base import check_layer_scale
 from keras_vmoe.models.base import check_rates
+from keras_vmoe.models.base import check_unknown
 from keras_vmoe.models.base import image_pair
 from keras_vmoe.models.moe import MoEConfig
 from keras_vmoe.models.placement import stage_blocks
@@ -100,14 +102,18 @@ class ConvNeXtMoE(MoEModel):
         name="convnext_moe",
         **kwargs,
     ):
+        check_unknown(ConvNeXtMoE, kwargs)
         dtype = dtype or keras.config.dtype_policy()
         policy = keras.dtype_policies.get(dtype).name
         moe = None if moe is None else MoEConfig.from_dict(moe)
         stages = _stages(depths, dims, isotropic)
         check_sizes(num_classes=1 if num_classes is None else num_classes)
         check_rates(drop_path=drop_path)
+        check_layer_scale(layer_scale)
         _check_ratio(mlp_ratio)
-        side = patch_size or (16 if isotropic else 4)
+        side = patch_size
+        if patch_size is None:
+            side = 16 if isotropic else 4
         check_sizes(patch_size=side)
         _check_image(image_size, side * 2 ** (len(stages) - 1))
 
@@ -120,8 +126,8 @@ class ConvNeXtMoE(MoEModel):
         x = _head(x, num_classes, policy)
         super().__init__(images, x, name=name, **kwargs)
 
-        self.depths = depths
-        self.dims = dims
+        self.depths = _plain(depths)
+        self.dims = _plain(dims)
         self.num_classes = num_classes
         self.isotropic = isotropic
         self.image_size = image_size
@@ -216,10 +222,10 @@ def _head(x, num_classes, policy):
 def _stages(depths, dims, isotropic):
     """`(depth, features)` of each stage, checked."""
     depths, dims = (
-        (sizes,) if is_integer(sizes) else tuple(sizes)
-        for sizes in (depths, dims)
+        sizes if isinstance(sizes, (list, tuple)) else (sizes,)
+        for sizes in (_plain(depths), _plain(dims))
     )
-    good = [is_integer(size) and size > 0 for size in depths + dims]
+    good = [is_integer(size) and size > 0 for size in (*depths, *dims)]
     if not all(good) or not depths or len(depths) != len(dims):
         raise ValueError(
             "`depths` and `dims` must be as many integers of at least 1. "
@@ -233,6 +239,11 @@ def _stages(depths, dims, isotropic):
             "dims=384."
         )
     return list(zip(depths, dims, strict=True))
+
+
+def _plain(sizes):
+    """An array as a list, which a saved model can hold."""
+    return sizes.tolist() if hasattr(sizes, "tolist") else sizes
 
 
 def _check_ratio(mlp_ratio):

@@ -74,10 +74,11 @@ def cost(model):
     Reference:
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 3.
     """
-    if not hasattr(model, "_run_through_graph") or not model.built:
+    graph = _graph(model)
+    if graph is None or not model.built:
         raise ValueError(
-            "`model` must be a functional Keras model, built from "
-            f"`keras.Input`. Received: model={model!r}."
+            "`model` must be a functional or sequential Keras model, built "
+            f"from `keras.Input`. Received: model={model!r}."
         )
     shapes = [tuple(tensor.shape[1:]) for tensor in model.inputs]
     if any(None in shape for shape in shapes):
@@ -90,7 +91,7 @@ def cost(model):
         for shape, tensor in zip(shapes, model.inputs, strict=True)
     ]
     done = []
-    _walk(model, inputs if len(inputs) > 1 else inputs[0], done)
+    _walk(graph, inputs if len(inputs) > 1 else inputs[0], done)
     params = model.count_params()
     idle = sum(
         _idle_params(layer)
@@ -105,6 +106,13 @@ def cost(model):
     )
 
 
+def _graph(model):
+    """The functional model that this is or holds; None for another layer."""
+    if isinstance(model, keras.Sequential):
+        model = model._functional
+    return model if hasattr(model, "_run_through_graph") else None
+
+
 def _walk(model, inputs, done):
     """Appends `(work, bytes per value)` of every call of a layer."""
 
@@ -112,8 +120,8 @@ def _walk(model, inputs, done):
         return functools.partial(visit, operation)
 
     def visit(operation, *args, **kwargs):
-        if hasattr(operation, "_run_through_graph"):
-            return _walk(operation, args[0], done)
+        if _graph(operation) is not None:
+            return _walk(_graph(operation), args[0], done)
         outputs = operation.compute_output_spec(*args, **kwargs)
         if isinstance(operation, keras.layers.InputLayer):
             return outputs
@@ -124,8 +132,6 @@ def _walk(model, inputs, done):
         done.append((found._replace(values=values), _itemsize(size)))
         return outputs
 
-    if isinstance(model, keras.Sequential):
-        model = model._functional
     return model._run_through_graph(inputs, operation_fn=spec)
 
 
@@ -156,11 +162,16 @@ def work(layer, inputs, outputs):
 
 
 @work.register(keras.layers.Dense)
+def _(layer, inputs, outputs):
+    return Work(math.prod(outputs.shape[:-1]) * _size(layer.kernel))
+
+
 @work.register(keras.layers.Conv2D)
 @work.register(keras.layers.DepthwiseConv2D)
 def _(layer, inputs, outputs):
-    positions = math.prod(outputs.shape[:-1])
-    return Work(positions * _size(layer.kernel))
+    last = layer.data_format == "channels_last"
+    positions = outputs.shape[1:-1] if last else outputs.shape[2:]
+    return Work(math.prod(positions) * _size(layer.kernel))
 
 
 @work.register(layers.PatchEmbedding)
@@ -234,15 +245,16 @@ def _places(layer, num_tokens):
     if isinstance(router, layers.SoftRouter):
         return layer.num_experts * router.gate_layer.mu.shape[-1]
     selected = getattr(router, "num_selected_experts", 1)
-    if router.capacity_factor is None:
+    factor = _capacity_factor(router)
+    if factor is None:
         return selected * num_tokens
     if layer.images_per_group is None:  # Of a large batch.
-        return selected * num_tokens * router.capacity_factor
+        return num_tokens * min(selected * factor, layer.num_experts)
     capacity = routing.capacity(
         layer.images_per_group * num_tokens,
         layer.num_experts,
         selected,
-        router.capacity_factor,
+        factor,
     )
     return layer.num_experts * capacity / layer.images_per_group
 
@@ -252,9 +264,16 @@ def _idle_params(layer):
     router = layer.router
     if isinstance(router, layers.SoftRouter):
         return 0
-    visited = getattr(router, "num_selected_experts", router.capacity_factor)
+    visited = getattr(router, "num_selected_experts", None)
+    if visited is None:
+        visited = _capacity_factor(router) or 1.0
     share = max(0.0, 1 - visited / layer.num_experts)
     return share * layer.experts.count_params()
+
+
+def _capacity_factor(router):
+    """That of the router; 1 for a router of somebody's own without one."""
+    return getattr(router, "capacity_factor", 1.0)
 
 
 def _size(variable):
@@ -265,7 +284,8 @@ def _size(variable):
 def without_weights():
     """Models that are built in this context have shapes but no weights.
 
-    Their cost can be counted, however large they are; they cannot be called.
+    Their cost can be counted, however large they are. Do not train or save
+    them: wherever a weight is asked for, it is drawn anew.
 
     Example:
 

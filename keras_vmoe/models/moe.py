@@ -9,6 +9,7 @@ from typing import Literal
 import keras
 
 from keras_vmoe import layers as moe_layers
+from keras_vmoe.routing.groups import is_number
 
 ROUTERS = {
     "bias_balanced": moe_layers.BiasBalancedRouter,
@@ -82,6 +83,12 @@ class MoEConfig:
                 "The hidden features of an expert are given or follow from "
                 f"`mlp_ratio`. Received: hidden_dim={self.hidden_dim} together "
                 f"with mlp_ratio={self.mlp_ratio}. Leave one of them out."
+            )
+        ratio = self.mlp_ratio
+        if ratio is not None and (not is_number(ratio) or ratio <= 0):
+            raise ValueError(
+                "`mlp_ratio` must be a number above 0. "
+                f"Received: mlp_ratio={ratio!r}. ConvNeXt has 4."
             )
         if isinstance(self.router, keras.layers.Layer):
             if settings:

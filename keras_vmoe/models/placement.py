@@ -6,7 +6,7 @@ import re
 from keras_vmoe.routing.groups import is_integer
 
 
-def moe_blocks(layers, num_layers):
+def moe_blocks(layers, num_layers, more_names=""):
     """Resolves a placement to block indices.
 
     V-MoE counts over odd blocks: `every_2` is blocks 1, 3, 5, ..., and
@@ -16,6 +16,7 @@ def moe_blocks(layers, num_layers):
         layers: `"every_<n>"` (blocks n - 1, 2n - 1, ...), `"last_<n>"`, or a
             sequence of block indices.
         num_layers: Blocks of the model.
+        more_names: What else the caller knows, for the message.
 
     Returns:
         Tuple of increasing block indices.
@@ -34,7 +35,7 @@ def moe_blocks(layers, num_layers):
         and its program's configurations.
     """
     if isinstance(layers, str):
-        return _named(layers, num_layers)
+        return _named(layers, num_layers, more_names)
     layers = layers.tolist() if hasattr(layers, "tolist") else layers
     if not _are_blocks(layers, num_layers):
         raise ValueError(
@@ -49,13 +50,14 @@ def moe_blocks(layers, num_layers):
 def stage_blocks(layers, depths):
     """Resolves a placement in a model of several stages to block indices.
 
-    Blocks are counted from 0 through all stages. A model of one stage, and all
-    names but the three below, are resolved by `moe_blocks`.
+    Blocks are counted from 0 through all stages. A model of one stage is
+    resolved by `moe_blocks`, but for `"stage"`.
 
     Args:
-        layers: `"stage"` (the last block of each stage), `"last_2"` (that of
-            the last two stages), `"last_3"` (these, and the middle block of the
-            last but one stage, `depth // 2`), or what `moe_blocks` takes.
+        layers: `"stage"` (the last block of each stage), `"last_1"`, `"last_2"`
+            (that of the last stage or two), `"last_3"` (these two, and the
+            middle block of the last but one stage, `depth // 2`), or what
+            `moe_blocks` takes.
         depths: Blocks of each stage.
 
     Returns:
@@ -74,12 +76,23 @@ def stage_blocks(layers, depths):
     """
     ends = list(itertools.accumulate(depths))
     last = tuple(end - 1 for end in ends)
-    if len(depths) > 1 and layers == "last_2":
-        return last[-2:]
-    if len(depths) > 1 and layers == "last_3":
-        middle = ends[-2] - depths[-2] + depths[-2] // 2
-        return tuple(sorted({middle, *last[-2:]}))
-    return last if layers == "stage" else moe_blocks(layers, ends[-1])
+    if layers == "stage":
+        return last
+    is_last = isinstance(layers, str) and layers.startswith("last_")
+    if len(depths) == 1 or not is_last:
+        return moe_blocks(layers, ends[-1], ", 'stage'")
+    middle = ends[-2] - depths[-2] + depths[-2] // 2
+    named = {"last_1": last[-1:], "last_2": last[-2:]}
+    if depths[-2] > 2:
+        named["last_3"] = (middle, *last[-2:])
+    if layers not in named:
+        raise ValueError(
+            f"In {len(depths)} stages the placement must be one of "
+            f"{list(named)}, 'stage', 'every_<n>' or a list of block indices; "
+            "'last_3' needs three blocks or more in the last but one stage. "
+            f"Received: layers={layers!r} with depths={list(depths)}."
+        )
+    return named[layers]
 
 
 def _are_blocks(layers, num_layers):
@@ -90,13 +103,14 @@ def _are_blocks(layers, num_layers):
     return all(inside) and len(set(layers)) == len(layers)
 
 
-def _named(layers, num_layers):
+def _named(layers, num_layers, more_names):
     match = re.fullmatch(r"(every|last)_([1-9]\d*)", layers)
     if not match:
         raise ValueError(
             "The placement of MoE layers must be 'every_<n>', 'last_<n>' (such "
-            "as 'every_2' or 'last_2') or a list of block indices. "
-            f"Received: layers={layers!r}. V-MoE has 'every_2' and 'last_2'."
+            f"as 'every_2' or 'last_2'){more_names} or a list of block "
+            f"indices. Received: layers={layers!r}. "
+            "V-MoE has 'every_2' and 'last_2'."
         )
     kind, number = match[1], int(match[2])
     if kind == "every":

@@ -136,7 +136,7 @@ def _v_moe_presets():
                 name=_name(name, num_experts, placement),
                 model=ViTMoE,
                 arguments=arguments,
-                moe=_moe(num_experts, placement, num_selected_experts=2),
+                moe=_moe(num_experts, placement),
                 num_classes=IMAGENET_21K,
                 source=V_MOE,
                 paper_classes=JFT,
@@ -178,7 +178,6 @@ def _sweet_spot_presets(dense):
     for name, experts, placement, ratio, params, active in SWEET_SPOT_MODELS:
         twin = dense[name]
         moe = _moe(experts, placement, mlp_ratio=ratio)
-        moe["num_selected_experts"] = 2 if twin.model is ViTMoE else 1
         yield dataclasses.replace(
             twin,
             name=_name(name, experts, placement, ratio),
@@ -230,6 +229,11 @@ def presets():
 def from_preset(name, **overrides) -> MoEModel:
     """Makes a model of the papers, with fresh weights.
 
+    Drop path is a part of a recipe and 0 here. V-MoE's presets are the models
+    that the paper counts, with an extra layer before the head; the released
+    ones have none: set `representation_size=None` for their weights, or take
+    `checkpoints.vmoe_config`.
+
     Args:
         name: One of `presets()`.
         **overrides: Other arguments of the model, such as `num_classes`,
@@ -264,7 +268,7 @@ def from_preset(name, **overrides) -> MoEModel:
 
 def find_preset(name):
     """The row of a preset; see `from_preset`."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         near = difflib.get_close_matches(str(name), PRESETS, n=5, cutoff=0.4)
         raise ValueError(
             "The preset must be one of `models.presets()`. "

@@ -5,7 +5,9 @@ import keras
 from keras_vmoe import layers
 from keras_vmoe.layers.patches import patch_grid
 from keras_vmoe.models.base import MoEModel
+from keras_vmoe.models.base import check_layer_scale
 from keras_vmoe.models.base import check_rates
+from keras_vmoe.models.base import check_unknown
 from keras_vmoe.models.base import image_pair
 from keras_vmoe.models.moe import MoEConfig
 from keras_vmoe.models.placement import moe_blocks
@@ -107,6 +109,7 @@ class ViTMoE(MoEModel):
         name="vit_moe",
         **kwargs,
     ):
+        check_unknown(ViTMoE, kwargs)
         dtype = dtype or keras.config.dtype_policy()
         policy = keras.dtype_policies.get(dtype).name
         moe = None if moe is None else MoEConfig.from_dict(moe)
@@ -121,6 +124,7 @@ class ViTMoE(MoEModel):
             representation_size=representation_size or 1,
         )
         check_rates(dropout=dropout, drop_path=drop_path)
+        check_layer_scale(layer_scale)
         images = keras.Input((*image_pair(image_size), 3), name="images")
         x = layers.PatchEmbedding(
             hidden_dim, patch_size, dtype=policy, name="embedding"

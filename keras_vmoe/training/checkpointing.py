@@ -70,7 +70,7 @@ class Checkpoints:
             self._remove(old)
 
     def restore(self, model):
-        """Restores the newest whole checkpoint, with a warning for damaged ones.
+        """Restores the newest whole checkpoint and warns of damaged ones.
 
         Args:
             model: A compiled model of the same configuration.

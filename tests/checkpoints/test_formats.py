@@ -91,6 +91,26 @@ def test_npz_never_executes_code_or_takes_memory(tmp_path):
         checkpoints.read_vit_npz(path)
 
 
+def test_npz_of_zeros_is_no_bomb(tmp_path):
+    path = tmp_path / "zeros.npz"
+    np.savez_compressed(path, x=np.zeros(2_000_000, "float32"))
+    assert checkpoints.read_vit_npz(path)["x"].shape == (2_000_000,)
+
+
+def test_npz_with_a_huge_head_or_one_name_twice(tmp_path):
+    path = tmp_path / "bomb.npz"
+    head = b"\x93NUMPY\x02\x00" + (10**8).to_bytes(4, "little")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", head + b" " * 1000)
+    with pytest.raises(checkpoints.CheckpointError, match="a head of 1000"):
+        checkpoints.read_vit_npz(path)
+    np.savez(path, a=np.ones(2))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("a", "again")
+    with pytest.raises(checkpoints.CheckpointError, match="one name twice"):
+        checkpoints.read_vit_npz(path)
+
+
 # Orbax.
 
 
@@ -115,6 +135,17 @@ def test_orbax(tmp_path):
     got = model.predict(figures["input"], batch_size=4, verbose=0)
     assert np.isfinite(got).all()
     np.testing.assert_array_equal(arrays_of(model)["cls"], weights["cls"])
+
+
+def test_orbax_bomb_and_remote_paths(tmp_path):
+    import orbax.checkpoint as orbax
+
+    with orbax.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "x", {"a": np.zeros((4096, 4096))})
+    with pytest.raises(checkpoints.CheckpointError, match="claim to hold"):
+        checkpoints.read_orbax(tmp_path / "x")
+    with pytest.raises(ValueError, match="must be a local folder"):
+        checkpoints.read_orbax("gs://bucket/x")
 
 
 def test_bad_orbax(tmp_path):
@@ -212,6 +243,8 @@ def test_architecture_with_sincos_positions():
     [
         (lambda a: {}, "must be those of a V-MoE or ViT.* 0 arrays"),
         (lambda a: {**a, "embedding/kernel": np.ones(3)}, "another rank"),
+        (lambda a: {**a, "Encoder/posembed_input/pos_embedding":
+                    np.ones((1, 0, 32))}, "must form a square"),
         (lambda a: {**a, "Encoder/encoderblock_1/Moe/Mlp/Dense_0/kernel":
                     np.ones((9, 32, 64))}, "must be alike"),
     ],
@@ -219,3 +252,10 @@ def test_architecture_with_sincos_positions():
 def test_no_architecture(change, words):
     with pytest.raises(ValueError, match=words):
         checkpoints.vmoe_config(change(arrays_of(tiny())))
+
+
+def test_bad_arguments_of_the_architecture():
+    with pytest.raises(ValueError, match="image_size=0"):
+        checkpoints.vmoe_config({}, image_size=0)
+    with pytest.raises(TypeError, match="arrays=None"):
+        checkpoints.vmoe_config(None)

@@ -73,6 +73,20 @@ def test_only_the_dense_twin():
         checkpoints.load_keras_applications(keras.Sequential(), tiny())
 
 
+@pytest.mark.parametrize("other", [None, "imagenet"])
+def test_what_is_no_model(other):
+    with pytest.raises(TypeError, match="must be a Keras model. Received"):
+        checkpoints.load_keras_applications(tiny(), other)
+
+
+def test_a_batch_norm_is_no_norm_of_ours():
+    other = keras.Sequential(
+        [keras.Input((4, 4, 8)), keras.layers.BatchNormalization(name="x")]
+    )
+    with pytest.raises(ValueError, match="Not in the model: .*x/beta"):
+        checkpoints.load_keras_applications(tiny(), other)
+
+
 def test_other_models_are_refused_and_change_nothing():
     model = randomize(tiny())
     before = model.get_weights()

@@ -205,7 +205,9 @@ def index_with(good, **changes):
         ({"index": {"a": 3}}, "a is no array but int"),
         ({"index": {"a": msgpack.ExtType(77, b"x")}}, "extension of type 77"),
         ({"index": {"a": msgpack.ExtType(8, b"\xc1")}}, "entry of a cannot"),
-        ({"index": {1: msgpack.ExtType(8, b"")}}, "a name is 1, not a string"),
+        ({"index": {1: msgpack.ExtType(8, b"")}}, "a name is 1, not a plain"),
+        ({"index": {"a/b": 1}}, "a name is 'a/b', not a plain string"),
+        ({"index": {}}, "no array is named"),
     ],
 )
 def test_hostile_indices(good, changes, words):
@@ -218,7 +220,7 @@ def leaf(shape, dtype, parts, shards):
     return writer.ext(8, head, tuple(map(writer.slices, parts)), shards)
 
 
-HUGE = 2**60
+HUGE = 2**40
 
 
 @pytest.mark.parametrize(
@@ -226,6 +228,11 @@ HUGE = 2**60
     [
         (leaf([4], "object", [[(0, 4)]], [0]), "unknown dtype 'object'"),
         (leaf([-4], "float32", [[(0, 4)]], [0]), "shape [-4]"),
+        (leaf([1] * 65, "int8", [[(0, 1)] * 65], [0]), "in shards"),
+        (leaf([0, 2**63], "int8", [[(0, 0), (0, 2**63)]], [0]), "in shards"),
+        (leaf([4], ["float32"], [[(0, 4)]], [0]), "unknown dtype"),
+        (leaf([4], "float32", [[(0, 4)]], 3), "in shards"),
+        (leaf([4], "float32", [[(0, 4)]], None), "in shards"),
         (leaf([4], "float32", [[(0, 3)]], [0]), "do not make up shape"),
         (leaf([4], "float32", [[(0, 9)]], [0]), "do not make up shape"),
         (leaf([4], "float32", [[(0, 2)], [(1, 4)]], [0, 1]), "do not make up"),
@@ -267,6 +274,13 @@ def test_lengths_beyond_the_end(tmp_path):
         words = "4294967295 bytes must follow and 0 are there"
         with pytest.raises(checkpoints.CheckpointError, match=words):
             reader.string()
+
+
+def test_a_folder_in_the_place_of_a_file(good):
+    data(good).unlink()
+    data(good).mkdir()
+    with pytest.raises(OSError, match="ckpt.data-00000"):
+        checkpoints.read_vmoe(good)
 
 
 def test_a_prefix_is_only_a_prefix(good):

@@ -9,6 +9,7 @@ from keras_vmoe.checkpoints.vmoe import vmoe_weights
 from keras_vmoe.models import ViTMoE
 from tests.golden.models import build
 from tests.golden.models import read
+from tests.models.definitions import tiny
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def without(weights, name):
         (lambda w: {**w, HEAD: w[HEAD].T}, "Not in the model: none. Of another "
          rf"shape: {HEAD} \(10, 32\) for \(32, 10\). Build the model"),
         (lambda w: {**w, HEAD: w[HEAD].astype(str)},
-         f"must hold numbers. Received: {HEAD} of dtype <U"),
+         f"must hold real numbers. Received: {HEAD} of dtype <U"),
         (lambda w: {**w, HEAD: 1.0, GATE: w[GATE][:, :2]},
          rf"{GATE} \(32, 2\) for \(32, 4\); {HEAD} \(\) for \(32, 10\)"),
         (lambda w: {}, "Received: 0 arrays for 108 weights"),
@@ -117,3 +118,41 @@ def test_names_for_every_architecture(pooling, position_embedding):
         assert part in names[f"{block}/{part}/kernel"].path
         assert tuple(names[f"{block}/{part}/kernel"].shape) == (8, 2, 4)
     assert tuple(names[f"{block}/out/kernel"].shape) == (2, 4, 8)
+
+
+V2 = np.zeros(10, "V2")
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [V2, np.zeros(10, [("a", "f4")]), np.zeros(10, complex), ["a"] * 10],
+    ids=str,
+)
+def test_what_is_no_number_changes_nothing(loaded, bias):
+    model, weights = loaded
+    zeros = {name: np.zeros_like(array) for name, array in weights.items()}
+    with pytest.raises(ValueError, match="real numbers. Received: head/bias"):
+        load_vmoe(model, {**zeros, "head/bias": bias})
+    check_unchanged(model, weights)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"layer_scale": 0.1}, "block_0_attention_scale/scale"),
+        ({"moe": {"shared_hidden_dim": 4}}, "shared_expert"),
+        ({"moe": {"router": "bias_balanced"}}, "router/bias"),
+    ],
+)
+def test_weights_that_the_reference_lacks_are_listed(arguments, name):
+    arrays = vmoe_weights(tiny())
+    arrays = {k: ops.convert_to_numpy(v) for k, v in arrays.items()}
+    with pytest.raises(ValueError, match=f"Missing in the file:.*{name}"):
+        load_vmoe(tiny(**arguments), arrays)
+
+
+@pytest.mark.parametrize("bias", [np.float32(1), np.zeros((2, 2)), "abc"])
+def test_a_broken_head_is_no_new_head(loaded, bias):
+    model, weights = loaded
+    with pytest.raises(ValueError, match="Of another shape: head/bias"):
+        load_vmoe(model, {**weights, "head/bias": bias})

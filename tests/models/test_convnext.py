@@ -232,6 +232,7 @@ def test_a_training_step():
         # One stage: as in a ViT.
         ("last_2", (18,), (15, 17)),
         ("last_3", (18,), (13, 15, 17)),
+        ("last_1", (3, 3, 9, 3), (17,)),
         ("stage", (18,), (17,)),
         ([0, 5], (3, 3), (0, 5)),
     ],
@@ -255,7 +256,15 @@ def test_placement(placement, depths, blocks):
         ({"mlp_ratio": 0}, "mlp_ratio=0"),
         ({"drop_path": 1.0}, "drop_path=1.0"),
         ({"num_classes": 0}, "num_classes=0"),
-        ({"moe": {"layers": "last_9"}}, "layers='last_9'"),
+        ({"patch_size": 0}, "patch_size=0"),
+        ({"drop_path": "0.1"}, "drop_path='0.1'"),
+        ({"layer_scale": -1}, "layer_scale=-1"),
+        ({"depths": None}, "depths=.None"),
+        ({"moe": {"mlp_ratio": "2"}}, "mlp_ratio='2'"),
+        ({"moe": {"layers": "last_3"}}, r"one of \['last_1', 'last_2'\], "
+         r"'stage'.*layers='last_3' with depths=\[2, 2\]"),
+        ({"moe": {"layers": "stages"}}, "'stage' or a list"),
+        ({"moe": {"layers": "last_9"}}, "layers='last_9' with depths"),
         ({"moe": {"mlp_ratio": 2, "hidden_dim": 8}},
          "hidden_dim=8 together with mlp_ratio=2"),
     ],
@@ -269,3 +278,14 @@ def test_block_takes_any_mlp():
     x = keras.Input((4, 4, 8))
     y = layers.convnext_block(x, layers.MoEMLP(2, 8), "block", layer_scale=None)
     assert y.shape == (None, 4, 4, 8)
+
+
+def test_unknown_arguments_are_refused():
+    with pytest.raises(TypeError, match="drop_pth=0.1. Did you mean 'drop_p"):
+        tiny(drop_pth=0.1)
+
+
+def test_arrays_as_sizes_can_be_saved(tmp_path):
+    model = tiny(depths=np.array([1, 1]), dims=np.array([8, 8]), moe=None)
+    model.save(tmp_path / "m.keras")
+    assert keras.saving.load_model(tmp_path / "m.keras").depths == [1, 1]

@@ -6,6 +6,7 @@ import pytest
 
 from keras_vmoe import layers
 from keras_vmoe import models
+from keras_vmoe import routing
 from keras_vmoe.models.presets import PRESETS
 from tests.models.definitions import tiny
 
@@ -95,6 +96,22 @@ def test_an_unknown_preset_lists_the_nearest():
         models.from_preset("?")
 
 
+@pytest.mark.parametrize("router", ["soft", "expert_choice"])
+def test_another_router(router):
+    model = models.from_preset(
+        "convnext_t_e4_last2", image_size=64, moe={"router": router},
+        depths=(1, 1, 1, 1), dims=(4, 4, 8, 8),
+    )  # fmt: skip
+    assert len(model.moe_layers) == 2
+
+
+def test_unknown_arguments():
+    with pytest.raises(TypeError, match="num_clases=3. Did you mean 'num_cl"):
+        models.from_preset("vit_s16", num_clases=3)
+    with pytest.raises(ValueError, match="must be one of `models.presets"):
+        models.from_preset(["vit_s16"])
+
+
 # Cost: the graph against a formula with one term for each part.
 
 
@@ -117,6 +134,8 @@ def test_flops_of_a_dense_vit():
         ({}, 16),
         ({"capacity_factor": None}, 10),
         ({"images_per_group": None, "capacity_factor": 2.0}, 20),
+        # Never more places than tokens.
+        ({"images_per_group": None, "capacity_factor": 16.0}, 20),
         ({"router": "expert_choice", "capacity_factor": 1.0}, 8),
     ],
 )
@@ -189,8 +208,8 @@ def test_a_layer_that_is_not_known_is_named():
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (layers.MLP(4), "must be a functional Keras model"),
-        (keras.Sequential([keras.layers.Dense(2)]), "functional Keras model"),
+        (layers.MLP(4), "must be a functional or sequential Keras model"),
+        (keras.Sequential([keras.layers.Dense(2)]), "functional or sequential"),
     ],
 )
 def test_models_without_a_graph(model, words):
@@ -215,3 +234,27 @@ def test_models_without_weights_leave_nothing_behind():
     assert model.weights[0]._value is None
     images = np.zeros((1, 8, 8, 3), "float32")
     assert np.isfinite(other.predict(images, verbose=0)).all()
+
+
+def test_sequential_models_and_channels_first():
+    plain = keras.Sequential(
+        [keras.Input((4, 8)), keras.layers.Dense(3), keras.layers.Dense(2)]
+    )
+    assert models.cost(plain).flops == 4 * (8 * 3 + 3 * 2)
+    inputs = keras.Input((4, 8))
+    nested = keras.Model(inputs, plain(inputs))
+    assert models.cost(nested).flops == 4 * (8 * 3 + 3 * 2)
+    images = keras.Input((3, 8, 8))
+    conv = keras.layers.Conv2D(4, 3, data_format="channels_first")
+    model = keras.Model(images, conv(images))
+    assert models.cost(model).flops == 36 * 9 * 3 * 4
+
+
+def test_a_router_of_somebodys_own():
+    class First(layers.Router):
+        def make_plan(self, logits, mask, group_size):
+            return routing.top_k_plan(keras.ops.softmax(logits), 1, 4)
+
+    inputs = keras.Input((4, 8))
+    moe = layers.MoEMLP(2, 16, First(2))
+    assert models.cost(keras.Model(inputs, moe(inputs))).flops > 0

@@ -68,6 +68,14 @@ def test_renormalised_gates_with_room_for_all():
     )
 
 
+def test_frozen_layers_stay_frozen():
+    model, _ = dense()
+    model.get_layer("block_0_mlp").trainable = False
+    sparse = models.upcycle(model, {"layers": [1], "num_experts": 2})
+    assert not sparse.get_layer("block_0_mlp").trainable
+    assert sparse.get_layer("block_2_mlp").trainable
+
+
 def test_plain_gates_change_the_function():
     model, images = dense()
     sparse = models.upcycle(model, {"layers": [1], "num_experts": 4})
@@ -97,14 +105,24 @@ def test_experts_are_copies_and_noise_is_theirs():
 
 @KINDS
 def test_gradients_reach_all_experts(kind):
-    model, images = dense(kind)
-    moe = {"layers": [3], "num_experts": 2, "num_selected_experts": 1,
-           "noise_std": 3.0}  # fmt: skip
+    """One step from a model as it starts, but for its head, which is zeros."""
+    if kind == "vit":
+        model, size = tiny(moe=None, pooling="gap"), 8
+    else:
+        size = 16
+        model = models.ConvNeXtMoE(
+            depths=(1, 3), dims=(8, 12), num_classes=10, image_size=size,
+            layer_scale=0.1,
+        )  # fmt: skip
+    randomize(model.get_layer("head"))
+    generator = np.random.default_rng(0)
+    images = generator.normal(size=(24, size, size, 3)).astype("float32")
+    moe = {"layers": [3], "num_experts": 8, "num_selected_experts": 2}
     sparse = models.upcycle(model, moe, preserve_outputs=True)
     experts = sparse.get_layer("block_3_moe").experts
     before = float64(experts.output_kernel)
     sparse.compile(keras.optimizers.SGD(1.0), "mse")
-    sparse.fit(images, np.ones((3, 10)), batch_size=3, verbose=0)
+    sparse.fit(images, np.ones((24, 10)), batch_size=24, verbose=0)
     moved = float64(experts.output_kernel) - before
     for expert in moved:
         assert np.abs(expert).max() > 0
