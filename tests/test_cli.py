@@ -272,3 +272,34 @@ def test_convert_without_a_checkpoint(tmp_path):
     done = run("convert", tmp_path / "none", tmp_path / "x.keras")
     assert done.returncode == 1 and "none.index" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_evaluate(trained):
+    run_dir, printed = trained
+    done = run("evaluate", run_dir, "digits", "--split=test[:32]")
+    assert done.returncode == 0, done.stderr
+    assert "images: 32" in done.stdout and "top-5 accuracy: " in done.stdout
+    accuracy = re.search(r"test accuracy: ([\d.]+)", printed)[1]
+    assert f"accuracy: {accuracy}" in done.stdout
+    assert "block_1_moe: " in done.stdout
+
+
+def test_dry_run(tmp_path):
+    folder = tmp_path / "none"
+    done = run("train", *SMALL, f"--run_dir={folder}", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert "steps: 4 per epoch, 8 in all" in done.stdout
+    assert not folder.exists()
+
+
+def test_a_recipe_sets_the_defaults(tmp_path):
+    arguments = [x for x in SMALL if "epochs" not in x]
+    done = run(
+        "train", *arguments, "--recipe=cifar10_small", "--dry_run",
+        "--run_dir", tmp_path / "none",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "epochs: 20" in done.stdout and "flip: true" in done.stdout
+    assert "batch_size: 32" in done.stdout  # What is given counts.
+    done = run("train", "--recipe=cifar", "--dry_run")
+    assert done.returncode == 1 and "The nearest" in done.stderr

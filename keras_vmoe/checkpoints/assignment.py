@@ -200,8 +200,8 @@ def check_model(model, kinds):
         names = " or ".join(kind.__name__ for kind in kinds)
         raise TypeError(
             f"`model` must be a {names}. "
-            f"Received: model={model!r} of type {type(model).__name__}. Of a "
-            "clone, load the original's weights by `set_weights`."
+            f"Received: model={model!r} of type {type(model).__name__}. Make "
+            "one by `keras_vmoe.models` (a clone of one is a plain model)."
         )
 
 

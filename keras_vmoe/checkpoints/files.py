@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import struct
 
 import numpy as np
@@ -31,7 +32,11 @@ def open_checkpoint(path):
     """
     path = os.fspath(path)
     if "://" not in path:
-        with open(path, "rb") as file:
+        try:
+            file = open(path, "rb")
+        except FileNotFoundError as error:
+            raise _missing(path) from error
+        with file:
             yield Reader(file, path, os.fstat(file.fileno()).st_size)
         return
     tensorflow = require("tensorflow", "tensorflow")
@@ -46,6 +51,17 @@ def open_checkpoint(path):
         ) from error
     with tensorflow.io.gfile.GFile(path, "rb") as file:
         yield Reader(file, path, size)
+
+
+def _missing(path):
+    """The error for a local file that is not there."""
+    folder = pathlib.Path(path).parent
+    found = sorted(str(p.with_suffix("")) for p in folder.glob("*.index"))
+    return FileNotFoundError(
+        "A checkpoint is named by its prefix, without `.index` and `.data-...`,"
+        f" and all its files must be there. Received: {path}, which does not "
+        f"exist. Checkpoints in its folder: {found or 'none'}."
+    )
 
 
 class Reader:

@@ -3,8 +3,10 @@
 import re
 
 import keras
+import numpy as np
 from keras import ops
 
+from keras_vmoe.checkpoints.assignment import HEAD
 from keras_vmoe.checkpoints.assignment import assign
 from keras_vmoe.checkpoints.assignment import check_model
 from keras_vmoe.checkpoints.assignment import fit_head
@@ -25,8 +27,9 @@ def load_keras_applications(model, keras_model):
     model with `include_preprocessing=True` takes pixels from 0 to 255 and
     normalises them itself; ours takes normalised images:
     `(pixels / 255 - mean) / std` with mean (0.485, 0.456, 0.406) and std
-    (0.229, 0.224, 0.225). A head of another number of classes starts anew, with
-    a warning. For a MoE model call `models.upcycle` on the twin.
+    (0.229, 0.224, 0.225). A head of another number of classes, or that is not
+    there, starts anew, with a warning. For a MoE model call `models.upcycle` on
+    the twin.
 
     Args:
         model: A `ConvNeXtMoE` with `moe=None` and the same depths and dims.
@@ -52,8 +55,8 @@ def load_keras_applications(model, keras_model):
     if model.moe is not None:
         raise ValueError(
             "`model` must be dense: its MLPs are what experts start from. "
-            f"Received: model={model.name!r} with moe={model.moe}. Load the "
-            "twin with moe=None, then call `models.upcycle`."
+            f"Received: model={model.name!r} with {model.moe.num_experts} "
+            "experts. Load the twin with moe=None, then call `models.upcycle`."
         )
     if not isinstance(keras_model, keras.Model):
         raise TypeError(
@@ -62,6 +65,11 @@ def load_keras_applications(model, keras_model):
         )
     weights = _weights(model)
     arrays = _keras_arrays(keras_model)
+    if model.num_classes is not None and HEAD[0] not in arrays:
+        # Of `include_top=False`: a head of no class is another head.
+        features = model.get_layer("head").kernel.shape[0]
+        arrays[HEAD[0]] = np.zeros((features, 0))
+        arrays[HEAD[1]] = np.zeros(0)
     arrays = fit_head(arrays, head_of(model))
     assign(model, weights, arrays, MEND)
     return model

@@ -41,6 +41,13 @@ def read_orbax(directory):
     directory = pathlib.Path(directory).resolve()
     if not directory.is_dir():
         raise FileNotFoundError(f"There is no folder {directory}.")
+    sharded = sorted(path.stem for path in directory.glob("*.index"))
+    if sharded:
+        raise ValueError(
+            "The folder must hold an Orbax checkpoint. "
+            f"Received: {directory}, with the sharded checkpoints {sharded}. "
+            f"Name one of them: {directory / sharded[0]}."
+        )
     if (directory / STATE).is_dir():
         directory = directory / STATE
     try:

@@ -110,26 +110,17 @@ def make_augment(augmentation, seed):
         images = tf.cast(images, tf.float32)
         for stage in stages:
             images = tf.cast(stage(images), tf.float32)
-        if mixers:
-            batch = {"images": images, "labels": labels}
-            if len(mixers) == 1:
-                batch = mixers[0](batch)
-            else:
-                coin = tf.random.uniform((), seed=seed) < 0.5
-                batch = tf.cond(
-                    coin,
-                    lambda: _pair(mixers[0](dict(batch))),
-                    lambda: _pair(mixers[1](dict(batch))),
-                )
-                batch = dict(zip(("images", "labels"), batch, strict=True))
-            images, labels = batch["images"], batch["labels"]
+        if len(mixers) == 1:
+            images, labels = mixers[0](images, labels)
+        elif mixers:
+            images, labels = tf.cond(
+                tf.random.uniform((), seed=seed) < 0.5,
+                lambda: mixers[0](images, labels),
+                lambda: mixers[1](images, labels),
+            )
         return tf.clip_by_value(images, *PIXELS), labels
 
     return augment if stages or mixers else None
-
-
-def _pair(batch):
-    return batch["images"], batch["labels"]
 
 
 def _stages(augmentation, seed):
@@ -211,10 +202,49 @@ def _erasing(cv, probability, seed):
 
 
 def _mixers(augmentation, seed):
+    """Functions of images and one-hot labels."""
     cv = require("keras_cv", "data").layers
     mixers = []
     if augmentation.mixup:
-        mixers.append(cv.MixUp(augmentation.mixup, seed=seed))
+        mixers.append(_mixup(cv, augmentation.mixup, seed))
     if augmentation.cutmix:
-        mixers.append(cv.CutMix(augmentation.cutmix, seed=seed))
+        mixers.append(_cutmix(cv, augmentation.cutmix, seed))
     return mixers
+
+
+def _mixup(cv, alpha, seed):
+    layer = cv.MixUp(alpha, seed=seed)
+
+    def mix(images, labels):
+        batch = layer({"images": images, "labels": labels})
+        return batch["images"], batch["labels"]
+
+    return mix
+
+
+def _cutmix(cv, alpha, seed):
+    """CutMix, with labels by the area that was really pasted.
+
+    Keras-CV 0.9 weights labels by a rectangle that may lie partly, or wholly,
+    elsewhere. Here a fourth channel carries each image's number through the
+    layer, and tells how much of which other image has come in.
+    """
+    tf = import_tensorflow()
+    layer = cv.CutMix(alpha, seed=seed)
+
+    def mix(images, labels):
+        own = tf.cast(tf.range(tf.shape(images)[0]), tf.float32)
+        own = tf.reshape(own, (-1, 1, 1, 1))
+        marks = tf.ones_like(images[..., :1]) * own
+        batch = {"images": tf.concat([images, marks], -1), "labels": labels}
+        mixed = layer(batch)["images"]
+        marks = mixed[..., 3:]
+        pasted = tf.abs(marks - own) > 0.5
+        share = tf.reduce_mean(tf.cast(pasted, tf.float32), axis=(1, 2, 3))
+        other = tf.where(pasted, marks, 0.0)
+        other = tf.cast(tf.reduce_max(other, axis=(1, 2, 3)), tf.int32)
+        share = share[:, None]
+        labels = (1 - share) * labels + share * tf.gather(labels, other)
+        return mixed[..., :3], labels
+
+    return mix

@@ -58,7 +58,8 @@ def measure(model, dataset):
     watches = [_RouterWatch(layer) for layer in layers]
     logits, labels = [], []
     for images, batch_labels in dataset:
-        got, *tokens = probe.predict_on_batch(np.asarray(images))
+        got = probe.predict_on_batch(np.asarray(images))
+        got, *tokens = got if layers else [got]
         logits.append(got)
         labels.append(np.asarray(batch_labels))
         for watch, x in zip(watches, tokens, strict=True):

@@ -10,6 +10,7 @@ from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.experts import MLPExperts
 from keras_vmoe.layers.mlp import MLP
+from keras_vmoe.layers.routers import OWNERS
 from keras_vmoe.layers.routers import Router
 from keras_vmoe.layers.top_k_router import TopKRouter
 from keras_vmoe.routing.groups import check_sizes
@@ -28,7 +29,10 @@ class MoEMLP(keras.layers.Layer):
     behaves as if it were filled up with tokens that take no place. The result
     never depends on the number of devices.
 
-    Put it on a residual branch: a token that all its experts drop gets 0.
+    Put it on a residual branch: a token that all its experts drop gets 0. Where
+    a token is NaN or infinite, so is what it gets; groups without one are not
+    touched. (With expert choice a bad token may be chosen by nobody and get 0:
+    the residual carries it.)
 
     Args:
         num_experts: E.
@@ -82,6 +86,12 @@ class MoEMLP(keras.layers.Layer):
         dropout=0.0,
         **kwargs,
     ):
+        for name in kwargs.keys() & OWNERS:
+            raise ValueError(
+                f"`{name}` is a setting of the router. Received: {name}="
+                f"{kwargs[name]!r}. Write `router=layers.TopKRouter(num_experts"
+                ", ...)` with it."
+            )
         super().__init__(**kwargs)
         self.supports_masking = True
         if images_per_group is not None and (

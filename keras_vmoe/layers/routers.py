@@ -85,7 +85,7 @@ class Router(SavesSeedState, keras.layers.Layer):
     ):
         # A gate of the user's own may work in lower precision.
         logits = ops.cast(self.gate_layer(tokens), "float32")  # (G, S, E)
-        if logits.shape[2] != self.num_experts:
+        if len(logits.shape) < 3 or logits.shape[2] != self.num_experts:
             raise ValueError(
                 f"The gate must give one logit for each of {self.num_experts} "
                 f"experts. Received: logits of shape {tuple(logits.shape)}. "

@@ -100,9 +100,11 @@ class MoEConfig:
                     "router by a string."
                 )
         elif not isinstance(self.router, str) or self.router not in ROUTERS:
+            near = difflib.get_close_matches(str(self.router), ROUTERS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
                 f"`router` must be one of {sorted(ROUTERS)} or a router "
-                f"object. Received: router={self.router!r}. "
+                f"object. Received: router={self.router!r}.{hint} "
                 "A router object is made by, say, layers.TopKRouter(8)."
             )
 
@@ -124,7 +126,7 @@ class MoEConfig:
             return moe
         if not isinstance(moe, Mapping):
             raise ValueError(
-                "`moe` must be None or a dict such as "
+                "`moe` must be a dict such as "
                 "dict(layers='last_2', num_experts=8). "
                 f"Received: moe={moe!r}."
             )

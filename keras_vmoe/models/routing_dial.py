@@ -67,8 +67,9 @@ def set_routing(
     router = {k: v for k, v in router.items() if v is not None}
     if not router and images_per_group is None:
         raise ValueError(
-            "At least one routing setting must be given. Received: none. "
-            "Set for example `capacity_factor=0.5`."
+            "At least one routing setting must be given. Received: none (None "
+            "leaves a setting as it is). Set for example `capacity_factor=0.5`,"
+            " or 'dropless'."
         )
     _check_dials(router, images_per_group)
     if router.get("capacity_factor") == DROPLESS:

@@ -70,7 +70,7 @@ def check_capacity_factor(capacity_factor):
         raise ValueError(
             "`capacity_factor` must be a finite number. "
             f"Received: capacity_factor={capacity_factor!r}. "
-            "1.05 is V-MoE's choice for training."
+            "V-MoE trains with 1.05; None makes top-K routing dropless."
         )
     if capacity_factor <= 0:
         raise ValueError(

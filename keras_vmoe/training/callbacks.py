@@ -127,9 +127,10 @@ class RoutingMonitor(keras.callbacks.Callback):
             problems = self._problems(layer)
             if problems:
                 message = (
-                    f"Epoch {epoch + 1}, {name}: {'; '.join(problems)}. Raise "
-                    "the weights of the auxiliary losses, the noise or the "
-                    "capacity factor, or take fewer experts."
+                    f"Epoch {epoch + 1}, {name}: {'; '.join(problems)}. What "
+                    "balances the load: larger weights of the auxiliary losses "
+                    "(or `update_rate` of a BiasBalancedRouter), more noise, "
+                    "fewer experts; what drops less: a larger capacity factor."
                 )
                 self.warnings.append(message)
                 warnings.warn(message, stacklevel=2)

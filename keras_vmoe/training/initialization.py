@@ -42,7 +42,7 @@ def copy_weights(source, model):
     """
     theirs = {layer.name: layer for layer in source.layers if layer.weights}
     ours = {layer.name: layer for layer in model.layers if layer.weights}
-    values, wrong = {}, sorted(theirs.keys() ^ ours.keys() - {"head"})
+    values, wrong = {}, sorted((theirs.keys() ^ ours.keys()) - {"head"})
     for name in theirs.keys() & ours.keys():
         arrays = theirs[name].get_weights()
         shapes = [tuple(weight.shape) for weight in ours[name].weights]
@@ -50,7 +50,7 @@ def copy_weights(source, model):
             arrays = [fit_table(arrays[0], model)]
         if [array.shape for array in arrays] == shapes:
             values[name] = arrays
-        elif name == "head":
+        elif name == "head" and arrays[0].shape[0] == shapes[0][0]:
             warnings.warn(
                 "The head of the file has other classes: the model's starts "
                 "anew.",

@@ -174,8 +174,8 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
 
     Example:
 
-    >>> float(WarmUp(0.1, steps=100, warmup_steps=10)(9))
-    0.1...
+    >>> float(WarmUp(0.5, steps=100, warmup_steps=10)(9))
+    0.5
     """
 
     def __init__(self, peak, steps, warmup_steps=0, decay="cosine", end=0.0):

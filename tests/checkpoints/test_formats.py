@@ -10,6 +10,7 @@ from keras_vmoe import checkpoints
 from keras_vmoe.checkpoints.assignment import zoom
 from keras_vmoe.checkpoints.vit_npz import NAMES
 from keras_vmoe.checkpoints.vmoe import vmoe_weights
+from tests.golden.models import FOLDER
 from tests.golden.models import build
 from tests.golden.models import read
 from tests.harness import randomize
@@ -259,3 +260,11 @@ def test_bad_arguments_of_the_architecture():
         checkpoints.vmoe_config({}, image_size=0)
     with pytest.raises(TypeError, match="arrays=None"):
         checkpoints.vmoe_config(None)
+
+
+def test_a_folder_of_sharded_checkpoints_is_no_orbax_checkpoint():
+    with pytest.raises(ValueError, match="sharded checkpoints .'ckpt_1'"):
+        checkpoints.read(FOLDER / "vit_checkpoint")
+    words = r"Checkpoints in its folder: \['.*ckpt_1'\]"
+    with pytest.raises(FileNotFoundError, match=words):
+        checkpoints.read(FOLDER / "vit_checkpoint" / "ckpt_2")

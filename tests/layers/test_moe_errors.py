@@ -143,3 +143,9 @@ def test_router_without_a_plan():
     with pytest.raises(NotImplementedError, match="Router must define "
                        "`make_plan`"):  # fmt: skip
         router(np.ones((1, 6, 4), "float32"))
+
+
+def test_settings_of_the_router_are_pointed_there():
+    words = "is a setting of the router. Received: num_selected_experts=2"
+    with pytest.raises(ValueError, match=words):
+        layers.MoEMLP(4, 8, num_selected_experts=2)

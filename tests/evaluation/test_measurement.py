@@ -1,0 +1,41 @@
+"""`measure`: against a recount by hand."""
+
+import numpy as np
+import pytest
+
+from keras_vmoe import evaluation
+from tests.harness import randomize
+from tests.models.definitions import images_of
+from tests.models.definitions import tiny
+
+
+def test_a_recount():
+    model = randomize(tiny(moe={"capacity_factor": 0.5}))
+    images, labels = images_of(8), np.arange(8) % 10
+    batches = [(images[:4], labels[:4]), (images[4:], labels[4:])]
+    found = evaluation.measure(model, batches)
+    logits = np.concatenate(
+        [model.predict(x, batch_size=4, verbose=0) for x, _ in batches]
+    )
+    best = logits.argmax(-1)
+    assert found.num_images == 8
+    assert found.accuracy == (best == labels).mean()
+    top = np.argsort(-logits, axis=-1)[:, :5]
+    assert found.top5 == (top == labels[:, None]).any(axis=-1).mean()
+    log_softmax = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -log_softmax[np.arange(8), labels].mean()
+    assert found.loss == pytest.approx(expected, rel=1e-4)
+    assert found.confusion.sum() == 8
+    assert found.confusion[labels[0], best[0]] >= 1
+    for name in ("block_1_moe", "block_3_moe"):
+        routing = found.routing[name]
+        assert routing["load_share"].sum() == pytest.approx(1, rel=1e-5)
+        assert 0 < routing["dropped_share"] < 1
+    text = evaluation.report(found, [f"class {i}" for i in range(10)])
+    assert f"accuracy: {found.accuracy:.4f}" in text
+    assert "block_3_moe: " in text and "(1 is even)" in text
+
+
+def test_an_empty_dataset():
+    with pytest.raises(ValueError, match="at least one batch"):
+        evaluation.measure(tiny(), [])
