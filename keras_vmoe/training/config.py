@@ -88,7 +88,9 @@ class TrainConfig:
         keep_checkpoints: How many epochs' checkpoints to keep.
         seed: Makes a run repeatable on one machine and backend.
         preset: One of the papers' models, see `keras-vmoe presets`, in the
-            place of `model`, whose image size and drop path it takes.
+            place of `model`, whose image size, drop path and dtype it takes.
+        capacity_factor: That of a preset's MoE layers; null leaves it as it
+            is. Of a `model` it is a setting of `moe`.
         model: The model's size.
         moe: Its MoE layers; null trains the dense twin.
     """
@@ -125,6 +127,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     seed: int = 0
     preset: str | None = None
+    capacity_factor: float | None = None
     model: ViTConfig = dataclasses.field(default_factory=ViTConfig)
     moe: MoEConfig | None = dataclasses.field(default_factory=MoEConfig)
 
@@ -145,6 +148,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None:
                 self._check(name, good(value), "null or in its range")
+        if self.capacity_factor is not None and self.preset is None:
+            raise ValueError(
+                "`capacity_factor` is a setting of a preset. Received: "
+                f"capacity_factor={self.capacity_factor} without a preset. Set "
+                "`moe.capacity_factor`."
+            )
         if self.label_smoothing and self.loss == "bce":
             raise ValueError(
                 "Labels are smoothed over the classes of a cross-entropy. "

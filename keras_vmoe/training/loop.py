@@ -181,6 +181,8 @@ def make_model(config, info):
     if config.preset is not None:
         shared = ("image_size", "drop_path", "dtype")
         settings = {name: settings[name] for name in shared}
+        if config.capacity_factor is not None:
+            settings["moe"] = {"capacity_factor": config.capacity_factor}
         model = models.from_preset(
             config.preset, num_classes=num_classes, **settings
         )

@@ -102,6 +102,8 @@ class Recipe:
         settings = {name: getattr(self, name) for name in names}
         settings |= {"warmup": warmup, "decay_positions": False}
         settings |= {"decay_gates": False}
+        if preset and self.capacity_factor is not None:
+            settings["capacity_factor"] = self.capacity_factor
         dense = (preset or "").partition("_e")[0]
         if dense in self.drop_path:
             settings["model"] = {"drop_path": self.drop_path[dense]}

@@ -1,12 +1,19 @@
 """The recipes: field by field against the papers' tables."""
 
+import dataclasses
+
 import pytest
 
+from keras_vmoe import data
+from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe.data import Augmentation
 from keras_vmoe.models.presets import PRESETS
+from keras_vmoe.training import loop
 from keras_vmoe.training.recipes import RECIPES
 from keras_vmoe.training.recipes import find_recipe
+from tests.training.test_loop import SMALL
+from tests.training.test_loop import history
 
 # The Sweet Spot paper's table of hyperparameters, column by column.
 COLUMNS = {
@@ -75,6 +82,43 @@ def test_settings_make_a_configuration(name):
         assert preset in PRESETS
         drop_path = recipe.settings(f"{preset}_e8_last2")["model"]["drop_path"]
         assert drop_path == recipe.drop_path[preset]
+
+
+def test_what_a_preset_adds():
+    settings = RECIPES["vmoe_finetune"].settings("vmoe_s32_e8_last2")
+    assert settings["capacity_factor"] == 1.5
+    config = training.TrainConfig(
+        **settings,
+        preset="vmoe_s32_e8_last2",
+        model=training.ViTConfig(image_size=32),
+    )
+    with models.without_weights():
+        model = loop.make_model(config, data.info("digits"))
+    assert model.moe_layers[0].router.capacity_factor == 1.5
+    with pytest.raises(ValueError, match="capacity_factor=1.5 without a pre"):
+        training.TrainConfig(capacity_factor=1.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [name for name in COLUMNS if "h14" not in name]
+)
+def test_every_recipe_runs(name, tmp_path):
+    """A few steps, on small images and with a small model."""
+    settings = {**RECIPES[name].settings(), "batch_size": 8, "epochs": 2}
+    settings["warmup"] = 0.5
+    config = dataclasses.replace(
+        SMALL,
+        **settings,
+        run_dir=str(tmp_path / "run"),
+        train_split="train[:16]",
+        validation_split="validation[:8]",
+        test_split="test[:8]",
+    )
+    result = training.train(config)
+    assert 0 <= result.test_accuracy <= 1
+    losses = [float(row["loss"]) for row in history(result.run_dir)]
+    assert len(losses) == 2 and all(loss > 0 for loss in losses)
 
 
 def test_unknown_recipe():
