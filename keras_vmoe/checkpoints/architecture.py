@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from keras_vmoe.checkpoints.assignment import POSITIONS
-from keras_vmoe.checkpoints.sharded import read_index
+from keras_vmoe.checkpoints.sharded_index import read_index
 from keras_vmoe.routing.groups import check_sizes
 
 BLOCK = r"Encoder/encoderblock_(\d+)"

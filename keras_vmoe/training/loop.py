@@ -88,6 +88,9 @@ def train(config):
         run_dir / "history.csv", routing, state.get("rows", ())
     )
     if state["epoch"] < config.epochs:
+        save = SaveCheckpoint(
+            checkpoints, lambda: _to_lists(history.rows, routing.epochs)
+        )
         model.fit(
             batches(config, info, state["epoch"]),
             steps_per_epoch=steps,
@@ -96,17 +99,7 @@ def train(config):
             epochs=config.epochs,
             shuffle=False,  # The dataset shuffles itself.
             verbose=1 if sys.stdout.isatty() else 2,
-            callbacks=[
-                callbacks.StopOnNonFiniteLoss(run_dir / "model.keras"),
-                routing,
-                history,
-                SaveCheckpoint(
-                    checkpoints, lambda: _to_lists(history.rows, routing.epochs)
-                ),
-                # Behind the checkpoint, which has the weights themselves.
-                *_ema_callbacks(config),
-                callbacks.SaveModel(run_dir / "model.keras"),
-            ],
+            callbacks=_callbacks(config, run_dir, routing, history, save),
         )
     elif config.ema:
         model.optimizer.finalize_variable_values(model.trainable_variables)
@@ -120,11 +113,19 @@ def train(config):
     return RunResult(test["accuracy"], model, run_dir)
 
 
-def _ema_callbacks(config):
-    """What puts the average of the weights into validation and saved model."""
-    if not config.ema:
-        return []
-    return [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)]
+def _callbacks(config, run_dir, routing, history, save):
+    """The callbacks of a run, in their order."""
+    ema = [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)]
+    return [
+        callbacks.StopOnNonFiniteLoss(run_dir / "model.keras"),
+        routing,
+        history,
+        save,
+        # Behind the checkpoint, which has the weights themselves: what puts
+        # their average into validation and the saved model.
+        *(ema if config.ema else []),
+        callbacks.SaveModel(run_dir / "model.keras"),
+    ]
 
 
 def datasets(config, info):

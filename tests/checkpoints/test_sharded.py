@@ -11,7 +11,7 @@ import pytest
 
 from keras_vmoe import checkpoints
 from keras_vmoe.checkpoints.files import open_checkpoint
-from keras_vmoe.checkpoints.sharded import read_index
+from keras_vmoe.checkpoints.sharded_index import read_index
 from keras_vmoe.models import ViTMoE
 from tests.checkpoints import writer
 from tests.golden.models import FOLDER

@@ -13,8 +13,9 @@ from tests.models.definitions import tiny
 # The paper's totals seem to leave the gates out: these two agree then, and the
 # other rows agree either way.
 WITHOUT_GATES = ("convnext_b_e8_last2", "vit_b16_e8_every2")
-# 28,589,128 + 7 (1,181,568 + 4,722,432) + 8 (384 + 768) = 69,926,344, where the
-# paper prints 70.0. The sizes are those of its row with 4 experts, which agrees.
+# 28,589,128 + 7 (1,181,568 + 4,722,432) + 8 (384 + 768) = 69,926,344, where
+# the paper prints 70.0. The sizes are those of its row with 4 experts, which
+# agrees.
 UNEXPLAINED = {"convnext_t_e8_last2": 69_926_344}
 MILLION = 1e6
 

@@ -1,0 +1,215 @@
+"""The index of a sharded checkpoint: names, shapes and places of arrays."""
+
+import dataclasses
+import math
+
+import ml_dtypes
+import numpy as np
+
+from keras_vmoe._extras import require
+from keras_vmoe.checkpoints.files import open_checkpoint
+
+VERSIONS = (None, "20220622")
+INDEX_INFO = 8  # Type of a MessagePack extension.
+DTYPES = {
+    name: np.dtype(name)
+    for name in (
+        "bool", "float16", "float32", "float64", "int8", "int16", "int32",
+        "int64", "uint8", "uint16", "uint32", "uint64",
+    )
+} | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}  # fmt: skip
+MAX_DEPTH = 32  # Of nested names, and of axes.
+MAX_SIZE = 2**48  # Of an axis.
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What the index says of one array.
+
+    Attributes:
+        number: Its place in the sorted index.
+        shape: Its shape.
+        dtype: Its numpy dtype.
+        shards: Dict from slices, a tuple of `(start, stop)` per axis, to the
+            shard that holds this part.
+    """
+
+    number: int
+    shape: tuple
+    dtype: np.dtype
+    shards: dict
+
+    @property
+    def nbytes(self):
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """The index of a checkpoint: `entries` by name, in `shard_count` files."""
+
+    prefix: str
+    shard_count: int
+    entries: dict
+
+    def shard_path(self, shard):
+        return f"{self.prefix}.data-{shard:05d}-of-{self.shard_count:05d}"
+
+
+def read_index(prefix):
+    """Reads the `.index` file: shapes, dtypes and shards of all parameters.
+
+    Args:
+        prefix: As of `read_vmoe`.
+
+    Returns:
+        An `Index`.
+
+    Raises:
+        FileNotFoundError, CheckpointError, ImportError: As `read_vmoe`.
+    """
+    msgpack = require("msgpack", "checkpoints")
+    prefix = str(prefix).removesuffix(".index")
+    with open_checkpoint(f"{prefix}.index") as reader:
+        content = _unpack(msgpack, reader, reader.read(reader.size))
+        content = content if isinstance(content, dict) else {}
+        count, tree = content.get("shard_count"), content.get("index")
+        if not isinstance(tree, dict) or not _is_count(count):
+            raise reader.error("no index of a V-MoE checkpoint was found")
+        if content.get("version") not in VERSIONS:
+            raise reader.error(
+                f"the version is {content['version']!r}, not one of {VERSIONS}"
+            )
+        leaves = _flatten(reader, tree)
+        entries = {}
+        # Sorted level by level, which is how the shards number the arrays.
+        for number, name in enumerate(sorted(leaves)):
+            entry = _entry(msgpack, reader, name, number, leaves[name], count)
+            entries["/".join(name)] = entry
+        if not entries:
+            raise reader.error("no array is named")
+    return Index(prefix, count, _parameters(entries))
+
+
+def _is_count(value):
+    return type(value) is int and 0 < value < 100_000
+
+
+def _parameters(entries):
+    """The parameters alone, where the index holds a whole training state."""
+    inside = {
+        name.removeprefix("params/"): entry
+        for name, entry in entries.items()
+        if name.startswith("params/")
+    }
+    return inside or entries
+
+
+def _unpack(msgpack, reader, data):
+    try:
+        return msgpack.unpackb(data, raw=False, strict_map_key=False)
+    except unpack_errors(msgpack) as error:
+        raise reader.error(
+            f"MessagePack cannot be read: {type(error).__name__} {error}"
+        ) from error
+
+
+def unpack_errors(msgpack):
+    """What bytes that are no MessagePack, or hold other things, raise."""
+    return (
+        AttributeError, LookupError, TypeError, ValueError,
+        msgpack.UnpackException,
+    )  # fmt: skip
+
+
+def _flatten(reader, tree):
+    """Leaves of nested maps by tuples of keys; no recursion, so no overflow."""
+    leaves, nodes = {}, [((), tree)]
+    while nodes:
+        name, node = nodes.pop()
+        if len(name) > MAX_DEPTH:
+            raise reader.error(f"names are nested deeper than {MAX_DEPTH}")
+        for key, child in node.items():
+            if not isinstance(key, str) or "/" in key:
+                raise reader.error(f"a name is {key!r}, not a plain string")
+            if isinstance(child, dict):
+                nodes.append(((*name, key), child))
+            else:
+                leaves[*name, key] = child
+    return leaves
+
+
+def _entry(msgpack, reader, name, number, leaf, shard_count):
+    """Checks and decodes a leaf of the index."""
+    name = "/".join(name)
+    if getattr(leaf, "code", None) != INDEX_INFO:
+        raise reader.error(f"{name} is no array but {_describe(leaf)}")
+    try:
+        aval, slices, shards = msgpack.unpackb(leaf.data)
+        shape, dtype, *_ = msgpack.unpackb(aval)
+        slices = [
+            tuple(tuple(msgpack.unpackb(one)) for one in msgpack.unpackb(part))
+            for part in slices
+        ]
+        dtype = dtype.decode() if isinstance(dtype, bytes) else dtype
+    except unpack_errors(msgpack) as error:
+        raise reader.error(
+            f"the entry of {name} cannot be read: {error}"
+        ) from error
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise reader.error(f"{name} has the unknown dtype {dtype!r}")
+    sizes = isinstance(shape, list) and len(shape) <= MAX_DEPTH
+    sizes = sizes and all(
+        type(size) is int and 0 <= size < MAX_SIZE for size in shape
+    )
+    shards = shards if isinstance(shards, list) else [shards]
+    known = [
+        type(shard) is int and 0 <= shard < shard_count for shard in shards
+    ]
+    if not sizes or len(slices) != len(shards) or not all(known):
+        raise reader.error(
+            f"{name} has shape {shape} in shards {shards} of {shard_count}"
+        )
+    parts = [bounds_of(part, shape) for part in slices]
+    if None in parts or not _tile(parts, shape):
+        raise reader.error(f"the parts of {name} do not make up shape {shape}")
+    parts = dict(zip(parts, shards, strict=True))
+    return Entry(number, tuple(shape), DTYPES[dtype], parts)
+
+
+def _describe(leaf):
+    code = getattr(leaf, "code", None)
+    kind = type(leaf).__name__
+    return kind if code is None else f"an extension of type {code}"
+
+
+def bounds_of(slices, shape):
+    """`(start, stop)` per axis, or None if the slices do not fit the shape."""
+    if len(slices) != len(shape):
+        return None
+    bounds = []
+    for one, size in zip(slices, shape, strict=True):
+        if len(one) != 3 or one[2] not in (None, 1):
+            return None
+        start = 0 if one[0] is None else one[0]
+        stop = size if one[1] is None else one[1]
+        if type(start) is not int or type(stop) is not int:
+            return None
+        if not 0 <= start <= stop <= size:
+            return None
+        bounds.append((start, stop))
+    return tuple(bounds)
+
+
+def _tile(parts, shape):
+    """Whether the parts are a grid that covers every element once."""
+    axes = [
+        sorted({part[axis] for part in parts}) for axis in range(len(shape))
+    ]
+    for bounds, size in zip(axes, shape, strict=True):
+        edges = [0, *(stop for _, stop in bounds)]
+        starts = [start for start, _ in bounds]
+        if starts != edges[:-1] or edges[-1] != size:
+            return False
+    count = math.prod(len(bounds) for bounds in axes)
+    return len(parts) == len(set(parts)) == count

@@ -1,0 +1,247 @@
+"""What the command `keras-vmoe` takes."""
+
+import argparse
+import dataclasses
+import functools
+from typing import Literal
+
+from keras_vmoe import training
+from keras_vmoe.version import __version__
+
+TRAIN_EPILOG = """The MoE layers have settings of their own, such as
+--moe.num_experts. For a list: keras-vmoe train --moe.help
+
+examples:
+  keras-vmoe train --run_dir runs/digits
+  keras-vmoe train --run_dir runs/dense --moe null
+  keras-vmoe train --run_dir runs/big --moe.num_experts 16 --epochs 100
+  keras-vmoe train --config runs/digits/config.yaml --run_dir runs/again
+"""
+PREDICT_EPILOG = """examples:
+  keras-vmoe predict runs/digits seven.png three.png
+  keras-vmoe predict model.keras *.jpg --classes names.json --top 5
+"""
+EVALUATE_EPILOG = """examples:
+  keras-vmoe evaluate runs/digits digits
+  keras-vmoe evaluate model.keras cifar10 --split 'test[:50%]' --data_dir DIR
+"""
+CONVERT_EPILOG = """examples:
+  keras-vmoe convert checkpoints/vmoe_b16_imagenet21k vmoe_b16.keras
+  keras-vmoe convert ViT-B_16.npz vit_b16.keras --image_size 384
+"""
+PRESETS_EPILOG = """examples:
+  keras-vmoe presets
+  keras-vmoe presets convnext_t
+"""
+
+
+def recipe_of(arguments):
+    """Settings of the recipe that the command line names, if any."""
+    value = functools.partial(_value_of, arguments)
+    name = value("--recipe")
+    if name is None or "train" not in arguments:
+        return {}
+    return training.recipes.find_recipe(name).settings(value("--preset"))
+
+
+def _value_of(arguments, flag):
+    """What follows a flag on the command line; None without it."""
+    for i, argument in enumerate(arguments):
+        if argument == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def make_parser(jsonargparse, recipe):
+    """Makes the parser of the whole command.
+
+    Args:
+        jsonargparse: The module.
+        recipe: Settings that are the defaults of `train`; see `recipe_of`.
+
+    Returns:
+        A `jsonargparse.ArgumentParser`.
+    """
+
+    # Keeps the lines of the examples apart; subcommands inherit it.
+    class layout(  # noqa: N801
+        argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter
+    ):
+        pass
+
+    parser = jsonargparse.ArgumentParser(
+        prog="keras-vmoe",
+        description="Sparse Mixture-of-Experts for vision.",
+        version=__version__,
+        formatter_class=layout,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subcommands(required=True)
+    for name, make, text in (
+        ("train", _train_parser, "Train a model."),
+        ("evaluate", _evaluate_parser, "Measure a model on a dataset."),
+        ("predict", _predict_parser, "Classify images."),
+        ("convert", _convert_parser, "Read other weights."),
+        ("presets", _presets_parser, "List the papers' models."),
+    ):
+        command = make(jsonargparse)
+        if name == "train":
+            command.set_defaults(_dotted(recipe))
+        commands.add_subcommand(name, command, help=text)
+    return parser
+
+
+def _dotted(settings, prefix=""):
+    """Nested settings and dataclasses by dotted names."""
+    dotted = {}
+    for name, value in settings.items():
+        if dataclasses.is_dataclass(value):
+            value = dataclasses.asdict(value)
+        if isinstance(value, dict):
+            dotted |= _dotted(value, f"{prefix}{name}.")
+        else:
+            dotted[prefix + name] = value
+    return dotted
+
+
+def _train_parser(jsonargparse):
+    parser = jsonargparse.ArgumentParser(
+        usage="keras-vmoe train [options]",
+        description="Trains a ViTMoE on a TFDS dataset; writes a run folder.",
+        epilog=TRAIN_EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file with these settings."
+    )
+    parser.add_class_arguments(training.TrainConfig)
+    parser.add_argument(
+        "--recipe",
+        type=str | None,
+        default=None,
+        help="Name of a recipe whose settings are the defaults of all others: "
+        + ", ".join(training.recipes.RECIPES),
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Print settings, cost, memory and steps, and train nothing.",
+    )
+    return parser
+
+
+def _evaluate_parser(jsonargparse):
+    parser = jsonargparse.ArgumentParser(
+        usage="keras-vmoe evaluate [options] model dataset",
+        description="Accuracy, loss, a table of the classes and what the "
+        "routers do, on one split of a TFDS dataset.",
+        epilog=EVALUATE_EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", type=str, help="Run folder or .keras file.")
+    parser.add_argument("dataset", type=str, help='TFDS dataset or "digits".')
+    parser.add_argument("--split", type=str, default="test", help="TFDS split.")
+    parser.add_argument(
+        "--data_dir", type=str | None, default=None, help="Folder of datasets."
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=64, help="Images at a time."
+    )
+    parser.add_argument(
+        "--test_crop",
+        type=float | None,
+        default=None,
+        help="Share of the shorter side that the centre crop keeps.",
+    )
+    parser.add_argument(
+        "--classes",
+        type=str | None,
+        default=None,
+        help="JSON list of class names; default: that of the run folder.",
+    )
+    _add_backend(parser)
+    return parser
+
+
+def _predict_parser(jsonargparse):
+    parser = jsonargparse.ArgumentParser(
+        usage="keras-vmoe predict [options] model image [image ...]",
+        description="Prints the most probable classes of image files.",
+        epilog=PREDICT_EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", type=str, help="Run folder or .keras file.")
+    parser.add_argument(
+        "images",
+        type=str,
+        nargs="+",
+        help="PNG, JPEG, BMP or GIF files that look like the training images "
+        "(the embedded digits are white on black).",
+    )
+    parser.add_argument(
+        "--classes",
+        type=str | None,
+        default=None,
+        help="JSON list of class names; default: that of the run folder.",
+    )
+    parser.add_argument(
+        "--top", type=int, default=3, help="Classes to print for each image."
+    )
+    _add_backend(parser)
+    return parser
+
+
+def _presets_parser(jsonargparse):
+    parser = jsonargparse.ArgumentParser(
+        usage="keras-vmoe presets [match]",
+        description="Prints the models of the papers, their sizes and costs.",
+        epilog=PRESETS_EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "match", type=str, nargs="?", default="", help="Part of the names."
+    )
+    return parser
+
+
+def _convert_parser(jsonargparse):
+    parser = jsonargparse.ArgumentParser(
+        usage="keras-vmoe convert [options] checkpoint output",
+        description="Writes a checkpoint of the V-MoE program, or of the first "
+        "ViTs, as a .keras file.",
+        epilog=CONVERT_EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "checkpoint",
+        type=str,
+        help="Prefix of a sharded checkpoint (without .index), folder of an "
+        "Orbax checkpoint, or .npz file.",
+    )
+    parser.add_argument("output", type=str, help="New .keras file.")
+    parser.add_argument(
+        "--image_size",
+        type=int | None,
+        default=None,
+        help="Side of the images, if not that of the checkpoint; learned "
+        "positions are resized.",
+    )
+    parser.add_argument(
+        "--num_selected_experts",
+        type=int | None,
+        default=None,
+        help="K, which no checkpoint holds; null means 2.",
+    )
+    _add_backend(parser)
+    return parser
+
+
+def _add_backend(parser):
+    parser.add_argument(
+        "--backend",
+        type=Literal["jax", "tensorflow", "torch"] | None,
+        default=None,
+        help="Keras backend; null leaves the choice to Keras.",
+    )
