@@ -12,8 +12,8 @@ from keras_vmoe.models.presets import PRESETS
 from keras_vmoe.training import loop
 from keras_vmoe.training.recipes import RECIPES
 from keras_vmoe.training.recipes import find_recipe
-from tests.training.test_loop import SMALL
-from tests.training.test_loop import history
+from tests.training.small import SMALL
+from tests.training.small import history
 
 # The Sweet Spot paper's table of hyperparameters, column by column.
 COLUMNS = {

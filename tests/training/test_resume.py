@@ -21,17 +21,12 @@ from keras_vmoe.training import checkpointing
 from keras_vmoe.training.checkpointing import Checkpoints
 from tests.models.definitions import images_of
 from tests.models.definitions import tiny
-from tests.training.test_loop import SMALL
-from tests.training.test_loop import history
+from tests.training.small import SMALL
+from tests.training.small import history
 
 EPOCHS = 4
 # Bit-equal on JAX; the others add up in an order of their own.
 EXACT = keras.backend.backend() == "jax"
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("data"))
 
 
 def config_of(run_dir, cache, **changes):

@@ -1,0 +1,81 @@
+"""Other losses, optimizers and starts of a run."""
+
+import dataclasses
+
+import pytest
+
+from keras_vmoe import data
+from keras_vmoe import training
+from keras_vmoe.training import loop
+from tests.training.small import history
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(optimizer="lamb", loss="bce", expert_weight_decay=0.1),
+        dict(optimizer="sgd", label_smoothing=0.1, clip_norm=1.0,
+             schedule="linear"),
+        dict(accumulate=2, ema=0.9, schedule="rsqrt"),
+        dict(augmentation=data.Augmentation(flip=True, mixup=0.8), moe=None),
+    ],
+    ids=["lamb", "sgd", "ema", "mixup"],
+)  # fmt: skip
+def test_other_settings(config, changes):
+    result = training.train(dataclasses.replace(config, **changes))
+    rows = history(result.run_dir)
+    assert len(rows) == 2 and float(rows[-1]["loss"]) > 0
+
+
+def test_a_preset(config):
+    model = dataclasses.replace(config.model, image_size=32, drop_path=0.1)
+    changed = dataclasses.replace(
+        config, preset="convnext_iso_s_e8_last2", model=model
+    )
+    made = loop.make_model(changed, data.info("digits"))
+    assert made.drop_path == 0.1 and made.output_shape == (None, 10)
+
+
+def test_fine_tuning(result, config, tmp_path):
+    """Other classes, another resolution, all but the head frozen."""
+    start = result.run_dir / "model.keras"
+    changed = dataclasses.replace(
+        config,
+        init=str(start),
+        freeze="backbone",
+        num_classes=12,
+        model=dataclasses.replace(config.model, image_size=16),
+    )
+    with pytest.warns(UserWarning, match="other classes"):
+        tuned = training.train(changed).model
+    assert tuned.output_shape == (None, 12)
+    kernel = tuned.get_layer("block_1_moe").experts.hidden_kernel
+    before = result.model.get_layer("block_1_moe").experts.hidden_kernel
+    assert (kernel.numpy() == before.numpy()).all()
+    assert [w.path for w in tuned.trainable_weights] == [
+        "head/kernel", "head/bias"
+    ]  # fmt: skip
+
+
+def test_frozen_routers(config):
+    made = loop.make_model(
+        dataclasses.replace(config, freeze="routers"), data.info("digits")
+    )
+    frozen = [w.path for w in made.weights if not w.trainable]
+    assert frozen == ["block_1_moe/router/gate/kernel"]
+
+
+def test_weights_of_another_model_are_refused(result, config):
+    model = dataclasses.replace(config.model, hidden_dim=32)
+    changed = dataclasses.replace(
+        config, init=str(result.run_dir / "model.keras"), model=model
+    )
+    with pytest.raises(ValueError, match="same model. Received: layers that"):
+        training.train(changed)
+
+
+def test_a_description(config):
+    text = training.describe(config)
+    assert "optimizer: adamw" in text and "million active per token" in text
+    assert "steps: 4 per epoch, 8 in all, 4 of warm-up" in text
+    assert "memory, estimated" in text
