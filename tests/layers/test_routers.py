@@ -67,7 +67,7 @@ def test_copies_of_a_seeded_router_draw_different_noise():
 
 @pytest.mark.parametrize("moe", [True, "last_2", [1]])
 def test_moe_is_a_dict(moe):
-    with pytest.raises(ValueError, match="None or a dict.*Received: moe="):
+    with pytest.raises(ValueError, match="must be a dict.*Received: moe="):
         models.ViTMoE(8, 4, 8, 4, 2, 8, 3, moe=moe)
 
 
