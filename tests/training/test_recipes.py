@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import keras
 import pytest
 
 from keras_vmoe import data
