@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import keras
 import pytest
 
 from keras_vmoe import data
