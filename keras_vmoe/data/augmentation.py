@@ -151,6 +151,13 @@ def _rand_augment(cv, augmentation, seed):
         seed=seed,
     )
 
+    for operation in layer.layers:
+        if isinstance(operation, cv.Equalization):
+            # It asks a tensor for its truth. Under the TensorFlow backend Keras
+            # keeps AutoGraph, which makes that work, out of nested layers.
+            equalize = tf.function(operation.equalize_channel)
+            operation.equalize_channel = equalize
+
     def augment(images):
         # Keras-CV itself maps ten images at a time, and which of them draws
         # first is a matter of chance.
