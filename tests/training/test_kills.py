@@ -1,6 +1,6 @@
 """Processes, killed by the system while they train and write.
 
-A file of its own: it takes minutes, and the other worker runs the rest beside it.
+A file of its own: it takes minutes, and the other worker runs the rest.
 """
 
 import os
