@@ -74,11 +74,7 @@ def predict(settings, arguments):
     """`keras-vmoe predict`: prints the classes of image files."""
     if settings.backend not in (None, keras.backend.backend()):
         _restart(settings.backend, arguments)
-    path = pathlib.Path(settings.model)
-    run_dir = path if path.is_dir() else path.parent
-    file = path / "model.keras" if path.is_dir() else path
-    model = models.load(file, compile=False)
-    names = _class_names(settings.classes, run_dir, model.output_shape[-1])
+    model, names = _open_model(settings)
     images = data.read_images(settings.images, model.input_shape[1:3])
     found = evaluation.classify(model, images, names, settings.top)
     for image, predictions in zip(settings.images, found, strict=True):
@@ -90,10 +86,7 @@ def evaluate(settings, arguments):
     """`keras-vmoe evaluate`: measures a model on a split of a dataset."""
     if settings.backend not in (None, keras.backend.backend()):
         _restart(settings.backend, arguments)
-    path = pathlib.Path(settings.model)
-    run_dir = path if path.is_dir() else path.parent
-    file = path / "model.keras" if path.is_dir() else path
-    model = models.load(file, compile=False)
+    model, names = _open_model(settings)
     images = data.load(
         settings.dataset,
         settings.split,
@@ -104,7 +97,6 @@ def evaluate(settings, arguments):
         num_classes=model.output_shape[-1],
         test_crop=settings.test_crop,
     )
-    names = _class_names(settings.classes, run_dir, model.output_shape[-1])
     print(evaluation.report(evaluation.measure(model, images), names))
 
 
@@ -211,6 +203,16 @@ def _restart(backend, arguments):
     command = [sys.executable, "-m", "keras_vmoe.cli", *arguments]
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)  # noqa: S606
+
+
+def _open_model(settings):
+    """The model of a run folder or file, and the names of its classes."""
+    path = pathlib.Path(settings.model)
+    run_dir = path if path.is_dir() else path.parent
+    file = path / "model.keras" if path.is_dir() else path
+    model = models.load(file, compile=False)
+    classes = model.output_shape[-1]
+    return model, _class_names(settings.classes, run_dir, classes)
 
 
 def _class_names(path, run_dir, num_classes):
