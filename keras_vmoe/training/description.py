@@ -1,6 +1,6 @@
 """What a run would do, before it does it."""
 
-import math
+import dataclasses
 
 from keras_vmoe import data
 from keras_vmoe import models
@@ -35,7 +35,7 @@ def describe(config):
     info = data.info(config.dataset, config.data_dir)
     steps = len(load(config, info, "train_split", True, epoch=0))
     with models.without_weights():
-        model = make_model(config, info)
+        model = make_model(dataclasses.replace(config, init=None), info)
     cost = models.cost(model)
     copies = COPIES[config.optimizer] + (config.ema is not None)
     copies += config.accumulate > 1
@@ -51,6 +51,6 @@ def describe(config):
         f"memory, estimated: {weights / 2**20:.0f} MiB for weights and "
         f"optimizer, {activations / 2**20:.0f} MiB for a batch",
         f"steps: {steps} per epoch, {steps * config.epochs} in all, "
-        f"{math.ceil(config.warmup * steps * config.epochs)} of warm-up",
+        f"{round(config.warmup * steps * config.epochs)} of warm-up",
     ]
     return "\n".join(lines)
