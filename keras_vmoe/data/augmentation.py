@@ -1,17 +1,26 @@
-"""Random changes to batches of training images, by Keras-CV inside tf.data.
+"""Random changes to batches of training images, inside tf.data.
+
+What is drawn is a function of a seed, and so an epoch can be repeated, read in
+parallel and entered in the middle. What is done to pixels is Keras-CV's.
 
 Axes: B images in the batch, H and W height and width in pixels.
 """
 
 import dataclasses
+import functools
+import math
 
 from keras_vmoe._extras import require
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 
 PIXELS = (0, 255)
+GREY = 127.5
 SOLARIZE_FROM = 128  # Of 3-Augment: pixels above are inverted.
-BLUR = (5, 1.0)  # Of 3-Augment: size of the kernel, highest deviation.
-ERASED_SIDE = (0.15, 0.55)  # Of the image's side; areas of 0.02 to 0.3.
+BLUR = (5, (0.1, 1.0))  # Of 3-Augment: size of the kernel, its deviation.
+ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), 0.3  # Ratio of sides, to 1 / 0.3.
+SPREAD = 0.15  # Deviation of RandAugment's magnitudes.
+IDENTITY = 1 / 11  # Probability of RandAugment's operation that does nothing.
+LARGEST_ADDITION = 110  # Of RandAugment's solarisation, in pixel values.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,174 +93,342 @@ class Augmentation:
         return self.mixup > 0 or self.cutmix > 0
 
 
-def make_augment(augmentation, seed):
+def make_augment(augmentation):
     """Makes the function that changes a batch.
-
-    To be mapped one batch after the other: Keras-CV's layers draw from the
-    state of generators, and only then is a run repeatable.
 
     Args:
         augmentation: An `Augmentation`; crops are made elsewhere, while images
             are decoded.
-        seed: Non-negative integer.
 
     Returns:
-        A function from `(images, labels)` to `(images, labels)`: `(B, H, W, 3)`
-        pixels in [0, 255], uint8 or float32, and labels, which must be one-hot
-        `(B, classes)` float32 if they are mixed. Images come back as float32.
+        None if nothing is to be changed, else a function from `(images, labels,
+        seed)` to `(images, labels)`: `(B, H, W, 3)` pixels in [0, 255], uint8
+        or float32; labels, which must be one-hot `(B, classes)` float32 if they
+        are mixed; and `(2,)` int64, of which the result is a function. Images
+        come back as float32. It is traced once, in however many pipelines.
     """
-    tf = import_tensorflow()
-    stages = _stages(augmentation, seed)
-    mixers = _mixers(augmentation, seed)
+    stages, mixers = _stages(augmentation), _mixers(augmentation)
+    return _traced(augmentation) if stages or mixers else None
 
-    def augment(images, labels):
-        # For the operations of Keras-CV that take no seed of their own.
-        tf.compat.v1.set_random_seed(seed)
+
+@functools.cache
+def _traced(settings):
+    """The function of an `Augmentation`, one for all pipelines."""
+    tf = import_tensorflow()
+    stages, mixers = _stages(settings), _mixers(settings)
+
+    @tf.function(reduce_retracing=True)
+    def augment(images, labels, seed):
+        seeds = tf.random.split(tf.cast(seed, tf.int64), len(stages) + 2)
         images = tf.cast(images, tf.float32)
-        for stage in stages:
-            images = tf.cast(stage(images), tf.float32)
+        for i, stage in enumerate(stages):
+            images = stage(images, seeds[i])
         if len(mixers) == 1:
-            images, labels = mixers[0](images, labels)
+            images, labels = mixers[0](images, labels, seeds[-1])
         elif mixers:
             images, labels = tf.cond(
-                tf.random.uniform((), seed=seed) < 0.5,
-                lambda: mixers[0](images, labels),
-                lambda: mixers[1](images, labels),
+                tf.random.stateless_uniform((), seeds[-2]) < 0.5,
+                lambda: mixers[0](images, labels, seeds[-1]),
+                lambda: mixers[1](images, labels, seeds[-1]),
             )
         return tf.clip_by_value(images, *PIXELS), labels
 
-    return augment if stages or mixers else None
+    return augment
 
 
-def _stages(augmentation, seed):
-    """Functions of batches of images, in order."""
+def _stages(settings):
+    """Functions of `(images, seed)`, in order."""
     cv = require("keras_cv", "data").layers
-    seeds = iter(range(seed + 1, seed + 100))  # 0 means no seed to Keras-CV.
     stages = []
-    if augmentation.flip:
-        stages.append(cv.RandomFlip("horizontal", seed=next(seeds)))
-    if augmentation.rand_augment:
-        stages.append(_rand_augment(cv, augmentation, next(seeds)))
-    if augmentation.three_augment:
-        stages.append(_three_augment(cv, next(seeds)))
-    if augmentation.color_jitter:
-        stages += _color_jitter(cv, augmentation.color_jitter, seeds)
-    if augmentation.erasing:
-        stages.append(_erasing(cv, augmentation.erasing, next(seeds)))
+    if settings.flip:
+        stages.append(_flip)
+    if settings.rand_augment:
+        operations = _operations(cv, settings.rand_augment)
+        stage = functools.partial(_rand_augment, operations)
+        stages += [stage] * settings.rand_augment_layers
+    if settings.three_augment:
+        stages.append(functools.partial(_three_augment, _three(cv)))
+    if settings.color_jitter:
+        stages.append(_color_jitter(cv, settings.color_jitter))
+    if settings.erasing:
+        stages.append(functools.partial(_erase, settings.erasing))
     return stages
 
 
-def _rand_augment(cv, augmentation, seed):
-    """RandAugment, one image after the other."""
+def _uniform(images, seed, low=0.0, high=1.0):
+    """A number for each image, `(B, 1, 1, 1)`."""
     tf = import_tensorflow()
-    layer = cv.RandAugment(
-        PIXELS,
-        augmentations_per_image=augmentation.rand_augment_layers,
-        magnitude=augmentation.rand_augment,
-        seed=seed,
+    shape = (tf.shape(images)[0], 1, 1, 1)
+    return tf.random.stateless_uniform(shape, seed, low, high)
+
+
+def _flip(images, seed):
+    tf = import_tensorflow()
+    chosen = tf.reshape(_uniform(images, seed) < 0.5, (-1,))
+    operations = [lambda x: x, lambda x: tf.reverse(x, [2])]
+    return _routed(operations, tf.cast(chosen, tf.int32), images)
+
+
+def _routed(operations, choices, images, *parameters):
+    """Gives each image to the operation of its choice, and to no other.
+
+    Args:
+        operations: Functions of some of the images and their parameters.
+        choices: `(B,)` int32.
+        images: `(B, H, W, 3)`.
+        *parameters: `(B, ...)` tensors.
+
+    Returns:
+        Images as they were.
+    """
+    tf = import_tensorflow()
+    places = tf.dynamic_partition(
+        tf.range(tf.shape(images)[0]), choices, len(operations)
     )
+    inputs = [
+        tf.dynamic_partition(x, choices, len(operations))
+        for x in (images, *parameters)
+    ]
+    changed = [
+        # Not all operations take a batch of none.
+        tf.cond(
+            tf.size(x[0]) > 0,
+            functools.partial(operation, *x),
+            functools.partial(tf.identity, x[0]),
+        )
+        for operation, *x in zip(operations, *inputs, strict=True)
+    ]
+    result = tf.dynamic_stitch(places, changed)
+    return tf.ensure_shape(result, images.shape)
 
-    for operation in layer.layers:
-        if isinstance(operation, cv.Equalization):
-            # It asks a tensor for its truth. Under the TensorFlow backend Keras
-            # keeps AutoGraph, which makes that work, out of nested layers.
-            equalize = tf.function(operation.equalize_channel)
-            operation.equalize_channel = equalize
 
-    def augment(images):
-        # Keras-CV itself maps ten images at a time, and which of them draws
-        # first is a matter of chance.
-        return tf.map_fn(layer, images, parallel_iterations=1)
-
-    return augment
-
-
-def _three_augment(cv, seed):
-    """Of each image one of three: grey, solarised, blurred."""
+def _rand_augment(operations, images, seed):
+    """One operation of RandAugment for each image."""
     tf = import_tensorflow()
-    grey = cv.Grayscale(output_channels=3)
-    solarize = cv.Solarization(PIXELS, threshold_factor=SOLARIZE_FROM)
-    size, deviation = BLUR
-    blur = cv.RandomGaussianBlur(size, (0.1, deviation), seed=seed)
+    count = tf.shape(images)[0]
+    seeds = tf.random.split(seed, 4)
+    numbers = tf.random.stateless_uniform((count,), seeds[0])
+    choice = numbers / (1 - IDENTITY) * len(operations)
+    choice = tf.minimum(tf.cast(choice, tf.int32), len(operations))
+    normal = tf.random.stateless_normal((count, 1, 1, 1), seeds[1])
+    amount = _uniform(images, seeds[2], -1.0, 1.0)
+    sign = tf.sign(_uniform(images, seeds[3], -1.0, 1.0))
+    return _routed(
+        [*operations, lambda images, *_: images],
+        choice, images, normal, amount, sign,
+    )  # fmt: skip
 
-    def augment(images):
-        shape = (tf.shape(images)[0], 1, 1, 1)
-        choice = tf.random.uniform(shape, 0, 3, tf.int32, seed=seed)
-        changed = tf.where(choice == 0, grey(images), solarize(images))
-        return tf.where(choice == 2, blur(images), changed)
 
-    return augment
+def _operations(cv, magnitude):
+    """RandAugment's operations on images, with the magnitudes of Keras-CV.
 
+    Each takes images and, `(B, 1, 1, 1)` each, a normal number, a uniform one
+    in [-1, 1] and a sign.
+    """
+    tf = import_tensorflow()
+    contrast, equalize = cv.AutoContrast(PIXELS), cv.Equalization(PIXELS)
+    solarize, color = cv.Solarization(PIXELS), cv.RandomColorDegeneration(1.0)
+    scale = cv.RandomContrast(PIXELS, magnitude)
+    shift = cv.RandomBrightness(magnitude, PIXELS)
+    shear, translate = cv.RandomShear(1.0, 1.0), cv.RandomTranslation(1.0, 1.0)
 
-def _color_jitter(cv, strength, seeds):
-    # Keras-CV's saturation of 0.5 changes nothing, 0 is grey, 1 the most.
-    half = strength / 2
+    def strength(normal):
+        return tf.clip_by_value(magnitude + SPREAD * normal, 0, 1)
+
+    def solarized(images, normal, amount, sign):
+        factor = strength(normal)
+        changes = {
+            "additions": LARGEST_ADDITION * factor,
+            "thresholds": PIXELS[1] * (1 - factor),
+        }
+        return solarize.augment_images(images, changes)
+
+    def sheared(direction):
+        def change(images, normal, amount, sign):
+            factor = tf.reshape(strength(normal) * sign, (-1, 1))
+            changes = {"shear_x": None, "shear_y": None, direction: factor}
+            return shear.augment_images(images, changes)
+
+        return change
+
+    def translated(direction):
+        def change(images, normal, amount, sign):
+            factor = tf.reshape(magnitude * amount, (-1, 1))
+            names = ("height_translations", "width_translations")
+            changes = dict.fromkeys(names, tf.zeros_like(factor))
+            return translate.augment_images(
+                images, changes | {direction: factor}
+            )
+
+        return change
+
     return [
-        cv.RandomBrightness(strength, PIXELS, seed=next(seeds)),
-        cv.RandomContrast(PIXELS, strength, seed=next(seeds)),
-        cv.RandomSaturation((0.5 - half, 0.5 + half), seed=next(seeds)),
+        lambda images, *_: contrast.augment_images(images),
+        lambda images, *_: equalize.augment_images(images),
+        solarized,
+        lambda images, normal, *_: color.augment_images(
+            images, strength(normal)
+        ),
+        lambda images, normal, amount, sign: scale.augment_images(
+            images, 1 + magnitude * amount
+        ),
+        lambda images, normal, amount, sign: shift.augment_images(
+            images, PIXELS[1] * magnitude * amount
+        ),
+        sheared("shear_x"),
+        sheared("shear_y"),
+        translated("width_translations"),
+        translated("height_translations"),
     ]
 
 
-def _erasing(cv, probability, seed):
+def _three_augment(operations, images, seed):
+    """Of each image one of three: grey, solarised, blurred."""
+    tf = import_tensorflow()
+    seeds = tf.random.split(seed, 2)
+    choice = tf.random.stateless_uniform(
+        (tf.shape(images)[0],), seeds[0], 0, len(operations), tf.int32
+    )
+    deviation = _uniform(images, seeds[1], *BLUR[1])
+    return _routed(operations, choice, images, deviation)
+
+
+def _three(cv):
+    """The operations of 3-Augment."""
+    tf = import_tensorflow()
+    grey = cv.Grayscale(output_channels=3)
+    solarize = cv.Solarization(PIXELS)
+    size, _ = BLUR
+    blur = cv.RandomGaussianBlur(size, 1.0)
+
+    def blurred(image, deviation):
+        kernel = blur.get_kernel(tf.reshape(deviation, ()), size)
+        kernels = (
+            tf.reshape(kernel, (size, 1, 1, 1)),
+            tf.reshape(kernel, (1, size, 1, 1)),
+        )
+        return blur.augment_image(image, kernels)
+
+    def all_blurred(images, deviation):
+        return tf.map_fn(
+            lambda x: blurred(*x),
+            (images, deviation),
+            fn_output_signature=images.dtype,
+        )
+
+    changes = {"additions": 0.0, "thresholds": float(SOLARIZE_FROM)}
+    return [
+        lambda images, _: grey.augment_images(images),
+        lambda images, _: solarize.augment_images(images, changes),
+        all_blurred,
+    ]
+
+
+def _color_jitter(cv, strength):
+    """Brightness, contrast and saturation of each image."""
+    tf = import_tensorflow()
+    brightness = cv.RandomBrightness(strength, PIXELS)
+    contrast = cv.RandomContrast(PIXELS, strength)
+    saturation = cv.RandomColorDegeneration(1.0)
+
+    def jitter(images, seed):
+        seeds = tf.random.split(seed, 3)
+        shift, scale, color = (
+            _uniform(images, seeds[i], -strength, strength) for i in range(3)
+        )
+        images = brightness.augment_images(images, PIXELS[1] * shift)
+        images = contrast.augment_images(images, 1 + scale)
+        return saturation.augment_images(images, color)  # Towards grey, or on.
+
+    return jitter
+
+
+def _rectangles(images, seed, heights, widths):
+    """Whether a pixel is in its image's rectangle, `(B, H, W, 1)`.
+
+    Centres are uniform over the image; what lies outside of it is cut off.
+
+    Args:
+        images: `(B, H, W, 3)`.
+        seed: `(2,)`.
+        heights, widths: `(B, 1, 1, 1)` sides, as shares of the image's.
+    """
+    tf = import_tensorflow()
+    seeds = tf.random.split(seed, 2)
+    inside = True
+    for axis, share in ((1, heights), (2, widths)):
+        size = tf.shape(images)[axis]
+        center = _uniform(images, seeds[axis - 1])
+        shape = (1, -1, 1, 1) if axis == 1 else (1, 1, -1, 1)
+        place = tf.reshape((tf.range(size, dtype=tf.int32)), shape)
+        place = (tf.cast(place, tf.float32) + 0.5) / tf.cast(size, tf.float32)
+        inside &= tf.abs(place - center) < share / 2
+    return inside
+
+
+def _erase(probability, images, seed):
     """Fills a rectangle of some of the images with noise."""
     tf = import_tensorflow()
-    cutout = cv.RandomCutout(
-        ERASED_SIDE, ERASED_SIDE, fill_mode="gaussian_noise", seed=seed
+    seeds = tf.random.split(seed, 5)
+    chosen = tf.reshape(_uniform(images, seeds[0]) < probability, (-1,))
+    area = _uniform(images, seeds[1], *ERASED_AREA)
+    limit = -math.log(ERASED_RATIO)
+    ratio = tf.exp(_uniform(images, seeds[2], -limit, limit))
+    erased = _rectangles(
+        images, seeds[3], tf.sqrt(area * ratio), tf.sqrt(area / ratio)
     )
 
-    def augment(images):
-        shape = (tf.shape(images)[0], 1, 1, 1)
-        chosen = tf.random.uniform(shape, seed=seed) < probability
-        return tf.where(chosen, cutout(images), images)
+    def fill(images, erased):
+        shape = tf.shape(images)
+        noise = tf.random.stateless_normal(shape, seeds[4], GREY, GREY)
+        return tf.where(erased, tf.clip_by_value(noise, *PIXELS), images)
 
-    return augment
+    operations = [lambda images, _: images, fill]
+    return _routed(operations, tf.cast(chosen, tf.int32), images, erased)
 
 
-def _mixers(augmentation, seed):
-    """Functions of images and one-hot labels."""
-    cv = require("keras_cv", "data").layers
+def _mixers(settings):
+    """Functions of images, one-hot labels and a seed."""
     mixers = []
-    if augmentation.mixup:
-        mixers.append(_mixup(cv, augmentation.mixup, seed))
-    if augmentation.cutmix:
-        mixers.append(_cutmix(cv, augmentation.cutmix, seed))
+    if settings.mixup:
+        mixers.append(functools.partial(_mixup, settings.mixup))
+    if settings.cutmix:
+        mixers.append(functools.partial(_cutmix, settings.cutmix))
     return mixers
 
 
-def _mixup(cv, alpha, seed):
-    layer = cv.MixUp(alpha, seed=seed)
+def _partners(images, labels, seed, alpha):
+    """Another image for each, its label, and a share by Beta(alpha, alpha)."""
+    tf = import_tensorflow()
+    seeds = tf.random.split(seed, 3)
+    count = tf.shape(images)[0]
+    order = tf.argsort(tf.random.stateless_uniform((count,), seeds[0]))
+    mine, other = (
+        tf.random.stateless_gamma((count, 1, 1, 1), seeds[i], alpha)
+        for i in (1, 2)
+    )
+    share = tf.math.divide_no_nan(mine, mine + other)
+    return tf.gather(images, order), tf.gather(labels, order), share
 
-    def mix(images, labels):
-        batch = layer({"images": images, "labels": labels})
-        return batch["images"], batch["labels"]
 
-    return mix
+def _mixup(alpha, images, labels, seed):
+    """MixUp ([Zhang et al., 2018](https://arxiv.org/abs/1710.09412))."""
+    others, their_labels, share = _partners(images, labels, seed, alpha)
+    images = share * images + (1 - share) * others
+    share = share[:, :, 0, 0]
+    return images, share * labels + (1 - share) * their_labels
 
 
-def _cutmix(cv, alpha, seed):
-    """CutMix, with labels by the area that was really pasted.
+def _cutmix(alpha, images, labels, seed):
+    """CutMix ([Yun et al., 2019](https://arxiv.org/abs/1905.04899)).
 
-    Keras-CV 0.9 weights labels by a rectangle that may lie partly, or wholly,
-    elsewhere. Here a fourth channel carries each image's number through the
-    layer, and tells how much of which other image has come in.
+    The label's share is the area that is really pasted.
     """
     tf = import_tensorflow()
-    layer = cv.CutMix(alpha, seed=seed)
-
-    def mix(images, labels):
-        own = tf.cast(tf.range(tf.shape(images)[0]), tf.float32)
-        own = tf.reshape(own, (-1, 1, 1, 1))
-        marks = tf.ones_like(images[..., :1]) * own
-        batch = {"images": tf.concat([images, marks], -1), "labels": labels}
-        mixed = layer(batch)["images"]
-        marks = mixed[..., 3:]
-        pasted = tf.abs(marks - own) > 0.5
-        share = tf.reduce_mean(tf.cast(pasted, tf.float32), axis=(1, 2, 3))
-        other = tf.where(pasted, marks, 0.0)
-        other = tf.cast(tf.reduce_max(other, axis=(1, 2, 3)), tf.int32)
-        share = share[:, None]
-        labels = (1 - share) * labels + share * tf.gather(labels, other)
-        return mixed[..., :3], labels
-
-    return mix
+    seeds = tf.random.split(seed, 2)
+    others, their_labels, share = _partners(images, labels, seeds[0], alpha)
+    side = tf.sqrt(share)
+    pasted = _rectangles(images, seeds[1], side, side)
+    images = tf.where(pasted, others, images)
+    share = tf.reduce_mean(tf.cast(pasted, tf.float32), (1, 2, 3))[:, None]
+    return images, (1 - share) * labels + share * their_labels

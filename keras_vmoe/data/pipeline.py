@@ -89,12 +89,7 @@ class Pipeline:
         dataset = examples.map(self._decode, tf.data.AUTOTUNE)
         dataset = dataset.batch(batch_size, drop_remainder=drop_remainder)
         dataset = dataset.map(self._checked_labels, tf.data.AUTOTUNE)
-        augment = make_augment(self.augmentation, self.seed)
-        if augment is not None:
-            dataset = dataset.prefetch(1).map(augment)  # One after the other.
-        dataset = dataset.map(
-            lambda images, labels: (normalize(images), labels), tf.data.AUTOTUNE
-        )
+        dataset = dataset.map(self._changed, tf.data.AUTOTUNE)
         options = tf.data.Options()
         options.deterministic = True
         return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
@@ -145,9 +140,17 @@ class Pipeline:
         image = to_rgb(image, self.size)
         if self.augmentation.crop_padding:
             image = random_crop(image, self.augmentation.crop_padding, seed)
-        return image, tf.cast(example[self.schema.label], tf.int64)
+        return image, tf.cast(example[self.schema.label], tf.int64), number
 
-    def _checked_labels(self, images, labels):
+    def _changed(self, images, labels, numbers):
+        """A batch as the model gets it: changed at random, normalised."""
+        augment = make_augment(self.augmentation)
+        if augment is not None:
+            # Another seed than that of the first image's crop.
+            images, labels = augment(images, labels, [numbers[0], ~self.seed])
+        return normalize(images), labels
+
+    def _checked_labels(self, images, labels, numbers):
         """Labels in range, one-hot if wanted."""
         # By the batch, because one by one small operations cost as much as
         # decoding a small image.
@@ -165,8 +168,8 @@ class Pipeline:
         first_wrong = tf.gather(labels, tf.argmax(tf.cast(is_wrong, tf.int32)))
         labels = checked(labels, is_right, message, first_wrong)
         if self.one_hot:
-            return images, tf.one_hot(labels, self.num_classes)
-        return images, tf.cast(labels, tf.int32)
+            return images, tf.one_hot(labels, self.num_classes), numbers
+        return images, tf.cast(labels, tf.int32), numbers
 
 
 def seed_of_epoch(seed, epoch):

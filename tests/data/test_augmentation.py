@@ -15,23 +15,24 @@ KINDS = {
     "three": {"three_augment": True},
     "jitter": {"color_jitter": 0.3},
     "erasing": {"erasing": 0.5},
+    "rand": {"rand_augment": 0.5},
     "mixup": {"mixup": 0.8},
     "cutmix": {"cutmix": 1.0},
     "both": {"mixup": 0.8, "cutmix": 1.0},
 }
-# RandAugment takes half a minute to trace.
-SLOW = pytest.param("rand", marks=pytest.mark.slow)
-KINDS["rand"] = {"rand_augment": 0.5}
-each = pytest.mark.parametrize("kind", [*sorted(set(KINDS) - {"rand"}), SLOW])
+each = pytest.mark.parametrize("kind", sorted(KINDS))
 
 
 def run(seed, **settings):
     """Three batches of four, by a pipeline of its own."""
-    augment = make_augment(data.Augmentation(**settings), seed)
+    augment = make_augment(data.Augmentation(**settings))
     dataset = tf.data.Dataset.from_tensor_slices((IMAGES, LABELS)).batch(4)
-    batches = list(dataset.map(augment).as_numpy_iterator())
-    images, labels = (np.concatenate(x) for x in zip(*batches, strict=True))
-    return images, labels
+    dataset = tf.data.Dataset.zip(dataset, tf.data.Dataset.range(3))
+    dataset = dataset.map(
+        lambda batch, number: augment(*batch, [number, seed]), 3
+    )
+    images, labels = zip(*dataset.as_numpy_iterator(), strict=True)
+    return np.concatenate(images), np.concatenate(labels)
 
 
 @each
@@ -50,12 +51,29 @@ def test_ranges_labels_and_repetition(kind):
     assert (other != images).any()
 
 
-def test_eagerly_as_in_a_pipeline():
-    """The same kind of result; the draws are those of their own graphs."""
-    augment = make_augment(data.Augmentation(mixup=0.8), 1)
-    images, labels = augment(tf.constant(IMAGES), tf.constant(LABELS))
-    assert images.shape == IMAGES.shape
-    np.testing.assert_allclose(np.asarray(labels).sum(axis=-1), 1, rtol=1e-5)
+@each
+def test_eagerly_as_in_a_pipeline(kind):
+    augment = make_augment(data.Augmentation(**KINDS[kind]))
+    tf.config.run_functions_eagerly(True)
+    try:
+        results = [
+            augment(IMAGES[i : i + 4], LABELS[i : i + 4], [i // 4, 3])
+            for i in (0, 4, 8)
+        ]
+    finally:
+        tf.config.run_functions_eagerly(False)
+    images, labels = (np.concatenate(x) for x in zip(*results, strict=True))
+    expected_images, expected_labels = run(3, **KINDS[kind])
+    np.testing.assert_allclose(images, expected_images, atol=1e-3)
+    np.testing.assert_allclose(labels, expected_labels, atol=1e-6)
+
+
+def test_a_function_is_traced_once():
+    settings = data.Augmentation(rand_augment=0.7, rand_augment_layers=1)
+    assert make_augment(settings) is make_augment(
+        data.Augmentation(rand_augment=0.7, rand_augment_layers=1)
+    )
+    assert make_augment(data.Augmentation(crop_padding=2)) is None
 
 
 def test_flips_are_mirror_images():
@@ -70,8 +88,8 @@ def test_mixup_mixes_labels_as_images():
     images = np.zeros((8, 4, 4, 3), "uint8")
     images[::2] = 255
     labels = np.eye(2, dtype="float32")[np.arange(8) % 2]
-    augment = make_augment(data.Augmentation(mixup=1.0), 2)
-    mixed, mixed_labels = augment(tf.constant(images), tf.constant(labels))
+    augment = make_augment(data.Augmentation(mixup=1.0))
+    mixed, mixed_labels = augment(images, labels, [0, 5])
     grey = np.asarray(mixed).mean(axis=(1, 2, 3)) / 255
     np.testing.assert_allclose(grey, mixed_labels[:, 0], atol=1e-5)
     assert ((grey > 0.01) & (grey < 0.99)).any()
@@ -81,8 +99,8 @@ def test_cutmix_mixes_labels_by_area():
     images = np.zeros((8, 16, 16, 3), "uint8")
     images[::2] = 255
     labels = np.eye(2, dtype="float32")[np.arange(8) % 2]
-    augment = make_augment(data.Augmentation(cutmix=1.0), 5)
-    mixed, mixed_labels = augment(tf.constant(images), tf.constant(labels))
+    augment = make_augment(data.Augmentation(cutmix=1.0))
+    mixed, mixed_labels = augment(images, labels, [0, 5])
     mixed = np.asarray(mixed)
     grey = mixed.mean(axis=(1, 2, 3)) / 255
     np.testing.assert_allclose(grey, mixed_labels[:, 0], atol=1e-5)
