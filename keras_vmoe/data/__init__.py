@@ -8,6 +8,7 @@ from keras_vmoe.data.augmentation import Augmentation
 from keras_vmoe.data.images import normalize
 from keras_vmoe.data.images import preprocess
 from keras_vmoe.data.images import read_images
+from keras_vmoe.data.loading import find_corrupt
 from keras_vmoe.data.loading import load
 from keras_vmoe.data.schema import DatasetInfo
 from keras_vmoe.data.schema import info
@@ -15,6 +16,7 @@ from keras_vmoe.data.schema import info
 __all__ = [
     "Augmentation",
     "DatasetInfo",
+    "find_corrupt",
     "info",
     "load",
     "normalize",

@@ -3,16 +3,21 @@
 Axes: B images in the batch, H and W height and width in pixels.
 """
 
+import dataclasses
 import operator
+import warnings
 
 from keras_vmoe.data.augmentation import Augmentation
+from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.images import check_image_size
 from keras_vmoe.data.integrity import check_files
+from keras_vmoe.data.integrity import without_damage
 from keras_vmoe.data.pipeline import Pipeline
 from keras_vmoe.data.pipeline import seed_of_epoch
 from keras_vmoe.data.schema import read_schema
 from keras_vmoe.data.schema import resolve_num_classes
 from keras_vmoe.data.sources import open_builder
+from keras_vmoe.data.tensorflow_runtime import import_tfds
 
 # What TFDS raises for splits that it cannot read; AttributeError is for one
 # that is no string.
@@ -41,6 +46,9 @@ def load(
     test_crop=None,
     drop_remainder=None,
     shuffle_buffer=10_000,
+    skip_corrupt=False,
+    cache=False,
+    shard=None,
 ):
     """Loads an image-classification dataset as batches for a model.
 
@@ -61,6 +69,8 @@ def load(
         name: String, name of a TFDS dataset, with its config and version if
             wanted: `"cifar10"`, `"name/config"`, `"name:1.0.0"`. `"digits"`
             is embedded in this package and written at first use.
+            `"image_folder"` is the folder `data_dir` itself, laid out as
+            `data_dir/split/class/image.jpg`.
         split: String, with TFDS's slices and sums, such as `"train[:90%]"` or
             `"train+validation"`.
         image_size: Integer or pair `(height, width)`, in pixels.
@@ -84,6 +94,16 @@ def load(
             full. None drops it in training only.
         shuffle_buffer: Integer, number of examples (undecoded, as stored) to
             draw from when shuffling. Files are shuffled as well.
+        skip_corrupt: Boolean, whether to skip damaged records and images that
+            cannot be decoded, with warnings that name and count them. In
+            training other images take the place of the latter. All files are
+            read once before. Without it they are an error, and `find_corrupt`
+            names them.
+        cache: Boolean, whether to keep the stored (not the decoded) examples
+            in memory after the first pass over the result; shuffling then
+            keeps that pass's order of the files.
+        shard: Optional pair `(index, count)`: of `count` hosts with equally
+            many examples each, read those of host `index`.
 
     Returns:
         A `tf.data.Dataset` of `(images, labels)`: float32 `(B, H, W, 3)` in
@@ -119,10 +139,15 @@ def load(
     builder = open_builder(name, data_dir)
     schema = read_schema(name, builder.info)
     num_classes = resolve_num_classes(name, schema, num_classes)
+    if shard is not None:
+        split = _shard_of(name, builder, split, shard, training)
+    if skip_corrupt:
+        split = _without_damage(name, builder, split)
     num_examples = _count_examples(name, builder, split)
     if num_examples < (batch_size if drop_remainder else 1):
         raise _no_batch(name, split, num_examples, batch_size)
-    check_files(builder, split)
+    if not isinstance(builder, ImageFolder):
+        check_files(builder, split, counts=not skip_corrupt)
     pipeline = Pipeline(
         builder=builder,
         schema=schema,
@@ -135,9 +160,99 @@ def load(
         augmentation=augmentation,
         one_hot=one_hot or augmentation.mixes,
         test_crop=None if training else test_crop,
+        skip_corrupt=skip_corrupt,
+        cache=cache,
     )
     examples = pipeline.examples(training, shuffle_buffer)
-    return pipeline.batches(examples, batch_size, bool(drop_remainder))
+    return pipeline.batches(
+        examples, batch_size, bool(drop_remainder), fills=training
+    )
+
+
+def find_corrupt(name, split, data_dir=None):
+    """Finds images that cannot be decoded and damaged files.
+
+    Reads and decodes all of a split, as fast as training does.
+
+    Args:
+        name: String, see `load`.
+        split: String, see `load`.
+        data_dir: Folder that holds the dataset, see `load`.
+
+    Yields:
+        Strings, the place of each: path of the image, or file and number of the
+        record.
+
+    Raises:
+        ValueError: If there is no such dataset or split.
+
+    Example:
+
+    ```python
+    from keras_vmoe import data
+
+    list(data.find_corrupt("digits", "test"))  # []
+    ```
+    """
+    builder = open_builder(name, data_dir)
+    schema = read_schema(name, builder.info)
+    pipeline = Pipeline(
+        builder=builder,
+        schema=schema,
+        split=split,
+        num_examples=_count_examples(name, builder, split),
+        num_classes=schema.num_classes or 1,
+        size=(8, 8),
+        seed=0,
+        is_one_epoch=True,
+        augmentation=Augmentation(),
+        one_hot=False,
+        test_crop=None,
+        skip_corrupt=True,
+    )
+    if not isinstance(builder, ImageFolder):
+        split, places = without_damage(builder, split)
+        for path, record in places:
+            yield f"{path}, record {record}"
+        pipeline = dataclasses.replace(pipeline, split=split)
+    decoded = pipeline.decoded(pipeline.examples(False, 1))
+    for *_, place, is_good in decoded.as_numpy_iterator():
+        if not is_good:
+            yield place.decode()
+
+
+def _without_damage(name, builder, split):
+    """The split without damaged records; warns of these."""
+    _count_examples(name, builder, split)  # That it exists.
+    if isinstance(builder, ImageFolder):
+        return split
+    split, places = without_damage(builder, split)
+    if places:
+        named = [f"record {record} of {path}" for path, record in places[:5]]
+        warnings.warn(
+            f"{len(places)} damaged records are skipped, such as "
+            f"{', '.join(named)}.",
+            stacklevel=3,
+        )
+    return split
+
+
+def _shard_of(name, builder, split, shard, training):
+    """The part of a split that one of several hosts reads."""
+    try:
+        index, count = map(operator.index, shard)
+        good = 0 <= index < count
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise ValueError(
+            "`shard` must be a pair (index, count) of integers with 0 <= index "
+            f"< count. Received: shard={shard!r}. Pass for example "
+            "(jax.process_index(), jax.process_count())."
+        )
+    _count_examples(name, builder, split)  # That it exists.
+    parts = import_tfds().even_splits(split, count, drop_remainder=training)
+    return parts[index]
 
 
 def _check_augmentation(augmentation, training):
@@ -163,6 +278,8 @@ def _check_test_crop(test_crop):
 def _count_examples(name, builder, split):
     splits = builder.info.splits
     try:
+        if isinstance(builder, ImageFolder):
+            return builder.num_examples(split)
         return splits[split].num_examples
     except _SPLIT_ERRORS as error:
         raise ValueError(

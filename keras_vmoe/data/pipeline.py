@@ -1,17 +1,19 @@
 """The stages between a prepared dataset and batches for a model.
 
-Read, shuffle, repeat, decode and crop, batch, check, augment, normalise.
+Read, cache, shuffle, repeat, decode and crop, batch, check, augment, normalise.
 """
 
 import contextlib
 import dataclasses
 import logging
+import warnings
 from typing import Any
 
 import numpy as np
 
 from keras_vmoe.data.augmentation import Augmentation
 from keras_vmoe.data.augmentation import make_augment
+from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.images import center_crop
 from keras_vmoe.data.images import decode_and_crop
 from keras_vmoe.data.images import normalize
@@ -38,6 +40,8 @@ class Pipeline:
     augmentation: Augmentation
     one_hot: bool
     test_crop: float | None
+    skip_corrupt: bool = False
+    cache: bool = False
 
     def examples(self, training, shuffle_buffer):
         """Stored examples, each with a random number of its own.
@@ -51,6 +55,8 @@ class Pipeline:
         """
         tf = import_tensorflow()
         dataset = self._read(training)
+        if self.cache:
+            dataset = dataset.cache()
         if training:
             dataset = dataset.shuffle(
                 min(shuffle_buffer, self.num_examples),
@@ -74,19 +80,32 @@ class Pipeline:
         )
         return tf.data.Dataset.zip(dataset, numbers)
 
-    def batches(self, examples, batch_size, drop_remainder):
+    def batches(self, examples, batch_size, drop_remainder, fills=False):
         """Batches for a model.
 
         Args:
             examples: What `examples` returns.
             batch_size: B.
             drop_remainder: Whether to drop a last batch that is not full.
+            fills: Whether other images take the place of corrupt ones.
 
         Returns:
             A `tf.data.Dataset` of `(images, labels)`.
         """
         tf = import_tensorflow()
-        dataset = examples.map(self._decode, tf.data.AUTOTUNE)
+        if self.skip_corrupt:
+            dataset = self.decoded(examples).filter(_is_readable())
+            dataset = dataset.map(lambda image, label, number, *_: (
+                image, label, number
+            ))  # fmt: skip
+            if fills:
+                length = examples.cardinality()
+                dataset = dataset.repeat().take(length)
+                dataset = dataset.apply(
+                    tf.data.experimental.assert_cardinality(length)
+                )
+        else:
+            dataset = examples.map(self._decode, tf.data.AUTOTUNE)
         dataset = dataset.batch(batch_size, drop_remainder=drop_remainder)
         dataset = dataset.map(self._checked_labels, tf.data.AUTOTUNE)
         dataset = dataset.map(self._changed, tf.data.AUTOTUNE)
@@ -94,22 +113,56 @@ class Pipeline:
         options.deterministic = True
         return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
 
+    def decoded(self, examples):
+        """Decodes images one by one, and says which cannot be decoded.
+
+        Args:
+            examples: What `examples` returns, with `skip_corrupt`.
+
+        Returns:
+            A `tf.data.Dataset` of `(image, label, number, name, is_good)`; the
+            image is black if it is not good.
+        """
+        tf = import_tensorflow()
+        spec = examples.map(self._decode).element_spec[0]
+
+        def attempt(example, number):
+            name, label = example["tfds_id"], example[self.schema.label]
+            label = tf.cast(label, tf.int64)
+            one = tf.data.Dataset.from_tensors((example, number))
+            good = one.map(self._decode).ignore_errors()
+            good = good.map(lambda *decoded: (*decoded, name, True))
+            black = tf.zeros((*self.size, 3), spec.dtype)
+            bad = (black, label, number, name, False)
+            return good.concatenate(tf.data.Dataset.from_tensors(bad)).take(1)
+
+        return examples.interleave(
+            attempt,
+            cycle_length=16,
+            num_parallel_calls=tf.data.AUTOTUNE,
+            deterministic=True,
+        )
+
     def _read(self, shuffles):
         """Reads examples whose images are still as stored, mostly compressed.
 
         Decoding comes after the shuffle, whose buffer would otherwise hold
         decoded photographs (5 GB of them for ImageNet).
         """
+        seed = self.seed if shuffles else None
+        if isinstance(self.builder, ImageFolder):
+            return self.builder.read(self.split, seed, not self.is_one_epoch)
         tfds = import_tfds()
         schema = self.schema
         config = tfds.ReadConfig(
-            shuffle_seed=self.seed if shuffles else None,
+            shuffle_seed=seed,
             shuffle_reshuffle_each_iteration=shuffles and not self.is_one_epoch,
             # TFDS's default of 16 would mix the order of the files.
             interleave_cycle_length=16 if shuffles else 1,
             enable_ordering_guard=False,
             try_autocache=False,
             skip_prefetch=True,
+            add_tfds_id=self.skip_corrupt,  # To name what is skipped.
         )
         skip = {schema.image: tfds.decode.SkipDecoding()}
         with _without_tfds_warnings():
@@ -184,6 +237,31 @@ def seed_of_epoch(seed, epoch):
     """
     state = np.random.SeedSequence([seed, epoch]).generate_state(1)
     return int(state[0] >> 1)
+
+
+def _is_readable():
+    """Whether an image is good; warns once of each that is not."""
+    tf = import_tensorflow()
+    skipped = set()
+
+    def warn(name):
+        if name not in skipped:
+            skipped.add(name)
+            warnings.warn(
+                f"{name.decode()} cannot be decoded and is skipped, "
+                f"{len(skipped)} so far.",
+                stacklevel=2,
+            )
+        return False
+
+    def is_readable(image, label, number, name, is_good):
+        return tf.cond(
+            is_good,
+            lambda: True,
+            lambda: tf.numpy_function(warn, [name], tf.bool),
+        )
+
+    return is_readable
 
 
 @contextlib.contextmanager

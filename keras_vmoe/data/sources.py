@@ -14,12 +14,13 @@ def open_builder(name, data_dir=None):
 
     Args:
         name: String, `"name"`, `"name/config"` or `"name:version"`;
-            `"digits"` is written first if it is missing.
+            `"digits"` is written first if it is missing. `"image_folder"` is
+            the folder `data_dir` itself.
         data_dir: Folder of TFDS datasets; None is the folder of TFDS, or for
             `"digits"` the user's cache.
 
     Returns:
-        A `tfds.core.DatasetBuilder`.
+        A `tfds.core.DatasetBuilder`, or an `ImageFolder`.
 
     Raises:
         ValueError: The dataset is unknown or not prepared.
@@ -30,6 +31,7 @@ def open_builder(name, data_dir=None):
     from tensorflow_datasets.core import registered
 
     from keras_vmoe.data import digits
+    from keras_vmoe.data import folders
 
     if data_dir is not None:
         data_dir = os.path.expanduser(os.fspath(data_dir))
@@ -40,6 +42,8 @@ def open_builder(name, data_dir=None):
         full_name = f"{digits.NAME}:{digits.VERSION}"
     _check_name(name, data_dir)
     _check_folder(data_dir)
+    if name == folders.NAME:
+        return folders.ImageFolder(data_dir)
     try:
         return read_only_builder.builder_from_files(
             full_name, data_dir=data_dir
@@ -107,7 +111,7 @@ def _not_found(name, data_dir):
             f"tfds.builder({name!r}, data_dir={data_dir!r})"
             ".download_and_prepare()"
         )
-    known = {"digits", *registered}
+    known = {"digits", "image_folder", *registered}
     known.update(n.partition(":")[0] for n in prepared)
     nearest = difflib.get_close_matches(base_name, sorted(known))
     return ValueError(

@@ -54,12 +54,16 @@ class TrainConfig:
         backend: Keras backend; null leaves the choice to Keras.
         dataset: Name of a TFDS image-classification dataset, or "digits".
         data_dir: Folder of the prepared dataset; null means TFDS's default
-            (for "digits" the user's cache folder).
+            (for "digits" the user's cache folder). With the dataset
+            "image_folder" the images themselves, as
+            `data_dir/split/class/image.jpg`.
         train_split: TFDS split to train on, such as "train[:90%]".
         validation_split: TFDS split to watch while training.
         test_split: TFDS split to measure once, at the end.
         num_classes: Classes of a dataset whose labels are plain integers; null
             for one that knows them.
+        skip_corrupt: Whether to skip damaged records and images that cannot be
+            decoded, with a warning that names them, instead of an error.
         augmentation: What happens to the training images.
         test_crop: Share of the shorter side that the centre crop of evaluation
             keeps; null resizes the whole image.
@@ -86,6 +90,7 @@ class TrainConfig:
             where the classes differ, positions are resized.
         freeze: What is not trained: the routers, or all but the head.
         keep_checkpoints: How many epochs' checkpoints to keep.
+        tensorboard: Whether to write logs for TensorBoard into the run folder.
         seed: Makes a run repeatable on one machine and backend.
         preset: One of the papers' models, see `keras-vmoe presets`, in the
             place of `model`, whose image size, drop path and dtype it takes.
@@ -103,6 +108,7 @@ class TrainConfig:
     validation_split: str = "validation"
     test_split: str = "test"
     num_classes: int | None = None
+    skip_corrupt: bool = False
     augmentation: Augmentation = dataclasses.field(
         default_factory=lambda: Augmentation(crop_padding=3)
     )
@@ -125,6 +131,7 @@ class TrainConfig:
     init: str | None = None
     freeze: Literal["routers", "backbone"] | None = None
     keep_checkpoints: int = 2
+    tensorboard: bool = False
     seed: int = 0
     preset: str | None = None
     capacity_factor: float | None = None

@@ -1,5 +1,6 @@
 """The training loop: datasets, model, `fit`, and the files of a run."""
 
+import contextlib
 import dataclasses
 import itertools
 import pathlib
@@ -71,6 +72,8 @@ def train(config):
     >>> train(TrainConfig(epochs=10))  # doctest: +SKIP
     """
     require("matplotlib", "plots")  # Before an hour of training, not after.
+    if config.tensorboard:
+        require("tensorboard", "data")
     keras.utils.set_random_seed(config.seed)
     info = data.info(config.dataset, config.data_dir)
     train_data, validation_data, test_data = datasets(config, info)
@@ -91,19 +94,21 @@ def train(config):
         save = SaveCheckpoint(
             checkpoints, lambda: _to_lists(history.rows, routing.epochs)
         )
-        model.fit(
-            batches(config, info, state["epoch"]),
-            steps_per_epoch=steps,
-            validation_data=validation_data,
-            initial_epoch=state["epoch"],
-            epochs=config.epochs,
-            shuffle=False,  # The dataset shuffles itself.
-            verbose=1 if sys.stdout.isatty() else 2,
-            callbacks=_callbacks(config, run_dir, routing, history, save),
-        )
+        with named_damage(config):
+            model.fit(
+                batches(config, info, state["epoch"]),
+                steps_per_epoch=steps,
+                validation_data=validation_data,
+                initial_epoch=state["epoch"],
+                epochs=config.epochs,
+                shuffle=False,  # The dataset shuffles itself.
+                verbose=1 if sys.stdout.isatty() else 2,
+                callbacks=_callbacks(config, run_dir, routing, history, save),
+            )
     elif config.ema:
         model.optimizer.finalize_variable_values(model.trainable_variables)
-    test = model.evaluate(test_data, verbose=0, return_dict=True)
+    with named_damage(config):
+        test = model.evaluate(test_data, verbose=0, return_dict=True)
     curves = {
         name: [row.get(name) for row in history.rows]
         for name in history.rows[0]
@@ -116,10 +121,20 @@ def train(config):
 def _callbacks(config, run_dir, routing, history, save):
     """The callbacks of a run, in their order."""
     ema = [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)]
+    logs = run_dir / "tensorboard"
+    board = (
+        [
+            keras.callbacks.TensorBoard(logs, write_graph=False),
+            callbacks.RoutingTensorBoard(logs),
+        ]
+        if config.tensorboard
+        else []
+    )
     return [
         callbacks.StopOnNonFiniteLoss(run_dir / "model.keras"),
         routing,
         history,
+        *board,
         save,
         # Behind the checkpoint, which has the weights themselves: what puts
         # their average into validation and the saved model.
@@ -153,6 +168,7 @@ def load(config, info, split, training, epoch=None):
             augmentation=config.augmentation,
             one_hot=is_one_hot(config),
             test_crop=config.test_crop,
+            skip_corrupt=config.skip_corrupt,
         )
     except ValueError as error:
         raise ValueError(f"{error} (The setting is `{split}`.)") from error
@@ -167,6 +183,29 @@ def batches(config, info, first_epoch):
     for epoch in itertools.count(first_epoch):
         dataset = load(config, info, "train_split", True, epoch=epoch)
         yield from dataset.as_numpy_iterator()
+
+
+@contextlib.contextmanager
+def named_damage(config):
+    """Names the file where reading a run's images fails."""
+    try:
+        yield
+    except Exception as error:
+        # Wherever it happened: TensorFlow's errors, also those that it wraps.
+        if "tensorflow" not in type(error).__module__:
+            raise
+        for name in ("train_split", "validation_split", "test_split"):
+            split = getattr(config, name)
+            for place in data.find_corrupt(
+                config.dataset, split, config.data_dir
+            ):
+                raise OSError(
+                    "All images must be readable. "
+                    f"Received: {place}, which is damaged, in the split "
+                    f"{split!r} of {config.dataset!r}. Mend it, or pass "
+                    "skip_corrupt=True (--skip_corrupt true)."
+                ) from error
+        raise
 
 
 def is_one_hot(config):

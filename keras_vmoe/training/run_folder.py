@@ -11,7 +11,7 @@ from keras_vmoe.training.files import write_file
 
 CONFIG, RESULT = "config.yaml", "result.json"
 # Settings that may differ when a run is resumed.
-FREE = ("run_dir", "data_dir", "keep_checkpoints")
+FREE = ("run_dir", "data_dir", "keep_checkpoints", "tensorboard")
 
 
 def open_run(config, class_names):

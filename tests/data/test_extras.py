@@ -98,6 +98,7 @@ def test_public_names():
     assert sorted(data.__all__) == [
         "Augmentation",
         "DatasetInfo",
+        "find_corrupt",
         "info",
         "load",
         "normalize",

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import keras
+import numpy as np
 import pytest
 import yaml
 
@@ -83,6 +84,46 @@ def test_dense_twin(config):
     result = training.train(dataclasses.replace(config, moe=None, epochs=2))
     assert result.model.moe_layers == []
     assert "auxiliary_loss" not in history(result.run_dir)[0]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Folders of images, where one image of the training is damaged."""
+    root = tmp_path / "images"
+    for split, count in (("train", 16), ("validation", 4), ("test", 4)):
+        for i in range(count):
+            path = root / split / "ab"[i % 2] / f"{i:02}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            keras.utils.save_img(
+                path, np.full((12, 12, 3), 10 * i), scale=False
+            )
+    bad = root / "train" / "b" / "05.jpg"
+    bad.write_bytes(bad.read_bytes()[:200])
+    return root
+
+
+def test_damaged_images_are_named_or_skipped(config, folder):
+    config = dataclasses.replace(
+        config, dataset="image_folder", data_dir=str(folder), batch_size=4,
+        train_split="train", validation_split="validation", test_split="test",
+    )  # fmt: skip
+    with pytest.raises(OSError, match="05.jpg, which is damaged, in the split"):
+        training.train(config)
+    config = dataclasses.replace(
+        config, skip_corrupt=True, run_dir=config.run_dir + "_skips"
+    )
+    with pytest.warns(UserWarning, match="05.jpg cannot be decoded"):
+        result = training.train(config)
+    assert len(history(result.run_dir)) == 2
+
+
+def test_logs_for_tensorboard(config):
+    result = training.train(dataclasses.replace(config, tensorboard=True))
+    files = {
+        path.relative_to(result.run_dir / "tensorboard").parts[0]
+        for path in result.run_dir.glob("tensorboard/*/*tfevents*")
+    }
+    assert files == {"train", "validation", "routing"}
 
 
 def test_nan_keeps_the_last_good_model(config):

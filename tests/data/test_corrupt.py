@@ -1,0 +1,210 @@
+"""Images and files that are damaged: named, counted, skipped if asked to."""
+
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_vmoe import data
+
+BAD = 5  # Number of the image that is no JPEG.
+BROKEN = 16  # Number of the record with a flipped bit.
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Sixteen JPEGs of two classes, one of them damaged, and two for tests."""
+    for split, count in (("train", 16), ("test", 2)):
+        for i in range(count):
+            path = tmp_path / split / "ab"[i % 2] / f"{i:02}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.full((20 + i, 30, 3), 10 * i, "uint8")
+            content = tf.io.encode_jpeg(pixels).numpy()
+            bad = split == "train" and i == BAD
+            path.write_bytes(content[: 100 if bad else None])
+    return tmp_path
+
+
+@pytest.fixture
+def flipped(data_dir, tmp_path):
+    """A copy of `grey` with a flipped bit in record 4 of the second file."""
+    shutil.copytree(data_dir / "grey", tmp_path / "grey")
+    path = sorted((tmp_path / "grey" / "1.0.0").glob("grey-train.*"))[1]
+    records = [x.numpy() for x in tf.data.TFRecordDataset(str(path))]
+    place = sum(16 + len(x) for x in records[:4]) + 12 + len(records[4]) // 2
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    return tmp_path, path
+
+
+def load(folder, split="train", training=True, batch=4, **options):
+    return data.load(
+        "image_folder", split, 16, batch, training, folder, **options
+    )
+
+
+def labels_of(dataset):
+    return np.concatenate([y for _, y in dataset.as_numpy_iterator()])
+
+
+# Folders of images.
+
+
+def test_a_folder_is_a_dataset(folder):
+    info = data.info("image_folder", folder)
+    assert info.class_names == ("a", "b")
+    assert info.splits == {"train": 16, "test": 2}
+    images, labels = next(iter(load(folder, "test", False)))
+    assert images.shape == (2, 16, 16, 3)
+    np.testing.assert_array_equal(labels, [0, 1])
+
+
+def test_slices_and_order_of_a_folder(folder):
+    labels = labels_of(load(folder, "train[:50%]+test", False, batch=5))
+    np.testing.assert_array_equal(labels, [0] * 8 + [0, 1])
+    kwargs = {"skip_corrupt": True, "seed": 3, "batch": 2}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first, again, other = (
+            labels_of(load(folder, epoch=epoch, **kwargs))
+            for epoch in (0, 0, 1)
+        )
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda path: None, ValueError, "data_dir=None"),
+        (lambda path: path, ValueError, "laid out as folder/split/class"),
+        (lambda path: path / "none", OSError, "readable folder"),
+    ],
+)
+def test_no_folder_of_images(tmp_path, make, error, words):
+    with pytest.raises(error, match=words):
+        load(make(tmp_path))
+
+
+def test_no_such_split_of_a_folder(folder):
+    with pytest.raises(ValueError, match="Received: split='val'"):
+        load(folder, "val")
+
+
+# Images.
+
+
+def test_corrupt_images_are_found(folder):
+    (place,) = data.find_corrupt("image_folder", "train", folder)
+    assert place == str(folder / "train" / "b" / "05.jpg")
+    assert not list(data.find_corrupt("image_folder", "test", folder))
+
+
+def test_a_corrupt_image_is_an_error(folder):
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        labels_of(load(folder))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_corrupt_images_are_skipped_and_named(folder, training):
+    dataset = load(folder, training=training, skip_corrupt=True)
+    with pytest.warns(UserWarning, match=r"05.jpg cannot be decoded .* 1 so"):
+        labels = labels_of(dataset)
+    # In training another one takes its place.
+    assert len(labels) == 16 if training else 15
+    if training:
+        assert len(dataset) == 4
+    else:
+        np.testing.assert_array_equal(labels, [0] * 8 + [1] * 7)
+
+
+def test_nothing_is_skipped_where_all_is_good(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        skipping, plain = (
+            list(
+                load(
+                    folder, "test", False, skip_corrupt=skip
+                ).as_numpy_iterator()
+            )
+            for skip in (True, False)
+        )
+    np.testing.assert_array_equal(skipping[0][0], plain[0][0])
+
+
+# Files of records.
+
+
+def test_flipped_bits_are_found(flipped):
+    folder, path = flipped
+    (place,) = data.find_corrupt("grey", "train", folder)
+    assert place == f"{path}, record 4"
+
+
+@pytest.mark.parametrize("split", ["train", "train[:20]+train[14:]"])
+def test_damaged_records_are_skipped_and_named(flipped, split):
+    folder, path = flipped
+    with pytest.raises(tf.errors.DataLossError):
+        labels_of(data.load("grey", split, 8, 4, False, folder))
+    with pytest.warns(UserWarning, match=f"1 damaged .* record 4 of {path}"):
+        dataset = data.load(
+            "grey", split, 8, 4, False, folder, skip_corrupt=True
+        )
+    numbers = np.arange(36)
+    if split != "train":
+        numbers = np.concatenate([numbers[:20], numbers[14:]])
+    numbers = numbers[numbers != BROKEN]
+    np.testing.assert_array_equal(labels_of(dataset), numbers % 5)
+
+
+def test_truncated_and_empty_files(flipped):
+    folder, path = flipped
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.warns(UserWarning, match="2 damaged records are skipped"):
+        dataset = data.load(
+            "grey", "train", 8, 4, True, folder, skip_corrupt=True
+        )
+    assert len(dataset) == 8
+    assert len(labels_of(dataset)) == 32
+    for file in path.parent.glob("grey-train.*"):
+        file.write_bytes(b"")
+    with pytest.raises(OSError, match="no record is whole"):
+        data.load("grey", "train", 8, 4, True, folder, skip_corrupt=True)
+
+
+# Hosts, cache.
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_hosts_share_a_split(data_dir, training):
+    parts = [
+        labels_of(
+            data.load(
+                "long", "train", 1, 4, training, data_dir, shard=(i, 7),
+                drop_remainder=False,
+            )
+        )
+        for i in range(7)
+    ]  # fmt: skip
+    sizes = [len(part) for part in parts]
+    assert set(sizes) == ({17} if training else {17, 18})
+    if not training:
+        np.testing.assert_array_equal(np.concatenate(parts), np.arange(120) % 5)
+
+
+@pytest.mark.parametrize("shard", [(1, 1), (-1, 2), 3, ("a", 2)])
+def test_no_such_host(data_dir, shard):
+    with pytest.raises(ValueError, match="must be a pair .index, count."):
+        data.load("long", "train", 1, 4, True, data_dir, shard=shard)
+
+
+def test_a_cache_changes_nothing(data_dir, tmp_path):
+    shutil.copytree(data_dir / "grey", tmp_path / "grey")
+    cached = data.load("grey", "train", 8, 4, True, tmp_path, cache=True)
+    plain = data.load("grey", "train", 8, 4, True, tmp_path)
+    np.testing.assert_array_equal(labels_of(cached), labels_of(plain))
+    shutil.rmtree(tmp_path / "grey")
+    assert len(labels_of(cached)) == 36  # It needs no file any more.
