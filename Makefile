@@ -65,3 +65,5 @@ wheel: $(VENV)/.test  ## Build the wheel and try it in a bare environment.
 .PHONY: examples
 examples: $(VENV)/.test  ## Run the examples, in a short form.
 	KERAS_BACKEND=jax $(BIN)/python examples/moe_in_your_model.py --epochs 2
+	mkdir -p build
+	$(BIN)/python examples/augmentations.py build/augmentations.jpg

@@ -39,8 +39,8 @@ def make_model(family, variant, num_classes=10):
     moe = VARIANTS[variant]
     if family == "vit":
         return models.ViTMoE(
-            image_size=32, patch_size=4, hidden_dim=64, num_layers=4,
-            num_heads=4, mlp_dim=128, num_classes=num_classes, pooling="gap",
+            image_size=32, patch_size=4, hidden_dim=32, num_layers=4,
+            num_heads=4, mlp_dim=64, num_classes=num_classes, pooling="gap",
             moe=moe,
         )  # fmt: skip
     return models.ConvNeXtMoE(

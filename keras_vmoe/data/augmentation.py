@@ -18,9 +18,11 @@ GREY = 127.5
 SOLARIZE_FROM = 128  # Of 3-Augment: pixels above are inverted.
 BLUR = (5, (0.1, 1.0))  # Of 3-Augment: size of the kernel, its deviation.
 ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), 0.3  # Ratio of sides, to 1 / 0.3.
-SPREAD = 0.15  # Deviation of RandAugment's magnitudes.
+SPREAD = 0.05  # Deviation of RandAugment's magnitudes.
 IDENTITY = 1 / 11  # Probability of RandAugment's operation that does nothing.
-LARGEST_ADDITION = 110  # Of RandAugment's solarisation, in pixel values.
+# Ends of RandAugment's ranges: of shear, of translation as a share of the side,
+# of the change of colour, contrast and brightness.
+SHEAR, TRANSLATION, ENHANCEMENT = 0.3, 0.45, 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Augmentation:
         crop_padding: Pixels of black padding before a random crop to the size
             of the image.
         flip: Whether to mirror half of the images.
-        rand_augment: Magnitude of RandAugment in (0, 1]; 0 leaves it out.
+        rand_augment: Magnitude of RandAugment, where 1 (often written 10) is
+            the end of AutoAugment's ranges, up to 2; 0 leaves it out.
         rand_augment_layers: Operations of RandAugment per image.
         three_augment: Whether each image is made grey, solarised or blurred.
         color_jitter: Largest change of brightness, contrast and saturation, as
@@ -65,7 +68,8 @@ class Augmentation:
             self._check(name, 1, None)
         for name in ("crop_padding", "mixup", "cutmix"):
             self._check(name, 0, None)
-        for name in ("rand_augment", "color_jitter", "erasing"):
+        self._check("rand_augment", 0, 2)
+        for name in ("color_jitter", "erasing"):
             self._check(name, 0, 1)
         if self.crop_area is not None:
             low, high = self.crop_area
@@ -143,8 +147,9 @@ def _stages(settings):
     if settings.flip:
         stages.append(_flip)
     if settings.rand_augment:
-        operations = _operations(cv, settings.rand_augment)
-        stage = functools.partial(_rand_augment, operations)
+        stage = functools.partial(
+            _rand_augment, _operations(cv), settings.rand_augment
+        )
         stages += [stage] * settings.rand_augment_layers
     if settings.three_augment:
         stages.append(functools.partial(_three_augment, _three(cv)))
@@ -182,98 +187,87 @@ def _routed(operations, choices, images, *parameters):
         Images as they were.
     """
     tf = import_tensorflow()
-    places = tf.dynamic_partition(
-        tf.range(tf.shape(images)[0]), choices, len(operations)
-    )
-    inputs = [
-        tf.dynamic_partition(x, choices, len(operations))
-        for x in (images, *parameters)
-    ]
-    changed = [
+    places, changed = [], []
+    for i, operation in enumerate(operations):
+        # Not tf.dynamic_partition: TensorFlow's shape inference takes all of
+        # its parts to be equally long, and its optimizer then mixes them up.
+        place = tf.cast(tf.where(choices == i)[:, 0], tf.int32)
+        inputs = [tf.gather(x, place) for x in (images, *parameters)]
         # Not all operations take a batch of none.
-        tf.cond(
-            tf.size(x[0]) > 0,
-            functools.partial(operation, *x),
-            functools.partial(tf.identity, x[0]),
+        part = tf.cond(
+            tf.size(place) > 0,
+            functools.partial(operation, *inputs),
+            functools.partial(tf.identity, inputs[0]),
         )
-        for operation, *x in zip(operations, *inputs, strict=True)
-    ]
+        places.append(place)
+        changed.append(part)
     result = tf.dynamic_stitch(places, changed)
     return tf.ensure_shape(result, images.shape)
 
 
-def _rand_augment(operations, images, seed):
+def _rand_augment(operations, magnitude, images, seed):
     """One operation of RandAugment for each image."""
     tf = import_tensorflow()
     count = tf.shape(images)[0]
-    seeds = tf.random.split(seed, 4)
+    seeds = tf.random.split(seed, 3)
     numbers = tf.random.stateless_uniform((count,), seeds[0])
     choice = numbers / (1 - IDENTITY) * len(operations)
     choice = tf.minimum(tf.cast(choice, tf.int32), len(operations))
     normal = tf.random.stateless_normal((count, 1, 1, 1), seeds[1])
-    amount = _uniform(images, seeds[2], -1.0, 1.0)
-    sign = tf.sign(_uniform(images, seeds[3], -1.0, 1.0))
-    return _routed(
-        [*operations, lambda images, *_: images],
-        choice, images, normal, amount, sign,
-    )  # fmt: skip
+    strength = tf.maximum(magnitude + SPREAD * normal, 0)
+    sign = tf.sign(_uniform(images, seeds[2], -1.0, 1.0))
+    operations = [*operations, lambda images, *_: images]
+    return _routed(operations, choice, images, strength, sign)
 
 
-def _operations(cv, magnitude):
-    """RandAugment's operations on images, with the magnitudes of Keras-CV.
+def _operations(cv):
+    """RandAugment's operations on images, in the ranges of AutoAugment.
 
-    Each takes images and, `(B, 1, 1, 1)` each, a normal number, a uniform one
-    in [-1, 1] and a sign.
+    Each takes images, a strength whose 1 is the end of its range, and a sign,
+    `(B, 1, 1, 1)` both.
     """
     tf = import_tensorflow()
-    contrast, equalize = cv.AutoContrast(PIXELS), cv.Equalization(PIXELS)
+    stretch, equalize = cv.AutoContrast(PIXELS), cv.Equalization(PIXELS)
     solarize, color = cv.Solarization(PIXELS), cv.RandomColorDegeneration(1.0)
-    scale = cv.RandomContrast(PIXELS, magnitude)
-    shift = cv.RandomBrightness(magnitude, PIXELS)
+    contrast = cv.RandomContrast(PIXELS, 1.0)
     shear, translate = cv.RandomShear(1.0, 1.0), cv.RandomTranslation(1.0, 1.0)
 
-    def strength(normal):
-        return tf.clip_by_value(magnitude + SPREAD * normal, 0, 1)
-
-    def solarized(images, normal, amount, sign):
-        factor = strength(normal)
-        changes = {
-            "additions": LARGEST_ADDITION * factor,
-            "thresholds": PIXELS[1] * (1 - factor),
-        }
+    def solarized(images, strength, sign):
+        thresholds = PIXELS[1] * (1 - tf.minimum(strength, 1))
+        changes = {"additions": 0.0, "thresholds": thresholds}
         return solarize.augment_images(images, changes)
 
     def sheared(direction):
-        def change(images, normal, amount, sign):
-            factor = tf.reshape(strength(normal) * sign, (-1, 1))
-            changes = {"shear_x": None, "shear_y": None, direction: factor}
+        def change(images, strength, sign):
+            amount = tf.reshape(SHEAR * strength * sign, (-1, 1))
+            changes = {"shear_x": None, "shear_y": None, direction: amount}
             return shear.augment_images(images, changes)
 
         return change
 
     def translated(direction):
-        def change(images, normal, amount, sign):
-            factor = tf.reshape(magnitude * amount, (-1, 1))
+        def change(images, strength, sign):
+            amount = tf.reshape(TRANSLATION * strength * sign, (-1, 1))
             names = ("height_translations", "width_translations")
-            changes = dict.fromkeys(names, tf.zeros_like(factor))
+            changes = dict.fromkeys(names, tf.zeros_like(amount))
             return translate.augment_images(
-                images, changes | {direction: factor}
+                images, changes | {direction: amount}
             )
 
         return change
 
     return [
-        lambda images, *_: contrast.augment_images(images),
+        lambda images, *_: stretch.augment_images(images),
         lambda images, *_: equalize.augment_images(images),
         solarized,
-        lambda images, normal, *_: color.augment_images(
-            images, strength(normal)
+        lambda images, strength, sign: color.augment_images(
+            images, ENHANCEMENT * strength * sign
         ),
-        lambda images, normal, amount, sign: scale.augment_images(
-            images, 1 + magnitude * amount
+        lambda images, strength, sign: contrast.augment_images(
+            images, 1 + ENHANCEMENT * strength * sign
         ),
-        lambda images, normal, amount, sign: shift.augment_images(
-            images, PIXELS[1] * magnitude * amount
+        lambda images, strength, sign: tf.clip_by_value(
+            images * (1 + ENHANCEMENT * strength * sign), *PIXELS
         ),
         sheared("shear_x"),
         sheared("shear_y"),

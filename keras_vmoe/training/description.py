@@ -5,7 +5,7 @@ import dataclasses
 from keras_vmoe import data
 from keras_vmoe import models
 from keras_vmoe._extras import require
-from keras_vmoe.training.loop import load
+from keras_vmoe.training.loop import datasets
 from keras_vmoe.training.loop import make_model
 from keras_vmoe.training.run_folder import settings_of
 
@@ -33,7 +33,7 @@ def describe(config):
     >>> print(describe(TrainConfig()))  # doctest: +SKIP
     """
     info = data.info(config.dataset, config.data_dir)
-    steps = len(load(config, info, "train_split", True, epoch=0))
+    steps = len(datasets(config, info)[0])
     with models.without_weights():
         model = make_model(dataclasses.replace(config, init=None), info)
     cost = models.cost(model)
@@ -47,7 +47,7 @@ def describe(config):
         "",
         f"parameters: {cost.params / 1e6:.2f} million, "
         f"{cost.active_params / 1e6:.2f} million active per token",
-        f"multiply-adds per image: {cost.flops / 1e9:.3f} billion",
+        f"multiply-adds per image: {cost.flops / 1e6:,.1f} million",
         f"memory, estimated: {weights / 2**20:.0f} MiB for weights and "
         f"optimizer, {activations / 2**20:.0f} MiB for a batch",
         f"steps: {steps} per epoch, {steps * config.epochs} in all, "

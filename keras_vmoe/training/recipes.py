@@ -122,7 +122,7 @@ def _v_moe(learning_rate, clip_norm=None):
         warmup_steps=10_000,
         weight_decay=0.1,
         augmentation=Augmentation(
-            crop_area=INCEPTION, flip=True, rand_augment=0.67,
+            crop_area=INCEPTION, flip=True, rand_augment=2.0,
             rand_augment_layers=2, mixup=0.5,
         ),
         loss="bce",
