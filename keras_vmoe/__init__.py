@@ -2,6 +2,7 @@
 
 from keras_vmoe import checkpoints
 from keras_vmoe import data
+from keras_vmoe import distribution
 from keras_vmoe import evaluation
 from keras_vmoe import inspection
 from keras_vmoe import layers
@@ -15,6 +16,7 @@ __all__ = [
     "__version__",
     "checkpoints",
     "data",
+    "distribution",
     "evaluation",
     "inspection",
     "layers",

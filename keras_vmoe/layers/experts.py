@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_vmoe import distribution
 from keras_vmoe import routing
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
@@ -98,10 +99,13 @@ class MLPExperts(keras.layers.Layer):
             return buffers._replace(rows=self._mlps(rows, blocks, training))
         groups, _, capacity, features = ops.shape(buffers)
         # One batched matmul over E, whatever the number of groups.
-        x = _experts_first(buffers)  # (E, G * C, D)
-        x = self._mlps(x, (), training)
+        x = _swap_groups_and_experts(distribution.by_groups(buffers))
+        x = distribution.by_experts(x)  # (E, G, C, D)
+        shape = (self.num_experts, groups * capacity, features)
+        x = self._mlps(ops.reshape(x, shape), (), training)
         x = ops.reshape(x, (self.num_experts, groups, capacity, features))
-        return _swap_groups_and_experts(x)
+        x = _swap_groups_and_experts(distribution.by_experts(x))
+        return distribution.by_groups(x)
 
     def _mlps(self, x, blocks, training):
         """One MLP for each block of rows; see `block_linear`."""
@@ -122,13 +126,6 @@ class MLPExperts(keras.layers.Layer):
             "dropout": self.dropout,
             "seed": self.seed,
         }
-
-
-def _experts_first(buffers):
-    """`(G, E, C, D)` as `(E, G * C, D)`."""
-    groups, num_experts, capacity, features = ops.shape(buffers)
-    buffers = _swap_groups_and_experts(buffers)
-    return ops.reshape(buffers, (num_experts, groups * capacity, features))
 
 
 def _swap_groups_and_experts(x):

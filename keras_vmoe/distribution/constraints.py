@@ -1,0 +1,69 @@
+"""Where the buffers of an MoE layer are; without `ExpertParallel` nothing.
+
+With constraints on both sides of the exchange of groups and experts XLA makes it
+an all-to-all; with one side alone it would gather the experts' weights.
+
+Axes: G groups, E experts, C places of a buffer, D features.
+"""
+
+import keras
+
+from keras_vmoe.distribution.expert_parallel import DATA
+from keras_vmoe.distribution.expert_parallel import EXPERT
+from keras_vmoe.distribution.expert_parallel import REPLICA
+from keras_vmoe.distribution.expert_parallel import ExpertParallel
+
+
+def by_groups(buffers):
+    """Keeps each group's buffers on the devices of its images.
+
+    Args:
+        buffers: `(G, E, C, D)` tensor.
+
+    Returns:
+        The same, spread over the devices by groups.
+
+    Raises:
+        ValueError: Under `ExpertParallel`, if the groups cannot be spread
+            evenly over the devices.
+    """
+    parallel = _expert_parallel()
+    if parallel is None:
+        return buffers
+    groups = buffers.shape[0]
+    if groups is None or groups % parallel.num_devices:
+        raise ValueError(
+            "Each device must get a whole number of groups of images. "
+            f"Received: {groups} groups for {parallel.num_devices} devices. "
+            "Choose a batch size that is a multiple of `images_per_group` "
+            "times the number of devices, or a smaller `images_per_group`."
+        )
+    return _constrained(parallel, buffers, DATA)
+
+
+def by_experts(buffers):
+    """Brings each expert's buffers to the devices that hold its weights.
+
+    Args:
+        buffers: `(E, G, C, D)` tensor.
+
+    Returns:
+        The same, spread over the devices by experts and by groups.
+    """
+    parallel = _expert_parallel()
+    if parallel is None:
+        return buffers
+    return _constrained(parallel, buffers, EXPERT, REPLICA)
+
+
+def _expert_parallel():
+    distribution = keras.distribution.distribution()
+    is_ours = isinstance(distribution, ExpertParallel)
+    return distribution if is_ours else None
+
+
+def _constrained(parallel, x, *axes):
+    rest = [None] * (len(x.shape) - len(axes))
+    return keras.distribution.distribute_tensor(
+        x, parallel.layout(*axes, *rest)
+    )

@@ -1,0 +1,173 @@
+"""Expert parallelism: each device keeps some of the experts, JAX only."""
+
+import re
+
+import keras
+import numpy as np
+
+REPLICA, EXPERT = "replica", "expert"
+DATA = (REPLICA, EXPERT)  # In this order: the other one permutes all buffers.
+# Stacked kernels and biases of `MLPExperts`, and what optimizers keep of them.
+EXPERTS = re.compile(r"(^|/)experts/(hidden|output)_(kernel|bias)$")
+
+
+class ExpertParallel(keras.distribution.DataParallel):
+    """Experts spread over devices, everything else as in data parallelism.
+
+    The devices form a mesh `(replica, expert)`. Batches are spread over all of
+    them. Of the experts' weights and their optimizer's slots each device holds
+    `1 / num_expert_shards`; tokens travel to their experts and back by two
+    all-to-alls in the forward pass of each MoE layer, and by two in its
+    gradient. The arithmetic is that of one device: groups do not depend on the
+    number of devices.
+
+    Set it before the model is made. A batch must hold a whole number of groups
+    for each device: `batch_size` divisible by `images_per_group` times the
+    number of devices.
+
+    Args:
+        num_expert_shards: Over how many devices the experts are spread. Must
+            divide the number of devices, and of experts.
+        devices: Optional list of devices, as from
+            `keras.distribution.list_devices()`; None is all of them.
+        shard_dense: Whether each of the other kernels is spread over all
+            devices as well (fully sharded data parallelism), for models that
+            fit into no single device.
+        auto_shard_dataset: With several processes, whether a `tf.data.Dataset`
+            holds the whole batch, of which each process takes its part. False
+            for one that is sharded already, see `data.load(shard=...)`.
+
+    Raises:
+        ValueError: If the backend is not JAX, the shards do not divide the
+            devices or the experts, or a model without experts is trained.
+
+    Example:
+
+    >>> parallel = ExpertParallel(num_expert_shards=8)  # doctest: +SKIP
+    >>> keras.distribution.set_distribution(parallel)  # doctest: +SKIP
+    >>> model = ViTMoE(...); model.fit(...)  # doctest: +SKIP
+
+    Reference:
+        [Lepikhin et al., 2021](https://arxiv.org/abs/2006.16668) (GShard),
+        section 3.3;
+        [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), appendix B.
+    """
+
+    def __init__(
+        self,
+        num_expert_shards,
+        devices=None,
+        shard_dense=False,
+        auto_shard_dataset=True,
+    ):
+        _check_backend()
+        if devices is None:
+            devices = keras.distribution.list_devices()
+        _check_shards(num_expert_shards, len(devices))
+        shape = (len(devices) // num_expert_shards, num_expert_shards)
+        mesh = keras.distribution.DeviceMesh(
+            shape, list(DATA), np.array(devices).reshape(shape)
+        )
+        # Past `DataParallel`, whose mesh has one axis, to the base class, which
+        # Keras does not export.
+        super(keras.distribution.DataParallel, self).__init__(
+            mesh, REPLICA, auto_shard_dataset
+        )
+        self.num_expert_shards = num_expert_shards
+        self.num_devices = len(devices)
+        self.shard_dense = shard_dense
+        self._has_experts = num_expert_shards == 1
+
+    @property
+    def num_model_replicas(self):
+        """Parts of a batch: one for each device."""
+        return self.num_devices
+
+    def get_data_layout(self, data_shape):
+        if not self._has_experts:
+            raise ValueError(
+                "The model must have experts to be spread over devices. "
+                f"Received: num_expert_shards={self.num_expert_shards} and a "
+                "model none of whose variables is an expert's. Make the model "
+                "after the distribution is set, with MoE layers, or use "
+                "keras.distribution.DataParallel."
+            )
+        batch = data_shape[0]
+        shards = self.num_devices // self.num_processes
+        if batch is not None and batch % shards:
+            raise ValueError(
+                "The images of a batch are spread evenly over the devices. "
+                f"Received: a batch of {batch} for {shards} devices. Choose a "
+                "batch size that they divide, and drop the remainder in "
+                "training; `distribution.even_batches` fills up the last batch "
+                "of an evaluation."
+            )
+        return self.layout(DATA, *[None] * (len(data_shape) - 1))
+
+    def get_variable_layout(self, variable):
+        layout = getattr(variable, "_layout", None)
+        if layout is not None:
+            return layout
+        rest = [None] * (len(variable.shape) - 1)
+        if EXPERTS.search(variable.path):
+            self._check_experts(variable)
+            self._has_experts = True
+            return self.layout(EXPERT, *rest)
+        if self.shard_dense and len(variable.shape) >= 2:
+            return self._dense_layout(variable.shape)
+        return self.layout(*[None] * len(variable.shape))
+
+    def get_tensor_layout(self, path):
+        return None
+
+    def _dense_layout(self, shape):
+        """The largest axis that the devices divide, spread over them."""
+        axes = [None] * len(shape)
+        good = [i for i, size in enumerate(shape) if not size % self.num_devices]
+        if good:
+            axes[max(good, key=lambda i: shape[i])] = DATA
+        return self.layout(*axes)
+
+    def layout(self, *axes):
+        """The layout of a tensor whose dimensions lie on axes of the mesh."""
+        return _Layout(axes, self.device_mesh)
+
+    def _check_experts(self, variable):
+        num_experts = variable.shape[0]
+        if num_experts % self.num_expert_shards:
+            raise ValueError(
+                "Each shard holds as many experts. "
+                f"Received: num_expert_shards={self.num_expert_shards} for "
+                f"the {num_experts} experts of {variable.path!r}. Choose a "
+                "divisor of the number of experts."
+            )
+
+
+class _Layout(keras.distribution.TensorLayout):
+    """A layout that may spread one dimension over several axes of the mesh."""
+
+    def _validate_axes(self):
+        pass  # Keras takes a tuple of axes for an unknown axis.
+
+
+def _check_backend():
+    if keras.backend.backend() != "jax":
+        raise ValueError(
+            "`ExpertParallel` needs the JAX backend. "
+            f"Received: the backend {keras.backend.backend()!r}. Set "
+            "KERAS_BACKEND=jax, or use tf.distribute with TensorFlow, where "
+            "every device holds all experts."
+        )
+
+
+def _check_shards(num_expert_shards, num_devices):
+    good = isinstance(num_expert_shards, (int, np.integer))
+    if not good or num_expert_shards < 1 or num_devices % num_expert_shards:
+        divisors = [
+            n for n in range(1, num_devices + 1) if num_devices % n == 0
+        ]
+        raise ValueError(
+            "`num_expert_shards` must be a divisor of the number of devices, "
+            f"{num_devices}. Received: num_expert_shards={num_expert_shards}. "
+            f"Choose one of {divisors}."
+        )
