@@ -1,7 +1,7 @@
 """Where the buffers of an MoE layer are; without `ExpertParallel` nothing.
 
-With constraints on both sides of the exchange of groups and experts XLA makes it
-an all-to-all; with one side alone it would gather the experts' weights.
+With constraints on both sides of the exchange of groups and experts XLA makes
+it an all-to-all; with one side alone it would gather the experts' weights.
 
 Axes: G groups, E experts, C places of a buffer, D features.
 """

@@ -98,9 +98,7 @@ class ExpertParallel(keras.distribution.DataParallel):
             raise ValueError(
                 "The images of a batch are spread evenly over the devices. "
                 f"Received: a batch of {batch} for {shards} devices. Choose a "
-                "batch size that they divide, and drop the remainder in "
-                "training; `distribution.even_batches` fills up the last batch "
-                "of an evaluation."
+                "batch size that they divide, and drop the remainder."
             )
         return self.layout(DATA, *[None] * (len(data_shape) - 1))
 
@@ -123,7 +121,9 @@ class ExpertParallel(keras.distribution.DataParallel):
     def _dense_layout(self, shape):
         """The largest axis that the devices divide, spread over them."""
         axes = [None] * len(shape)
-        good = [i for i, size in enumerate(shape) if not size % self.num_devices]
+        good = [
+            i for i, size in enumerate(shape) if not size % self.num_devices
+        ]
         if good:
             axes[max(good, key=lambda i: shape[i])] = DATA
         return self.layout(*axes)

@@ -1,0 +1,179 @@
+"""Trains small models on virtual devices; prints what came out as JSON.
+
+KERAS_BACKEND=jax python -m tests.distribution.run vit 4 [--noise] [--hlo]
+"""
+
+import argparse
+import json
+import os
+import re
+
+parser = argparse.ArgumentParser()
+parser.add_argument("family", choices=["vit", "convnext"])
+parser.add_argument("shards", nargs="+", type=int, help="0 is one device.")
+parser.add_argument("--noise", action="store_true")
+parser.add_argument("--router", default="top_k")
+parser.add_argument("--shard_dense", action="store_true")
+parser.add_argument("--devices", type=int, default=8)
+parser.add_argument("--save", help="Folder of .keras files.")
+arguments = parser.parse_args()
+flag = f"--xla_force_host_platform_device_count={arguments.devices}"
+os.environ["XLA_FLAGS"] = flag  # Read when JAX is imported.
+
+import jax  # noqa: E402
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+
+from keras_vmoe import distribution  # noqa: E402
+from keras_vmoe import models  # noqa: E402
+
+BATCH, STEPS, EXPERTS = 16, 5, 8
+
+
+def make_model():
+    """A tiny model with two MoE layers, in groups of two images."""
+    keras.utils.set_random_seed(0)
+    moe = {
+        "layers": "every_1",
+        "num_experts": EXPERTS,
+        "router": arguments.router,
+    }
+    if arguments.router == "top_k":
+        moe |= {
+            "num_selected_experts": 2,
+            "images_per_group": 2,
+            "capacity_factor": 1.0,
+            "noise_std": None if arguments.noise else 0.0,
+        }
+    elif router == "expert_choice":
+        moe |= {"images_per_group": 2}
+    if arguments.family == "vit":
+        model = models.ViTMoE(
+            image_size=8, patch_size=4, hidden_dim=16, num_layers=2,
+            num_heads=2, mlp_dim=32, num_classes=4, moe=moe,
+        )  # fmt: skip
+    else:
+        model = models.ConvNeXtMoE(
+            depths=(1, 1), dims=(8, 16), num_classes=4, image_size=8,
+            patch_size=2, moe=moe,
+        )  # fmt: skip
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(1e-3), loss, metrics=["accuracy"])
+    return model
+
+
+def train(shards):
+    """Losses and weights of a few steps, and where they lie."""
+    parallel = None
+    if shards:
+        parallel = distribution.ExpertParallel(
+            shards, shard_dense=arguments.shard_dense
+        )
+    keras.distribution.set_distribution(parallel)
+    model = make_model()
+    images = np.random.default_rng(0).normal(size=(STEPS * BATCH, 8, 8, 3))
+    images = images.astype("float32")
+    labels = np.arange(len(images)) % 4
+    losses = []
+    for i in range(0, len(images), BATCH):
+        part = slice(i, i + BATCH)
+        history = model.fit(
+            images[part], labels[part], BATCH, verbose=0, shuffle=False
+        )
+        losses.append(history.history["loss"][0])
+    result = {
+        "losses": losses,
+        "accuracy": model.evaluate(images, labels, BATCH, verbose=0)[1],
+        "prediction": model.predict(images[:BATCH], BATCH, verbose=0).tolist(),
+        "weights": [np.array(x).tolist() for x in model.weights],
+    }
+    if arguments.save:
+        models.save(model, f"{arguments.save}/{shards}.keras")
+    if shards:
+        result["share"] = {
+            "weights": share_of(model.variables),
+            "slots": share_of(model.optimizer.variables),
+            "dense": dense_share(model),
+        }
+        hlo = compiled_step(model, images[:BATCH], labels[:BATCH])
+        result["collectives"] = collectives(hlo)
+        if arguments.router == "top_k":
+            result["buffer_bytes"] = buffer_bytes(model)
+    return result
+
+
+def share_of(variables):
+    """Shares of the experts' variables that one device holds."""
+    experts = [
+        x for x in variables if re.search("experts.(hidden|out)", x.path)
+    ]
+    assert experts
+    return sorted({on_one_device(x) for x in experts})
+
+
+def dense_share(model):
+    """The share of all dense kernels that one device holds."""
+    kernels = [
+        x
+        for x in model.trainable_variables
+        if len(x.shape) >= 2 and "experts" not in x.path
+    ]
+    held = sum(on_one_device(x) * np.prod(x.shape) for x in kernels)
+    return held / sum(np.prod(x.shape) for x in kernels)
+
+
+def on_one_device(variable):
+    shard = variable.value.addressable_shards[0].data
+    return shard.size / np.prod(variable.shape)
+
+
+def compiled_step(model, images, labels):
+    """The compiled training step, as text."""
+    layout = keras.distribution.distribution().get_data_layout
+    data = [
+        keras.distribution.distribute_tensor(
+            jax.numpy.array(x), layout(x.shape)
+        )
+        for x in (images, labels)
+    ]
+    state = [
+        [x.value for x in variables]
+        for variables in (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            model.optimizer.variables,
+            model.metrics_variables,
+        )
+    ]
+    step = jax.jit(model.train_step)
+    return step.lower(state, data).compile().as_text()
+
+
+def collectives(hlo):
+    """Per kind of collective the bytes of each, on one device."""
+    found = {}
+    pattern = r" = (\(?[^=]*?)\s(all-to-all|all-gather|collective-permute)\("
+    hlo = re.sub(r"/\*.*?\*/", "", hlo)  # Numbers inside of long tuples.
+    for shapes, kind in re.findall(pattern, hlo):
+        sizes = re.findall(r"f32\[([\d,]*)\]", shapes)
+        if sizes:
+            numbers = [
+                4 * np.prod([int(n) for n in size.split(",") if n], dtype=int)
+                for size in sizes
+            ]
+            found.setdefault(kind, []).append(int(sum(numbers)))
+    return found
+
+
+def buffer_bytes(model):
+    """Bytes of the buffers of each MoE layer, on one device."""
+    sizes = []
+    for layer in model.moe_layers:
+        shape = (BATCH, *layer.input.shape[1:])
+        plan = layer.plan(np.zeros(shape, "float32"))
+        size = 4 * int(np.prod(plan.choice.shape)) * shape[-1]
+        sizes.append(size // arguments.devices)
+    return sizes
+
+
+print(json.dumps({shards: train(shards) for shards in arguments.shards}))

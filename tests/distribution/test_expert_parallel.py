@@ -1,0 +1,149 @@
+"""Experts over several devices: the same arithmetic, and nothing gathered."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from keras_vmoe import distribution
+from keras_vmoe import models
+
+IS_JAX = keras.backend.backend() == "jax"
+SHARDS = [1, 2, 4, 8]
+VIT = [("vit",)] if IS_JAX else []  # Other backends refuse it, see below.
+OTHERS = [
+    ("vit", "--noise"),
+    ("convnext",),
+    ("convnext", "--noise"),
+    ("vit", "--router", "expert_choice"),
+    ("vit", "--router", "soft"),
+    ("vit", "--shard_dense"),
+]
+RUNS = VIT + [
+    pytest.param(options, marks=pytest.mark.slow)
+    for options in (OTHERS if IS_JAX else [])
+]
+
+
+@functools.cache
+def run(*options):
+    """The results of a process of its own, which has eight devices."""
+    shards = ["0", *map(str, SHARDS)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.distribution.run", options[0], *shards]
+        + list(options[1:]),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("options", RUNS)
+def test_the_arithmetic_is_that_of_one_device(options):
+    one, *others = run(*options).values()
+    for many in others:
+        for name in ("losses", "accuracy", "prediction"):
+            np.testing.assert_allclose(many[name], one[name], atol=1e-5)
+        for mine, theirs in zip(many["weights"], one["weights"], strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    assert len(set(one["losses"])) == len(one["losses"])
+
+
+@pytest.mark.parametrize("options", RUNS)
+def test_each_device_holds_its_share_of_the_experts(options):
+    for shards in SHARDS:
+        share = run(*options)[str(shards)]["share"]
+        assert share["weights"] == share["slots"] == [1 / shards]
+        dense = share["dense"]
+        assert dense < 0.5 if "--shard_dense" in options else dense == 1
+
+
+@pytest.mark.parametrize("options", RUNS)
+def test_buffers_travel_by_all_to_alls_and_nothing_else(options):
+    for shards in SHARDS[1:]:
+        result = run(*options)[str(shards)]
+        found = result["collectives"]
+        assert "collective-permute" not in found
+        if "--shard_dense" in options:
+            continue  # It gathers dense kernels.
+        assert set(found) == {"all-to-all"}
+        moves = found["all-to-all"]
+        assert len(moves) == 4 * 2  # Two MoE layers.
+        if "buffer_bytes" in result:
+            assert sorted(moves) == sorted(4 * result["buffer_bytes"])
+
+
+# Bad input, on the one device of this process.
+
+
+def test_bad_numbers_of_shards():
+    words = r"divisor of the number of devices, 1. Received: .*=3"
+    if not IS_JAX:
+        words = "needs the JAX backend. Received: the backend"
+    with pytest.raises(ValueError, match=words):
+        distribution.ExpertParallel(3)
+
+
+ERRORS = """
+import keras, numpy as np
+from keras_vmoe import distribution, layers
+def fit(shards, experts=8, images=16, per_group=2, moe=True):
+    parallel = distribution.ExpertParallel(shards)
+    with parallel.scope():
+        inputs = keras.Input((4, 6))
+        layer = layers.MoEMLP(experts, 8, images_per_group=per_group)
+        x = (layer if moe else keras.layers.Dense(6))(inputs)
+        model = keras.Model(inputs, x)
+        model.compile("sgd", "mse")
+        x = np.zeros((images, 4, 6), "float32")
+        model.fit(x, x, batch_size=images, verbose=0)
+try:
+    fit({arguments})
+except ValueError as error:
+    print("ValueError:", error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("4, experts=6", "num_expert_shards=4 for the 6 experts of"),
+        ("8, images=12", "a batch of 12 for 8 devices"),
+        ("2, images=8", "4 groups for 8 devices"),
+        ("4, moe=False", "none of whose variables is an expert's"),
+        ("3", "divisor of the number of devices, 8. Received"),
+    ]
+    if IS_JAX
+    else [],
+)
+def test_what_does_not_divide(arguments, words):
+    flag = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", ERRORS.replace("{arguments}", arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": flag},
+    )
+    assert done.returncode == 0, done.stderr
+    assert words in done.stdout, done.stdout
+
+
+@pytest.mark.skipif(not IS_JAX, reason="others refuse")
+def test_saved_models_load_on_one_device(tmp_path):
+    run("vit", "--save", str(tmp_path))
+    files = sorted(tmp_path.glob("*.keras"))
+    assert len(files) == 5
+    images = np.random.default_rng(1).normal(size=(4, 8, 8, 3))
+    outputs = [
+        models.load(file).predict(images.astype("float32"), verbose=0)
+        for file in files
+    ]
+    for output in outputs[1:]:
+        np.testing.assert_allclose(output, outputs[0], atol=1e-5)
