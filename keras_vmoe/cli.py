@@ -41,6 +41,7 @@ def main(arguments=None):
         Exit status: 0, or 1 after an error whose message was printed.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = [_with_underscores(argument) for argument in arguments]
     try:
         jsonargparse = require("jsonargparse", "cli")
         parser = make_parser(jsonargparse, recipe_of(arguments))
@@ -51,6 +52,14 @@ def main(arguments=None):
         print(f"keras-vmoe: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _with_underscores(argument):
+    """`--dry-run` as `--dry_run`."""
+    name, equals, value = argument.partition("=")
+    if name.startswith("--") and " " not in name:
+        name = "--" + name[2:].replace("-", "_")
+    return name + equals + value
 
 
 def train(settings, arguments):
@@ -87,6 +96,18 @@ def evaluate(settings, arguments):
     if settings.backend not in (None, keras.backend.backend()):
         _restart(settings.backend, arguments)
     model, names = _open_model(settings)
+    classes = model.output_shape[-1]
+    known = data.info(settings.dataset, settings.data_dir).num_classes
+    if known not in (None, classes):
+        raise ValueError(
+            "The model must know the classes of the dataset. "
+            f"Received: a model of {classes} classes for the {known} of "
+            f"{settings.dataset!r}. Train its head on them: keras-vmoe train "
+            f"--init {settings.model} --freeze backbone."
+        )
+    test_crop = settings.test_crop
+    if test_crop is None:
+        test_crop = _setting_of_run(settings.model, "test_crop")
     images = data.load(
         settings.dataset,
         settings.split,
@@ -94,10 +115,15 @@ def evaluate(settings, arguments):
         settings.batch_size,
         training=False,
         data_dir=settings.data_dir,
-        num_classes=model.output_shape[-1],
-        test_crop=settings.test_crop,
+        num_classes=classes,
+        test_crop=test_crop,
+        skip_corrupt=settings.skip_corrupt,
     )
-    print(evaluation.report(evaluation.measure(model, images), names))
+    with data.named_damage(
+        settings.dataset, [settings.split], settings.data_dir
+    ):
+        measured = evaluation.measure(model, images)
+    print(evaluation.report(measured, names))
 
 
 def presets(settings, arguments):
@@ -215,6 +241,15 @@ def _open_model(settings):
     return model, _class_names(settings.classes, run_dir, classes)
 
 
+def _setting_of_run(model, name):
+    """A setting of the run that a model is from; None without a run."""
+    path = pathlib.Path(model)
+    path = (path if path.is_dir() else path.parent) / "config.yaml"
+    if not path.exists():
+        return None
+    return require("yaml", "cli").safe_load(path.read_text()).get(name)
+
+
 def _class_names(path, run_dir, num_classes):
     """Names from a file, else from the run folder, else plain numbers."""
     if path is None:
@@ -225,10 +260,11 @@ def _class_names(path, run_dir, num_classes):
         names = json.loads(pathlib.Path(path).read_text())
     except (OSError, ValueError) as error:
         names = error
-    if not isinstance(names, list):
+    if not isinstance(names, list) or len(names) != num_classes:
         raise ValueError(
-            "The file of class names must hold a JSON list of names, such as "
-            f'["cat", "dog"]. Received: --classes {path} ({names}).'
+            f"The file of class names must hold a JSON list of {num_classes} "
+            f'names, such as ["cat", "dog"]. Received: --classes {path} '
+            f"({names})."
         )
     return [str(name) for name in names]
 

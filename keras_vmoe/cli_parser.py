@@ -2,10 +2,11 @@
 
 import argparse
 import dataclasses
-import functools
+import pathlib
 from typing import Literal
 
 from keras_vmoe import training
+from keras_vmoe._extras import require
 from keras_vmoe.version import __version__
 
 TRAIN_EPILOG = """The MoE layers have settings of their own, such as
@@ -37,11 +38,19 @@ PRESETS_EPILOG = """examples:
 
 def recipe_of(arguments):
     """Settings of the recipe that the command line names, if any."""
-    value = functools.partial(_value_of, arguments)
-    name = value("--recipe")
-    if name is None or "train" not in arguments:
+    if "train" not in arguments:
         return {}
-    return training.recipes.find_recipe(name).settings(value("--preset"))
+    file, path = {}, _value_of(arguments, "--config")
+    if path is not None and pathlib.Path(path).is_file():
+        file = require("yaml", "cli").safe_load(pathlib.Path(path).read_text())
+        file = file if isinstance(file, dict) else {}
+    name, preset = (
+        _value_of(arguments, f"--{key}") or file.get(key)
+        for key in ("recipe", "preset")
+    )
+    if name is None:
+        return {}
+    return training.recipes.find_recipe(name).settings(preset)
 
 
 def _value_of(arguments, flag):
@@ -153,7 +162,14 @@ def _evaluate_parser(jsonargparse):
         "--test_crop",
         type=float | None,
         default=None,
-        help="Share of the shorter side that the centre crop keeps.",
+        help="Share of the shorter side that the centre crop keeps; default: "
+        "that of the run folder.",
+    )
+    parser.add_argument(
+        "--skip_corrupt",
+        type=bool,
+        default=False,
+        help="Skip images that cannot be decoded, with a warning.",
     )
     parser.add_argument(
         "--classes",

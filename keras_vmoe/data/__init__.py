@@ -10,6 +10,7 @@ from keras_vmoe.data.images import preprocess
 from keras_vmoe.data.images import read_images
 from keras_vmoe.data.loading import find_corrupt
 from keras_vmoe.data.loading import load
+from keras_vmoe.data.loading import named_damage
 from keras_vmoe.data.schema import DatasetInfo
 from keras_vmoe.data.schema import info
 
@@ -19,6 +20,7 @@ __all__ = [
     "find_corrupt",
     "info",
     "load",
+    "named_damage",
     "normalize",
     "preprocess",
     "read_images",

@@ -95,6 +95,10 @@ def rand_augment_operations(cv):
     contrast = cv.RandomContrast(PIXELS, 1.0)
     shear, translate = cv.RandomShear(1.0, 1.0), cv.RandomTranslation(1.0, 1.0)
 
+    def factor(strength, sign):
+        # Beyond the end of the range there is no less than this.
+        return tf.maximum(1 + ENHANCEMENT * strength * sign, 1 - ENHANCEMENT)
+
     def solarized(images, strength, sign):
         thresholds = PIXELS[1] * (1 - tf.minimum(strength, 1))
         changes = {"additions": 0.0, "thresholds": thresholds}
@@ -123,14 +127,14 @@ def rand_augment_operations(cv):
         lambda images, *_: stretch.augment_images(images),
         lambda images, *_: equalize.augment_images(images),
         solarized,
-        lambda images, strength, sign: color.augment_images(
-            images, ENHANCEMENT * strength * sign
+        lambda images, *amount: color.augment_images(
+            images, 1 - factor(*amount)
         ),
-        lambda images, strength, sign: contrast.augment_images(
-            images, 1 + ENHANCEMENT * strength * sign
+        lambda images, *amount: contrast.augment_images(
+            images, factor(*amount)
         ),
-        lambda images, strength, sign: tf.clip_by_value(
-            images * (1 + ENHANCEMENT * strength * sign), *PIXELS
+        lambda images, *amount: tf.clip_by_value(
+            images * factor(*amount), *PIXELS
         ),
         sheared("shear_x"),
         sheared("shear_y"),
@@ -184,16 +188,15 @@ def three_augment_operations(cv):
 def color_jitter(cv, strength):
     """Brightness, contrast and saturation of each image."""
     tf = import_tensorflow()
-    brightness = cv.RandomBrightness(strength, PIXELS)
     contrast = cv.RandomContrast(PIXELS, strength)
     saturation = cv.RandomColorDegeneration(1.0)
 
     def jitter(images, seed):
         seeds = tf.random.split(seed, 3)
-        shift, scale, color = (
+        light, scale, color = (
             uniform(images, seeds[i], -strength, strength) for i in range(3)
         )
-        images = brightness.augment_images(images, PIXELS[1] * shift)
+        images = tf.clip_by_value(images * (1 + light), *PIXELS)
         images = contrast.augment_images(images, 1 + scale)
         return saturation.augment_images(images, color)  # Towards grey, or on.
 

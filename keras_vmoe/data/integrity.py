@@ -94,11 +94,27 @@ def without_damage(builder, split):
 
 
 def damaged_records(path, length):
+    """Numbers of the damaged records of a file, which is read once.
+
+    Args:
+        path: String.
+        length: How many records were written.
+
+    Returns:
+        List of integers.
+    """
+    state = os.stat(path)
+    return _damaged_records(path, length, state.st_size, state.st_mtime_ns)
+
+
+@functools.cache
+def _damaged_records(path, length, *state):
     """Numbers of the records of a TFRecord file that cannot be read.
 
     Args:
         path: String.
         length: How many records were written.
+        *state: What tells that the file is still the same.
 
     Returns:
         List of integers.

@@ -3,6 +3,7 @@
 Axes: B images in the batch, H and W height and width in pixels.
 """
 
+import contextlib
 import dataclasses
 import operator
 import warnings
@@ -19,6 +20,9 @@ from keras_vmoe.data.schema import resolve_num_classes
 from keras_vmoe.data.sources import open_builder
 from keras_vmoe.data.tensorflow_runtime import import_tfds
 
+# What TensorFlow raises where an image or a record is damaged, also through a
+# generator.
+_DATA_ERRORS = ("DataLossError", "InvalidArgumentError", "UnknownError")
 # What TFDS raises for splits that it cannot read; AttributeError is for one
 # that is no string.
 _SPLIT_ERRORS = (
@@ -139,10 +143,10 @@ def load(
     builder = open_builder(name, data_dir)
     schema = read_schema(name, builder.info)
     num_classes = resolve_num_classes(name, schema, num_classes)
-    if shard is not None:
-        split = _shard_of(name, builder, split, shard, training)
     if skip_corrupt:
         split = _without_damage(name, builder, split)
+    if shard is not None:
+        split = _shard_of(name, builder, split, shard, training)
     num_examples = _count_examples(name, builder, split)
     if num_examples < (batch_size if drop_remainder else 1):
         raise _no_batch(name, split, num_examples, batch_size)
@@ -219,6 +223,49 @@ def find_corrupt(name, split, data_dir=None):
     for *_, place, is_good in decoded.as_numpy_iterator():
         if not is_good:
             yield place.decode()
+
+
+class named_damage(contextlib.AbstractContextManager):  # noqa: N801
+    """Context manager that names the image or file where reading fails.
+
+    Args:
+        name: String, see `load`.
+        splits: The splits that are read inside.
+        data_dir: Folder that holds the dataset, see `load`.
+
+    Raises:
+        OSError: In the place of TensorFlow's error, if there is damage.
+
+    Example:
+
+    ```python
+    from keras_vmoe import data
+
+    test = data.load("digits", "test", 32, 64, training=False)
+    with data.named_damage("digits", ["test"]):
+        for images, labels in test:
+            pass
+    ```
+    """
+
+    def __init__(self, name, splits, data_dir=None):
+        self.name, self.splits, self.data_dir = name, splits, data_dir
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        # By name: wherever TensorFlow raised it, and without importing it.
+        if kind is None or kind.__name__ not in _DATA_ERRORS:
+            return
+        for split in self.splits:
+            for place in find_corrupt(self.name, split, self.data_dir):
+                raise OSError(
+                    "All images must be readable. "
+                    f"Received: {place}, which is damaged, in the split "
+                    f"{split!r} of {self.name!r}. Mend or remove it, or skip "
+                    "what is damaged: skip_corrupt=True, --skip_corrupt true."
+                ) from error
 
 
 def _without_damage(name, builder, split):

@@ -24,6 +24,8 @@ from keras_vmoe.data.tensorflow_runtime import checked
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.data.tensorflow_runtime import import_tfds
 
+STRIDE = 15_485_863  # A prime.
+
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
@@ -57,15 +59,16 @@ class Pipeline:
         dataset = self._read(training)
         if self.cache:
             dataset = dataset.cache()
+        repeats = self.augmentation.repeats
+        if repeats > 1:
+            dataset = self._every_nth(dataset, repeats)
         if training:
             dataset = dataset.shuffle(
                 min(shuffle_buffer, self.num_examples),
                 self.seed,
                 reshuffle_each_iteration=not self.is_one_epoch,
             )
-        repeats = self.augmentation.repeats
         if repeats > 1:
-            dataset = dataset.take(-(-self.num_examples // repeats))
             dataset = dataset.flat_map(
                 lambda x: tf.data.Dataset.from_tensors(x).repeat(repeats)
             )
@@ -112,6 +115,23 @@ class Pipeline:
         options = tf.data.Options()
         options.deterministic = True
         return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
+
+    def _every_nth(self, dataset, n):
+        """A share `1 / n` of the examples, others in every epoch."""
+        tf = import_tensorflow()
+        size, chosen = self.num_examples, -(-self.num_examples // n)
+        offset = tf.data.Dataset.random(
+            self.seed, rerandomize_each_iteration=not self.is_one_epoch
+        ).take(1)
+        offsets = offset.flat_map(
+            lambda x: tf.data.Dataset.from_tensors(x).repeat(size)
+        )
+        # Strides by a prime go round all examples, and spread evenly.
+        return (
+            tf.data.Dataset.zip(dataset.enumerate(), offsets)
+            .filter(lambda x, offset: (x[0] * STRIDE + offset) % size < chosen)
+            .map(lambda x, offset: x[1])
+        )
 
     def decoded(self, examples):
         """Decodes images one by one, and says which cannot be decoded.

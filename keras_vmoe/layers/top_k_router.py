@@ -264,6 +264,8 @@ class BiasBalancedRouter(TopKRouter):
         return gates + ops.convert_to_tensor(self.bias)
 
     def after_step(self, plan):
+        if not self.trainable:
+            return
         share = plan.load_share()
         missing = ops.mean(share) - share
         self.bias.assign_add(self.update_rate * ops.sign(missing))

@@ -245,8 +245,8 @@ class StopOnNonFiniteLoss(keras.callbacks.Callback):
         return (
             "The training loss must stay finite. "
             f"Received: loss={loss} at step {batch + 1} of epoch "
-            f"{self.epoch + 1}. {kept} Lower the learning rate, lengthen the "
-            "warm-up or look for broken images."
+            f"{self.epoch + 1}. {kept} Start another run with a lower learning "
+            "rate or a longer warm-up, or look for broken images."
         )
 
 
@@ -267,15 +267,19 @@ class SaveModel(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         losses = [v for k, v in (logs or {}).items() if k.endswith("loss")]
-        if all(math.isfinite(loss) for loss in losses) and self._is_finite():
+        if all(map(math.isfinite, losses)) and is_finite(self.model):
             models.save(self.model, self.path)
 
-    def _is_finite(self):
-        # The last step's loss was computed before the last step's update.
-        return all(
-            np.isfinite(keras.ops.convert_to_numpy(weight)).all()
-            for weight in self.model.trainable_weights
-        )
+
+def is_finite(model):
+    """Whether all trained weights are finite.
+
+    The last step's loss, which was, came before the last step's update.
+    """
+    return all(
+        np.isfinite(keras.ops.convert_to_numpy(weight)).all()
+        for weight in model.trainable_weights
+    )
 
 
 class HistoryFile(keras.callbacks.Callback):

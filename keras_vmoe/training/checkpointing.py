@@ -7,12 +7,13 @@ import zlib
 
 import keras
 
+from keras_vmoe.training.callbacks import is_finite
 from keras_vmoe.training.files import write_file
 
 NAME = "epoch_{:06d}"
 WEIGHTS, STATE = ".weights.h5", ".json"
-# What damaged files of either kind raise.
-DAMAGE = (AttributeError, LookupError, OSError, TypeError, ValueError)
+# What a damaged state file raises, or a missing weights file.
+DAMAGE = (FileNotFoundError, KeyError, TypeError, ValueError)
 
 
 class Checkpoints:
@@ -58,7 +59,7 @@ class Checkpoints:
             partial.replace(weights)
             state = {**state, "epoch": epoch, "crc32": checksum}
             write_file(path.with_suffix(STATE), json.dumps(state))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # The latter is h5py's.
             raise OSError(
                 "A checkpoint must be written whole. "
                 f"Received: {weights} ({error}). The older checkpoints are "
@@ -85,16 +86,18 @@ class Checkpoints:
                 state = json.loads(path.with_suffix(STATE).read_text())
                 if state["crc32"] != _checksum(weights):
                     raise ValueError("its checksum is wrong")
-                model.optimizer.build(model.trainable_variables)
-                model.load_weights(weights)
             except DAMAGE as error:
                 warnings.warn(
-                    f"The checkpoint {weights} is damaged ({error}); the one "
-                    "before it is taken.",
+                    f"The checkpoint {weights} is damaged ({error}) and passed "
+                    "over.",
                     stacklevel=2,
                 )
-                self._remove(epoch)
+                # Kept, but no checkpoint any more.
+                state = path.with_suffix(STATE)
+                state.replace(state.with_suffix(".damaged"))
                 continue
+            model.optimizer.build(model.trainable_variables)
+            model.load_weights(weights)
             return state
         return None
 
@@ -111,7 +114,7 @@ class Checkpoints:
 
 
 class SaveCheckpoint(keras.callbacks.Callback):
-    """Saves a checkpoint after every epoch.
+    """Saves a checkpoint after every epoch that leaves the weights finite.
 
     Args:
         checkpoints: A `Checkpoints`.
@@ -128,7 +131,8 @@ class SaveCheckpoint(keras.callbacks.Callback):
         self.state = state
 
     def on_epoch_end(self, epoch, logs=None):
-        self.checkpoints.save(self.model, epoch + 1, self.state())
+        if is_finite(self.model):
+            self.checkpoints.save(self.model, epoch + 1, self.state())
 
 
 def _checksum(path):

@@ -6,6 +6,11 @@ from typing import Literal
 
 from keras_vmoe.data import Augmentation
 from keras_vmoe.models import MoEConfig
+from keras_vmoe.models.presets import find_preset
+
+DEFAULT_IMAGE_SIZE = 32
+# What a preset takes from the model's settings.
+SHARED = ("image_size", "drop_path", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +18,8 @@ class ViTConfig:
     """The dense part of a `ViTMoE`; attributes are its arguments.
 
     Attributes:
-        image_size: Side of the images in pixels; others are resized.
+        image_size: Side of the images in pixels; others are resized. null is
+            that of the preset, or 32.
         patch_size: Side of a patch in pixels.
         hidden_dim: Features of a token.
         num_layers: Encoder blocks.
@@ -29,7 +35,7 @@ class ViTConfig:
         dtype: Dtype policy of the layers.
     """
 
-    image_size: int = 32
+    image_size: int | None = None
     patch_size: int = 8
     hidden_dim: int = 64
     num_layers: int = 4
@@ -69,7 +75,8 @@ class TrainConfig:
             keeps; null resizes the whole image.
         batch_size: Images per training step.
         epochs: Passes over the training split.
-        loss: Cross-entropy over the classes, or a binary one for each class.
+        loss: Cross-entropy over the classes, or a binary one for each class:
+            their mean ("bce") or their sum ("sigmoid", V-MoE's).
         label_smoothing: Share of the label's 1 that all classes get, in [0, 1).
         optimizer: AdamW, LAMB or SGD with momentum 0.9.
         learning_rate: Peak learning rate, reached after the warm-up.
@@ -94,8 +101,8 @@ class TrainConfig:
         seed: Makes a run repeatable on one machine and backend.
         preset: One of the papers' models, see `keras-vmoe presets`, in the
             place of `model`, whose image size, drop path and dtype it takes.
-        capacity_factor: That of a preset's MoE layers; null leaves it as it
-            is. Of a `model` it is a setting of `moe`.
+        capacity_factor: That of the MoE layers, if there are any; null leaves
+            it as it is.
         model: The model's size.
         moe: Its MoE layers; null trains the dense twin.
     """
@@ -115,7 +122,7 @@ class TrainConfig:
     test_crop: float | None = None
     batch_size: int = 64
     epochs: int = 60
-    loss: Literal["ce", "bce"] = "ce"
+    loss: Literal["ce", "bce", "sigmoid"] = "ce"
     label_smoothing: float = 0.0
     optimizer: Literal["adamw", "lamb", "sgd"] = "adamw"
     learning_rate: float = 2e-3
@@ -155,20 +162,49 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None:
                 self._check(name, good(value), "null or in its range")
-        if self.capacity_factor is not None and self.preset is None:
-            raise ValueError(
-                "`capacity_factor` is a setting of a preset. Received: "
-                f"capacity_factor={self.capacity_factor} without a preset. Set "
-                "`moe.capacity_factor`."
-            )
-        if self.label_smoothing and self.loss == "bce":
+        if self.preset is not None:
+            self._check_preset()
+        if self.label_smoothing and self.loss != "ce":
             raise ValueError(
                 "Labels are smoothed over the classes of a cross-entropy. "
                 f"Received: label_smoothing={self.label_smoothing} with "
-                "loss='bce'. Leave one of them out."
+                f"loss={self.loss!r}. Leave one of them out."
             )
         seed = 0 <= self.seed < 2**32
         self._check("seed", seed, "at least 0 and below 2**32")
+
+    @property
+    def image_size(self):
+        """Side of the images in pixels."""
+        default = DEFAULT_IMAGE_SIZE
+        if self.preset is not None:
+            default = find_preset(self.preset).arguments.get("image_size", 224)
+        return self.model.image_size or default
+
+    def _check_preset(self):
+        """Raises if sizes are set that a preset has of its own."""
+        find_preset(self.preset)
+        here, default = (
+            {f"model.{k}": v for k, v in dataclasses.asdict(model).items()}
+            | {"moe": moe}
+            for model, moe in (
+                (self.model, self.moe),
+                (ViTConfig(), MoEConfig()),
+            )
+        )
+        shared = [f"model.{name}" for name in SHARED]
+        changed = [
+            f"{name}={value!r}"
+            for name, value in here.items()
+            if value != default[name] and name not in shared
+        ]
+        if changed:
+            raise ValueError(
+                "A preset has its own sizes. "
+                f"Received: {', '.join(changed)} with preset={self.preset!r}. "
+                "Leave them out, or leave the preset out; the dense twin of a "
+                "preset is a preset as well."
+            )
 
     def _check(self, name, good, words):
         value = getattr(self, name)

@@ -14,7 +14,8 @@ def initialize(model, path):
 
     Args:
         model: The model to train.
-        path: A `.keras` file, or a checkpoint that `checkpoints.read` knows.
+        path: A `.keras` file, the folder of a run, or a checkpoint that
+            `checkpoints.read` knows.
             The head starts anew where the classes differ, learned positions
             are resized.
 
@@ -23,6 +24,8 @@ def initialize(model, path):
             of them. The model is then as it was.
         FileNotFoundError, CheckpointError: As `checkpoints.read`.
     """
+    if (pathlib.Path(path) / "model.keras").exists():
+        path = pathlib.Path(path) / "model.keras"
     if pathlib.Path(path).suffix == ".keras":
         copy_weights(models.load(path, compile=False), model)
     else:

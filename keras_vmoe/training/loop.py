@@ -1,6 +1,5 @@
 """The training loop: datasets, model, `fit`, and the files of a run."""
 
-import contextlib
 import dataclasses
 import itertools
 import pathlib
@@ -14,10 +13,12 @@ from keras_vmoe import data
 from keras_vmoe import inspection
 from keras_vmoe import models
 from keras_vmoe._extras import require
+from keras_vmoe.models.presets import find_preset
 from keras_vmoe.training import callbacks
 from keras_vmoe.training import optimizers
 from keras_vmoe.training.checkpointing import Checkpoints
 from keras_vmoe.training.checkpointing import SaveCheckpoint
+from keras_vmoe.training.config import SHARED
 from keras_vmoe.training.initialization import freeze
 from keras_vmoe.training.initialization import initialize
 from keras_vmoe.training.run_folder import open_run
@@ -90,11 +91,13 @@ def train(config):
     history = callbacks.HistoryFile(
         run_dir / "history.csv", routing, state.get("rows", ())
     )
+    splits = (config.train_split, config.validation_split, config.test_split)
+    named_damage = data.named_damage(config.dataset, splits, config.data_dir)
     if state["epoch"] < config.epochs:
         save = SaveCheckpoint(
             checkpoints, lambda: _to_lists(history.rows, routing.epochs)
         )
-        with named_damage(config):
+        with named_damage:
             model.fit(
                 batches(config, info, state["epoch"]),
                 steps_per_epoch=steps,
@@ -107,13 +110,15 @@ def train(config):
             )
     elif config.ema:
         model.optimizer.finalize_variable_values(model.trainable_variables)
-    with named_damage(config):
+    with named_damage:
         test = model.evaluate(test_data, verbose=0, return_dict=True)
     curves = {
         name: [row.get(name) for row in history.rows]
         for name in history.rows[0]
     }
     inspection.plot_history(curves, routing.epochs, run_dir / "curves.png")
+    # Here as well: the run may have been stopped behind its last checkpoint.
+    models.save(model, run_dir / "model.keras")
     write_result(run_dir, test)
     return RunResult(test["accuracy"], model, run_dir)
 
@@ -158,7 +163,7 @@ def load(config, info, split, training, epoch=None):
         return data.load(
             config.dataset,
             getattr(config, split),
-            config.model.image_size,
+            config.image_size,
             config.batch_size,
             training,
             config.data_dir,
@@ -185,51 +190,29 @@ def batches(config, info, first_epoch):
         yield from dataset.as_numpy_iterator()
 
 
-@contextlib.contextmanager
-def named_damage(config):
-    """Names the file where reading a run's images fails."""
-    try:
-        yield
-    except Exception as error:
-        # Wherever it happened: TensorFlow's errors, also those that it wraps.
-        if "tensorflow" not in type(error).__module__:
-            raise
-        for name in ("train_split", "validation_split", "test_split"):
-            split = getattr(config, name)
-            for place in data.find_corrupt(
-                config.dataset, split, config.data_dir
-            ):
-                raise OSError(
-                    "All images must be readable. "
-                    f"Received: {place}, which is damaged, in the split "
-                    f"{split!r} of {config.dataset!r}. Mend it, or pass "
-                    "skip_corrupt=True (--skip_corrupt true)."
-                ) from error
-        raise
-
-
 def is_one_hot(config):
     """Whether the labels are distributions over the classes."""
-    smoothed = config.label_smoothing > 0 or config.loss == "bce"
-    return smoothed or config.augmentation.mixes
+    smoothed = config.label_smoothing > 0
+    return smoothed or config.loss != "ce" or config.augmentation.mixes
 
 
 def make_model(config, info):
     """The model of a configuration, with the weights that it starts from."""
     num_classes = config.num_classes or info.num_classes
     settings = dataclasses.asdict(config.model)
+    settings["image_size"] = config.image_size
+    moe, factor = config.moe, config.capacity_factor
     if config.preset is not None:
-        shared = ("image_size", "drop_path", "dtype")
-        settings = {name: settings[name] for name in shared}
-        if config.capacity_factor is not None:
-            settings["moe"] = {"capacity_factor": config.capacity_factor}
+        settings = {name: settings[name] for name in SHARED}
+        if factor is not None and find_preset(config.preset).moe:
+            settings["moe"] = {"capacity_factor": factor}
         model = models.from_preset(
             config.preset, num_classes=num_classes, **settings
         )
     else:
-        model = models.ViTMoE(
-            **settings, num_classes=num_classes, moe=config.moe
-        )
+        if factor is not None and moe is not None:
+            moe = dataclasses.replace(moe, capacity_factor=factor)
+        model = models.ViTMoE(**settings, num_classes=num_classes, moe=moe)
     if config.init is not None:
         initialize(model, config.init)
     freeze(model, config.freeze)
@@ -238,11 +221,12 @@ def make_model(config, info):
 
 def compile_model(model, config, steps_per_epoch):
     """Compiles a model with the optimizer, loss and metrics of a run."""
-    updates = max(1, config.epochs * steps_per_epoch // config.accumulate)
+    # Keras counts steps, also those that only add up their gradients.
+    steps = max(1, config.epochs * steps_per_epoch)
     schedule = optimizers.WarmUp(
         config.learning_rate,
-        steps=updates,
-        warmup_steps=min(round(config.warmup * updates), updates - 1),
+        steps=steps,
+        warmup_steps=min(round(config.warmup * steps), steps - 1),
         decay=config.schedule,
     )
     decayed = list(optimizers.KERNELS)
@@ -255,7 +239,8 @@ def compile_model(model, config, steps_per_epoch):
         decay_gates=config.decay_gates,
         global_clipnorm=config.clip_norm,
         use_ema=config.ema is not None,
-        ema_momentum=config.ema or 0.99,
+        # The average moves at every step, and by an update's momentum in all.
+        ema_momentum=(config.ema or 0.99) ** (1 / config.accumulate),
         gradient_accumulation_steps=(
             config.accumulate if config.accumulate > 1 else None
         ),
@@ -268,11 +253,27 @@ def make_loss(config):
     """The loss of a run, of logits."""
     if config.loss == "bce":
         return keras.losses.BinaryCrossentropy(from_logits=True)
+    if config.loss == "sigmoid":
+        return sigmoid_crossentropy
     if is_one_hot(config):
         return keras.losses.CategoricalCrossentropy(
             from_logits=True, label_smoothing=config.label_smoothing
         )
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def sigmoid_crossentropy(labels, logits):
+    """Binary cross-entropies, summed over the classes: V-MoE's loss.
+
+    Args:
+        labels: `(B, classes)`, in [0, 1].
+        logits: `(B, classes)`.
+
+    Returns:
+        `(B,)` tensor.
+    """
+    losses = keras.ops.binary_crossentropy(labels, logits, from_logits=True)
+    return keras.ops.sum(losses, axis=-1)
 
 
 def make_metrics(config):

@@ -52,9 +52,10 @@ class Recipe:
         warmup_steps: Steps of it instead, where the source counts these.
         expert_weight_decay: Of the experts' kernels.
         augmentation: Of the training images.
-        loss: `"ce"` or `"bce"`.
+        loss: `"ce"`, `"bce"` or `"sigmoid"`.
         label_smoothing: Share of the label that all classes get.
         test_crop: Share that the centre crop of evaluation keeps.
+        decay_gates: Whether the routers' kernels are decayed.
         clip_norm: Largest norm of the gradients.
         capacity_factor: Of the MoE layers; None leaves the model's.
         drop_path: By the name of the dense preset.
@@ -75,6 +76,7 @@ class Recipe:
     loss: str = "ce"
     label_smoothing: float = 0.0
     test_crop: float | None = None
+    decay_gates: bool = False
     clip_norm: float | None = None
     capacity_factor: float | None = None
     drop_path: dict = dataclasses.field(default_factory=dict)
@@ -98,12 +100,10 @@ class Recipe:
             "epochs", "batch_size", "optimizer", "learning_rate",
             "weight_decay", "schedule", "expert_weight_decay", "augmentation",
             "loss", "label_smoothing", "test_crop", "clip_norm",
+            "decay_gates", "capacity_factor",
         )  # fmt: skip
         settings = {name: getattr(self, name) for name in names}
         settings |= {"warmup": warmup, "decay_positions": False}
-        settings |= {"decay_gates": False}
-        if preset and self.capacity_factor is not None:
-            settings["capacity_factor"] = self.capacity_factor
         dense = (preset or "").partition("_e")[0]
         if dense in self.drop_path:
             settings["model"] = {"drop_path": self.drop_path[dense]}
@@ -113,7 +113,8 @@ class Recipe:
 def _v_moe(learning_rate, clip_norm=None):
     return Recipe(
         source=V_MOE + ": pre-training on ImageNet-21k; its program's "
-        "configurations for the augmentation",
+        "configurations for the augmentation, loss and decay (there the rate "
+        "ends at 1e-5 and the head's bias starts at -10, here both at 0)",
         epochs=300,
         batch_size=4096,
         optimizer="adamw",
@@ -125,8 +126,9 @@ def _v_moe(learning_rate, clip_norm=None):
             crop_area=INCEPTION, flip=True, rand_augment=2.0,
             rand_augment_layers=2, mixup=0.5,
         ),
-        loss="bce",
+        loss="sigmoid",
         test_crop=0.875,
+        decay_gates=True,
         clip_norm=clip_norm,
         training_images=IN21K_IMAGES,
     )  # fmt: skip
@@ -216,6 +218,52 @@ RECIPES = {
         augmentation=Augmentation(crop_area=INCEPTION, flip=True),
         clip_norm=10.0,
         capacity_factor=1.5,
+    ),
+    "sweet_spot_vit_finetune": Recipe(
+        source=SWEET_SPOT + "50 epochs; the rest is that of its pre-training, "
+        "with a tenth of the learning rate, which is ours and not tuned",
+        epochs=50,
+        batch_size=2048,
+        optimizer="lamb",
+        learning_rate=3e-4,
+        weight_decay=0.02,
+        expert_weight_decay=0.04,
+        warmup_epochs=5,
+        label_smoothing=0.1,
+        augmentation=Augmentation(
+            crop_area=INCEPTION, **THREE_AUGMENT, cutmix=1.0
+        ),
+        test_crop=1.0,
+        drop_path=VIT_DROP_PATH_21K,
+    ),
+    "sweet_spot_convnext_finetune": Recipe(
+        source=SWEET_SPOT + "30 epochs; the rest is that of ConvNeXt's "
+        "fine-tuning, arXiv:2201.03545, appendix A, without its decay of the "
+        "learning rate by layer and its average of the weights",
+        epochs=30,
+        batch_size=512,
+        optimizer="adamw",
+        learning_rate=5e-5,
+        weight_decay=1e-8,
+        label_smoothing=0.1,
+        augmentation=Augmentation(
+            crop_area=INCEPTION, flip=True, **RAND_AUGMENT, erasing=0.25
+        ),
+        test_crop=0.875,
+        drop_path=CONVNEXT_DROP_PATH_21K,
+    ),
+    "digits_small": Recipe(
+        source="tuned on the validation split of the embedded digits; "
+        "benchmarks/digits.py",
+        epochs=60,
+        batch_size=64,
+        optimizer="adamw",
+        learning_rate=2e-3,
+        weight_decay=0.3,
+        warmup_epochs=5,
+        augmentation=Augmentation(crop_padding=3),
+        decay_gates=True,
+        training_images=1254,
     ),
     "cifar10_small": Recipe(
         source="a starting point for small machines, not tuned",

@@ -101,6 +101,7 @@ def test_public_names():
         "find_corrupt",
         "info",
         "load",
+        "named_damage",
         "normalize",
         "preprocess",
         "read_images",

@@ -95,8 +95,14 @@ def test_what_a_preset_adds():
     with models.without_weights():
         model = loop.make_model(config, data.info("digits"))
     assert model.moe_layers[0].router.capacity_factor == 1.5
-    with pytest.raises(ValueError, match="capacity_factor=1.5 without a pre"):
-        training.TrainConfig(capacity_factor=1.5)
+    config = training.TrainConfig(**settings)
+    with models.without_weights():
+        model = loop.make_model(config, data.info("digits"))
+    assert model.moe_layers[0].router.capacity_factor == 1.5
+    dense = training.TrainConfig(**settings, preset="vit_s16")
+    with models.without_weights():
+        model = loop.make_model(dense, data.info("digits"))
+    assert dense.image_size == 224 and not model.moe_layers
 
 
 @pytest.mark.slow
