@@ -108,8 +108,10 @@ def train(config):
                 verbose=1 if sys.stdout.isatty() else 2,
                 callbacks=_callbacks(config, run_dir, routing, history, save),
             )
-    elif config.ema:
-        model.optimizer.finalize_variable_values(model.trainable_variables)
+    else:  # Stopped behind its last checkpoint.
+        if config.ema:
+            model.optimizer.finalize_variable_values(model.trainable_variables)
+        models.save(model, run_dir / "model.keras")
     with named_damage:
         test = model.evaluate(test_data, verbose=0, return_dict=True)
     curves = {
@@ -117,8 +119,6 @@ def train(config):
         for name in history.rows[0]
     }
     inspection.plot_history(curves, routing.epochs, run_dir / "curves.png")
-    # Here as well: the run may have been stopped behind its last checkpoint.
-    models.save(model, run_dir / "model.keras")
     write_result(run_dir, test)
     return RunResult(test["accuracy"], model, run_dir)
 

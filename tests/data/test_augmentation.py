@@ -200,6 +200,20 @@ def test_mixed_labels_are_one_hot_and_repeats_stand_side_by_side():
     assert len(labels) == 64
 
 
+def test_repeated_augmentation_sees_all_images_in_time():
+    seen, size = set(), 64
+    for epoch in range(12):
+        dataset = data.load(
+            "digits", f"train[:{size}]", 8, 16, True, epoch=epoch,
+            augmentation=data.Augmentation(repeats=4), shuffle_buffer=4,
+        )  # fmt: skip
+        images = np.concatenate([x for x, _ in dataset.as_numpy_iterator()])
+        distinct = {image.tobytes() for image in images}
+        assert len(images) == size and len(distinct) == size // 4
+        seen |= distinct
+    assert len(seen) > 0.8 * size
+
+
 def test_one_hot_labels():
     dataset = data.load("digits", "test[:8]", 16, 8, False, one_hot=True)
     ((_, labels),) = dataset.as_numpy_iterator()

@@ -45,7 +45,7 @@ def make_model():
             "capacity_factor": 1.0,
             "noise_std": None if arguments.noise else 0.0,
         }
-    elif router == "expert_choice":
+    elif arguments.router == "expert_choice":
         moe |= {"images_per_group": 2}
     if arguments.family == "vit":
         model = models.ViTMoE(

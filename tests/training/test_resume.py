@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from keras_vmoe import data
+from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe.training import checkpointing
 from keras_vmoe.training.checkpointing import Checkpoints
@@ -45,6 +46,9 @@ def assert_same(result, whole):
             np.testing.assert_array_equal(mine, theirs)
         else:
             np.testing.assert_allclose(mine, theirs, atol=1e-4)
+    saved = models.load(result.run_dir / "model.keras")
+    for mine, theirs in zip(saved.weights, result.model.weights, strict=True):
+        np.testing.assert_array_equal(np.array(mine), np.array(theirs))
     rows, expected = history(result.run_dir), history(whole.run_dir)
     assert [row["epoch"] for row in rows] == [row["epoch"] for row in expected]
     if EXACT:

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from keras_vmoe import data
+from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe.training import loop
 from tests.training.small import history
@@ -27,13 +29,48 @@ def test_other_settings(config, changes):
     assert len(rows) == 2 and float(rows[-1]["loss"]) > 0
 
 
+PRESET = {"preset": "convnext_iso_s_e8_last2", "moe": models.MoEConfig()}
+
+
 def test_a_preset(config):
-    model = dataclasses.replace(config.model, image_size=32, drop_path=0.1)
-    changed = dataclasses.replace(
-        config, preset="convnext_iso_s_e8_last2", model=model
-    )
+    model = training.ViTConfig(image_size=32, drop_path=0.1)
+    changed = dataclasses.replace(config, **PRESET, model=model)
     made = loop.make_model(changed, data.info("digits"))
     assert made.drop_path == 0.1 and made.output_shape == (None, 10)
+    large = dataclasses.replace(changed, model=training.ViTConfig())
+    assert changed.image_size == 32 and large.image_size == 224
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": training.ViTConfig(hidden_dim=99)}, "model.hidden_dim=99"),
+        ({"moe": models.MoEConfig(num_experts=16)}, "moe=MoEConfig"),
+        ({"moe": None}, "moe=None with preset="),
+        ({"preset": "convnext"}, "The preset must be one of"),
+    ],
+)
+def test_sizes_beside_a_preset_are_refused(config, changes, words):
+    settings = {"model": training.ViTConfig(), **PRESET, **changes}
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(config, **settings)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_rate_falls_until_the_last_step(config, accumulate):
+    """Keras counts the steps of an update, too."""
+    config = dataclasses.replace(config, accumulate=accumulate, epochs=4)
+    model = loop.make_model(config, data.info("digits"))
+    loop.compile_model(model, config, 8)
+    rate = model.optimizer._learning_rate
+    assert float(rate(16)) == pytest.approx(config.learning_rate)
+    assert 0 < float(rate(31)) < 0.01 * config.learning_rate
+
+
+def test_v_moes_loss_is_a_sum_over_classes():
+    labels, logits = np.eye(3, dtype="float32"), np.zeros((3, 3), "float32")
+    losses = loop.sigmoid_crossentropy(labels, logits)
+    np.testing.assert_allclose(losses, 3 * np.log(2) * np.ones(3), rtol=1e-6)
 
 
 def test_fine_tuning(result, config, tmp_path):
