@@ -5,6 +5,7 @@ Read, cache, shuffle, repeat, decode and crop, batch, check, augment, normalise.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import warnings
 from typing import Any
@@ -217,10 +218,15 @@ class Pipeline:
 
     def _changed(self, images, labels, numbers):
         """A batch as the model gets it: changed at random, normalised."""
+        tf = import_tensorflow()
         augment = make_augment(self.augmentation)
         if augment is not None:
             # Another seed than that of the first image's crop.
-            images, labels = augment(images, labels, [numbers[0], ~self.seed])
+            inputs = images, labels, tf.stack([numbers[0], ~self.seed])
+            specs = [tf.TensorSpec(x.shape, x.dtype) for x in inputs]
+            with tf.init_scope():  # Traced once, not for each pipeline.
+                augment = augment.get_concrete_function(*specs)
+            images, labels = augment(*inputs)
         return normalize(images), labels
 
     def _checked_labels(self, images, labels, numbers):
@@ -259,10 +265,11 @@ def seed_of_epoch(seed, epoch):
     return int(state[0] >> 1)
 
 
+@functools.cache
 def _is_readable():
     """Whether an image is good; warns once of each that is not."""
     tf = import_tensorflow()
-    skipped = set()
+    skipped = set()  # One for all epochs and datasets.
 
     def warn(name):
         if name not in skipped:

@@ -122,7 +122,7 @@ def report(measurement, class_names):
         f"images: {measurement.num_images}",
         f"accuracy: {measurement.accuracy:.4f}",
         f"top-5 accuracy: {measurement.top5:.4f}",
-        f"loss: {measurement.loss:.4f}",
+        f"cross-entropy: {measurement.loss:.4f}",
         "",
         f"{'class':<24} {'images':>7} {'correct':>8}  mostly taken for",
     ]

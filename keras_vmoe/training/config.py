@@ -96,7 +96,8 @@ class TrainConfig:
             reference program, see `keras-vmoe convert`. The head starts anew
             where the classes differ, positions are resized.
         freeze: What is not trained: the routers, or all but the head.
-        keep_checkpoints: How many epochs' checkpoints to keep.
+        keep_checkpoints: How many epochs' checkpoints to keep until the run is
+            finished.
         tensorboard: Whether to write logs for TensorBoard into the run folder.
         seed: Makes a run repeatable on one machine and backend.
         preset: One of the papers' models, see `keras-vmoe presets`, in the

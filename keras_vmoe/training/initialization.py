@@ -1,5 +1,6 @@
 """What a training starts from: other weights, frozen parts."""
 
+import json
 import pathlib
 import warnings
 
@@ -9,7 +10,7 @@ from keras_vmoe import models
 from keras_vmoe.checkpoints.assignment import fit_table
 
 
-def initialize(model, path):
+def initialize(model, path, class_names=()):
     """Gives a model the weights of a file, for fine-tuning.
 
     Args:
@@ -18,6 +19,8 @@ def initialize(model, path):
             `checkpoints.read` knows.
             The head starts anew where the classes differ, learned positions
             are resized.
+        class_names: Names of the model's classes, compared with those of the
+            run that a file is from.
 
     Raises:
         ValueError: If the weights do not fit otherwise; the message lists all
@@ -27,18 +30,28 @@ def initialize(model, path):
     if (pathlib.Path(path) / "model.keras").exists():
         path = pathlib.Path(path) / "model.keras"
     if pathlib.Path(path).suffix == ".keras":
-        copy_weights(models.load(path, compile=False), model)
+        source = models.load(path, compile=False)
+        copy_weights(source, model, _same_classes(path, class_names))
     else:
         checkpoints.load_vmoe(model, checkpoints.read(path))
 
 
-def copy_weights(source, model):
+def _same_classes(path, class_names):
+    """Whether the classes of a run's model are these, as far as is known."""
+    file = pathlib.Path(path).parent / "classes.json"
+    if not class_names or not file.exists():
+        return True
+    return json.loads(file.read_text()) == list(class_names)
+
+
+def copy_weights(source, model, with_head=True):
     """Copies the weights of one model to another, layer by layer.
 
     Args:
         source: The model with the weights.
         model: One of the same layers; `head` and `positions` may have other
             shapes.
+        with_head: Whether the head is copied where its shape is the same.
 
     Raises:
         ValueError: If layers are missing or have other shapes.
@@ -51,7 +64,8 @@ def copy_weights(source, model):
         shapes = [tuple(weight.shape) for weight in ours[name].weights]
         if name == "positions" and isinstance(model, models.ViTMoE):
             arrays = [fit_table(arrays[0], model)]
-        if [array.shape for array in arrays] == shapes:
+        same = [array.shape for array in arrays] == shapes
+        if same and (with_head or name != "head"):
             values[name] = arrays
         elif name == "head" and arrays[0].shape[0] == shapes[0][0]:
             warnings.warn(
@@ -64,8 +78,8 @@ def copy_weights(source, model):
     if wrong:
         raise ValueError(
             "The weights to start from must be those of the same model. "
-            f"Received: layers that differ: {'; '.join(wrong)}. Train a model "
-            "of the architecture of the file."
+            f"Received: layers that differ: {'; '.join(sorted(wrong))}. "
+            "Train a model of the architecture of the file."
         )
     for name, arrays in values.items():
         ours[name].set_weights(arrays)

@@ -176,6 +176,8 @@ def load(config, info, split, training, epoch=None):
             skip_corrupt=config.skip_corrupt,
         )
     except ValueError as error:
+        if "split" not in str(error):
+            raise
         raise ValueError(f"{error} (The setting is `{split}`.)") from error
 
 
@@ -214,7 +216,7 @@ def make_model(config, info):
             moe = dataclasses.replace(moe, capacity_factor=factor)
         model = models.ViTMoE(**settings, num_classes=num_classes, moe=moe)
     if config.init is not None:
-        initialize(model, config.init)
+        initialize(model, config.init, info.class_names)
     freeze(model, config.freeze)
     return model
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import keras
 
@@ -51,9 +52,10 @@ def settings_of(config):
 
 
 def write_result(run_dir, test):
-    """Marks a run as finished."""
+    """Marks a run as finished, which needs its checkpoints no more."""
     test = {name: float(value) for name, value in test.items()}
     write_file(run_dir / RESULT, json.dumps(test))
+    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
 
 
 def _check_same(run_dir, settings):
@@ -67,6 +69,8 @@ def _check_same(run_dir, settings):
             f"so that no run is overwritten. Received: run_dir={str(run_dir)!r}"
             f", which holds {kind}. Name another folder or remove this one."
         )
+    if not any(run_dir.glob("checkpoints/*")):
+        return  # It stopped before there was anything to resume.
     text = (run_dir / CONFIG).read_text()
     there = _flat(require("yaml", "cli").safe_load(text))
     here = _flat(settings)

@@ -20,7 +20,6 @@ from tests.training.small import history
 def test_run_folder(result):
     names = {path.name for path in result.run_dir.iterdir()}
     assert names == {
-        "checkpoints",
         "classes.json",
         "config.yaml",
         "curves.png",

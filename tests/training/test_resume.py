@@ -128,6 +128,14 @@ def stop_after(config, epochs):
             training.train(config)
 
 
+def test_a_run_without_a_checkpoint_is_started_anew(tmp_path, cache):
+    config = config_of(tmp_path / "run", cache, epochs=1)
+    stop_after(config, 0)
+    assert (tmp_path / "run" / "config.yaml").exists()
+    training.train(dataclasses.replace(config, learning_rate=0.001))
+    assert not (tmp_path / "run" / "checkpoints").exists()  # It is finished.
+
+
 def test_another_configuration_is_refused(tmp_path, cache):
     config = config_of(tmp_path / "run", cache)
     stop_after(config, 1)

@@ -1,6 +1,8 @@
 """Other losses, optimizers and starts of a run."""
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -92,6 +94,25 @@ def test_fine_tuning(result, config, tmp_path):
     assert [w.path for w in tuned.trainable_weights] == [
         "head/kernel", "head/bias"
     ]  # fmt: skip
+
+
+def test_the_head_of_other_classes_starts_anew(result, config, tmp_path):
+    """As many classes, by other names."""
+    start = tmp_path / "start"
+    start.mkdir()
+    shutil.copy(result.run_dir / "model.keras", start)
+    info = data.info("digits")
+    kernel = result.model.get_layer("head").kernel.numpy()
+    for names in (list(info.class_names), list("abcdefghij")):
+        (start / "classes.json").write_text(json.dumps(names))
+        changed = dataclasses.replace(config, init=str(start))
+        if names[0] == "a":
+            with pytest.warns(UserWarning, match="other classes"):
+                made = loop.make_model(changed, info)
+        else:
+            made = loop.make_model(changed, info)
+        same = (made.get_layer("head").kernel.numpy() == kernel).all()
+        assert same == (names[0] != "a")
 
 
 def test_frozen_routers(config):
