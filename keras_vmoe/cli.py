@@ -119,9 +119,8 @@ def evaluate(settings, arguments):
         test_crop=test_crop,
         skip_corrupt=settings.skip_corrupt,
     )
-    with data.named_damage(
-        settings.dataset, [settings.split], settings.data_dir
-    ):
+    splits = [] if settings.skip_corrupt else [settings.split]
+    with data.named_damage(settings.dataset, splits, settings.data_dir):
         measured = evaluation.measure(model, images)
     print(evaluation.report(measured, names))
 

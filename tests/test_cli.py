@@ -303,3 +303,31 @@ def test_a_recipe_sets_the_defaults(tmp_path):
     assert "batch_size: 32" in done.stdout  # What is given counts.
     done = run("train", "--recipe=cifar", "--dry_run")
     assert done.returncode == 1 and "The nearest" in done.stderr
+
+
+def write_folder(folder, classes):
+    for name in classes:
+        path = folder / "test" / name / "0.jpg"
+        path.parent.mkdir(parents=True)
+        keras.utils.save_img(path, np.zeros((12, 12, 3)), scale=False)
+    return f"--data_dir={folder}"
+
+
+def test_evaluate_refuses_other_classes(trained, tmp_path):
+    data_dir = write_folder(tmp_path, "ab")
+    done = run("evaluate", trained[0], "image_folder", data_dir)
+    assert done.returncode == 1
+    assert "a model of 10 classes for the 2 of 'image_folder'" in done.stderr
+
+
+def test_evaluate_names_or_skips_a_damaged_image(trained, tmp_path):
+    data_dir = write_folder(tmp_path, "abcdefghij")
+    path = tmp_path / "test" / "c" / "0.jpg"
+    path.write_bytes(path.read_bytes()[:150])
+    done = run("evaluate", trained[0], "image_folder", data_dir)
+    assert done.returncode == 1
+    assert f"Received: {path}, which is damaged" in done.stderr
+    with pytest.warns(UserWarning, match="cannot be decoded"):
+        skip = "--skip-corrupt=true"
+        done = run("evaluate", trained[0], "image_folder", data_dir, skip)
+    assert done.returncode == 0 and "cross-entropy" in done.stdout

@@ -92,6 +92,7 @@ def train(config):
         run_dir / "history.csv", routing, state.get("rows", ())
     )
     splits = (config.train_split, config.validation_split, config.test_split)
+    splits = () if config.skip_corrupt else splits
     named_damage = data.named_damage(config.dataset, splits, config.data_dir)
     if state["epoch"] < config.epochs:
         save = SaveCheckpoint(
