@@ -84,7 +84,11 @@ def predict(settings, arguments):
     if settings.backend not in (None, keras.backend.backend()):
         _restart(settings.backend, arguments)
     model, names = _open_model(settings)
-    images = data.read_images(settings.images, model.input_shape[1:3])
+    images = data.read_images(
+        settings.images,
+        model.input_shape[1:3],
+        _setting_of_run(settings.model, "test_crop"),
+    )
     found = evaluation.classify(model, images, names, settings.top)
     for image, predictions in zip(settings.images, found, strict=True):
         classes = "  ".join(f"{name} {p:.3f}" for name, p in predictions)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -301,6 +302,13 @@ def test_a_recipe_sets_the_defaults(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "epochs: 20" in done.stdout and "flip: true" in done.stdout
     assert "batch_size: 32" in done.stdout  # What is given counts.
+    file = tmp_path / "recipe.yaml"
+    file.write_text("recipe: sweet_spot_vit_in21k\npreset: vit_b16_e8_last2\n")
+    small = (*SMALL[:3], "--batch_size=32")
+    done = run("train", *small, f"--config={file}", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for words in ("optimizer: lamb", "epochs: 90", "drop_path: 0.1"):
+        assert words in done.stdout
     done = run("train", "--recipe=cifar", "--dry_run")
     assert done.returncode == 1 and "The nearest" in done.stderr
 
@@ -311,6 +319,36 @@ def write_folder(folder, classes):
         path.parent.mkdir(parents=True)
         keras.utils.save_img(path, np.zeros((12, 12, 3)), scale=False)
     return f"--data_dir={folder}"
+
+
+def test_the_crop_of_a_run_holds_for_evaluate_and_predict(trained, tmp_path):
+    """A run folder is believed; a file by itself knows of no crop."""
+    shutil.copytree(trained[0], tmp_path / "run")
+    settings = tmp_path / "run" / "config.yaml"
+    text = settings.read_text()
+    assert "test_crop: null" in text
+    settings.write_text(text.replace("test_crop: null", "test_crop: 0.5"))
+    image = tmp_path / "digit.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 1))
+    keras.utils.save_img(image, pixels, scale=False)
+    digits = ("digits", "--split=test[:32]")
+    for command, rest in (("evaluate", digits), ("predict", (image,))):
+        plain, cropped = (
+            run(command, folder, *rest)
+            for folder in (trained[0], tmp_path / "run")
+        )
+        assert plain.returncode == cropped.returncode == 0
+        assert plain.stdout != cropped.stdout
+        if command == "evaluate":
+            same = run(command, trained[0], *rest, "--test_crop=0.5")
+            assert same.stdout == cropped.stdout
+
+
+def test_class_names_must_be_as_many_as_classes(trained, tmp_path):
+    names = tmp_path / "names.json"
+    names.write_text('["one", "two"]')
+    done = run("predict", trained[0], "a.png", f"--classes={names}")
+    assert done.returncode == 1 and "a JSON list of 10 names" in done.stderr
 
 
 def test_evaluate_refuses_other_classes(trained, tmp_path):

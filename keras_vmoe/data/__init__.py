@@ -5,12 +5,12 @@ extra `data`: `pip install 'keras_vmoe[data]'`.
 """
 
 from keras_vmoe.data.augmentation import Augmentation
+from keras_vmoe.data.damage import find_corrupt
+from keras_vmoe.data.damage import named_damage
 from keras_vmoe.data.images import normalize
 from keras_vmoe.data.images import preprocess
 from keras_vmoe.data.images import read_images
-from keras_vmoe.data.loading import find_corrupt
 from keras_vmoe.data.loading import load
-from keras_vmoe.data.loading import named_damage
 from keras_vmoe.data.schema import DatasetInfo
 from keras_vmoe.data.schema import info
 

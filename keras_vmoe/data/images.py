@@ -83,7 +83,7 @@ def preprocess(image, image_size):
     return normalize(to_rgb(tf.convert_to_tensor(image), size))
 
 
-def read_images(paths, image_size):
+def read_images(paths, image_size, test_crop=None):
     """Reads image files into a batch, preprocessed as in evaluation.
 
     Args:
@@ -91,6 +91,8 @@ def read_images(paths, image_size):
             animated GIF the first frame is taken. An orientation noted in
             EXIF is not applied, as nowhere in TFDS.
         image_size: Integer or pair `(height, width)`, in pixels.
+        test_crop: Optional share of the shorter side that the centre crop
+            keeps, see `load`.
 
     Returns:
         float32 NumPy array `(B, height, width, 3)` in [-1, 1].
@@ -123,10 +125,10 @@ def read_images(paths, image_size):
             "`paths` must name at least one image file. "
             f"Received: paths={paths}. Pass a path or a list of paths."
         )
-    return np.stack([_read_image(path, size) for path in paths])
+    return np.stack([_read_image(path, size, test_crop) for path in paths])
 
 
-def _read_image(path, size):
+def _read_image(path, size, test_crop):
     tf = import_tensorflow()
     try:
         with open(path, "rb") as file:
@@ -145,6 +147,8 @@ def _read_image(path, size):
             f"Received: path={path!r} ({reason}). "
             "Convert the file, or leave it out."
         ) from error
+    if test_crop is not None:
+        image = center_crop(image, size, test_crop)
     return preprocess(image, size).numpy()
 
 

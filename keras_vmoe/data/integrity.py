@@ -103,8 +103,8 @@ def damaged_records(path, length):
     Returns:
         List of integers.
     """
-    state = os.stat(path)
-    return _damaged_records(path, length, state.st_size, state.st_mtime_ns)
+    state = import_tensorflow().io.gfile.stat(path)  # Of a bucket as well.
+    return _damaged_records(path, length, state.length, state.mtime_nsec)
 
 
 @functools.cache

@@ -3,35 +3,20 @@
 Axes: B images in the batch, H and W height and width in pixels.
 """
 
-import contextlib
-import dataclasses
 import operator
-import warnings
 
 from keras_vmoe.data.augmentation import Augmentation
+from keras_vmoe.data.damage import skip_damage
 from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.images import check_image_size
 from keras_vmoe.data.integrity import check_files
-from keras_vmoe.data.integrity import without_damage
 from keras_vmoe.data.pipeline import Pipeline
 from keras_vmoe.data.pipeline import seed_of_epoch
+from keras_vmoe.data.schema import count_examples
 from keras_vmoe.data.schema import read_schema
 from keras_vmoe.data.schema import resolve_num_classes
 from keras_vmoe.data.sources import open_builder
 from keras_vmoe.data.tensorflow_runtime import import_tfds
-
-# What TensorFlow raises where an image or a record is damaged, also through a
-# generator.
-_DATA_ERRORS = ("DataLossError", "InvalidArgumentError", "UnknownError")
-# What TFDS raises for splits that it cannot read; AttributeError is for one
-# that is no string.
-_SPLIT_ERRORS = (
-    KeyError,
-    ValueError,
-    AssertionError,
-    AttributeError,
-    NotImplementedError,
-)
 
 
 def load(
@@ -143,11 +128,13 @@ def load(
     builder = open_builder(name, data_dir)
     schema = read_schema(name, builder.info)
     num_classes = resolve_num_classes(name, schema, num_classes)
+    num_examples = count_examples(name, builder, split)
     if skip_corrupt:
-        split = _without_damage(name, builder, split)
+        split = skip_damage(builder, split)
     if shard is not None:
-        split = _shard_of(name, builder, split, shard, training)
-    num_examples = _count_examples(name, builder, split)
+        split = _shard_of(split, shard, training)
+    if skip_corrupt or shard is not None:
+        num_examples = count_examples(name, builder, split)
     if num_examples < (batch_size if drop_remainder else 1):
         raise _no_batch(name, split, num_examples, batch_size)
     if not isinstance(builder, ImageFolder):
@@ -173,118 +160,7 @@ def load(
     )
 
 
-def find_corrupt(name, split, data_dir=None):
-    """Finds images that cannot be decoded and damaged files.
-
-    Reads and decodes all of a split, as fast as training does.
-
-    Args:
-        name: String, see `load`.
-        split: String, see `load`.
-        data_dir: Folder that holds the dataset, see `load`.
-
-    Yields:
-        Strings, the place of each: path of the image, or file and number of the
-        record.
-
-    Raises:
-        ValueError: If there is no such dataset or split.
-
-    Example:
-
-    ```python
-    from keras_vmoe import data
-
-    list(data.find_corrupt("digits", "test"))  # []
-    ```
-    """
-    builder = open_builder(name, data_dir)
-    schema = read_schema(name, builder.info)
-    pipeline = Pipeline(
-        builder=builder,
-        schema=schema,
-        split=split,
-        num_examples=_count_examples(name, builder, split),
-        num_classes=schema.num_classes or 1,
-        size=(8, 8),
-        seed=0,
-        is_one_epoch=True,
-        augmentation=Augmentation(),
-        one_hot=False,
-        test_crop=None,
-        skip_corrupt=True,
-    )
-    if not isinstance(builder, ImageFolder):
-        split, places = without_damage(builder, split)
-        for path, record in places:
-            yield f"{path}, record {record}"
-        pipeline = dataclasses.replace(pipeline, split=split)
-    decoded = pipeline.decoded(pipeline.examples(False, 1))
-    for *_, place, is_good in decoded.as_numpy_iterator():
-        if not is_good:
-            yield place.decode()
-
-
-class named_damage(contextlib.AbstractContextManager):  # noqa: N801
-    """Context manager that names the image or file where reading fails.
-
-    Args:
-        name: String, see `load`.
-        splits: The splits that are read inside.
-        data_dir: Folder that holds the dataset, see `load`.
-
-    Raises:
-        OSError: In the place of TensorFlow's error, if there is damage.
-
-    Example:
-
-    ```python
-    from keras_vmoe import data
-
-    test = data.load("digits", "test", 32, 64, training=False)
-    with data.named_damage("digits", ["test"]):
-        for images, labels in test:
-            pass
-    ```
-    """
-
-    def __init__(self, name, splits, data_dir=None):
-        self.name, self.splits, self.data_dir = name, splits, data_dir
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        # By name: wherever TensorFlow raised it, and without importing it.
-        if kind is None or kind.__name__ not in _DATA_ERRORS:
-            return
-        for split in self.splits:
-            for place in find_corrupt(self.name, split, self.data_dir):
-                raise OSError(
-                    "All images must be readable. "
-                    f"Received: {place}, which is damaged, in the split "
-                    f"{split!r} of {self.name!r}. Mend or remove it, or skip "
-                    "what is damaged: skip_corrupt=True, --skip_corrupt true."
-                ) from error
-
-
-def _without_damage(name, builder, split):
-    """The split without damaged records; warns of these."""
-    _count_examples(name, builder, split)  # That it exists.
-    if isinstance(builder, ImageFolder):
-        return split
-    split, places = without_damage(builder, split)
-    if places:
-        named = [f"record {record} of {path}" for path, record in places[:5]]
-        warnings.warn(
-            f"{len(places)} damaged records are skipped, such as "
-            f"{', '.join(named)}.",
-            stacklevel=3,
-        )
-    return split
-
-
-def _shard_of(name, builder, split, shard, training):
+def _shard_of(split, shard, training):
     """The part of a split that one of several hosts reads."""
     try:
         index, count = map(operator.index, shard)
@@ -297,7 +173,6 @@ def _shard_of(name, builder, split, shard, training):
             f"< count. Received: shard={shard!r}. Pass for example "
             "(jax.process_index(), jax.process_count())."
         )
-    _count_examples(name, builder, split)  # That it exists.
     parts = import_tfds().even_splits(split, count, drop_remainder=training)
     return parts[index]
 
@@ -320,21 +195,6 @@ def _check_test_crop(test_crop):
             "`test_crop` must be a share in (0, 1] or None. "
             f"Received: test_crop={test_crop!r}. ConvNeXt has 0.875."
         )
-
-
-def _count_examples(name, builder, split):
-    splits = builder.info.splits
-    try:
-        if isinstance(builder, ImageFolder):
-            return builder.num_examples(split)
-        return splits[split].num_examples
-    except _SPLIT_ERRORS as error:
-        raise ValueError(
-            f"`split` must be made of the splits {sorted(splits)}, with "
-            'slices and sums such as "train[:90%]" or "train+test". '
-            f"Received: split={split!r} of name={name!r}. "
-            "Choose one of these splits."
-        ) from error
 
 
 def _no_batch(name, split, num_examples, batch_size):

@@ -267,9 +267,9 @@ def seed_of_epoch(seed, epoch):
 
 @functools.cache
 def _is_readable():
-    """Whether an image is good; warns once of each that is not."""
+    """Whether an image is good; warns of each that is not, once a process."""
     tf = import_tensorflow()
-    skipped = set()  # One for all epochs and datasets.
+    skipped = set()  # A training opens its datasets anew for every epoch.
 
     def warn(name):
         if name not in skipped:

@@ -3,8 +3,19 @@
 import dataclasses
 import operator
 
+from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.sources import open_builder
 from keras_vmoe.data.tensorflow_runtime import import_tfds
+
+# What TFDS raises for splits that it cannot read; AttributeError is for one
+# that is no string.
+_SPLIT_ERRORS = (
+    KeyError,
+    ValueError,
+    AssertionError,
+    AttributeError,
+    NotImplementedError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,3 +164,19 @@ def resolve_num_classes(name, schema, num_classes):
             "Leave it out to take the dataset's own."
         )
     return num_classes
+
+
+def count_examples(name, builder, split):
+    """How many examples a split has; raises a ValueError if there is none."""
+    splits = builder.info.splits
+    try:
+        if isinstance(builder, ImageFolder):
+            return builder.num_examples(split)
+        return splits[split].num_examples
+    except _SPLIT_ERRORS as error:
+        raise ValueError(
+            f"`split` must be made of the splits {sorted(splits)}, with "
+            'slices and sums such as "train[:90%]" or "train+test". '
+            f"Received: split={split!r} of name={name!r}. "
+            "Choose one of these splits."
+        ) from error

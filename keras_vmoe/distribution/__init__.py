@@ -6,6 +6,7 @@ Layers call the constraints of this room on their buffers; outside of
 
 from keras_vmoe.distribution.constraints import by_experts
 from keras_vmoe.distribution.constraints import by_groups
+from keras_vmoe.distribution.constraints import check_buffers
 from keras_vmoe.distribution.expert_parallel import ExpertParallel
 
-__all__ = ["ExpertParallel", "by_experts", "by_groups"]
+__all__ = ["ExpertParallel", "by_experts", "by_groups", "check_buffers"]

@@ -56,6 +56,20 @@ def by_experts(buffers):
     return _constrained(parallel, buffers, EXPERT, REPLICA)
 
 
+def check_buffers(name):
+    """Raises under `ExpertParallel`, for experts that work without buffers.
+
+    Args:
+        name: The layer, for the message.
+    """
+    if _expert_parallel() is not None:
+        raise ValueError(
+            "Under `ExpertParallel` tokens travel in buffers of a fixed "
+            f"capacity. Received: dropless routing in {name!r}. Set a capacity "
+            "factor, or use keras.distribution.DataParallel."
+        )
+
+
 def _expert_parallel():
     distribution = keras.distribution.distribution()
     is_ours = isinstance(distribution, ExpertParallel)

@@ -33,13 +33,11 @@ class ExpertParallel(keras.distribution.DataParallel):
         shard_dense: Whether each of the other kernels is spread over all
             devices as well (fully sharded data parallelism), for models that
             fit into no single device.
-        auto_shard_dataset: With several processes, whether a `tf.data.Dataset`
-            holds the whole batch, of which each process takes its part. False
-            for one that is sharded already, see `data.load(shard=...)`.
 
     Raises:
-        ValueError: If the backend is not JAX, the shards do not divide the
-            devices or the experts, or a model without experts is trained.
+        ValueError: If the backend is not JAX, there are several processes,
+            the shards do not divide the devices or the experts, the routing is
+            dropless, or a model without experts is trained.
 
     Example:
 
@@ -58,7 +56,6 @@ class ExpertParallel(keras.distribution.DataParallel):
         num_expert_shards,
         devices=None,
         shard_dense=False,
-        auto_shard_dataset=True,
     ):
         _check_backend()
         if devices is None:
@@ -70,9 +67,8 @@ class ExpertParallel(keras.distribution.DataParallel):
         )
         # Past `DataParallel`, whose mesh has one axis, to the base class, which
         # Keras does not export.
-        super(keras.distribution.DataParallel, self).__init__(
-            mesh, REPLICA, auto_shard_dataset
-        )
+        super(keras.distribution.DataParallel, self).__init__(mesh, REPLICA)
+        _check_processes(self.num_processes)
         self.num_expert_shards = num_expert_shards
         self.num_devices = len(devices)
         self.shard_dense = shard_dense
@@ -93,11 +89,11 @@ class ExpertParallel(keras.distribution.DataParallel):
                 "keras.distribution.DataParallel."
             )
         batch = data_shape[0]
-        shards = self.num_devices // self.num_processes
-        if batch is not None and batch % shards:
+        if batch is not None and batch % self.num_devices:
             raise ValueError(
                 "The images of a batch are spread evenly over the devices. "
-                f"Received: a batch of {batch} for {shards} devices. Choose a "
+                f"Received: a batch of {batch} for {self.num_devices} devices. "
+                "Choose a "
                 "batch size that they divide, and drop the remainder."
             )
         return self.layout(DATA, *[None] * (len(data_shape) - 1))
@@ -157,6 +153,14 @@ def _check_backend():
             f"Received: the backend {keras.backend.backend()!r}. Set "
             "KERAS_BACKEND=jax, or use tf.distribute with TensorFlow, where "
             "every device holds all experts."
+        )
+
+
+def _check_processes(num_processes):
+    if num_processes > 1:
+        raise ValueError(
+            "`ExpertParallel` works on the devices of one process so far. "
+            f"Received: {num_processes} processes. Start one process."
         )
 
 

@@ -95,6 +95,7 @@ class MLPExperts(keras.layers.Layer):
 
     def call(self, buffers, training=False):
         if isinstance(buffers, routing.Blocks):
+            distribution.check_buffers(self.path)
             rows, *blocks = buffers
             return buffers._replace(rows=self._mlps(rows, blocks, training))
         groups, _, capacity, features = ops.shape(buffers)

@@ -212,7 +212,8 @@ class NonFiniteLossError(RuntimeError):
 class StopOnNonFiniteLoss(keras.callbacks.Callback):
     """Raises as soon as the training loss is NaN or infinite.
 
-    Reads the loss after every step, which waits for the step to finish.
+    Reads the loss after every step, which waits for the step to finish, and at
+    the end of an epoch the weights, which the last update may have spoilt.
 
     Args:
         checkpoint: Optional path of the last good model, for the message.
@@ -236,17 +237,24 @@ class StopOnNonFiniteLoss(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         loss = float((logs or {}).get("loss", 0.0))
         if not math.isfinite(loss):
-            raise NonFiniteLossError(self._message(batch, loss))
+            received = f"loss={loss} at step {batch + 1}"
+            raise NonFiniteLossError(self._message(received))
 
-    def _message(self, batch, loss):
+    def on_epoch_end(self, epoch, logs=None):
+        # The last step's loss was computed before the last step's update.
+        if not is_finite(self.model):
+            received = "weights that are not finite at the end"
+            raise NonFiniteLossError(self._message(received))
+
+    def _message(self, received):
         kept = "No good model was saved before."
         if self.checkpoint and pathlib.Path(self.checkpoint).exists():
             kept = f"The last good model is kept at {self.checkpoint}."
         return (
-            "The training loss must stay finite. "
-            f"Received: loss={loss} at step {batch + 1} of epoch "
-            f"{self.epoch + 1}. {kept} Start another run with a lower learning "
-            "rate or a longer warm-up, or look for broken images."
+            "The training loss and the weights must stay finite. "
+            f"Received: {received} of epoch {self.epoch + 1}. {kept} Start "
+            "another run with a lower learning rate or a longer warm-up, or "
+            "look for broken images."
         )
 
 
@@ -272,10 +280,7 @@ class SaveModel(keras.callbacks.Callback):
 
 
 def is_finite(model):
-    """Whether all trained weights are finite.
-
-    The last step's loss, which was, came before the last step's update.
-    """
+    """Whether all trained weights are finite."""
     return all(
         np.isfinite(keras.ops.convert_to_numpy(weight)).all()
         for weight in model.trainable_weights

@@ -7,7 +7,6 @@ import zlib
 
 import keras
 
-from keras_vmoe.training.callbacks import is_finite
 from keras_vmoe.training.files import write_file
 
 NAME = "epoch_{:06d}"
@@ -114,7 +113,7 @@ class Checkpoints:
 
 
 class SaveCheckpoint(keras.callbacks.Callback):
-    """Saves a checkpoint after every epoch that leaves the weights finite.
+    """Saves a checkpoint after every epoch.
 
     Args:
         checkpoints: A `Checkpoints`.
@@ -131,8 +130,7 @@ class SaveCheckpoint(keras.callbacks.Callback):
         self.state = state
 
     def on_epoch_end(self, epoch, logs=None):
-        if is_finite(self.model):
-            self.checkpoints.save(self.model, epoch + 1, self.state())
+        self.checkpoints.save(self.model, epoch + 1, self.state())
 
 
 def _checksum(path):

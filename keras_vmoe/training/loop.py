@@ -93,12 +93,12 @@ def train(config):
     )
     splits = (config.train_split, config.validation_split, config.test_split)
     splits = () if config.skip_corrupt else splits
-    named_damage = data.named_damage(config.dataset, splits, config.data_dir)
+    reads = (config.dataset, splits, config.data_dir)
     if state["epoch"] < config.epochs:
         save = SaveCheckpoint(
             checkpoints, lambda: _to_lists(history.rows, routing.epochs)
         )
-        with named_damage:
+        with data.named_damage(*reads):
             model.fit(
                 batches(config, info, state["epoch"]),
                 steps_per_epoch=steps,
@@ -113,7 +113,7 @@ def train(config):
         if config.ema:
             model.optimizer.finalize_variable_values(model.trainable_variables)
         models.save(model, run_dir / "model.keras")
-    with named_damage:
+    with data.named_damage(*reads):
         test = model.evaluate(test_data, verbose=0, return_dict=True)
     curves = {
         name: [row.get(name) for row in history.rows]

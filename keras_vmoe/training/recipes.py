@@ -134,6 +134,22 @@ def _v_moe(learning_rate, clip_norm=None):
     )  # fmt: skip
 
 
+VIT_IN21K = Recipe(
+    source=SWEET_SPOT + DEIT,
+    epochs=90,
+    batch_size=2048,
+    optimizer="lamb",
+    learning_rate=3e-3,
+    weight_decay=0.02,
+    expert_weight_decay=0.04,
+    warmup_epochs=5,
+    label_smoothing=0.1,
+    augmentation=Augmentation(crop_area=INCEPTION, **THREE_AUGMENT, cutmix=1.0),
+    test_crop=1.0,
+    drop_path=VIT_DROP_PATH_21K,
+    training_images=IN21K_IMAGES,
+)
+
 RECIPES = {
     "sweet_spot_vit_in1k": Recipe(
         source=SWEET_SPOT + DEIT,
@@ -151,23 +167,7 @@ RECIPES = {
         test_crop=1.0,
         drop_path=VIT_DROP_PATH_1K,
     ),
-    "sweet_spot_vit_in21k": Recipe(
-        source=SWEET_SPOT + DEIT,
-        epochs=90,
-        batch_size=2048,
-        optimizer="lamb",
-        learning_rate=3e-3,
-        weight_decay=0.02,
-        expert_weight_decay=0.04,
-        warmup_epochs=5,
-        label_smoothing=0.1,
-        augmentation=Augmentation(
-            crop_area=INCEPTION, **THREE_AUGMENT, cutmix=1.0
-        ),
-        test_crop=1.0,
-        drop_path=VIT_DROP_PATH_21K,
-        training_images=IN21K_IMAGES,
-    ),
+    "sweet_spot_vit_in21k": VIT_IN21K,
     "sweet_spot_convnext_in1k": Recipe(
         source=SWEET_SPOT + CONVNEXT,
         epochs=300,
@@ -219,22 +219,13 @@ RECIPES = {
         clip_norm=10.0,
         capacity_factor=1.5,
     ),
-    "sweet_spot_vit_finetune": Recipe(
+    "sweet_spot_vit_finetune": dataclasses.replace(
+        VIT_IN21K,
         source=SWEET_SPOT + "50 epochs; the rest is that of its pre-training, "
         "with a tenth of the learning rate, which is ours and not tuned",
         epochs=50,
-        batch_size=2048,
-        optimizer="lamb",
         learning_rate=3e-4,
-        weight_decay=0.02,
-        expert_weight_decay=0.04,
-        warmup_epochs=5,
-        label_smoothing=0.1,
-        augmentation=Augmentation(
-            crop_area=INCEPTION, **THREE_AUGMENT, cutmix=1.0
-        ),
-        test_crop=1.0,
-        drop_path=VIT_DROP_PATH_21K,
+        training_images=IN1K_IMAGES,
     ),
     "sweet_spot_convnext_finetune": Recipe(
         source=SWEET_SPOT + "30 epochs; the rest is that of ConvNeXt's "

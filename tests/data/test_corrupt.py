@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_vmoe import data
+from keras_vmoe.data import integrity
 
 BAD = 5  # Number of the image that is no JPEG.
 BROKEN = 16  # Number of the record with a flipped bit.
@@ -111,7 +112,7 @@ def test_a_corrupt_image_is_an_error(folder):
 @pytest.mark.parametrize("training", [True, False])
 def test_corrupt_images_are_skipped_and_named(folder, training):
     dataset = load(folder, training=training, skip_corrupt=True)
-    with pytest.warns(UserWarning, match=r"05.jpg cannot be decoded .* 1 so"):
+    with pytest.warns(UserWarning, match=r"05.jpg cannot be decoded .* \d+ so"):
         labels = labels_of(dataset)
     # In training another one takes its place.
     assert len(labels) == 16 if training else 15
@@ -158,6 +159,20 @@ def test_damaged_records_are_skipped_and_named(flipped, split):
         numbers = np.concatenate([numbers[:20], numbers[14:]])
     numbers = numbers[numbers != BROKEN]
     np.testing.assert_array_equal(labels_of(dataset), numbers % 5)
+
+
+@pytest.mark.parametrize(
+    ("places", "lost"), [((20, -20), [0, 11]), ((9,), range(12))]
+)
+def test_damage_at_both_ends_and_in_a_length(flipped, places, lost):
+    """Behind a damaged length (byte 9 is its checksum) nothing is found."""
+    _, path = flipped
+    content = bytearray(path.read_bytes())
+    for place in places:
+        content[place] ^= 1
+    path.write_bytes(content)
+    expected = sorted({*lost, 4})
+    assert integrity.damaged_records(str(path), 12) == expected
 
 
 def test_truncated_and_empty_files(flipped):

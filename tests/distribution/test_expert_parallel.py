@@ -100,11 +100,12 @@ def test_bad_numbers_of_shards():
 ERRORS = """
 import keras, numpy as np
 from keras_vmoe import distribution, layers
-def fit(shards, experts=8, images=16, per_group=2, moe=True):
+def fit(shards, experts=8, images=16, per_group=2, moe=True, capacity=1.0):
     parallel = distribution.ExpertParallel(shards)
     with parallel.scope():
         inputs = keras.Input((4, 6))
-        layer = layers.MoEMLP(experts, 8, images_per_group=per_group)
+        router = layers.TopKRouter(experts, 2, capacity_factor=capacity)
+        layer = layers.MoEMLP(experts, 8, router, per_group)
         x = (layer if moe else keras.layers.Dense(6))(inputs)
         model = keras.Model(inputs, x)
         model.compile("sgd", "mse")
@@ -125,6 +126,7 @@ except ValueError as error:
         ("2, images=8", "4 groups for 8 devices"),
         ("4, moe=False", "none of whose variables is an expert's"),
         ("3", "divisor of the number of devices, 8. Received"),
+        ("4, capacity=None", "dropless routing in 'mo_emlp/experts'"),
     ]
     if IS_JAX
     else [],

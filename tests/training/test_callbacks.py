@@ -112,6 +112,21 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_model(tmp_path):
     assert path.read_bytes() == good
 
 
+def test_weights_that_the_last_update_spoils(tmp_path):
+    """The epoch's only loss was finite."""
+    inputs = keras.Input((2,))
+    model = keras.Model(inputs, keras.layers.Dense(1)(inputs))
+    model.compile(keras.optimizers.SGD(1e38), "mse")
+    path = tmp_path / "model.keras"
+    guards = [callbacks.StopOnNonFiniteLoss(path), callbacks.SaveModel(path)]
+    x = np.full((4, 2), 100, "float32")
+    with pytest.raises(
+        callbacks.NonFiniteLossError, match="not finite at the end of epoch 1"
+    ):
+        model.fit(x, x[:, 0], batch_size=4, verbose=0, callbacks=guards)
+    assert not path.exists()
+
+
 def test_nan_without_a_saved_model_says_so():
     guard = callbacks.StopOnNonFiniteLoss()
     with pytest.raises(

@@ -58,7 +58,10 @@ COLUMNS = {
     "vmoe_s32_in21k": dict(
         optimizer="adamw", weight_decay=0.1, schedule="linear",
         warmup_steps=10_000, learning_rate=1e-3, batch_size=4096, epochs=300),
-    "vmoe_h14_in21k": dict(learning_rate=3e-4, clip_norm=1.0),
+    "vmoe_h14_in21k": dict(
+        learning_rate=3e-4, clip_norm=1.0, loss="sigmoid", decay_gates=True),
+    "sweet_spot_vit_finetune": dict(epochs=50, learning_rate=3e-4),
+    "sweet_spot_convnext_finetune": dict(epochs=30, batch_size=512),
     "vmoe_finetune": dict(
         optimizer="sgd", schedule="cosine", clip_norm=10.0,
         capacity_factor=1.5),

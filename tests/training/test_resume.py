@@ -195,13 +195,38 @@ def test_only_the_newest_are_kept(tmp_path):
         Checkpoints(tmp_path, keep=0)
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+def test_an_unreadable_disk_loses_no_checkpoint(tmp_path, monkeypatch):
+    """What may pass is an error and no damage."""
+    model, checkpoints = fitted(), Checkpoints(tmp_path)
+    for epoch in (1, 2):
+        checkpoints.save(model, epoch, {})
+
+    def stale(path):
+        raise OSError(116, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointing, "_checksum", stale)
+        with pytest.raises(OSError, match="Stale"):
+            checkpoints.restore(model)
+    assert checkpoints.epochs() == [1, 2]
+    (tmp_path / "epoch_000002.weights.h5").unlink()
+    (tmp_path / "epoch_000001.json").write_text("{")
+    with pytest.warns(UserWarning, match="damaged"):
+        assert checkpoints.restore(model) is None
+    assert checkpoints.epochs() == []
+
+
+# h5py has a RuntimeError of its own for it.
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    tmp_path, monkeypatch, kind
+):
     model, checkpoints = fitted(), Checkpoints(tmp_path)
     checkpoints.save(model, 1, {})
 
     def full(path, overwrite=True):
         pathlib.Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise kind(28, "No space left on device")
 
     monkeypatch.setattr(model, "save_weights", full)
     with pytest.raises(OSError, match="No space left.*run the command again"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from keras_vmoe import data
+from keras_vmoe import layers
 from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe.training import loop
@@ -61,10 +62,14 @@ def test_sizes_beside_a_preset_are_refused(config, changes, words):
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_the_rate_falls_until_the_last_step(config, accumulate):
     """Keras counts the steps of an update, too."""
-    config = dataclasses.replace(config, accumulate=accumulate, epochs=4)
+    changes = {"accumulate": accumulate, "epochs": 4, "ema": 0.9}
+    config = dataclasses.replace(config, **changes)
     model = loop.make_model(config, data.info("digits"))
     loop.compile_model(model, config, 8)
-    rate = model.optimizer._learning_rate
+    # As one update of the average with the momentum that was asked for.
+    optimizer = model.optimizer
+    assert optimizer.ema_momentum**accumulate == pytest.approx(0.9)
+    rate = optimizer._learning_rate
     assert float(rate(16)) == pytest.approx(config.learning_rate)
     assert 0 < float(rate(31)) < 0.01 * config.learning_rate
 
@@ -121,6 +126,16 @@ def test_frozen_routers(config):
     )
     frozen = [w.path for w in made.weights if not w.trainable]
     assert frozen == ["block_1_moe/router/gate/kernel"]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_bias_stays(frozen):
+    """A balancing router moves its bias without a gradient."""
+    router = layers.BiasBalancedRouter(4, 1)
+    router.trainable = not frozen
+    tokens = np.random.default_rng(0).normal(size=(2, 8, 6))
+    router(tokens.astype("float32"), training=True)
+    assert (np.array(router.bias) == 0).all() == frozen
 
 
 def test_weights_of_another_model_are_refused(result, config):
