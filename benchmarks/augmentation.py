@@ -29,7 +29,7 @@ from keras_vmoe.data.augmentation import make_augment
 from keras_vmoe.training import recipes
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "augmentation.csv"
-SIZE, BATCH, IMAGES, CLASSES = 224, 64, 256, 10
+SIZE, BATCH, IMAGES, CLASSES = 224, 64, 1024, 10
 CONVNEXT = recipes.RECIPES["sweet_spot_convnext_in1k"].augmentation
 VIT = recipes.RECIPES["sweet_spot_vit_in1k"].augmentation
 STAGES = {

@@ -136,7 +136,9 @@ def run(arguments, family, variant, seed):
 
 def table(family, rows):
     """Mean and spread of each model, and its time against the dense twin's."""
-    print(f"\n| {family} | test accuracy | mean | CPU time of dense | dropped |")
+    print(
+        f"\n| {family} | test accuracy | mean | CPU time of dense | dropped |"
+    )
     print("|---|---|---|---|---|")
     dense = [row["cpu_seconds"] for row in rows if row["model"] == "dense"]
     for variant in VARIANTS:

@@ -89,7 +89,8 @@ def predict(settings, arguments):
         model.input_shape[1:3],
         _setting_of_run(settings.model, "test_crop"),
     )
-    found = evaluation.classify(model, images, names, settings.top)
+    shows = sys.stdout.isatty()
+    found = evaluation.classify(model, images, names, settings.top, shows)
     for image, predictions in zip(settings.images, found, strict=True):
         classes = "  ".join(f"{name} {p:.3f}" for name, p in predictions)
         print(f"{image}: {classes}")
@@ -125,7 +126,7 @@ def evaluate(settings, arguments):
     )
     splits = [] if settings.skip_corrupt else [settings.split]
     with data.named_damage(settings.dataset, splits, settings.data_dir):
-        measured = evaluation.measure(model, images)
+        measured = evaluation.measure(model, images, sys.stdout.isatty())
     print(evaluation.report(measured, names))
 
 

@@ -93,7 +93,9 @@ def rand_augment_operations(cv):
     stretch, equalize = cv.AutoContrast(PIXELS), cv.Equalization(PIXELS)
     solarize, color = cv.Solarization(PIXELS), cv.RandomColorDegeneration(1.0)
     contrast = cv.RandomContrast(PIXELS, 1.0)
-    shear, translate = cv.RandomShear(1.0, 1.0), cv.RandomTranslation(1.0, 1.0)
+    how = {"interpolation": "nearest"}  # As the Model Garden has it.
+    shear = cv.RandomShear(1.0, 1.0, **how)
+    translate = cv.RandomTranslation(1.0, 1.0, **how)
 
     def factor(strength, sign):
         # Beyond the end of the range there is no less than this.

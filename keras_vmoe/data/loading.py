@@ -5,6 +5,8 @@ Axes: B images in the batch, H and W height and width in pixels.
 
 import operator
 
+import numpy as np
+
 from keras_vmoe.data.augmentation import Augmentation
 from keras_vmoe.data.damage import skip_damage
 from keras_vmoe.data.folders import ImageFolder
@@ -30,6 +32,7 @@ def load(
     num_classes=None,
     seed=0,
     epoch=None,
+    class_weights=None,
     augmentation=None,
     one_hot=False,
     test_crop=None,
@@ -73,6 +76,10 @@ def load(
         seed: Non-negative integer, seed of the order and of the augmentation.
         epoch: Optional non-negative integer; every pass over the result is then
             this epoch of a training with this seed.
+        class_weights: Optional positive number for each class: how often its
+            images are drawn in training, against those of other classes. An
+            epoch keeps its length: it goes through the images until it is
+            full.
         augmentation: Optional `Augmentation` of the training images.
         one_hot: Boolean, whether labels are one-hot. They always are where the
             augmentation mixes them.
@@ -128,6 +135,7 @@ def load(
     builder = open_builder(name, data_dir)
     schema = read_schema(name, builder.info)
     num_classes = resolve_num_classes(name, schema, num_classes)
+    class_weights = _check_weights(class_weights, num_classes, training)
     num_examples = count_examples(name, builder, split)
     if skip_corrupt:
         split = skip_damage(builder, split)
@@ -148,6 +156,7 @@ def load(
         size=size,
         seed=seed if epoch is None else seed_of_epoch(seed, epoch),
         is_one_epoch=epoch is not None,
+        class_weights=class_weights,
         augmentation=augmentation,
         one_hot=one_hot or augmentation.mixes,
         test_crop=None if training else test_crop,
@@ -186,6 +195,25 @@ def _check_augmentation(augmentation, training):
             "Write data.Augmentation(flip=True)."
         )
     return augmentation if augmentation and training else Augmentation()
+
+
+def _check_weights(weights, num_classes, training):
+    """The weights of the classes in training, nothing in evaluation."""
+    if weights is None:
+        return None
+    try:
+        weights = np.array(weights, "float32")
+        good = weights.shape == (num_classes,)
+        good = good and np.isfinite(weights).all() and (weights > 0).all()
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise ValueError(
+            f"`class_weights` must be {num_classes} positive numbers, one for "
+            f"each class. Received: class_weights={weights!r}. Images of weight 2 "
+            "are drawn twice as often as images of weight 1."
+        )
+    return weights if training else None
 
 
 def _check_test_crop(test_crop):

@@ -40,6 +40,7 @@ class Pipeline:
     size: tuple[int, int]
     seed: int
     is_one_epoch: bool
+    class_weights: Any
     augmentation: Augmentation
     one_hot: bool
     test_crop: float | None
@@ -82,7 +83,24 @@ class Pipeline:
         numbers = tf.data.Dataset.random(
             self.seed, rerandomize_each_iteration=not self.is_one_epoch
         )
-        return tf.data.Dataset.zip(dataset, numbers)
+        if self.class_weights is None:
+            return tf.data.Dataset.zip(dataset, numbers)
+        # Each pass of an epoch draws others, as the numbers go on.
+        dataset = tf.data.Dataset.zip(dataset.repeat(), numbers)
+        dataset = dataset.filter(self._is_drawn).take(self.num_examples)
+        return dataset.apply(
+            tf.data.experimental.assert_cardinality(self.num_examples)
+        )
+
+    def _is_drawn(self, example, number):
+        """Whether an example is used, by its class's weight."""
+        tf = import_tensorflow()
+        weights = tf.constant(self.class_weights)
+        label = tf.cast(example[self.schema.label], tf.int32)
+        label = tf.clip_by_value(label, 0, self.num_classes - 1)
+        # Another number than those of the example's crop.
+        x = tf.random.stateless_uniform((), [number, self.seed + 1])
+        return x * tf.reduce_max(weights) < weights[label]
 
     def batches(self, examples, batch_size, drop_remainder, fills=False):
         """Batches for a model.

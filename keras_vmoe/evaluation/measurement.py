@@ -30,13 +30,14 @@ class Measurement:
     routing: dict
 
 
-def measure(model, dataset):
+def measure(model, dataset, verbose=0):
     """Measures a model on a dataset.
 
     Args:
         model: A functional model from images to logits `(B, classes)`.
         dataset: Iterable of batches of `(images, labels)` with integer labels,
             such as `data.load(..., training=False)`.
+        verbose: Whether to show a progress bar.
 
     Returns:
         A `Measurement`.
@@ -57,6 +58,8 @@ def measure(model, dataset):
     probe = keras.Model(model.inputs, outputs)
     watches = [_RouterWatch(layer) for layer in layers]
     logits, labels = [], []
+    steps = len(dataset) if hasattr(dataset, "__len__") else None
+    bar = keras.utils.Progbar(steps, verbose=int(verbose))
     for images, batch_labels in dataset:
         got = probe.predict_on_batch(np.asarray(images))
         got, *tokens = got if layers else [got]
@@ -64,6 +67,7 @@ def measure(model, dataset):
         labels.append(np.asarray(batch_labels))
         for watch, x in zip(watches, tokens, strict=True):
             watch.update(x)
+        bar.add(1)
     if not labels:
         raise ValueError(
             "There must be at least one batch to measure. Received: an empty "

@@ -18,7 +18,7 @@ class Prediction(NamedTuple):
     probability: float
 
 
-def classify(model, images, class_names, top=3):
+def classify(model, images, class_names, top=3, verbose=0):
     """The most probable classes of each image.
 
     Images are predicted one by one: in a MoE layer the images of a group
@@ -29,6 +29,7 @@ def classify(model, images, class_names, top=3):
         images: `(B, H, W, 3)` float array, as `data.read_images` gives it.
         class_names: One name per class.
         top: How many classes to give for each image.
+        verbose: Whether to show a progress bar.
 
     Returns:
         A list with one list of `Prediction`s per image, at most `top`, the
@@ -50,7 +51,7 @@ def classify(model, images, class_names, top=3):
             "`top` must be at least 1, the number of classes to give for each "
             f"image. Received: top={top}."
         )
-    logits = model.predict(images, batch_size=1, verbose=0)
+    logits = model.predict(images, batch_size=1, verbose=int(verbose))
     if logits.shape[-1] != len(class_names):
         raise ValueError(
             f"The model tells {logits.shape[-1]} classes apart and needs as "

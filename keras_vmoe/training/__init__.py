@@ -3,6 +3,7 @@
 from keras_vmoe.training import callbacks
 from keras_vmoe.training import optimizers
 from keras_vmoe.training import recipes
+from keras_vmoe.training.config import ConvNeXtConfig
 from keras_vmoe.training.config import TrainConfig
 from keras_vmoe.training.config import ViTConfig
 from keras_vmoe.training.description import describe
@@ -10,6 +11,7 @@ from keras_vmoe.training.loop import RunResult
 from keras_vmoe.training.loop import train
 
 __all__ = [
+    "ConvNeXtConfig",
     "RunResult",
     "TrainConfig",
     "ViTConfig",

@@ -51,6 +51,27 @@ class ViTConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ConvNeXtConfig:
+    """The dense part of a `ConvNeXtMoE`; attributes are its arguments.
+
+    Attributes:
+        depths: Blocks of each stage.
+        dims: Features of each stage.
+        patch_size: Side of a patch of the stem in pixels.
+        isotropic: Whether there is one stage, without steps between.
+        mlp_ratio: Hidden features of the MLPs, as a multiple of the stage's.
+        layer_scale: Starting value of the layer scale; null leaves it out.
+    """
+
+    depths: tuple[int, ...] = (2, 2, 2)
+    dims: tuple[int, ...] = (32, 64, 128)
+    patch_size: int = 2
+    isotropic: bool = False
+    mlp_ratio: int = 4
+    layer_scale: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A training run. The defaults train a V-MoE on the embedded digits.
 
@@ -70,6 +91,8 @@ class TrainConfig:
             for one that knows them.
         skip_corrupt: Whether to skip damaged records and images that cannot be
             decoded, with a warning that names them, instead of an error.
+        class_weights: How often an image of each class is drawn for training,
+            against the others; null draws all alike.
         augmentation: What happens to the training images.
         test_crop: Share of the shorter side that the centre crop of evaluation
             keeps; null resizes the whole image.
@@ -80,7 +103,8 @@ class TrainConfig:
         label_smoothing: Share of the label's 1 that all classes get, in [0, 1).
         optimizer: AdamW, LAMB or SGD with momentum 0.9.
         learning_rate: Peak learning rate, reached after the warm-up.
-        schedule: How the learning rate falls from there to 0.
+        schedule: How the learning rate falls from there.
+        final_learning_rate: Where a cosine or linear schedule ends.
         warmup: Share of the training steps that is linear warm-up, in [0, 1).
         weight_decay: Decoupled weight decay of the kernels of all layers; not
             of biases, norms, the class token, the layer scale and the
@@ -95,6 +119,7 @@ class TrainConfig:
         init: Weights to start from: a .keras file, or a checkpoint of the
             reference program, see `keras-vmoe convert`. The head starts anew
             where the classes differ, positions are resized.
+        head_bias: Starting value of the head's bias.
         freeze: What is not trained: the routers, or all but the head.
         keep_checkpoints: How many epochs' checkpoints to keep until the run is
             finished.
@@ -104,7 +129,9 @@ class TrainConfig:
             place of `model`, whose image size, drop path and dtype it takes.
         capacity_factor: That of the MoE layers, if there are any; null leaves
             it as it is.
-        model: The model's size.
+        model: The size of a ViT.
+        convnext: That of a ConvNeXt in the ViT's place, which takes the image
+            size, drop path and dtype of `model`.
         moe: Its MoE layers; null trains the dense twin.
     """
 
@@ -117,6 +144,7 @@ class TrainConfig:
     test_split: str = "test"
     num_classes: int | None = None
     skip_corrupt: bool = False
+    class_weights: tuple[float, ...] | None = None
     augmentation: Augmentation = dataclasses.field(
         default_factory=lambda: Augmentation(crop_padding=3)
     )
@@ -128,6 +156,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "lamb", "sgd"] = "adamw"
     learning_rate: float = 2e-3
     schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
+    final_learning_rate: float = 0.0
     warmup: float = 1 / 12
     weight_decay: float = 0.3
     expert_weight_decay: float | None = None
@@ -137,6 +166,7 @@ class TrainConfig:
     accumulate: int = 1
     ema: float | None = None
     init: str | None = None
+    head_bias: float = 0.0
     freeze: Literal["routers", "backbone"] | None = None
     keep_checkpoints: int = 2
     tensorboard: bool = False
@@ -144,13 +174,16 @@ class TrainConfig:
     preset: str | None = None
     capacity_factor: float | None = None
     model: ViTConfig = dataclasses.field(default_factory=ViTConfig)
+    convnext: ConvNeXtConfig | None = None
     moe: MoEConfig | None = dataclasses.field(default_factory=MoEConfig)
 
     def __post_init__(self):
         for name in ("batch_size", "epochs", "learning_rate", "accumulate"):
             self._check(name, getattr(self, name) > 0, "positive")
         self._check("keep_checkpoints", self.keep_checkpoints > 0, "positive")
-        self._check("weight_decay", self.weight_decay >= 0, "at least 0")
+        for name in ("weight_decay", "final_learning_rate"):
+            self._check(name, getattr(self, name) >= 0, "at least 0")
+        self._check("head_bias", True, "a number")
         for name in ("warmup", "label_smoothing"):
             good = 0 <= getattr(self, name) < 1
             self._check(name, good, "at least 0 and below 1")
@@ -164,7 +197,10 @@ class TrainConfig:
             if value is not None:
                 self._check(name, good(value), "null or in its range")
         if self.preset is not None:
-            self._check_preset()
+            find_preset(self.preset)
+            self._check_sizes("preset")
+        elif self.convnext is not None:
+            self._check_sizes("convnext")
         if self.label_smoothing and self.loss != "ce":
             raise ValueError(
                 "Labels are smoothed over the classes of a cross-entropy. "
@@ -182,29 +218,29 @@ class TrainConfig:
             default = find_preset(self.preset).arguments.get("image_size", 224)
         return self.model.image_size or default
 
-    def _check_preset(self):
-        """Raises if sizes are set that a preset has of its own."""
-        find_preset(self.preset)
+    def _check_sizes(self, what):
+        """Raises if sizes of a ViT are set that will not be used.
+
+        Args:
+            what: The setting that has sizes of its own.
+        """
         here, default = (
-            {f"model.{k}": v for k, v in dataclasses.asdict(model).items()}
-            | {"moe": moe}
-            for model, moe in (
-                (self.model, self.moe),
-                (ViTConfig(), MoEConfig()),
-            )
+            dataclasses.asdict(model) for model in (self.model, ViTConfig())
         )
-        shared = [f"model.{name}" for name in SHARED]
         changed = [
-            f"{name}={value!r}"
+            f"model.{name}={value!r}"
             for name, value in here.items()
-            if value != default[name] and name not in shared
+            if value != default[name] and name not in SHARED
         ]
+        if what == "preset" and self.moe != MoEConfig():
+            changed.append(f"moe={self.moe!r}")
+        if what == "preset" and self.convnext is not None:
+            changed.append(f"convnext={self.convnext!r}")
         if changed:
             raise ValueError(
-                "A preset has its own sizes. "
-                f"Received: {', '.join(changed)} with preset={self.preset!r}. "
-                "Leave them out, or leave the preset out; the dense twin of a "
-                "preset is a preset as well."
+                f"A {what} has its own sizes. Received: {', '.join(changed)} "
+                f"with {what}={getattr(self, what)!r}. Leave one of them out; "
+                "the dense twin of a preset is a preset as well."
             )
 
     def _check(self, name, good, words):

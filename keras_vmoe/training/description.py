@@ -34,8 +34,9 @@ def describe(config):
     """
     info = data.info(config.dataset, config.data_dir)
     steps = len(datasets(config, info)[0])
+    without_values = dataclasses.replace(config, init=None, head_bias=0.0)
     with models.without_weights():
-        model = make_model(dataclasses.replace(config, init=None), info)
+        model = make_model(without_values, info)
     cost = models.cost(model)
     copies = COPIES[config.optimizer] + (config.ema is not None)
     copies += config.accumulate > 1

@@ -171,6 +171,7 @@ def load(config, info, split, training, epoch=None):
             num_classes=config.num_classes or info.num_classes,
             seed=config.seed,
             epoch=epoch,
+            class_weights=config.class_weights if training else None,
             augmentation=config.augmentation,
             one_hot=is_one_hot(config),
             test_crop=config.test_crop,
@@ -215,7 +216,15 @@ def make_model(config, info):
     else:
         if factor is not None and moe is not None:
             moe = dataclasses.replace(moe, capacity_factor=factor)
-        model = models.ViTMoE(**settings, num_classes=num_classes, moe=moe)
+        make = models.ViTMoE
+        if config.convnext is not None:
+            make = models.ConvNeXtMoE
+            settings = {name: settings[name] for name in SHARED}
+            settings |= dataclasses.asdict(config.convnext)
+        model = make(**settings, num_classes=num_classes, moe=moe)
+    if config.head_bias:
+        bias = model.get_layer("head").bias
+        bias.assign(np.full(bias.shape, config.head_bias))
     if config.init is not None:
         initialize(model, config.init, info.class_names)
     freeze(model, config.freeze)
@@ -231,6 +240,7 @@ def compile_model(model, config, steps_per_epoch):
         steps=steps,
         warmup_steps=min(round(config.warmup * steps), steps - 1),
         decay=config.schedule,
+        end=config.final_learning_rate,
     )
     decayed = list(optimizers.KERNELS)
     arguments = {"momentum": MOMENTUM} if config.optimizer == "sgd" else {}

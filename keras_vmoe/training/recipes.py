@@ -48,6 +48,8 @@ class Recipe:
         learning_rate: Peak learning rate.
         weight_decay: Of kernels.
         schedule: How the learning rate falls.
+        final_learning_rate: Where the schedule ends.
+        head_bias: Starting value of the head's bias.
         warmup_epochs: Epochs of linear warm-up.
         warmup_steps: Steps of it instead, where the source counts these.
         expert_weight_decay: Of the experts' kernels.
@@ -69,6 +71,8 @@ class Recipe:
     learning_rate: float
     weight_decay: float
     schedule: str = "cosine"
+    final_learning_rate: float = 0.0
+    head_bias: float = 0.0
     warmup_epochs: float = 0
     warmup_steps: int = 0
     expert_weight_decay: float | None = None
@@ -100,7 +104,8 @@ class Recipe:
             "epochs", "batch_size", "optimizer", "learning_rate",
             "weight_decay", "schedule", "expert_weight_decay", "augmentation",
             "loss", "label_smoothing", "test_crop", "clip_norm",
-            "decay_gates", "capacity_factor",
+            "decay_gates", "capacity_factor", "final_learning_rate",
+            "head_bias",
         )  # fmt: skip
         settings = {name: getattr(self, name) for name in names}
         settings |= {"warmup": warmup, "decay_positions": False}
@@ -113,8 +118,8 @@ class Recipe:
 def _v_moe(learning_rate, clip_norm=None):
     return Recipe(
         source=V_MOE + ": pre-training on ImageNet-21k; its program's "
-        "configurations for the augmentation, loss and decay (there the rate "
-        "ends at 1e-5 and the head's bias starts at -10, here both at 0)",
+        "configurations for the augmentation, loss, decay, last learning rate "
+        "and the head's bias",
         epochs=300,
         batch_size=4096,
         optimizer="adamw",
@@ -129,6 +134,8 @@ def _v_moe(learning_rate, clip_norm=None):
         loss="sigmoid",
         test_crop=0.875,
         decay_gates=True,
+        final_learning_rate=1e-5,
+        head_bias=-10.0,
         clip_norm=clip_norm,
         training_images=IN21K_IMAGES,
     )  # fmt: skip

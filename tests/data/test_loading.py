@@ -110,6 +110,33 @@ def test_training_epochs_are_permutations_that_differ(data_dir):
         assert as_sets(epoch) == as_sets(evaluation)
 
 
+@pytest.mark.parametrize("epoch", [None, 3])
+def test_class_weights(data_dir, epoch):
+    """Class 0 four times as often; the length of an epoch stays."""
+
+    def labels_of(passes, seed=1):
+        dataset = data.load(
+            "grey", "train", 28, 6, True, data_dir, seed=seed, epoch=epoch,
+            class_weights=[4, 1, 1, 1, 1],
+        )  # fmt: skip
+        assert len(dataset) == 6
+        return [arrays(dataset)[1].tolist() for _ in range(passes)]
+
+    first, second = labels_of(2)
+    assert (first == second) == (epoch is not None)
+    assert labels_of(1) == [first]
+    many = np.concatenate([labels_of(1, seed)[0] for seed in range(30)])
+    counts = np.bincount(LABELS[:36], minlength=5) * [4, 1, 1, 1, 1]
+    shares = np.bincount(many, minlength=5) / len(many)
+    np.testing.assert_allclose(shares, counts / counts.sum(), atol=0.04)
+
+
+@pytest.mark.parametrize("weights", [[1, 2], [0, 1, 1, 1, 1], "even"])
+def test_bad_class_weights(data_dir, weights):
+    with pytest.raises(ValueError, match="must be 5 positive numbers"):
+        data.load("grey", "train", 8, 4, True, data_dir, class_weights=weights)
+
+
 def test_training_labels_stay_with_their_images(data_dir, grey_images):
     images, labels = arrays(data.load("grey", "train", 28, 4, True, data_dir))
     known = np.round((images[..., :1] + 1) * 127.5).astype("uint8")

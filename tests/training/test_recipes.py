@@ -57,7 +57,8 @@ COLUMNS = {
     ),
     "vmoe_s32_in21k": dict(
         optimizer="adamw", weight_decay=0.1, schedule="linear",
-        warmup_steps=10_000, learning_rate=1e-3, batch_size=4096, epochs=300),
+        warmup_steps=10_000, learning_rate=1e-3, batch_size=4096, epochs=300,
+        final_learning_rate=1e-5, head_bias=-10.0),
     "vmoe_h14_in21k": dict(
         learning_rate=3e-4, clip_norm=1.0, loss="sigmoid", decay_gates=True),
     "sweet_spot_vit_finetune": dict(epochs=50, learning_rate=3e-4),

@@ -23,8 +23,13 @@ from tests.training.small import history
              schedule="linear"),
         dict(accumulate=2, ema=0.9, schedule="rsqrt"),
         dict(augmentation=data.Augmentation(flip=True, mixup=0.8), moe=None),
+        dict(
+            model=training.ViTConfig(image_size=8),
+            convnext=training.ConvNeXtConfig((1, 1), (8, 16)),
+            class_weights=[2.0] + [1.0] * 9,
+        ),
     ],
-    ids=["lamb", "sgd", "ema", "mixup"],
+    ids=["lamb", "sgd", "ema", "mixup", "convnext"],
 )  # fmt: skip
 def test_other_settings(config, changes):
     result = training.train(dataclasses.replace(config, **changes))
@@ -51,12 +56,31 @@ def test_a_preset(config):
         ({"moe": models.MoEConfig(num_experts=16)}, "moe=MoEConfig"),
         ({"moe": None}, "moe=None with preset="),
         ({"preset": "convnext"}, "The preset must be one of"),
+        ({"convnext": training.ConvNeXtConfig()}, "convnext=ConvNeXtConfig"),
+        (
+            {
+                "preset": None,
+                "convnext": training.ConvNeXtConfig(),
+                "model": training.ViTConfig(patch_size=2),
+            },
+            "A convnext has its own sizes. Received: model.patch_size=2 with",
+        ),
     ],
 )
 def test_sizes_beside_a_preset_are_refused(config, changes, words):
     settings = {"model": training.ViTConfig(), **PRESET, **changes}
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(config, **settings)
+
+
+def test_v_moes_first_bias_and_last_rate(config):
+    changes = {"head_bias": -10.0, "final_learning_rate": 1e-5}
+    config = dataclasses.replace(config, **changes)
+    model = loop.make_model(config, data.info("digits"))
+    assert (np.array(model.get_layer("head").bias) == -10).all()
+    loop.compile_model(model, config, 8)
+    rate = model.optimizer._learning_rate
+    assert float(rate(8 * config.epochs)) == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
