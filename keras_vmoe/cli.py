@@ -11,6 +11,7 @@ import keras
 
 from keras_vmoe import checkpoints
 from keras_vmoe import data
+from keras_vmoe import distribution
 from keras_vmoe import evaluation
 from keras_vmoe import models
 from keras_vmoe import training
@@ -68,11 +69,18 @@ def train(settings, arguments):
     config = training.TrainConfig(**{name: settings[name] for name in names})
     if config.backend not in (None, keras.backend.backend()):
         _restart(config.backend, arguments)
-    print(f"backend: {keras.backend.backend()}", flush=True)
+    distribution.initialize(
+        settings.job_addresses, settings.num_processes, settings.process_id
+    )
+    first = distribution.is_first_process()
+    if first:
+        print(f"backend: {keras.backend.backend()}", flush=True)
     if settings.dry_run:
         print(training.describe(config))
         return
     result = training.train(config)
+    if not first:
+        return
     print(f"model: {result.run_dir / 'model.keras'}")
     print(f"history: {result.run_dir / 'history.csv'}")
     print(f"curves and load of every expert: {result.run_dir / 'curves.png'}")

@@ -133,6 +133,17 @@ def _train_parser(jsonargparse):
         help="Name of a recipe whose settings are the defaults of all others: "
         + ", ".join(training.recipes.RECIPES),
     )
+    for name, kind, text in (
+        ("job_addresses", str, "host:port of the first of several processes."),
+        ("num_processes", int, "How many processes train together."),
+        ("process_id", int, "Which of them this one is, from 0."),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=kind | None,
+            default=None,
+            help=f"{text} Default: KERAS_DISTRIBUTION_{name.upper()}.",
+        )
     parser.add_argument(
         "--dry_run",
         action="store_true",

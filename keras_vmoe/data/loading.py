@@ -210,8 +210,8 @@ def _check_weights(weights, num_classes, training):
     if not good:
         raise ValueError(
             f"`class_weights` must be {num_classes} positive numbers, one for "
-            f"each class. Received: class_weights={weights!r}. Images of weight 2 "
-            "are drawn twice as often as images of weight 1."
+            f"each class. Received: class_weights={weights!r}. Those of weight "
+            "2 are drawn twice as often as images of weight 1."
         )
     return weights if training else None
 

@@ -8,5 +8,36 @@ from keras_vmoe.distribution.constraints import by_experts
 from keras_vmoe.distribution.constraints import by_groups
 from keras_vmoe.distribution.constraints import check_buffers
 from keras_vmoe.distribution.expert_parallel import ExpertParallel
+from keras_vmoe.distribution.prediction import predict
+from keras_vmoe.distribution.processes import check_agreement
+from keras_vmoe.distribution.processes import gathered
+from keras_vmoe.distribution.processes import initialize
+from keras_vmoe.distribution.processes import is_first_process
+from keras_vmoe.distribution.processes import num_processes
+from keras_vmoe.distribution.processes import process_id
+from keras_vmoe.distribution.processes import smallest
+from keras_vmoe.distribution.processes import variables_of
+from keras_vmoe.distribution.strategies import check_batch
+from keras_vmoe.distribution.strategies import num_replicas
+from keras_vmoe.distribution.strategies import replica_id
+from keras_vmoe.distribution.strategies import resolve
 
-__all__ = ["ExpertParallel", "by_experts", "by_groups", "check_buffers"]
+__all__ = [
+    "ExpertParallel",
+    "by_experts",
+    "by_groups",
+    "check_agreement",
+    "check_batch",
+    "check_buffers",
+    "gathered",
+    "initialize",
+    "is_first_process",
+    "num_processes",
+    "num_replicas",
+    "predict",
+    "process_id",
+    "replica_id",
+    "resolve",
+    "smallest",
+    "variables_of",
+]

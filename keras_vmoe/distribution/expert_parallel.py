@@ -5,6 +5,8 @@ import re
 import keras
 import numpy as np
 
+from keras_vmoe.distribution.processes import check_agreement
+
 REPLICA, EXPERT = "replica", "expert"
 DATA = (REPLICA, EXPERT)  # In this order: the other one permutes all buffers.
 # Stacked kernels and biases of `MLPExperts`, and what optimizers keep of them.
@@ -25,6 +27,9 @@ class ExpertParallel(keras.distribution.DataParallel):
     for each device: `batch_size` divisible by `images_per_group` times the
     number of devices.
 
+    In several processes each feeds what it has read, an equal part of every
+    batch; see `data.load(shard=...)`.
+
     Args:
         num_expert_shards: Over how many devices the experts are spread. Must
             divide the number of devices, and of experts.
@@ -35,9 +40,10 @@ class ExpertParallel(keras.distribution.DataParallel):
             fit into no single device.
 
     Raises:
-        ValueError: If the backend is not JAX, there are several processes,
-            the shards do not divide the devices or the experts, the routing is
-            dropless, or a model without experts is trained.
+        ValueError: If the backend is not JAX, the shards do not divide the
+            devices or the experts, the routing is dropless, a model without
+            experts is trained, or several processes read datasets whose last
+            batch is short or whose lengths differ.
 
     Example:
 
@@ -67,8 +73,9 @@ class ExpertParallel(keras.distribution.DataParallel):
         )
         # Past `DataParallel`, whose mesh has one axis, to the base class, which
         # Keras does not export.
-        super(keras.distribution.DataParallel, self).__init__(mesh, REPLICA)
-        _check_processes(self.num_processes)
+        super(keras.distribution.DataParallel, self).__init__(
+            mesh, REPLICA, auto_shard_dataset=False
+        )
         self.num_expert_shards = num_expert_shards
         self.num_devices = len(devices)
         self.shard_dense = shard_dense
@@ -79,6 +86,23 @@ class ExpertParallel(keras.distribution.DataParallel):
         """Parts of a batch: one for each device."""
         return self.num_devices
 
+    def distribute_dataset(self, dataset):
+        """A `tf.data.Dataset` of this process's part of every batch."""
+        if self.num_processes == 1:
+            return dataset
+        sizes = {
+            spec.shape[0] for spec in keras.tree.flatten(dataset.element_spec)
+        }
+        if None in sizes:
+            raise ValueError(
+                "In several processes all batches must be full: at a short one "
+                "they would wait for each other for ever. Received: a dataset "
+                f"with {dataset.element_spec}. Use "
+                "`batch(..., drop_remainder=True)`."
+            )
+        check_agreement("batches", number=int(dataset.cardinality()))
+        return dataset
+
     def get_data_layout(self, data_shape):
         if not self._has_experts:
             raise ValueError(
@@ -88,11 +112,12 @@ class ExpertParallel(keras.distribution.DataParallel):
                 "after the distribution is set, with MoE layers, or use "
                 "keras.distribution.DataParallel."
             )
-        batch = data_shape[0]
-        if batch is not None and batch % self.num_devices:
+        # Keras has the part of this process, `predict` the whole.
+        batch, devices = data_shape[0], self.num_devices // self.num_processes
+        if batch is not None and batch % devices:
             raise ValueError(
                 "The images of a batch are spread evenly over the devices. "
-                f"Received: a batch of {batch} for {self.num_devices} devices. "
+                f"Received: a batch of {batch} for {devices} devices. "
                 "Choose a "
                 "batch size that they divide, and drop the remainder."
             )
@@ -153,14 +178,6 @@ def _check_backend():
             f"Received: the backend {keras.backend.backend()!r}. Set "
             "KERAS_BACKEND=jax, or use tf.distribute with TensorFlow, where "
             "every device holds all experts."
-        )
-
-
-def _check_processes(num_processes):
-    if num_processes > 1:
-        raise ValueError(
-            "`ExpertParallel` works on the devices of one process so far. "
-            f"Received: {num_processes} processes. Start one process."
         )
 
 

@@ -6,6 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_vmoe import distribution
+
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
@@ -30,7 +32,7 @@ class Measurement:
     routing: dict
 
 
-def measure(model, dataset, verbose=0):
+def measure(model, dataset, verbose=0, routing=True):
     """Measures a model on a dataset.
 
     Args:
@@ -38,6 +40,10 @@ def measure(model, dataset, verbose=0):
         dataset: Iterable of batches of `(images, labels)` with integer labels,
             such as `data.load(..., training=False)`.
         verbose: Whether to show a progress bar.
+        routing: Whether to watch the routers, too.
+
+    Under a Keras distribution batches are spread over its devices; in several
+    processes all of them must give the same batches.
 
     Returns:
         A `Measurement`.
@@ -52,7 +58,9 @@ def measure(model, dataset, verbose=0):
     >>> measure(model, [batch]).accuracy
     1.0
     """
-    layers = [x for x in model.layers if hasattr(x, "router")]
+    moe_layers = [x for x in model.layers if hasattr(x, "router")]
+    multiple = max((x.images_per_group or 1 for x in moe_layers), default=1)
+    layers = moe_layers if routing else []
     # What the routers get to see, from the same pass as the logits.
     outputs = [model.outputs[0], *(layer.input for layer in layers)]
     probe = keras.Model(model.inputs, outputs)
@@ -61,7 +69,7 @@ def measure(model, dataset, verbose=0):
     steps = len(dataset) if hasattr(dataset, "__len__") else None
     bar = keras.utils.Progbar(steps, verbose=int(verbose))
     for images, batch_labels in dataset:
-        got = probe.predict_on_batch(np.asarray(images))
+        got = distribution.predict(probe, images, multiple)
         got, *tokens = got if layers else [got]
         logits.append(got)
         labels.append(np.asarray(batch_labels))

@@ -7,6 +7,7 @@ from keras_vmoe import routing
 from keras_vmoe.layers.gates import get_gate
 from keras_vmoe.layers.statistics import RoutingStatistics
 from keras_vmoe.layers.stochastic import SavesSeedState
+from keras_vmoe.layers.stochastic import SeedGenerator
 from keras_vmoe.routing.groups import check_selection
 from keras_vmoe.routing.groups import is_number
 
@@ -45,7 +46,7 @@ class Router(SavesSeedState, keras.layers.Layer):
         self.noise_std = noise_std
         self.gate = gate
         self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.seed_generator = SeedGenerator(seed)
         if getattr(gate, "owned", False):
             raise ValueError(
                 "Every router needs a gate of its own: a shared one could not "

@@ -3,7 +3,26 @@
 import keras
 from keras import ops
 
+from keras_vmoe import distribution
+
 SEED_KEY = "seed_state"
+REPLICA_STEP = 0x9E3779B9  # Far between the seeds of two replicas.
+
+
+class SeedGenerator(keras.random.SeedGenerator):
+    """Seeds that differ between the replicas of tf.distribute.
+
+    The replicas share the generator's state. Under Keras's own distributions
+    noise is drawn for the whole batch, and nothing has to differ.
+    """
+
+    def next(self, ordered=True):
+        seed = super().next(ordered)
+        replica = distribution.replica_id()
+        if replica is None:
+            return seed
+        step = ops.cast(replica, seed.dtype) * REPLICA_STEP
+        return seed + ops.stack([step, ops.zeros_like(step)])
 
 
 class SavesSeedState:
@@ -31,18 +50,33 @@ class SavesSeedState:
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
-class Dropout(SavesSeedState, keras.layers.Dropout):
+class Dropout(SavesSeedState, keras.layers.Layer):
     """`keras.layers.Dropout` whose seed state is saved with the model.
 
     Args:
         rate: Share of the values that are set to 0 in training, in `[0, 1]`.
-        noise_shape, seed: As in `keras.layers.Dropout`.
+        noise_shape: Optional shape that the noise is broadcast from.
+        seed: Optional integer seed.
 
     Example:
 
     >>> Dropout(0.1)(keras.ops.ones((2, 3))).shape
     (2, 3)
     """
+
+    def __init__(self, rate, noise_shape=None, seed=None, **kwargs):
+        super().__init__(**kwargs)
+        if not 0 <= rate <= 1:
+            raise ValueError(
+                "`rate` must be between 0 and 1. "
+                f"Received: rate={rate}. 0 keeps every value."
+            )
+        self.rate = rate
+        self.noise_shape = noise_shape
+        self.seed = seed
+        self.supports_masking = True
+        if rate > 0:
+            self.seed_generator = SeedGenerator(seed)
 
     def call(self, inputs, training=False):
         if not training or self.rate == 0:
@@ -54,6 +88,17 @@ class Dropout(SavesSeedState, keras.layers.Dropout):
             noise_shape=self.noise_shape or ops.shape(inputs),
             seed=self.seed_generator,
         )
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "rate": self.rate,
+            "noise_shape": self.noise_shape,
+            "seed": self.seed,
+        }
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -95,7 +140,7 @@ class DropPath(SavesSeedState, keras.layers.Layer):
             )
         self.rate = rate
         self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.seed_generator = SeedGenerator(seed)
 
     def call(self, inputs, training=False):
         if not training or self.rate == 0:

@@ -5,12 +5,15 @@ import zipfile
 
 import keras
 
+from keras_vmoe import distribution
+
 
 def save(model, path):
     """Saves a model so that `path` is always a whole file or none.
 
     The file is written beside `path` under another name and then renamed: a
-    full disk or a killed process leaves the file that was there before.
+    full disk or a killed process leaves the file that was there before. Of
+    several processes all must call this, and the first writes.
 
     Args:
         model: A Keras model.
@@ -32,11 +35,13 @@ def save(model, path):
             f"A model file must end in '.keras'. Received: path={str(path)!r}."
         )
     partial = path.with_name(f".{path.stem}.partial.keras")
-    try:
-        model.save(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with distribution.gathered(distribution.variables_of(model)) as writes:
+        if writes:
+            try:
+                model.save(partial)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
     return path
 
 

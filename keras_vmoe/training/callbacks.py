@@ -5,8 +5,8 @@ import pathlib
 import warnings
 
 import keras
-import numpy as np
 
+from keras_vmoe import distribution
 from keras_vmoe import inspection
 from keras_vmoe import models
 from keras_vmoe._extras import require
@@ -282,7 +282,7 @@ class SaveModel(keras.callbacks.Callback):
 def is_finite(model):
     """Whether all trained weights are finite."""
     return all(
-        np.isfinite(keras.ops.convert_to_numpy(weight)).all()
+        bool(keras.ops.all(keras.ops.isfinite(weight)))
         for weight in model.trainable_weights
     )
 
@@ -323,7 +323,8 @@ class HistoryFile(keras.callbacks.Callback):
         if self.routing is not None and self.routing.epochs:
             row |= _columns(self.routing.epochs[-1])
         self.rows.append(row)
-        write_csv(self.path, self.rows)
+        if distribution.is_first_process():
+            write_csv(self.path, self.rows)
 
 
 def _columns(layers):

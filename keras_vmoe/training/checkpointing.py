@@ -7,6 +7,7 @@ import zlib
 
 import keras
 
+from keras_vmoe import distribution
 from keras_vmoe.training.files import write_file
 
 NAME = "epoch_{:06d}"
@@ -48,6 +49,12 @@ class Checkpoints:
             OSError: If it cannot be written, as on a full disk; the older
                 checkpoints are whole and still there.
         """
+        variables = distribution.variables_of(model)
+        with distribution.gathered(variables) as writes:
+            if writes:
+                self._write(model, epoch, state)
+
+    def _write(self, model, epoch, state):
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / NAME.format(epoch)
         weights = path.with_suffix(WEIGHTS)
@@ -93,7 +100,8 @@ class Checkpoints:
                 )
                 # Kept, but no checkpoint any more.
                 state = path.with_suffix(STATE)
-                state.replace(state.with_suffix(".damaged"))
+                if distribution.is_first_process():
+                    state.replace(state.with_suffix(".damaged"))
                 continue
             model.optimizer.build(model.trainable_variables)
             model.load_weights(weights)

@@ -124,6 +124,11 @@ class TrainConfig:
         keep_checkpoints: How many epochs' checkpoints to keep until the run is
             finished.
         tensorboard: Whether to write logs for TensorBoard into the run folder.
+        distribution: How a run is spread over several devices, see
+            `distribution.resolve`; null uses one. Validation then leaves a last
+            batch out that is not full.
+        expert_shards: Over how many devices "expert_parallel" spreads the
+            experts; null takes as many as divide them.
         seed: Makes a run repeatable on one machine and backend.
         preset: One of the papers' models, see `keras-vmoe presets`, in the
             place of `model`, whose image size, drop path and dtype it takes.
@@ -170,6 +175,11 @@ class TrainConfig:
     freeze: Literal["routers", "backbone"] | None = None
     keep_checkpoints: int = 2
     tensorboard: bool = False
+    distribution: (
+        Literal["auto", "data_parallel", "expert_parallel", "mirrored", "tpu"]
+        | None
+    ) = None
+    expert_shards: int | None = None
     seed: int = 0
     preset: str | None = None
     capacity_factor: float | None = None

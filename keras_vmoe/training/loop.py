@@ -1,5 +1,6 @@
 """The training loop: datasets, model, `fit`, and the files of a run."""
 
+import contextlib
 import dataclasses
 import itertools
 import pathlib
@@ -10,6 +11,8 @@ import keras
 import numpy as np
 
 from keras_vmoe import data
+from keras_vmoe import distribution
+from keras_vmoe import evaluation
 from keras_vmoe import inspection
 from keras_vmoe import models
 from keras_vmoe._extras import require
@@ -22,7 +25,9 @@ from keras_vmoe.training.config import SHARED
 from keras_vmoe.training.initialization import freeze
 from keras_vmoe.training.initialization import initialize
 from keras_vmoe.training.run_folder import open_run
+from keras_vmoe.training.run_folder import settings_of
 from keras_vmoe.training.run_folder import write_result
+from keras_vmoe.version import __version__
 
 POSITIONS = r"positions/embedding$"
 MOMENTUM = 0.9  # Of SGD.
@@ -75,16 +80,52 @@ def train(config):
     require("matplotlib", "plots")  # Before an hour of training, not after.
     if config.tensorboard:
         require("tensorboard", "data")
+    distribution.check_agreement(
+        "configuration and version",
+        **{**settings_of(config), "keras_vmoe": __version__},
+    )
     keras.utils.set_random_seed(config.seed)
+    strategy = make_strategy(config)
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        return _train(config, distribution.num_replicas(strategy))
+
+
+def make_strategy(config):
+    """What spreads a run over several devices; None on one."""
+    if config.distribution is None:
+        if config.expert_shards is not None or distribution.num_processes() > 1:
+            raise ValueError(
+                "Several processes or expert shards need a distribution. "
+                f"Received: expert_shards={config.expert_shards}, "
+                f"{distribution.num_processes()} processes, distribution=None. "
+                "Set distribution='auto'."
+            )
+        return None
+    num_experts = None if config.moe is None else config.moe.num_experts
+    if config.preset is not None:
+        moe = find_preset(config.preset).moe
+        num_experts = None if moe is None else moe["num_experts"]
+    return distribution.resolve(
+        config.distribution, num_experts, config.expert_shards
+    )
+
+
+def _train(config, replicas):
+    """A run, in the scope of what spreads it over the devices."""
     info = data.info(config.dataset, config.data_dir)
-    train_data, validation_data, test_data = datasets(config, info)
+    train_data, validation_data, test_data = datasets(config, info, replicas)
     steps = len(train_data)
     model = make_model(config, info)
+    group = max((x.images_per_group or 1 for x in model.moe_layers), default=1)
+    processes = distribution.num_processes()
+    distribution.check_batch(config.batch_size, group, replicas, processes)
     compile_model(model, config, steps)
     run_dir = open_run(config, info.class_names)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
     state = checkpoints.restore(model) or {"epoch": 0}
-    if state["epoch"]:
+    distribution.check_agreement("checkpoint", epoch=state["epoch"])
+    first = distribution.is_first_process()
+    if state["epoch"] and first:
         print(f"resumed after epoch {state['epoch']}", flush=True)
 
     routing = callbacks.RoutingHistory(epochs=_to_arrays(state))
@@ -98,6 +139,7 @@ def train(config):
         save = SaveCheckpoint(
             checkpoints, lambda: _to_lists(history.rows, routing.epochs)
         )
+        verbose = 1 if sys.stdout.isatty() else 2
         with data.named_damage(*reads):
             model.fit(
                 batches(config, info, state["epoch"]),
@@ -106,7 +148,7 @@ def train(config):
                 initial_epoch=state["epoch"],
                 epochs=config.epochs,
                 shuffle=False,  # The dataset shuffles itself.
-                verbose=1 if sys.stdout.isatty() else 2,
+                verbose=verbose if first else 0,
                 callbacks=_callbacks(config, run_dir, routing, history, save),
             )
     else:  # Stopped behind its last checkpoint.
@@ -114,14 +156,16 @@ def train(config):
             model.optimizer.finalize_variable_values(model.trainable_variables)
         models.save(model, run_dir / "model.keras")
     with data.named_damage(*reads):
-        test = model.evaluate(test_data, verbose=0, return_dict=True)
-    curves = {
-        name: [row.get(name) for row in history.rows]
-        for name in history.rows[0]
-    }
-    inspection.plot_history(curves, routing.epochs, run_dir / "curves.png")
-    write_result(run_dir, test)
-    return RunResult(test["accuracy"], model, run_dir)
+        test = evaluation.measure(model, test_data, routing=False)
+    if first:
+        curves = {
+            name: [row.get(name) for row in history.rows]
+            for name in history.rows[0]
+        }
+        path = run_dir / "curves.png"
+        inspection.plot_history(curves, routing.epochs, path)
+        write_result(run_dir, test)
+    return RunResult(test.accuracy, model, run_dir)
 
 
 def _callbacks(config, run_dir, routing, history, save):
@@ -133,7 +177,7 @@ def _callbacks(config, run_dir, routing, history, save):
             keras.callbacks.TensorBoard(logs, write_graph=False),
             callbacks.RoutingTensorBoard(logs),
         ]
-        if config.tensorboard
+        if config.tensorboard and distribution.is_first_process()
         else []
     )
     return [
@@ -149,33 +193,48 @@ def _callbacks(config, run_dir, routing, history, save):
     ]
 
 
-def datasets(config, info):
-    """The datasets of training (its first epoch), validation and test."""
+def datasets(config, info, replicas=1):
+    """The datasets of training (its first epoch), validation and test.
+
+    With several replicas or processes validation leaves a last batch out that
+    is not full. The test split is read whole by every process.
+    """
+    options = {"one_hot": is_one_hot(config)}
+    if replicas > 1:
+        options["drop_remainder"] = True
+    validation = load(config, info, "validation_split", False, **options)
+    if distribution.num_processes() > 1:
+        validation = validation.take(distribution.smallest(len(validation)))
     return (
         load(config, info, "train_split", True, epoch=0),
-        load(config, info, "validation_split", False),
-        load(config, info, "test_split", False),
+        validation,
+        load(config, info, "test_split", False, shard=None),
     )
 
 
-def load(config, info, split, training, epoch=None):
-    """One of the run's datasets."""
+def load(config, info, split, training, **options):
+    """One of the run's datasets, or this process's part of it."""
+    processes = distribution.num_processes()
+    batch_size = config.batch_size
+    if processes > 1 and "shard" not in options:
+        distribution.check_batch(batch_size, 1, 1, processes)
+        batch_size //= processes
+        options["shard"] = (distribution.process_id(), processes)
     try:
         return data.load(
             config.dataset,
             getattr(config, split),
             config.image_size,
-            config.batch_size,
+            batch_size,
             training,
             config.data_dir,
             num_classes=config.num_classes or info.num_classes,
             seed=config.seed,
-            epoch=epoch,
             class_weights=config.class_weights if training else None,
             augmentation=config.augmentation,
-            one_hot=is_one_hot(config),
             test_crop=config.test_crop,
             skip_corrupt=config.skip_corrupt,
+            **options,
         )
     except ValueError as error:
         if "split" not in str(error):
@@ -190,7 +249,10 @@ def batches(config, info, first_epoch):
     number: what was read before does not matter.
     """
     for epoch in itertools.count(first_epoch):
-        dataset = load(config, info, "train_split", True, epoch=epoch)
+        dataset = load(
+            config, info, "train_split", True, epoch=epoch,
+            one_hot=is_one_hot(config),
+        )  # fmt: skip
         yield from dataset.as_numpy_iterator()
 
 

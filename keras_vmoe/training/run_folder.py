@@ -7,12 +7,20 @@ import shutil
 
 import keras
 
+from keras_vmoe import distribution
 from keras_vmoe._extras import require
 from keras_vmoe.training.files import write_file
 
 CONFIG, RESULT = "config.yaml", "result.json"
 # Settings that may differ when a run is resumed.
-FREE = ("run_dir", "data_dir", "keep_checkpoints", "tensorboard")
+FREE = (
+    "run_dir",
+    "data_dir",
+    "keep_checkpoints",
+    "tensorboard",
+    "distribution",
+    "expert_shards",
+)
 
 
 def open_run(config, class_names):
@@ -34,6 +42,9 @@ def open_run(config, class_names):
     settings = settings_of(config)
     if run_dir.exists() and not (run_dir.is_dir() and _is_empty(run_dir)):
         _check_same(run_dir, settings)
+    distribution.check_agreement("run folder", run_dir=config.run_dir)
+    if not distribution.is_first_process():
+        return run_dir  # All have checked, one writes.
     run_dir.mkdir(parents=True, exist_ok=True)
     yaml = require("yaml", "cli")
     text = yaml.safe_dump(settings, sort_keys=False)
@@ -53,8 +64,9 @@ def settings_of(config):
 
 def write_result(run_dir, test):
     """Marks a run as finished, which needs its checkpoints no more."""
-    test = {name: float(value) for name, value in test.items()}
-    write_file(run_dir / RESULT, json.dumps(test))
+    names = ("accuracy", "top5", "loss")
+    result = {name: getattr(test, name) for name in names}
+    write_file(run_dir / RESULT, json.dumps(result))
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
 
 

@@ -1,0 +1,199 @@
+"""Several processes that train one model, each with devices of its own: JAX.
+
+Every process runs the same program. What one of them must do alone, such as
+writing a file, asks `is_first_process`.
+"""
+
+import contextlib
+import json
+import os
+
+import keras
+import numpy as np
+
+# Seconds until the other processes learn that one is gone; JAX's 100 and the
+# time to stop would be more than a minute.
+HEARTBEAT = 30
+
+
+def initialize(job_addresses=None, num_processes=None, process_id=None):
+    """Joins this process with the others, before anything is computed.
+
+    Without arguments, and without Keras's environment variables for them
+    (`KERAS_DISTRIBUTION_JOB_ADDRESSES`, `_NUM_PROCESSES`, `_PROCESS_ID`),
+    nothing happens. This is `keras.distribution.initialize` but for two things:
+    the loss of a process is noticed within 30 seconds and not 100, and no seed
+    is agreed, as a run's configuration has one.
+
+    Args:
+        job_addresses: String, `host:port` of the first process; of all, with
+            commas between, is accepted too. `"auto"` asks the machine, as on
+            Cloud TPUs.
+        num_processes: Integer, how many there are.
+        process_id: Integer, which of them this one is, from 0.
+
+    Raises:
+        ValueError: If some of the three are missing or out of range, or the
+            backend is not JAX.
+    """
+    given = {
+        "job_addresses": job_addresses,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    for name, value in given.items():
+        if value is None:
+            key = f"KERAS_DISTRIBUTION_{name.upper()}"
+            given[name] = os.environ.get(key) or None
+    if all(value is None for value in given.values()):
+        return
+    if keras.backend.backend() != "jax":
+        raise ValueError(
+            "Several processes need the JAX backend. Received: "
+            f"{_words(given)} with the backend {keras.backend.backend()!r}. "
+            "Set KERAS_BACKEND=jax."
+        )
+    import jax
+
+    if given["job_addresses"] == "auto":
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
+        return
+    try:
+        count, index = int(given["num_processes"]), int(given["process_id"])
+        good = 0 <= index < count and ":" in given["job_addresses"]
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise ValueError(
+            "Several processes need the address of the first as host:port, "
+            "their number, and the number of this one, from 0. "
+            f"Received: {_words(given)}. Set all three, as flags or as "
+            "KERAS_DISTRIBUTION_ variables."
+        )
+    jax.distributed.initialize(
+        given["job_addresses"].split(",")[0],
+        count,
+        index,
+        heartbeat_timeout_seconds=HEARTBEAT,
+    )
+
+
+def num_processes():
+    """How many processes train together; 1 but for JAX."""
+    if keras.backend.backend() != "jax":
+        return 1
+    import jax
+
+    return jax.process_count()
+
+
+def process_id():
+    """Which of the processes this one is, from 0."""
+    if num_processes() == 1:
+        return 0
+    import jax
+
+    return jax.process_index()
+
+
+def is_first_process():
+    """Whether this process is the one that writes and prints."""
+    return process_id() == 0
+
+
+def check_agreement(what, **values):
+    """Raises in all processes unless all of them have the same values.
+
+    Waits for all processes, and is a meeting point for them, too.
+
+    Args:
+        what: What is compared, for the message.
+        **values: Values that JSON can hold.
+
+    Raises:
+        ValueError: With every value that differs, by process.
+    """
+    everyone = _gather(values)
+    different = [
+        f"{name}: {value!r} in process 0, {other.get(name)!r} in process {i}"
+        for i, other in enumerate(everyone)
+        for name, value in everyone[0].items()
+        if other.get(name) != value
+    ]
+    if different:
+        raise ValueError(
+            f"All processes must have the same {what}. "
+            f"Received: {'; '.join(different)}. Start all of them with the "
+            "same command and the same version, and a run folder that all see."
+        )
+
+
+def smallest(number):
+    """The smallest of all processes' integers."""
+    return min(values["number"] for values in _gather({"number": number}))
+
+
+def _gather(values):
+    """Every process's dict, in order."""
+    if num_processes() == 1:
+        return [values]
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(values).encode(), "uint8")
+    sizes = multihost_utils.process_allgather(np.array([len(text)]))
+    padded = np.zeros(int(sizes.max()), "uint8")
+    padded[: len(text)] = text
+    texts = multihost_utils.process_allgather(padded)
+    return [
+        json.loads(row[: int(size[0])].tobytes())
+        for row, size in zip(texts, sizes, strict=True)
+    ]
+
+
+def variables_of(model):
+    """All that is saved of a model: its variables and its optimizer's."""
+    optimizer = getattr(model, "optimizer", None)
+    slots = [] if optimizer is None else optimizer.variables
+    return [*model.variables, *slots]
+
+
+@contextlib.contextmanager
+def gathered(variables):
+    """Lets the first process read all variables, to write them to a file.
+
+    All processes must come here together; each leaves when the first is done.
+    Every process's memory must hold all variables. In one process nothing
+    happens.
+
+    Args:
+        variables: Keras variables.
+
+    Yields:
+        Whether this is the process that writes.
+    """
+    if num_processes() == 1:
+        yield True
+        return
+    from jax.experimental import multihost_utils
+
+    values = [variable.value for variable in variables]
+    parallel = keras.distribution.distribution()
+    try:
+        for variable, value in zip(variables, values, strict=True):
+            if not value.is_fully_replicated:
+                # Keras would bring an assigned value back to its devices.
+                variable._value = multihost_utils.process_allgather(
+                    value, tiled=True
+                )
+        # Keras makes variables while it saves, which would ask all processes.
+        keras.distribution.set_distribution(None)
+        yield is_first_process()
+    finally:
+        keras.distribution.set_distribution(parallel)
+        for variable, value in zip(variables, values, strict=True):
+            variable._value = value
+    multihost_utils.sync_global_devices("written")
+
+
+def _words(given):
+    return ", ".join(f"{name}={value!r}" for name, value in given.items())
