@@ -5,13 +5,16 @@ import functools
 import keras
 import numpy as np
 
+from keras_vmoe.distribution.strategies import num_replicas
+
 
 def predict(model, images, multiple=1):
     """What a model says about a batch of images.
 
-    Under a Keras distribution the images of a batch are spread over the
-    devices. A batch that cannot be spread evenly, as the last one of a dataset,
-    is computed whole by every device, as on one device: the result is the same.
+    Under a Keras distribution or a tf.distribute strategy the images of a
+    batch are spread over the devices. A batch that cannot be spread evenly, as
+    the last one of a dataset, is computed whole as on one device, and so the
+    result is the same.
 
     Args:
         model: A functional model with one input.
@@ -28,6 +31,11 @@ def predict(model, images, multiple=1):
     [[0.0, 2.0]]
     """
     images = np.asarray(images)
+    replicas = num_replicas(getattr(model, "distribute_strategy", None))
+    if replicas > 1:
+        if len(images) % (replicas * multiple):
+            return keras.tree.map_structure(np.asarray, _whole(model)(images))
+        return model.predict(images, batch_size=len(images), verbose=0)
     parallel = keras.distribution.distribution()
     if parallel is None:
         return model.predict_on_batch(images)
@@ -40,6 +48,14 @@ def predict(model, images, multiple=1):
             keras.distribution.set_distribution(parallel)
     layout = parallel.get_data_layout(images.shape)
     return _call(model, images, layout.backend_layout)
+
+
+@functools.lru_cache(maxsize=4)
+def _whole(model):
+    """The model in one replica; `predict_on_batch` repeats it in each."""
+    import tensorflow as tf
+
+    return tf.function(functools.partial(model, training=False))
 
 
 def _call(model, images, sharding):

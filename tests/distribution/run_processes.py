@@ -1,0 +1,85 @@
+"""Trains on several processes over the batches of one; prints JSON.
+
+KERAS_BACKEND=jax python -m tests.distribution.run_processes \
+    localhost:12345 2 0 FOLDER
+"""
+
+import json
+import os
+import sys
+
+address, count, index, folder = sys.argv[1:5]
+COUNT, INDEX, DEVICES = int(count), int(index), 8
+flag = f"--xla_force_host_platform_device_count={DEVICES // COUNT}"
+os.environ["XLA_FLAGS"] = flag  # Read when JAX is imported.
+
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+from keras_vmoe import distribution  # noqa: E402
+from keras_vmoe import evaluation  # noqa: E402
+from keras_vmoe import models  # noqa: E402
+
+BATCH, EPOCHS, IMAGES = 16, 3, 48
+
+
+def main():
+    """Three epochs; every process feeds its part of the batches."""
+    if COUNT > 1:
+        distribution.initialize(address, COUNT, INDEX)
+    parallel = distribution.ExpertParallel(4)
+    keras.distribution.set_distribution(parallel)
+    keras.utils.set_random_seed(0)
+    model = models.ViTMoE(
+        image_size=8, patch_size=4, hidden_dim=16, num_layers=2, num_heads=2,
+        mlp_dim=32, num_classes=4,
+        moe={"layers": "every_1", "num_experts": 8, "images_per_group": 2,
+             "noise_std": 0.0},
+    )  # fmt: skip
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(1e-3), loss, metrics=["accuracy"])
+    images = np.random.default_rng(0).normal(size=(IMAGES, 8, 8, 3))
+    images, labels = images.astype("float32"), np.arange(IMAGES) % 4
+    data = tf.data.Dataset.from_tensor_slices(part(images, labels))
+    history = model.fit(
+        data.batch(BATCH // COUNT, drop_remainder=True),
+        epochs=EPOCHS,
+        verbose=0,
+    ).history
+    # The last batch of 11 can be spread over no eight devices.
+    batches = [(images[:16], labels[:16]), (images[16:27], labels[16:27])]
+    measured = evaluation.measure(model, batches)
+    models.save(model, f"{folder}/{COUNT}.keras")
+    result = {
+        "losses": history["loss"],
+        "accuracy": history["accuracy"],
+        "test": [measured.accuracy, measured.loss],
+        "load": [x["load_share"].tolist() for x in measured.routing.values()],
+        "errors": [error(data.batch(5)), error(unequal(data))],
+    }
+    print(json.dumps(result))
+
+
+def part(images, labels):
+    """The images of this process: its part of each batch."""
+    shape = (IMAGES // BATCH, COUNT, BATCH // COUNT)
+    index = np.arange(IMAGES).reshape(shape)[:, INDEX].ravel()
+    return images[index], labels[index]
+
+
+def unequal(data):
+    """Another number of batches in each process."""
+    return data.take(8 * (1 + INDEX)).batch(8, drop_remainder=True)
+
+
+def error(dataset):
+    """What `ExpertParallel` says of a dataset."""
+    try:
+        keras.distribution.distribution().distribute_dataset(dataset)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+main()

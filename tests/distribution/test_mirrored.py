@@ -1,0 +1,149 @@
+"""MirroredStrategy on virtual devices: the arithmetic of one device."""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from keras_vmoe import distribution
+
+BACKEND = keras.backend.backend()
+IS_TF = BACKEND == "tensorflow"
+CASES = [
+    ("vit", 2),
+    pytest.param("vit", 4, marks=pytest.mark.slow),
+    pytest.param("convnext", 2, marks=pytest.mark.slow),
+    pytest.param("convnext", 4, marks=pytest.mark.slow),
+]
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def python(*arguments):
+    """The last line of a process of its own."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+@functools.cache
+def run(family, devices):
+    name = "tests.distribution.run_mirrored"
+    return json.loads(python("-m", name, family, str(devices)))
+
+
+@pytest.mark.skipif(not IS_TF, reason="others refuse, see below")
+@pytest.mark.parametrize(("family", "devices"), CASES)
+def test_the_arithmetic_is_that_of_one_device(family, devices):
+    """Losses, auxiliary losses, metrics, and by SGD's steps the gradients."""
+    one, many = run(family, 1), run(family, devices)
+    assert one["auxiliary_loss"][0] > 0.01 and one["dropped_share"][0] > 0
+    for name in one.keys() - {"weights", "compiles"}:
+        np.testing.assert_allclose(
+            many[name], one[name], atol=1e-5, err_msg=name
+        )
+    for mine, theirs in zip(many["weights"], one["weights"], strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+@pytest.mark.skipif(not IS_TF, reason="others refuse, see below")
+@pytest.mark.parametrize(("family", "devices"), CASES)
+def test_every_replica_has_noise_of_its_own(family, devices):
+    for draws in run(family, devices)["noise"]:
+        assert len(draws) == devices
+        assert len({json.dumps(draw) for draw in draws}) == devices
+
+
+@pytest.mark.skipif(not IS_TF, reason="others refuse, see below")
+@pytest.mark.parametrize(
+    "family", ["vit", pytest.param("convnext", marks=pytest.mark.slow)]
+)
+def test_xla_compiles_the_training_step(family):
+    assert run(family, 1)["compiles"]
+
+
+TRAIN = """
+import dataclasses, json, sys
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+devices = [tf.config.LogicalDeviceConfiguration()] * 2
+tf.config.set_logical_device_configuration(cpu, devices)
+from keras_vmoe import training
+from tests.training.small import SMALL
+moe = dataclasses.replace(SMALL.moe, images_per_group=4)
+run = dataclasses.replace(SMALL, run_dir=sys.argv[1], moe=moe)
+def train(**changes):
+    return training.train(dataclasses.replace(run, **changes))
+class Stop(Exception):
+    pass
+def stop(*_):
+    raise Stop
+try:
+    train(batch_size=12, distribution="mirrored")
+except ValueError as error:
+    print(error)
+# Stopped behind the first epoch, and ended on one device.
+save = training.callbacks.SaveModel.on_epoch_end
+training.callbacks.SaveModel.on_epoch_end = stop
+try:
+    train(distribution="mirrored")
+except Stop:
+    training.callbacks.SaveModel.on_epoch_end = save
+result = train()
+lines = (result.run_dir / "history.csv").read_text().splitlines()
+print(json.dumps([len(lines), result.test_accuracy]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not IS_TF, reason="others refuse, see below")
+def test_a_run_goes_on_with_fewer_devices(tmp_path):
+    lines, accuracy = json.loads(python("-c", TRAIN, str(tmp_path / "run")))
+    assert lines == 3 and 0 <= accuracy <= 1
+
+
+# Bad input, on the one device of this process.
+
+WORDS = {
+    "jax": r"one of \['data_parallel', 'expert_parallel', 'auto'\]",
+    "tensorflow": r"one of \['mirrored', 'tpu', 'auto'\]",
+    "torch": r"one of \['auto'\] with the torch backend",
+}
+
+
+def test_a_strategy_that_the_backend_has_not():
+    name = "expert_parallel" if BACKEND != "jax" else "mirrored"
+    with pytest.raises(ValueError, match=WORDS[BACKEND] + ".*" + name):
+        distribution.resolve(name)
+    with pytest.raises(ValueError, match="num_expert_shards=2 with dist"):
+        distribution.resolve("auto", num_expert_shards=2)
+
+
+def test_one_device_needs_no_strategy():
+    assert distribution.resolve("auto", num_experts=8) is None
+    assert distribution.num_replicas(None) == 1
+
+
+@pytest.mark.skipif(not IS_TF, reason="others have no such name")
+def test_no_tpu():
+    with pytest.raises(RuntimeError, match="must find a TPU. Received"):
+        distribution.resolve("tpu")
+
+
+def test_batches_of_whole_groups():
+    distribution.check_batch(32, 8, 4)
+    with pytest.raises(ValueError, match="batch_size=24 for 4 devices, 8 im"):
+        distribution.check_batch(24, 8, 4)
+    with pytest.raises(ValueError, match="Choose a multiple of 32"):
+        distribution.check_batch(16, 8, 2, processes=32)

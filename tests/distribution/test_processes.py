@@ -1,0 +1,160 @@
+"""Several processes, by loopback: the arithmetic of one, errors, a death."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+
+from keras_vmoe import distribution
+from keras_vmoe import models
+from keras_vmoe.training.checkpointing import Checkpoints
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+IS_JAX = keras.backend.backend() == "jax"
+ROOT = pathlib.Path(__file__).parents[2]
+SMALL = """
+--model.image_size 8 --model.patch_size 4 --model.hidden_dim 16
+--model.num_layers 2 --model.num_heads 2 --model.mlp_dim 32 --moe.layers last_1
+--moe.num_experts 4 --moe.images_per_group 2 --batch_size 32
+--train_split train[:128] --validation_split validation[:64]
+--test_split test[:50]
+""".split()
+
+
+def start(arguments, devices):
+    """A process with virtual devices."""
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": flag, "TF_CPP_MIN_LOG_LEVEL": "3"},
+    )
+
+
+def free_address():
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return f"localhost:{server.getsockname()[1]}"
+
+
+def train(run_dir, *arguments, devices=8):
+    """`keras-vmoe train` in one process."""
+    command = ["keras_vmoe.cli", "train", "--run_dir", str(run_dir), *SMALL]
+    return start([*command, *arguments], devices)
+
+
+def train_on_two(run_dir, *arguments, others=()):
+    """The same in two; `others` are more arguments of the second."""
+    common = ["--job_addresses", free_address(), "--num_processes", "2"]
+    common += ["--distribution", "expert_parallel", *arguments]
+    return [
+        train(run_dir, *common, "--process_id", i, *more, devices=4)
+        for i, more in (("0", ()), ("1", others))
+    ]
+
+
+def output_of(process, status=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, err
+    return out + err
+
+
+@pytest.mark.skipif(not IS_JAX, reason="others refuse, see below")
+def test_the_arithmetic_is_that_of_one_process(tmp_path):
+    address, results = free_address(), {}
+    for count in (1, 2):
+        name = "tests.distribution.run_processes"
+        processes = [
+            start([name, address, f"{count}", f"{i}", str(tmp_path)], 1)
+            for i in range(count)
+        ]
+        lines = [output_of(p).splitlines() for p in processes]
+        found = [
+            next(json.loads(x) for x in out if x.startswith("{"))
+            for out in lines
+        ]
+        assert all(result == found[0] for result in found)
+        results[count] = found[0]
+    one, two = results[1], results[2]
+    for name in ("losses", "accuracy", "test", "load"):
+        np.testing.assert_allclose(two[name], one[name], atol=1e-5)
+    assert "a short one they would wait" in two["errors"][0]
+    assert "number: 1 in process 0, 2 in process 1" in two["errors"][1]
+    files = [models.load(tmp_path / f"{count}.keras") for count in (1, 2)]
+    for mine, theirs in zip(*(x.variables for x in files), strict=True):
+        np.testing.assert_allclose(mine.numpy(), theirs.numpy(), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not IS_JAX, reason="others refuse, see below")
+def test_a_process_dies_and_the_run_goes_on(tmp_path):
+    """The other one stops with an error; fewer devices end the run."""
+    run_dir = tmp_path / "run"
+    first, second = train_on_two(run_dir, "--epochs", "30")
+    checkpoints = Checkpoints(run_dir / "checkpoints")
+    while not checkpoints.epochs() and first.poll() is None:
+        time.sleep(0.05)
+    second.send_signal(signal.SIGKILL)
+    first.wait(timeout=100)  # A minute is promised; no hang.
+    assert first.returncode != 0
+    done = max(checkpoints.epochs())
+    assert done < 30 and not (run_dir / "result.json").exists()
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    shards = ["--distribution", "expert_parallel", "--expert_shards", "2"]
+    text = output_of(train(run_dir, "--epochs", "30", *shards))
+    assert "resumed after epoch" in text
+    text = output_of(train(copy, "--epochs", "30", devices=1))
+    assert "resumed after epoch" in text
+    mine, theirs = (models.load(x / "model.keras") for x in (run_dir, copy))
+    for a, b in zip(mine.weights, theirs.weights, strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not IS_JAX, reason="others refuse, see below")
+def test_another_configuration_in_one_process(tmp_path):
+    processes = train_on_two(
+        tmp_path / "run", others=["--weight_decay", "0.1"]
+    )
+    for process in processes:
+        text = output_of(process, status=1)
+        assert "weight_decay: 0.3 in process 0, 0.1 in process 1" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((None, 2, 0), "job_addresses=None, num_processes=2"),
+        (("localhost", 2, 0), "the address of the first as host:port"),
+        (("localhost:1", 2, 2), "process_id=2"),
+    ],
+)
+def test_what_a_process_must_know(arguments, words):
+    if not IS_JAX:
+        words = "Several processes need the JAX backend. Received: job_"
+    with pytest.raises(ValueError, match=words):
+        distribution.initialize(*arguments)
+
+
+def test_one_process(monkeypatch):
+    distribution.initialize()
+    assert distribution.num_processes() == 1
+    assert distribution.is_first_process()
+    monkeypatch.setenv("KERAS_DISTRIBUTION_NUM_PROCESSES", "many")
+    with pytest.raises(ValueError, match="num_processes='many'"):
+        distribution.initialize()
