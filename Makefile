@@ -67,3 +67,6 @@ examples: $(VENV)/.test  ## Run the examples, in a short form.
 	KERAS_BACKEND=jax $(BIN)/python examples/moe_in_your_model.py --epochs 2
 	mkdir -p build
 	$(BIN)/python examples/augmentations.py build/augmentations.jpg
+	rm -rf build/notebooks && mkdir -p build/notebooks
+	cp examples/*.ipynb build/notebooks
+	cd build/notebooks && ../../$(BIN)/jupyter execute *.ipynb

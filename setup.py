@@ -38,6 +38,9 @@ EXTRAS = {
         "pytest-xdist>=3.6,<4",
         "ruff>=0.14,<0.18",
         "build>=1.2,<2",
+        # The notebooks of examples/.
+        "nbclient>=0.10,<0.12",
+        "ipykernel>=6.29,<8",
     ],
 }
 EXTRAS["all"] = sorted({need for needs in EXTRAS.values() for need in needs})

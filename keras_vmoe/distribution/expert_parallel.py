@@ -37,7 +37,8 @@ class ExpertParallel(keras.distribution.DataParallel):
             `keras.distribution.list_devices()`; None is all of them.
         shard_dense: Whether each of the other kernels is spread over all
             devices as well (fully sharded data parallelism), for models that
-            fit into no single device.
+            fit into no single device. Each layer of the model must then return
+            one tensor with the batch as its first axis.
 
     Raises:
         ValueError: If the backend is not JAX, the shards do not divide the
@@ -137,7 +138,10 @@ class ExpertParallel(keras.distribution.DataParallel):
         return self.layout(*[None] * len(variable.shape))
 
     def get_tensor_layout(self, path):
-        return None
+        # What the model's own layers return stays with its images. Without
+        # this XLA would move them about instead of gathering spread kernels.
+        is_of_model = path.count("/") == 1
+        return self.layout(DATA) if self.shard_dense and is_of_model else None
 
     def _dense_layout(self, shape):
         """The largest axis that the devices divide, spread over them."""

@@ -126,7 +126,7 @@ def _changed_model(model, router, images_per_group):
 
     clone = keras.models.clone_model(model, clone_function=change)
     if isinstance(model, MoEModel):
-        clone = model.with_graph(clone.inputs, clone.output)
+        clone = model.with_graph(clone.input, clone.output)
         if model.moe is not None:
             clone.moe = _changed_config(model.moe, router, images_per_group)
     return clone

@@ -81,7 +81,10 @@ def noise_of_replicas(strategy):
 
     result = tf.function(lambda: strategy.run(draw))()
     return [
-        [x.numpy().ravel().tolist() for x in strategy.experimental_local_results(y)]
+        [
+            x.numpy().ravel().tolist()
+            for x in strategy.experimental_local_results(y)
+        ]
         for y in result
     ]
 

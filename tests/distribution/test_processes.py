@@ -127,9 +127,7 @@ def test_a_process_dies_and_the_run_goes_on(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not IS_JAX, reason="others refuse, see below")
 def test_another_configuration_in_one_process(tmp_path):
-    processes = train_on_two(
-        tmp_path / "run", others=["--weight_decay", "0.1"]
-    )
+    processes = train_on_two(tmp_path / "run", others=["--weight_decay", "0.1"])
     for process in processes:
         text = output_of(process, status=1)
         assert "weight_decay: 0.3 in process 0, 0.1 in process 1" in text
