@@ -17,8 +17,8 @@ from keras_vmoe import models
 
 IS_JAX = keras.backend.backend() == "jax"
 SHARDS = [1, 2, 4, 8]
-VIT = [("vit",)] if IS_JAX else []  # Other backends refuse it, see below.
-OTHERS = [
+OPTIONS = [
+    ("vit",),
     ("vit", "--noise"),
     ("convnext",),
     ("convnext", "--noise"),
@@ -26,9 +26,9 @@ OTHERS = [
     ("vit", "--router", "soft"),
     ("vit", "--shard_dense"),
 ]
-RUNS = VIT + [
+RUNS = [  # Other backends refuse it, see below.
     pytest.param(options, marks=pytest.mark.slow)
-    for options in (OTHERS if IS_JAX else [])
+    for options in (OPTIONS if IS_JAX else [])
 ]
 
 
@@ -143,6 +143,7 @@ def test_what_does_not_divide(arguments, words):
     assert words in done.stdout, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not IS_JAX, reason="others refuse")
 def test_saved_models_load_on_one_device():
     run("vit")

@@ -55,6 +55,7 @@ def test_each_setting(settings, moe, tmp_path):
     before, config = predict(model, images), model.get_config()
     dial = set_routing(model, **settings)
     assert type(dial) is ViTMoE and dial.name == model.name
+    assert isinstance(dial.input, keras.KerasTensor)  # And no list of one.
     shared_weights(model, dial)
 
     fresh = vit(**{"capacity_factor": 0.8, **moe})
