@@ -1,11 +1,14 @@
 """The ways to spread a training, by name."""
 
+import glob
 import math
+import os
 
 import keras
 
 from keras_vmoe.distribution.expert_parallel import ExpertParallel
 
+TPU_VARIABLES, TPU_FILES = ("COLAB_TPU_ADDR", "TPU_NAME"), "/dev/accel*"
 JAX_NAMES = ("data_parallel", "expert_parallel")
 TF_NAMES = ("mirrored", "tpu")
 
@@ -22,6 +25,9 @@ def resolve(name, num_experts=None, num_expert_shards=None):
     | `"mirrored"` | TensorFlow | `MirroredStrategy` on all GPUs, or on the logical CPUs |
     | `"tpu"` | TensorFlow | `TPUStrategy` |
     | `"auto"` | both | the best of these that this machine has; None for one device |
+
+    `MultiWorkerMirroredStrategy` is not among them: `fit` of Keras 3.15 fails
+    with it. Several hosts train by JAX.
 
     Args:
         name: One of these.
@@ -124,26 +130,27 @@ def _best(backend, num_experts):
         return None
     import tensorflow as tf
 
-    if tf.config.list_physical_devices("TPU") or _has_tpu_address():
+    if tf.config.list_physical_devices("TPU") or _has_tpu():
         return "tpu"
     return (
         "mirrored" if len(tf.config.list_physical_devices("GPU")) > 1 else None
     )
 
 
-def _has_tpu_address():
-    """Whether the environment names a TPU, as Colab's does."""
-    import os
-
-    return any(os.environ.get(x) for x in ("COLAB_TPU_ADDR", "TPU_NAME"))
+def _has_tpu():
+    """Whether there is a TPU that TensorFlow does not list before it starts."""
+    return any(map(os.environ.get, TPU_VARIABLES)) or bool(glob.glob(TPU_FILES))
 
 
 def _tpu(tf):
+    # A TPU of another host by its name, else one of this host.
+    name = None if any(map(os.environ.get, TPU_VARIABLES)) else "local"
     try:
-        resolver = tf.distribute.cluster_resolver.TPUClusterResolver()
-        tf.config.experimental_connect_to_cluster(resolver)
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(name)
+        if name is None:
+            tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
-    except (ValueError, tf.errors.NotFoundError) as error:
+    except (ValueError, tf.errors.OpError) as error:
         raise RuntimeError(
             "TensorFlow must find a TPU. Received: distribution='tpu' "
             f"({error}). Use 'auto' or 'mirrored' on GPUs and CPUs."
