@@ -6,6 +6,8 @@ import json
 import os
 import pathlib
 import sys
+import traceback
+import warnings
 
 import keras
 
@@ -51,8 +53,25 @@ def main(arguments=None):
         COMMANDS[command](settings[command], arguments)
     except USER_ERRORS as error:
         print(f"keras-vmoe: error: {error}", file=sys.stderr)
+        _leave_others()
         return 1
+    except Exception:
+        if distribution.num_processes() > 1:
+            traceback.print_exc()
+        _leave_others()
+        raise
     return 0
+
+
+def _leave_others():
+    """Ends this process at once if it is one of several.
+
+    JAX would wait for the others, which may wait for this one.
+    """
+    if distribution.num_processes() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _with_underscores(argument):
@@ -67,6 +86,8 @@ def train(settings, arguments):
     """`keras-vmoe train`: trains a model and prints its test accuracy."""
     names = [field.name for field in dataclasses.fields(training.TrainConfig)]
     config = training.TrainConfig(**{name: settings[name] for name in names})
+    if settings.recipe is not None:
+        training.recipes.find_recipe(settings.recipe).check_model(config)
     if config.backend not in (None, keras.backend.backend()):
         _restart(config.backend, arguments)
     distribution.initialize(
@@ -110,7 +131,16 @@ def evaluate(settings, arguments):
         _restart(settings.backend, arguments)
     model, names = _open_model(settings)
     classes = model.output_shape[-1]
-    known = data.info(settings.dataset, settings.data_dir).num_classes
+    info = data.info(settings.dataset, settings.data_dir)
+    known = info.num_classes
+    given = names != _numbers(classes)
+    if given and info.class_names and list(info.class_names) != names:
+        warnings.warn(
+            f"The classes of {settings.dataset!r} have other names than those "
+            "that the model was trained on: the accuracy means something only "
+            "if they are the same classes in the same order.",
+            stacklevel=2,
+        )
     if known not in (None, classes):
         raise ValueError(
             "The model must know the classes of the dataset. "
@@ -262,12 +292,17 @@ def _setting_of_run(model, name):
     return require("yaml", "cli").safe_load(path.read_text()).get(name)
 
 
+def _numbers(num_classes):
+    """Names of classes that have none."""
+    return [f"class {i}" for i in range(num_classes)]
+
+
 def _class_names(path, run_dir, num_classes):
     """Names from a file, else from the run folder, else plain numbers."""
     if path is None:
         path = run_dir / "classes.json"
         if not path.exists():
-            return [f"class {i}" for i in range(num_classes)]
+            return _numbers(num_classes)
     try:
         names = json.loads(pathlib.Path(path).read_text())
     except (OSError, ValueError) as error:

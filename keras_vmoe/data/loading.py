@@ -98,13 +98,14 @@ def load(
         cache: Boolean, whether to keep the stored (not the decoded) examples
             in memory after the first pass over the result; shuffling then
             keeps that pass's order of the files.
-        shard: Optional pair `(index, count)`: of `count` hosts with equally
-            many examples each, read those of host `index`.
+        shard: Optional pair `(index, count)`: read the examples of host
+            `index` of `count`; each has equally many in training, and at most
+            one more or less in evaluation.
 
     Returns:
         A `tf.data.Dataset` of `(images, labels)`: float32 `(B, H, W, 3)` in
         [-1, 1], and int32 `(B,)` or float32 `(B, num_classes)`. Its length is
-        known.
+        known but in evaluation with `skip_corrupt`.
 
     Raises:
         ValueError: Something was asked for that does not exist: an unknown or

@@ -40,10 +40,10 @@ class Pipeline:
     size: tuple[int, int]
     seed: int
     is_one_epoch: bool
-    class_weights: Any
     augmentation: Augmentation
     one_hot: bool
     test_crop: float | None
+    class_weights: Any = None
     skip_corrupt: bool = False
     cache: bool = False
 

@@ -19,6 +19,7 @@ from keras_vmoe.distribution.processes import smallest
 from keras_vmoe.distribution.processes import variables_of
 from keras_vmoe.distribution.strategies import check_batch
 from keras_vmoe.distribution.strategies import num_replicas
+from keras_vmoe.distribution.strategies import of_sum
 from keras_vmoe.distribution.strategies import replica_id
 from keras_vmoe.distribution.strategies import resolve
 
@@ -34,6 +35,7 @@ __all__ = [
     "is_first_process",
     "num_processes",
     "num_replicas",
+    "of_sum",
     "predict",
     "process_id",
     "replica_id",

@@ -43,11 +43,11 @@ def predict(model, images, multiple=1):
     if len(images) % (devices * multiple):
         keras.distribution.set_distribution(None)
         try:
-            return _call(model, images, None)
+            return _call(model, images, None, parallel)
         finally:
             keras.distribution.set_distribution(parallel)
     layout = parallel.get_data_layout(images.shape)
-    return _call(model, images, layout.backend_layout)
+    return _call(model, images, layout.backend_layout, parallel)
 
 
 @functools.lru_cache(maxsize=4)
@@ -58,7 +58,7 @@ def _whole(model):
     return tf.function(functools.partial(model, training=False))
 
 
-def _call(model, images, sharding):
+def _call(model, images, sharding, parallel):
     """The outputs for a batch that every process has, wholly in each."""
     import jax
 
@@ -66,7 +66,7 @@ def _call(model, images, sharding):
         [x.value for x in model.trainable_variables],
         [x.value for x in model.non_trainable_variables],
     ]
-    mesh = variables[0][0].sharding.mesh
+    mesh = parallel.device_mesh.backend_mesh
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     images = jax.make_array_from_callback(
         images.shape, sharding or whole, lambda index: images[index]

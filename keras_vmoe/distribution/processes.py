@@ -11,9 +11,9 @@ import os
 import keras
 import numpy as np
 
-# Seconds until the other processes learn that one is gone; JAX's 100 and the
-# time to stop would be more than a minute.
-HEARTBEAT = 30
+# Seconds until the other processes learn that one is gone, or has ended with an
+# error; JAX's 100 and 300 would be more than a minute.
+TIMEOUTS = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 30}
 
 
 def initialize(job_addresses=None, num_processes=None, process_id=None):
@@ -56,7 +56,7 @@ def initialize(job_addresses=None, num_processes=None, process_id=None):
     import jax
 
     if given["job_addresses"] == "auto":
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
+        jax.distributed.initialize(**TIMEOUTS)
         return
     try:
         count, index = int(given["num_processes"]), int(given["process_id"])
@@ -74,7 +74,7 @@ def initialize(job_addresses=None, num_processes=None, process_id=None):
         given["job_addresses"].split(",")[0],
         count,
         index,
-        heartbeat_timeout_seconds=HEARTBEAT,
+        **TIMEOUTS,
     )
 
 
@@ -84,7 +84,9 @@ def num_processes():
         return 1
     import jax
 
-    return jax.process_count()
+    # Asked first, because counting would start the devices.
+    joined = jax.distributed.is_initialized()
+    return jax.process_count() if joined else 1
 
 
 def process_id():

@@ -13,7 +13,7 @@ JAX_NAMES = ("data_parallel", "expert_parallel")
 TF_NAMES = ("mirrored", "tpu")
 
 
-def resolve(name, num_experts=None, num_expert_shards=None):
+def resolve(name, num_experts=None, num_expert_shards=None, shard_dense=False):
     """Makes a Keras distribution or a tf.distribute strategy.
 
     The model must be made, and trained, in its `scope()`.
@@ -34,6 +34,7 @@ def resolve(name, num_experts=None, num_expert_shards=None):
         num_experts: Optional E, of the layers to spread.
         num_expert_shards: Over how many devices experts are spread. None is
             the largest number that divides the devices and the experts.
+        shard_dense: Whether "expert_parallel" spreads the dense kernels too.
 
     Returns:
         Something with a `scope()`, or None.
@@ -54,11 +55,13 @@ def resolve(name, num_experts=None, num_expert_shards=None):
         )
     if name == "auto":
         name = _best(backend, num_experts)
-    if num_expert_shards is not None and name != "expert_parallel":
+    is_spread = num_expert_shards is not None or shard_dense
+    if is_spread and name != "expert_parallel":
         raise ValueError(
-            "Only experts under 'expert_parallel' are spread. Received: "
-            f"num_expert_shards={num_expert_shards} with distribution={name!r}"
-            ". Leave it out, or use JAX's 'expert_parallel'."
+            "Only 'expert_parallel' spreads weights. Received: "
+            f"num_expert_shards={num_expert_shards}, shard_dense={shard_dense} "
+            f"with distribution={name!r}. Leave them out, or use JAX's "
+            "'expert_parallel'."
         )
     if name is None:
         return None
@@ -70,7 +73,7 @@ def resolve(name, num_experts=None, num_expert_shards=None):
         if num_expert_shards is None:
             devices = len(keras.distribution.list_devices())
             num_expert_shards = math.gcd(devices, num_experts or devices)
-        return ExpertParallel(num_expert_shards)
+        return ExpertParallel(num_expert_shards, shard_dense=shard_dense)
     import tensorflow as tf
 
     if name == "mirrored":
@@ -118,6 +121,25 @@ def replica_id():
     if context is None or context.num_replicas_in_sync == 1:
         return None
     return context.replica_id_in_sync_group
+
+
+def of_sum(function, parts):
+    """Applies a function to the sums of what tf.distribute's replicas have.
+
+    Args:
+        function: From a list of tensors to one of the same shapes.
+        parts: List of this replica's tensors.
+
+    Returns:
+        This replica's parts of the results: all replicas' add up to them.
+    """
+    if replica_id() is None:
+        return function(parts)
+    import tensorflow as tf
+
+    context = tf.distribute.get_replica_context()
+    sums = context.all_reduce(tf.distribute.ReduceOp.SUM, parts)
+    return [x / context.num_replicas_in_sync for x in function(sums)]
 
 
 def _best(backend, num_experts):

@@ -66,8 +66,7 @@ def measure(model, dataset, verbose=0, routing=True):
     probe = keras.Model(model.inputs, outputs)
     watches = [_RouterWatch(layer) for layer in layers]
     logits, labels = [], []
-    steps = len(dataset) if hasattr(dataset, "__len__") else None
-    bar = keras.utils.Progbar(steps, verbose=int(verbose))
+    bar = keras.utils.Progbar(_length(dataset), verbose=int(verbose))
     for images, batch_labels in dataset:
         got = distribution.predict(probe, images, multiple)
         got, *tokens = got if layers else [got]
@@ -97,6 +96,14 @@ def measure(model, dataset, verbose=0, routing=True):
         confusion=confusion,
         routing={watch.layer.name: watch.result() for watch in watches},
     )
+
+
+def _length(dataset):
+    """Batches of a dataset, None where it does not know."""
+    try:
+        return len(dataset)
+    except TypeError:
+        return None
 
 
 class _RouterWatch:

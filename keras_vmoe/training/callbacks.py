@@ -155,8 +155,8 @@ class RoutingTensorBoard(keras.callbacks.Callback):
     """Writes what the routers did for TensorBoard, on every backend.
 
     Once per epoch the statistics of each MoE layer as scalars, and the load of
-    its experts over all epochs so far as a picture: one row per expert, one
-    column per epoch. Needs TensorFlow and matplotlib.
+    its experts over all epochs of this `fit` as a picture: one row per expert,
+    one column per epoch. Needs TensorFlow and matplotlib.
 
     Args:
         log_dir: Folder of the event files, as of `keras.callbacks.TensorBoard`.
@@ -180,6 +180,8 @@ class RoutingTensorBoard(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self.epochs = []
+        if not distribution.is_first_process():
+            return  # It only resets the statistics, as all must at once.
         path = pathlib.Path(self.log_dir) / "routing"
         self.writer = self.tensorflow.summary.create_file_writer(str(path))
 
@@ -188,7 +190,7 @@ class RoutingTensorBoard(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         layers = inspection.routing_statistics(self.model)
-        if not layers:
+        if not layers or self.writer is None:
             return
         self.epochs.append(layers)
         summary = self.tensorflow.summary
@@ -202,7 +204,8 @@ class RoutingTensorBoard(keras.callbacks.Callback):
         self.writer.flush()
 
     def on_train_end(self, logs=None):
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
 
 class NonFiniteLossError(RuntimeError):

@@ -2,13 +2,25 @@
 
 import dataclasses
 import math
+import typing
 from typing import Literal
 
 from keras_vmoe.data import Augmentation
 from keras_vmoe.models import MoEConfig
 from keras_vmoe.models.presets import find_preset
+from keras_vmoe.routing.groups import check_capacity_factor
+from keras_vmoe.routing.groups import check_sizes
 
 DEFAULT_IMAGE_SIZE = 32
+INTEGERS = (
+    "batch_size",
+    "epochs",
+    "accumulate",
+    "checkpoints_per_epoch",
+    "keep_checkpoints",
+    "num_classes",
+    "expert_shards",
+)
 # What a preset takes from the model's settings.
 SHARED = ("image_size", "drop_path", "dtype")
 
@@ -121,7 +133,10 @@ class TrainConfig:
             where the classes differ, positions are resized.
         head_bias: Starting value of the head's bias.
         freeze: What is not trained: the routers, or all but the head.
-        keep_checkpoints: How many epochs' checkpoints to keep until the run is
+        checkpoints_per_epoch: Into how many parts a long pass over the images
+            is cut. The logs' epochs, with validation and a checkpoint at each
+            end, are then these parts.
+        keep_checkpoints: How many checkpoints to keep until the run is
             finished.
         tensorboard: Whether to write logs for TensorBoard into the run folder.
         distribution: How a run is spread over several devices, see
@@ -129,6 +144,7 @@ class TrainConfig:
             batch out that is not full.
         expert_shards: Over how many devices "expert_parallel" spreads the
             experts; null takes as many as divide them.
+        shard_dense: Whether "expert_parallel" spreads the dense kernels, too.
         seed: Makes a run repeatable on one machine and backend.
         preset: One of the papers' models, see `keras-vmoe presets`, in the
             place of `model`, whose image size, drop path and dtype it takes.
@@ -173,6 +189,7 @@ class TrainConfig:
     init: str | None = None
     head_bias: float = 0.0
     freeze: Literal["routers", "backbone"] | None = None
+    checkpoints_per_epoch: int = 1
     keep_checkpoints: int = 2
     tensorboard: bool = False
     distribution: (
@@ -180,6 +197,7 @@ class TrainConfig:
         | None
     ) = None
     expert_shards: int | None = None
+    shard_dense: bool = False
     seed: int = 0
     preset: str | None = None
     capacity_factor: float | None = None
@@ -188,9 +206,14 @@ class TrainConfig:
     moe: MoEConfig | None = dataclasses.field(default_factory=MoEConfig)
 
     def __post_init__(self):
-        for name in ("batch_size", "epochs", "learning_rate", "accumulate"):
-            self._check(name, getattr(self, name) > 0, "positive")
-        self._check("keep_checkpoints", self.keep_checkpoints > 0, "positive")
+        self._check_choices()
+        for name in INTEGERS:
+            value = getattr(self, name)
+            if value is not None:
+                check_sizes(**{name: value})
+        self._check("learning_rate", self.learning_rate > 0, "positive")
+        if self.capacity_factor is not None:
+            check_capacity_factor(self.capacity_factor)
         for name in ("weight_decay", "final_learning_rate"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         self._check("head_bias", True, "a number")
@@ -219,6 +242,24 @@ class TrainConfig:
             )
         seed = 0 <= self.seed < 2**32
         self._check("seed", seed, "at least 0 and below 2**32")
+
+    def _check_choices(self):
+        """Raises if a setting is none of the words that it may be."""
+        for name, kind in typing.get_type_hints(type(self)).items():
+            words = [
+                word
+                for part in (kind, *typing.get_args(kind))
+                if typing.get_origin(part) is Literal
+                for word in typing.get_args(part)
+            ]
+            value = getattr(self, name)
+            is_null = value is None and type(None) in typing.get_args(kind)
+            if words and not is_null and value not in words:
+                raise ValueError(
+                    f"`{name}` must be one of {words}. "
+                    f"Received: {name}={value!r}. "
+                    f"The default is {getattr(type(self), name)!r}."
+                )
 
     @property
     def image_size(self):

@@ -5,8 +5,12 @@ import dataclasses
 from keras_vmoe import data
 from keras_vmoe import models
 from keras_vmoe._extras import require
+from keras_vmoe.training.initialization import check_start
+from keras_vmoe.training.loop import check_batches
 from keras_vmoe.training.loop import datasets
 from keras_vmoe.training.loop import make_model
+from keras_vmoe.training.loop import make_strategy
+from keras_vmoe.training.run_folder import check_run
 from keras_vmoe.training.run_folder import settings_of
 
 # Numbers of the size of the weights: themselves, gradients, optimizer's slots.
@@ -32,11 +36,16 @@ def describe(config):
 
     >>> print(describe(TrainConfig()))  # doctest: +SKIP
     """
+    strategy = make_strategy(config)  # Raises where a run would.
     info = data.info(config.dataset, config.data_dir)
+    check_run(config, info.class_names)
+    if config.init is not None:
+        check_start(config.init)
     steps = len(datasets(config, info)[0])
     without_values = dataclasses.replace(config, init=None, head_bias=0.0)
     with models.without_weights():
         model = make_model(without_values, info)
+    check_batches(config, model, strategy)
     cost = models.cost(model)
     copies = COPIES[config.optimizer] + (config.ema is not None)
     copies += config.accumulate > 1

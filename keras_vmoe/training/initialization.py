@@ -27,13 +27,30 @@ def initialize(model, path, class_names=()):
             of them. The model is then as it was.
         FileNotFoundError, CheckpointError: As `checkpoints.read`.
     """
+    check_start(path)
     if (pathlib.Path(path) / "model.keras").exists():
         path = pathlib.Path(path) / "model.keras"
     if pathlib.Path(path).suffix == ".keras":
         source = models.load(path, compile=False)
         copy_weights(source, model, _same_classes(path, class_names))
-    else:
+    elif isinstance(model, models.ViTMoE):
         checkpoints.load_vmoe(model, checkpoints.read(path))
+    else:
+        raise ValueError(
+            "Checkpoints of other programs are of ViTs. Received: "
+            f"init={str(path)!r} for a {type(model).__name__}. Give a .keras "
+            "file or the folder of a run."
+        )
+
+
+def check_start(path):
+    """Raises unless there is something by the name of a start."""
+    path = pathlib.Path(path)
+    if not path.exists() and not list(path.parent.glob(f"{path.name}.*")):
+        raise FileNotFoundError(
+            "The weights to start from must exist: a .keras file, the folder "
+            f"of a run, or a checkpoint. Received: init={str(path)!r}."
+        )
 
 
 def _same_classes(path, class_names):

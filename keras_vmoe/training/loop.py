@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import pathlib
 import sys
@@ -16,6 +17,7 @@ from keras_vmoe import evaluation
 from keras_vmoe import inspection
 from keras_vmoe import models
 from keras_vmoe._extras import require
+from keras_vmoe.data.pipeline import seed_of_epoch
 from keras_vmoe.models.presets import find_preset
 from keras_vmoe.training import callbacks
 from keras_vmoe.training import optimizers
@@ -55,8 +57,8 @@ def train(config):
     `curves.png` and, when all is done, `result.json`. Test images are looked at
     once, after the training.
 
-    A run that was stopped continues from its last whole epoch when it is
-    started again with the same settings, and ends as if it had never stopped:
+    A run that was stopped continues from its last checkpoint when it is started
+    again with the same settings, and ends as if it had never stopped:
     weights, optimizer, noise, order and augmentation of the images are those of
     the epoch.
 
@@ -87,39 +89,78 @@ def train(config):
     keras.utils.set_random_seed(config.seed)
     strategy = make_strategy(config)
     with strategy.scope() if strategy else contextlib.nullcontext():
-        return _train(config, distribution.num_replicas(strategy))
+        return _train(config, strategy)
 
 
 def make_strategy(config):
-    """What spreads a run over several devices; None on one."""
-    if config.distribution is None:
-        if config.expert_shards is not None or distribution.num_processes() > 1:
+    """What spreads a run over several devices; None on one.
+
+    Raises:
+        ValueError: If the run cannot be spread so.
+    """
+    name, processes = config.distribution, distribution.num_processes()
+    if name is None:
+        if config.expert_shards or config.shard_dense or processes > 1:
             raise ValueError(
                 "Several processes or expert shards need a distribution. "
                 f"Received: expert_shards={config.expert_shards}, "
-                f"{distribution.num_processes()} processes, distribution=None. "
-                "Set distribution='auto'."
+                f"shard_dense={config.shard_dense}, {processes} processes, "
+                "distribution=None. Set distribution='auto'."
             )
         return None
-    num_experts = None if config.moe is None else config.moe.num_experts
+    num_experts, dropless = _experts_of(config)
+    if dropless and name == "expert_parallel":
+        raise ValueError(
+            "Under 'expert_parallel' tokens travel in buffers of a fixed "
+            "capacity. Received: dropless experts. Set a capacity factor, or "
+            "use 'data_parallel'."
+        )
+    strategy = distribution.resolve(
+        name,
+        None if dropless else num_experts,
+        config.expert_shards,
+        config.shard_dense,
+    )
+    if hasattr(strategy, "num_replicas_in_sync") and config.accumulate > 1:
+        raise ValueError(
+            "Keras adds up gradients on one device of TensorFlow only. "
+            f"Received: accumulate={config.accumulate} with distribution="
+            f"{name!r}. Leave it out; more devices take larger batches."
+        )
+    if config.ema is not None and processes > 1:
+        raise ValueError(
+            "Keras keeps an average of the weights in one process only. "
+            f"Received: ema={config.ema} in {processes} processes. Leave it "
+            "out."
+        )
+    return strategy
+
+
+def _experts_of(config):
+    """How many experts a model will have, and whether they drop nothing."""
+    moe = config.moe
     if config.preset is not None:
         moe = find_preset(config.preset).moe
-        num_experts = None if moe is None else moe["num_experts"]
-    return distribution.resolve(
-        config.distribution, num_experts, config.expert_shards
-    )
+        moe = None if moe is None else models.MoEConfig.from_dict(moe)
+    if moe is None:
+        return None, False
+    factor = config.capacity_factor or moe.capacity_factor
+    return moe.num_experts, factor is None
 
 
-def _train(config, replicas):
+def _train(config, strategy):
     """A run, in the scope of what spreads it over the devices."""
+    replicas = distribution.num_replicas(strategy)
     info = data.info(config.dataset, config.data_dir)
     train_data, validation_data, test_data = datasets(config, info, replicas)
-    steps = len(train_data)
+    length = len(train_data)
+    distribution.check_agreement(
+        "data", steps=length, classes=list(info.class_names)
+    )
     model = make_model(config, info)
-    group = max((x.images_per_group or 1 for x in model.moe_layers), default=1)
-    processes = distribution.num_processes()
-    distribution.check_batch(config.batch_size, group, replicas, processes)
-    compile_model(model, config, steps)
+    check_batches(config, model, strategy)
+    steps, epochs = parts_of(config, length)
+    compile_model(model, config, steps * epochs)
     run_dir = open_run(config, info.class_names)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
     state = checkpoints.restore(model) or {"epoch": 0}
@@ -135,18 +176,20 @@ def _train(config, replicas):
     splits = (config.train_split, config.validation_split, config.test_split)
     splits = () if config.skip_corrupt else splits
     reads = (config.dataset, splits, config.data_dir)
-    if state["epoch"] < config.epochs:
+    if state["epoch"] < epochs:
         save = SaveCheckpoint(
             checkpoints, lambda: _to_lists(history.rows, routing.epochs)
         )
         verbose = 1 if sys.stdout.isatty() else 2
         with data.named_damage(*reads):
             model.fit(
-                batches(config, info, state["epoch"]),
+                _stream(
+                    config, info, state["epoch"] * steps, train_data, strategy
+                ),
                 steps_per_epoch=steps,
                 validation_data=validation_data,
                 initial_epoch=state["epoch"],
-                epochs=config.epochs,
+                epochs=epochs,
                 shuffle=False,  # The dataset shuffles itself.
                 verbose=verbose if first else 0,
                 callbacks=_callbacks(config, run_dir, routing, history, save),
@@ -172,14 +215,11 @@ def _callbacks(config, run_dir, routing, history, save):
     """The callbacks of a run, in their order."""
     ema = [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)]
     logs = run_dir / "tensorboard"
-    board = (
-        [
-            keras.callbacks.TensorBoard(logs, write_graph=False),
-            callbacks.RoutingTensorBoard(logs),
-        ]
-        if config.tensorboard and distribution.is_first_process()
-        else []
-    )
+    board = []
+    if config.tensorboard:
+        board.append(callbacks.RoutingTensorBoard(logs))
+        if distribution.is_first_process():
+            board.append(keras.callbacks.TensorBoard(logs, write_graph=False))
     return [
         callbacks.StopOnNonFiniteLoss(run_dir / "model.keras"),
         routing,
@@ -215,11 +255,13 @@ def datasets(config, info, replicas=1):
 def load(config, info, split, training, **options):
     """One of the run's datasets, or this process's part of it."""
     processes = distribution.num_processes()
-    batch_size = config.batch_size
+    batch_size, seed = config.batch_size, config.seed
     if processes > 1 and "shard" not in options:
         distribution.check_batch(batch_size, 1, 1, processes)
         batch_size //= processes
-        options["shard"] = (distribution.process_id(), processes)
+        index = distribution.process_id()
+        options["shard"] = (index, processes)
+        seed = seed_of_epoch(seed, index)  # Or all would crop alike.
     try:
         return data.load(
             config.dataset,
@@ -229,7 +271,7 @@ def load(config, info, split, training, **options):
             training,
             config.data_dir,
             num_classes=config.num_classes or info.num_classes,
-            seed=config.seed,
+            seed=seed,
             class_weights=config.class_weights if training else None,
             augmentation=config.augmentation,
             test_crop=config.test_crop,
@@ -242,18 +284,66 @@ def load(config, info, split, training, **options):
         raise ValueError(f"{error} (The setting is `{split}`.)") from error
 
 
-def batches(config, info, first_epoch):
+def check_batches(config, model, strategy):
+    """Raises unless each device gets whole groups of a batch."""
+    group = max((x.images_per_group or 1 for x in model.moe_layers), default=1)
+    replicas = distribution.num_replicas(strategy)
+    if replicas == 1:
+        return  # Where a last group may be a part of one.
+    processes = distribution.num_processes()
+    distribution.check_batch(config.batch_size, group, replicas, processes)
+
+
+def parts_of(config, length):
+    """Steps from checkpoint to checkpoint, and how many of these there are."""
+    parts = config.checkpoints_per_epoch
+    if parts > length:
+        raise ValueError(
+            "An epoch must have a step for each of its checkpoints. Received: "
+            f"checkpoints_per_epoch={parts} with {length} steps per epoch. "
+            "Choose a smaller number."
+        )
+    return length // parts, config.epochs * parts
+
+
+def batches(config, info, first_step, length):
     """Batches of one epoch after the other, without end.
 
     Each epoch is a dataset of its own, a function of the seed and of its
     number: what was read before does not matter.
+
+    Args:
+        config: A `TrainConfig`.
+        info: The dataset's `data.info`.
+        first_step: Steps of the run before the first of these batches.
+        length: Batches of an epoch.
+
+    Yields:
+        Pairs of NumPy arrays.
     """
+    first_epoch, done = divmod(first_step, length)
     for epoch in itertools.count(first_epoch):
         dataset = load(
             config, info, "train_split", True, epoch=epoch,
             one_hot=is_one_hot(config),
         )  # fmt: skip
-        yield from dataset.as_numpy_iterator()
+        yield from dataset.skip(done).as_numpy_iterator()
+        done = 0
+
+
+def _stream(config, info, first_step, example, strategy):
+    """What `fit` reads: batches, under tf.distribute of a known size.
+
+    (Keras forgets the size of a generator's batches, and a TPU needs it.)
+    """
+    length = len(example)
+    stream = functools.partial(batches, config, info, first_step, length)
+    if not hasattr(strategy, "num_replicas_in_sync"):
+        return stream()
+    tf = require("tensorflow", "tensorflow")
+    return tf.data.Dataset.from_generator(
+        stream, output_signature=example.element_spec
+    )
 
 
 def is_one_hot(config):
@@ -293,10 +383,15 @@ def make_model(config, info):
     return model
 
 
-def compile_model(model, config, steps_per_epoch):
-    """Compiles a model with the optimizer, loss and metrics of a run."""
-    # Keras counts steps, also those that only add up their gradients.
-    steps = max(1, config.epochs * steps_per_epoch)
+def compile_model(model, config, steps):
+    """Compiles a model with the optimizer, loss and metrics of a run.
+
+    Args:
+        model: A model.
+        config: A `TrainConfig`.
+        steps: Steps of the whole run; Keras counts also those that only add up
+            their gradients.
+    """
     schedule = optimizers.WarmUp(
         config.learning_rate,
         steps=steps,

@@ -5,6 +5,7 @@ import re
 import keras
 from keras import ops
 
+from keras_vmoe import distribution
 from keras_vmoe.routing.groups import is_number
 
 EXPERTS = "/experts/"
@@ -80,6 +81,12 @@ class DecayByKind:
                 super()._apply_weight_decay(group)
         finally:
             self.weight_decay = weight_decay
+
+    def _clip_gradients(self, grads):
+        if not (self.clipnorm or self.global_clipnorm or self.clipvalue):
+            return grads
+        # Under tf.distribute Keras would clip each replica's part for itself.
+        return distribution.of_sum(super()._clip_gradients, grads)
 
     def get_config(self):
         return {

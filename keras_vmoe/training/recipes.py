@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 
 from keras_vmoe.data import Augmentation
+from keras_vmoe.training.config import ViTConfig
 
 SWEET_SPOT = "Videau et al., 2024, arXiv:2411.18322, table of hyperparameters; "
 DEIT = "peak learning rate of DeiT III, arXiv:2204.07118, table of recipes"
@@ -58,10 +59,12 @@ class Recipe:
         label_smoothing: Share of the label that all classes get.
         test_crop: Share that the centre crop of evaluation keeps.
         decay_gates: Whether the routers' kernels are decayed.
+        decay_positions: Whether learned positions are decayed.
         clip_norm: Largest norm of the gradients.
         capacity_factor: Of the MoE layers; None leaves the model's.
         drop_path: By the name of the dense preset.
         training_images: Images of the dataset that the steps refer to.
+        is_convnext: Whether it is for ConvNeXts, and not for ViTs.
     """
 
     source: str
@@ -81,13 +84,29 @@ class Recipe:
     label_smoothing: float = 0.0
     test_crop: float | None = None
     decay_gates: bool = False
+    decay_positions: bool = False
     clip_norm: float | None = None
     capacity_factor: float | None = None
     drop_path: dict = dataclasses.field(default_factory=dict)
     training_images: int = IN1K_IMAGES
+    is_convnext: bool = False
+
+    def check_model(self, config):
+        """Raises unless a configuration's model is of the recipe's family."""
+        is_convnext = config.convnext is not None
+        if config.preset is not None:
+            is_convnext = config.preset.startswith("convnext")
+        if is_convnext != self.is_convnext:
+            kinds = ("a ViT", "a ConvNeXt")
+            raise ValueError(
+                f"This recipe is for {kinds[self.is_convnext]}. Received: "
+                f"{kinds[is_convnext]}. Name a preset of the family "
+                "(`keras-vmoe presets`), or set `convnext.dims` and "
+                "`convnext.depths` for a ConvNeXt."
+            )
 
     def settings(self, preset=None):
-        """The settings of a `TrainConfig`.
+        """The settings of a `TrainConfig`; the model is left to the user.
 
         Args:
             preset: Optional name of a preset, for what depends on the model.
@@ -105,13 +124,14 @@ class Recipe:
             "weight_decay", "schedule", "expert_weight_decay", "augmentation",
             "loss", "label_smoothing", "test_crop", "clip_norm",
             "decay_gates", "capacity_factor", "final_learning_rate",
-            "head_bias",
+            "head_bias", "decay_positions",
         )  # fmt: skip
         settings = {name: getattr(self, name) for name in names}
-        settings |= {"warmup": warmup, "decay_positions": False}
+        settings["warmup"] = warmup
         dense = (preset or "").partition("_e")[0]
         if dense in self.drop_path:
-            settings["model"] = {"drop_path": self.drop_path[dense]}
+            drop_path = self.drop_path[dense]
+            settings["model"] = ViTConfig(drop_path=drop_path)
         return settings
 
 
@@ -177,6 +197,7 @@ RECIPES = {
     "sweet_spot_vit_in21k": VIT_IN21K,
     "sweet_spot_convnext_in1k": Recipe(
         source=SWEET_SPOT + CONVNEXT,
+        is_convnext=True,
         epochs=300,
         batch_size=4096,
         optimizer="adamw",
@@ -193,6 +214,7 @@ RECIPES = {
     ),
     "sweet_spot_convnext_in21k": Recipe(
         source=SWEET_SPOT + CONVNEXT,
+        is_convnext=True,
         epochs=90,
         batch_size=4096,
         optimizer="adamw",
@@ -238,6 +260,7 @@ RECIPES = {
         source=SWEET_SPOT + "30 epochs; the rest is that of ConvNeXt's "
         "fine-tuning, arXiv:2201.03545, appendix A, without its decay of the "
         "learning rate by layer and its average of the weights",
+        is_convnext=True,
         epochs=30,
         batch_size=512,
         optimizer="adamw",
@@ -261,6 +284,7 @@ RECIPES = {
         warmup_epochs=5,
         augmentation=Augmentation(crop_padding=3),
         decay_gates=True,
+        decay_positions=True,
         training_images=1254,
     ),
     "cifar10_small": Recipe(

@@ -11,7 +11,8 @@ from keras_vmoe import distribution
 from keras_vmoe._extras import require
 from keras_vmoe.training.files import write_file
 
-CONFIG, RESULT = "config.yaml", "result.json"
+CONFIG, CLASSES = "config.yaml", "classes.json"
+RESULT = "result.json"
 # Settings that may differ when a run is resumed.
 FREE = (
     "run_dir",
@@ -20,6 +21,7 @@ FREE = (
     "tensorboard",
     "distribution",
     "expert_shards",
+    "shard_dense",
 )
 
 
@@ -38,10 +40,8 @@ def open_run(config, class_names):
         ValueError: If it holds a run of another configuration; the message
             lists what differs.
     """
-    run_dir = pathlib.Path(config.run_dir)
-    settings = settings_of(config)
-    if run_dir.exists() and not (run_dir.is_dir() and _is_empty(run_dir)):
-        _check_same(run_dir, settings)
+    check_run(config, class_names)
+    run_dir, settings = pathlib.Path(config.run_dir), settings_of(config)
     distribution.check_agreement("run folder", run_dir=config.run_dir)
     if not distribution.is_first_process():
         return run_dir  # All have checked, one writes.
@@ -49,8 +49,15 @@ def open_run(config, class_names):
     yaml = require("yaml", "cli")
     text = yaml.safe_dump(settings, sort_keys=False)
     write_file(run_dir / CONFIG, text)  # First: what a stopped run is known by.
-    write_file(run_dir / "classes.json", json.dumps(class_names))
+    write_file(run_dir / CLASSES, json.dumps(class_names))
     return run_dir
+
+
+def check_run(config, class_names):
+    """Raises what `open_run` raises, and writes nothing."""
+    run_dir = pathlib.Path(config.run_dir)
+    if run_dir.exists() and not (run_dir.is_dir() and _is_empty(run_dir)):
+        _check_same(run_dir, settings_of(config), class_names)
 
 
 def settings_of(config):
@@ -70,7 +77,7 @@ def write_result(run_dir, test):
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
 
 
-def _check_same(run_dir, settings):
+def _check_same(run_dir, settings, class_names):
     """Raises unless the folder holds a stopped run with these settings."""
     if (run_dir / RESULT).exists() or not (run_dir / CONFIG).exists():
         kind = (
@@ -84,8 +91,13 @@ def _check_same(run_dir, settings):
     if not any(run_dir.glob("checkpoints/*")):
         return  # It stopped before there was anything to resume.
     text = (run_dir / CONFIG).read_text()
-    there = _flat(require("yaml", "cli").safe_load(text))
-    here = _flat(settings)
+    there = require("yaml", "cli").safe_load(text) or {}
+    # The same folder of datasets may lie elsewhere, its classes stay.
+    there["classes"] = json.loads((run_dir / CLASSES).read_text())
+    there, here = (
+        _flat(there),
+        _flat({**settings, "classes": list(class_names)}),
+    )
     different = [
         f"{name}: {there.get(name)!r} there, {here.get(name)!r} here"
         for name in {**there, **here}

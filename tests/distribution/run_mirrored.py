@@ -14,6 +14,7 @@ from keras_vmoe import distribution
 from keras_vmoe import evaluation
 from keras_vmoe import layers
 from keras_vmoe import models
+from keras_vmoe.training import optimizers
 from keras_vmoe.training.callbacks import RoutingHistory
 
 FAMILY, DEVICES = sys.argv[1], int(sys.argv[2])
@@ -28,7 +29,7 @@ def make_model(noise_std=0.0):
         "capacity_factor": 1.0, "noise_std": noise_std,
         "importance_loss_weight": 1.0, "load_loss_weight": 1.0,
     }  # fmt: skip
-    if FAMILY == "vit":
+    if FAMILY.startswith("vit"):
         model = models.ViTMoE(
             image_size=8, patch_size=4, hidden_dim=16, num_layers=2,
             num_heads=2, mlp_dim=32, num_classes=4, moe=moe,
@@ -40,9 +41,12 @@ def make_model(noise_std=0.0):
         )  # fmt: skip
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     # Weights move by the gradients themselves.
-    model.compile(
-        keras.optimizers.SGD(0.1), loss, metrics=["accuracy"], jit_compile=False
-    )
+    optimizer = optimizers.SGD(0.1)
+    if FAMILY == "vit_clip":
+        optimizer = optimizers.AdamW(
+            1e-3, weight_decay=0.1, global_clipnorm=0.1
+        )
+    model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
     return model
 
 

@@ -66,7 +66,7 @@ def test_weight_decay_is_on_kernels_and_positions():
     )
     info = data.info("digits")
     model = loop.make_model(config, info)
-    loop.compile_model(model, config, 4)
+    loop.compile_model(model, config, 4 * config.epochs)
     decayed = [
         weight.path
         for weight in model.trainable_weights
@@ -168,9 +168,12 @@ def test_bad_settings_write_nothing(config, tmp_path, change, words):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (dict(batch_size=0), "`batch_size` must be positive. Received"),
-        (dict(epochs=-1), "`epochs` must be positive"),
+        (dict(batch_size=0), "`batch_size` must be an integer of at least 1"),
+        (dict(epochs=-1), "`epochs` must be an integer"),
         (dict(learning_rate=0.0), "`learning_rate` must be positive"),
+        (dict(optimizer="adam"), "`optimizer` must be one of .*lamb"),
+        (dict(freeze="router"), "`freeze` must be one of .*'backbone'"),
+        (dict(capacity_factor=-1.0), "`capacity_factor` must be positive"),
         (
             dict(weight_decay=-1.0),
             "`weight_decay` must be at least 0. Received",

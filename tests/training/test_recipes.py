@@ -18,7 +18,7 @@ from tests.training.small import history
 # The Sweet Spot paper's table of hyperparameters, column by column.
 COLUMNS = {
     "sweet_spot_vit_in1k": dict(
-        epochs=300, batch_size=2048, optimizer="lamb", schedule="cosine",
+        learning_rate=3e-3, epochs=300, batch_size=2048, optimizer="lamb", schedule="cosine",
         weight_decay=0.03, expert_weight_decay=0.06, warmup_epochs=5,
         label_smoothing=0.0, loss="bce", test_crop=1.0,
         drop_path={"vit_s16": 0.1, "vit_b16": 0.2},
@@ -27,7 +27,7 @@ COLUMNS = {
             mixup=0.8, cutmix=1.0),
     ),
     "sweet_spot_vit_in21k": dict(
-        epochs=90, batch_size=2048, optimizer="lamb", schedule="cosine",
+        learning_rate=3e-3, epochs=90, batch_size=2048, optimizer="lamb", schedule="cosine",
         weight_decay=0.02, expert_weight_decay=0.04, warmup_epochs=5,
         label_smoothing=0.1, loss="ce", test_crop=1.0,
         drop_path={"vit_s16": 0.0, "vit_b16": 0.1},
@@ -36,7 +36,7 @@ COLUMNS = {
             color_jitter=0.3, cutmix=1.0),
     ),
     "sweet_spot_convnext_in1k": dict(
-        epochs=300, optimizer="adamw", schedule="cosine", weight_decay=0.05,
+        learning_rate=4e-3, batch_size=4096, epochs=300, optimizer="adamw", schedule="cosine", weight_decay=0.05,
         expert_weight_decay=0.05, warmup_epochs=20, label_smoothing=0.1,
         loss="ce", test_crop=0.875,
         drop_path={"convnext_t": 0.1, "convnext_s": 0.3, "convnext_b": 0.6,
@@ -46,7 +46,7 @@ COLUMNS = {
             cutmix=1.0, erasing=0.25),
     ),
     "sweet_spot_convnext_in21k": dict(
-        epochs=90, optimizer="adamw", schedule="cosine", weight_decay=0.05,
+        learning_rate=4e-3, batch_size=4096, epochs=90, optimizer="adamw", schedule="cosine", weight_decay=0.05,
         expert_weight_decay=0.05, warmup_epochs=5, label_smoothing=0.1,
         loss="ce", test_crop=0.875,
         drop_path={"convnext_t": 0.0, "convnext_s": 0.0, "convnext_b": 0.1,
@@ -55,6 +55,9 @@ COLUMNS = {
             crop_area=(0.08, 1.0), flip=True, rand_augment=0.9,
             rand_augment_layers=2, cutmix=1.0),
     ),
+    "vmoe_b_in21k": dict(learning_rate=8e-4, clip_norm=None),
+    "vmoe_l32_in21k": dict(learning_rate=6e-4, clip_norm=None),
+    "vmoe_l16_in21k": dict(learning_rate=4e-4, clip_norm=None),
     "vmoe_s32_in21k": dict(
         optimizer="adamw", weight_decay=0.1, schedule="linear",
         warmup_steps=10_000, learning_rate=1e-3, batch_size=4096, epochs=300,
@@ -84,7 +87,11 @@ def test_settings_make_a_configuration(name):
     assert 0 <= config.warmup < 1
     for preset in recipe.drop_path:
         assert preset in PRESETS
-        drop_path = recipe.settings(f"{preset}_e8_last2")["model"]["drop_path"]
+        name = f"{preset}_e8_last2"
+        made = training.TrainConfig(**recipe.settings(name), preset=name)
+        assert made.model.drop_path == recipe.drop_path[preset]
+        recipe.check_model(made)
+        drop_path = recipe.settings(f"{preset}_e8_last2")["model"].drop_path
         assert drop_path == recipe.drop_path[preset]
 
 
@@ -109,14 +116,26 @@ def test_what_a_preset_adds():
     assert dense.image_size == 224 and not model.moe_layers
 
 
+def test_a_recipe_of_the_other_family():
+    recipe = RECIPES["sweet_spot_convnext_in1k"]
+    with pytest.raises(ValueError, match="is for a ConvNeXt. Received: a ViT"):
+        recipe.check_model(training.TrainConfig())
+    recipe.check_model(training.TrainConfig(convnext=training.ConvNeXtConfig()))
+
+
+# V-MoE's others differ from S/32's in numbers alone.
+SAME = ("vmoe_b_in21k", "vmoe_l32_in21k", "vmoe_l16_in21k", "vmoe_h14_in21k")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [name for name in COLUMNS if "h14" not in name]
-)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in SAME])
 def test_every_recipe_runs(name, tmp_path):
     """A few steps, on small images and with a small model."""
     settings = {**RECIPES[name].settings(), "batch_size": 8, "epochs": 2}
     settings["warmup"] = 0.5
+    if RECIPES[name].is_convnext:
+        settings["convnext"] = training.ConvNeXtConfig((1, 1), (8, 16))
+        settings["model"] = training.ViTConfig(image_size=8)
     config = dataclasses.replace(
         SMALL,
         **settings,

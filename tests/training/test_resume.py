@@ -98,6 +98,25 @@ def test_death_at_any_file(whole, number, tmp_path, cache, monkeypatch):
     assert_same(training.train(config), whole)
 
 
+def test_checkpoints_within_an_epoch(whole, tmp_path, cache):
+    """Steps and their images are those of whole epochs."""
+    config = config_of(tmp_path / "run", cache, checkpoints_per_epoch=2)
+    stop_after(config, 3)  # In the middle of the second epoch.
+    result = training.train(config)
+    rows = history(result.run_dir)
+    assert [row["epoch"] for row in rows] == [str(i) for i in range(1, 9)]
+    pairs = (x.model.trainable_weights for x in (result, whole))
+    for mine, theirs in zip(*pairs, strict=True):
+        mine, theirs = np.array(mine), np.array(theirs)
+        np.testing.assert_allclose(mine, theirs, atol=0 if EXACT else 1e-4)
+
+
+def test_more_checkpoints_than_steps(tmp_path, cache):
+    config = config_of(tmp_path / "run", cache, checkpoints_per_epoch=5)
+    with pytest.raises(ValueError, match="checkpoints_per_epoch=5 with 4"):
+        training.train(config)
+
+
 def test_a_truncated_checkpoint_falls_back(whole, tmp_path, cache):
     config = config_of(tmp_path / "run", cache)
     stop_after(config, 3)

@@ -78,7 +78,7 @@ def test_v_moes_first_bias_and_last_rate(config):
     config = dataclasses.replace(config, **changes)
     model = loop.make_model(config, data.info("digits"))
     assert (np.array(model.get_layer("head").bias) == -10).all()
-    loop.compile_model(model, config, 8)
+    loop.compile_model(model, config, 8 * config.epochs)
     rate = model.optimizer._learning_rate
     assert float(rate(8 * config.epochs)) == pytest.approx(1e-5)
 
@@ -89,7 +89,7 @@ def test_the_rate_falls_until_the_last_step(config, accumulate):
     changes = {"accumulate": accumulate, "epochs": 4, "ema": 0.9}
     config = dataclasses.replace(config, **changes)
     model = loop.make_model(config, data.info("digits"))
-    loop.compile_model(model, config, 8)
+    loop.compile_model(model, config, 8 * config.epochs)
     # As one update of the average with the momentum that was asked for.
     optimizer = model.optimizer
     assert optimizer.ema_momentum**accumulate == pytest.approx(0.9)
@@ -171,10 +171,25 @@ def test_weights_of_another_model_are_refused(result, config):
         training.train(changed)
 
 
-def test_a_description(config):
+def test_a_description(result, config):
     # A start from other weights changes no cost.
-    start = dataclasses.replace(config, init="somewhere.keras")
+    start = dataclasses.replace(config, init=str(result.run_dir))
     text = training.describe(start)
     assert "optimizer: adamw" in text and "million active per token" in text
     assert "steps: 4 per epoch, 8 in all, 4 of warm-up" in text
     assert "memory, estimated" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"init": "nowhere.keras"}, "must exist: a .keras file"),
+        ({"expert_shards": 2}, "need a distribution"),
+        ({"run_dir": "run"}, "a finished run"),
+    ],
+)
+def test_a_description_of_what_cannot_be(result, config, changes, words):
+    if "run_dir" in changes:
+        changes = {"run_dir": str(result.run_dir)}
+    with pytest.raises((OSError, ValueError), match=words):
+        training.describe(dataclasses.replace(config, **changes))
