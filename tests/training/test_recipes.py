@@ -18,7 +18,8 @@ from tests.training.small import history
 # The Sweet Spot paper's table of hyperparameters, column by column.
 COLUMNS = {
     "sweet_spot_vit_in1k": dict(
-        learning_rate=3e-3, epochs=300, batch_size=2048, optimizer="lamb", schedule="cosine",
+        learning_rate=3e-3,
+        epochs=300, batch_size=2048, optimizer="lamb", schedule="cosine",
         weight_decay=0.03, expert_weight_decay=0.06, warmup_epochs=5,
         label_smoothing=0.0, loss="bce", test_crop=1.0,
         drop_path={"vit_s16": 0.1, "vit_b16": 0.2},
@@ -27,7 +28,8 @@ COLUMNS = {
             mixup=0.8, cutmix=1.0),
     ),
     "sweet_spot_vit_in21k": dict(
-        learning_rate=3e-3, epochs=90, batch_size=2048, optimizer="lamb", schedule="cosine",
+        learning_rate=3e-3,
+        epochs=90, batch_size=2048, optimizer="lamb", schedule="cosine",
         weight_decay=0.02, expert_weight_decay=0.04, warmup_epochs=5,
         label_smoothing=0.1, loss="ce", test_crop=1.0,
         drop_path={"vit_s16": 0.0, "vit_b16": 0.1},
@@ -36,7 +38,8 @@ COLUMNS = {
             color_jitter=0.3, cutmix=1.0),
     ),
     "sweet_spot_convnext_in1k": dict(
-        learning_rate=4e-3, batch_size=4096, epochs=300, optimizer="adamw", schedule="cosine", weight_decay=0.05,
+        learning_rate=4e-3, batch_size=4096,
+        epochs=300, optimizer="adamw", schedule="cosine", weight_decay=0.05,
         expert_weight_decay=0.05, warmup_epochs=20, label_smoothing=0.1,
         loss="ce", test_crop=0.875,
         drop_path={"convnext_t": 0.1, "convnext_s": 0.3, "convnext_b": 0.6,
@@ -46,7 +49,8 @@ COLUMNS = {
             cutmix=1.0, erasing=0.25),
     ),
     "sweet_spot_convnext_in21k": dict(
-        learning_rate=4e-3, batch_size=4096, epochs=90, optimizer="adamw", schedule="cosine", weight_decay=0.05,
+        learning_rate=4e-3, batch_size=4096,
+        epochs=90, optimizer="adamw", schedule="cosine", weight_decay=0.05,
         expert_weight_decay=0.05, warmup_epochs=5, label_smoothing=0.1,
         loss="ce", test_crop=0.875,
         drop_path={"convnext_t": 0.0, "convnext_s": 0.0, "convnext_b": 0.1,
