@@ -18,7 +18,6 @@ from keras_vmoe import distribution
 from keras_vmoe import models
 from keras_vmoe.training.checkpointing import Checkpoints
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 IS_JAX = keras.backend.backend() == "jax"
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = """
@@ -102,7 +101,8 @@ def test_the_arithmetic_is_that_of_one_process(tmp_path):
 def test_a_process_dies_and_the_run_goes_on(tmp_path):
     """The other one stops with an error; fewer devices end the run."""
     run_dir = tmp_path / "run"
-    first, second = train_on_two(run_dir, "--epochs", "30")
+    board = ["--tensorboard", "true"]
+    first, second = train_on_two(run_dir, "--epochs", "30", *board)
     checkpoints = Checkpoints(run_dir / "checkpoints")
     while not checkpoints.epochs() and first.poll() is None:
         time.sleep(0.05)
@@ -122,6 +122,52 @@ def test_a_process_dies_and_the_run_goes_on(tmp_path):
     mine, theirs = (models.load(x / "model.keras") for x in (run_dir, copy))
     for a, b in zip(mine.weights, theirs.weights, strict=True):
         np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not IS_JAX, reason="others refuse, see below")
+def test_the_first_process_dies(tmp_path):
+    """The one that all others talk to."""
+    run_dir = tmp_path / "run"
+    first, second = train_on_two(run_dir, "--epochs", "100")
+    while not (run_dir / "history.csv").exists() and first.poll() is None:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    second.wait(timeout=100)
+    assert second.returncode != 0
+
+
+ONE_FAILS = """
+import sys
+from keras_vmoe import cli, distribution, training
+def train(config):
+    if distribution.process_id() == 1:
+        raise ValueError("only here")
+    distribution.check_agreement("nothing", number=1)
+training.train = train
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not IS_JAX, reason="others refuse, see below")
+def test_an_error_in_one_process_ends_all(tmp_path):
+    (tmp_path / "fails.py").write_text(ONE_FAILS)
+    flags = ["--job_addresses", free_address(), "--num_processes", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "fails.py", "train", *flags, "--process_id", i],
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for i in "01"
+    ]
+    errors = [process.communicate(timeout=150)[1] for process in processes]
+    assert all(process.returncode for process in processes)
+    assert "keras-vmoe: error: only here" in errors[1]
 
 
 @pytest.mark.slow
