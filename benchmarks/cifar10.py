@@ -10,6 +10,7 @@ Training time is CPU time, which other work on the machine changes little.
 """
 
 import argparse
+import csv
 import json
 import pathlib
 import subprocess
@@ -74,6 +75,38 @@ def main():
                 if arguments.save:
                     interleaved.write(RESULTS, rows, ("backend", "family"))
         table(family, rows)
+    if arguments.save:
+        plot()
+
+
+def plot():
+    """Draws the kept rows: training accuracy by epoch, test accuracy."""
+    from matplotlib.figure import Figure
+
+    with open(RESULTS, newline="") as file:
+        rows = list(csv.DictReader(file))
+    families = sorted({row["family"] for row in rows}, reverse=True)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    panels = figure.subplots(1, len(families), squeeze=False)[0]
+    for panel, family in zip(panels, families, strict=True):
+        for color, variant in enumerate(VARIANTS):
+            mine = [
+                row
+                for row in rows
+                if (row["family"], row["model"]) == (family, variant)
+            ]
+            style = {"color": f"C{color}", "alpha": 0.7}
+            for i, row in enumerate(mine):
+                curve = [float(x) for x in row["train_accuracy"].split()]
+                epochs = range(1, len(curve) + 1)
+                label = None if i else variant
+                panel.plot(epochs, curve, label=label, **style)
+                test = float(row["test_accuracy"])
+                panel.plot(len(curve) + 0.3, test, "o", **style)
+        panel.set(title=family, xlabel="epoch", ylabel="accuracy")
+        panel.grid(alpha=0.3)
+        panel.legend(title="training; dots: test")
+    figure.savefig(RESULTS.with_suffix(".png"), dpi=110)
 
 
 def child(family, variant, seed):

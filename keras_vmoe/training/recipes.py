@@ -288,14 +288,16 @@ RECIPES = {
         training_images=1254,
     ),
     "cifar10_small": Recipe(
-        source="a starting point for small machines, not tuned",
+        source="what benchmarks/cifar10.py runs, for more epochs; the rate was "
+        "chosen on train[90%:] (2e-3 against 4e-3), the rest was not tuned",
         epochs=20,
-        batch_size=128,
+        batch_size=64,
         optimizer="adamw",
         learning_rate=2e-3,
         weight_decay=0.1,
         warmup_epochs=2,
         augmentation=Augmentation(crop_padding=4, flip=True),
+        clip_norm=1.0,
         training_images=50_000,
     ),
 }
