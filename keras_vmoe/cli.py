@@ -7,7 +7,6 @@ import os
 import pathlib
 import sys
 import traceback
-import warnings
 
 import keras
 
@@ -133,20 +132,21 @@ def evaluate(settings, arguments):
     classes = model.output_shape[-1]
     info = data.info(settings.dataset, settings.data_dir)
     known = info.num_classes
-    given = names != _numbers(classes)
-    if given and info.class_names and list(info.class_names) != names:
-        warnings.warn(
-            f"The classes of {settings.dataset!r} have other names than those "
-            "that the model was trained on: the accuracy means something only "
-            "if they are the same classes in the same order.",
-            stacklevel=2,
-        )
     if known not in (None, classes):
         raise ValueError(
             "The model must know the classes of the dataset. "
             f"Received: a model of {classes} classes for the {known} of "
             f"{settings.dataset!r}. Train its head on them: keras-vmoe train "
             f"--init {settings.model} --freeze backbone."
+        )
+    given = names != _numbers(classes)
+    if given and info.class_names and list(info.class_names) != names:
+        print(
+            f"keras-vmoe: warning: the classes of {settings.dataset!r} have "
+            "other names than those that the model was trained on: the "
+            "accuracy means something only if they are the same classes in "
+            "the same order.",
+            file=sys.stderr,
         )
     test_crop = settings.test_crop
     if test_crop is None:

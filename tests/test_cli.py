@@ -369,3 +369,4 @@ def test_evaluate_names_or_skips_a_damaged_image(trained, tmp_path):
         skip = "--skip-corrupt=true"
         done = run("evaluate", trained[0], "image_folder", data_dir, skip)
     assert done.returncode == 0 and "cross-entropy" in done.stdout
+    assert "warning: the classes of 'image_folder' have" in done.stderr
