@@ -6,7 +6,9 @@ import warnings
 import keras
 
 from keras_vmoe import layers
-from keras_vmoe.models.base import MoEModel
+from keras_vmoe.models.cloning import clone_around
+from keras_vmoe.models.cloning import is_graph
+from keras_vmoe.models.cloning import share_parts
 
 WHOLE_BATCH = "batch"
 DROPLESS = "dropless"
@@ -74,13 +76,17 @@ def set_routing(
     _check_dials(router, images_per_group)
     if router.get("capacity_factor") == DROPLESS:
         router["capacity_factor"] = None
-    if not _is_graph(model) or not model.built:
+    if not is_graph(model) or not model.built:
         raise ValueError(
             "`model` must be a built functional or sequential Keras model, "
             f"whose layers can be replaced. Received: model={model!r}. Build "
             "it from `keras.Input`, or set the routers' arguments."
         )
-    clone = _changed_model(model, router, images_per_group)
+    clone = clone_around(
+        model,
+        lambda layer: _with_routing(layer, router, images_per_group),
+        lambda moe: _changed_config(moe, router, images_per_group),
+    )
     if not any(isinstance(x, layers.MoEMLP) for x in clone._flatten_layers()):
         raise ValueError(
             "The model must have MoE layers. Received: model="
@@ -105,52 +111,6 @@ def _check_dials(router, images_per_group):
             f"{WHOLE_BATCH!r}. Received: images_per_group="
             f"{images_per_group!r}. V-MoE has 8."
         )
-
-
-def _is_graph(model):
-    """Whether the layers of this layer can be replaced."""
-    if isinstance(model, keras.Sequential):
-        return True
-    return isinstance(model, keras.Model) and hasattr(model, "operations")
-
-
-def _changed_model(model, router, images_per_group):
-    """The model, nested ones included, on new layers around its variables."""
-
-    def change(layer):
-        if isinstance(layer, layers.MoEMLP):
-            return _with_routing(layer, router, images_per_group)
-        if _is_graph(layer):
-            return _changed_model(layer, router, images_per_group)
-        return _alias(layer)
-
-    clone = keras.models.clone_model(model, clone_function=change)
-    if isinstance(model, MoEModel):
-        clone = model.with_graph(clone.input, clone.output)
-        if model.moe is not None:
-            clone.moe = _changed_config(model.moe, router, images_per_group)
-    return clone
-
-
-def _alias(layer):
-    """A layer of the same variables and sublayers, to stand in another graph.
-
-    A layer that is called a second time has two outputs, and features of the
-    new model could no longer be taken by name. A copy by `from_config` would
-    fill memory with weights of its own first.
-    """
-    is_layer = isinstance(layer, keras.layers.Layer)  # Not an operation.
-    inner = layer._flatten_layers(include_self=False) if is_layer else ()
-    if any(isinstance(x, layers.MoEMLP) for x in inner):
-        raise ValueError(
-            "MoE layers must stand in the graph of a functional model. "
-            f"Received: {layer.name!r}, a {type(layer).__name__} that holds "
-            "one. Call it on the tensors themselves."
-        )
-    alias = object.__new__(type(layer))
-    alias.__dict__.update(vars(layer))
-    alias.__dict__.update(_inbound_nodes=[], _outbound_nodes=[])
-    return alias
 
 
 def _compile_alike(clone, model):
@@ -178,10 +138,10 @@ def _with_routing(layer, settings, images_per_group):
             )
         config["images_per_group"] = _images(images_per_group)
     new = type(layer).from_config(config)
-    _share_parts(router, layer.router)
+    share_parts(router, layer.router)
     if isinstance(router.gate, keras.layers.Layer):
         router.gate = router.gate_layer
-    _share_parts(new, layer)
+    share_parts(new, layer)
     new.build(layer.get_build_config()["input_shape"])
     return new
 
@@ -197,14 +157,6 @@ def _changed_router(router, settings, layer):
                 f"Received: {name}={value!r}. Leave it out."
             )
     return type(router).from_config({**config, **settings})
-
-
-def _share_parts(new, old):
-    """Gives a layer the sublayers of another, and so their weights."""
-    for name in old.parts:
-        if isinstance(getattr(new, name), keras.layers.Layer):
-            new._tracker.untrack(getattr(new, name))
-        setattr(new, name, getattr(old, name))
 
 
 def _changed_config(moe, settings, images_per_group):

@@ -2,6 +2,8 @@
 
 from keras import ops
 
+LOWEST = -6e4  # In every float type above -inf, which marks the taken ones.
+
 
 def select_experts(gates, num_selected_experts, scores=None):
     """The K best experts of every token and their gates.
@@ -25,14 +27,20 @@ def select_experts(gates, num_selected_experts, scores=None):
     >>> keras.ops.convert_to_numpy(experts).tolist()
     [[[1, 2]]]
     """
-    indices = ops.arange(gates.shape[-1], dtype="int32")
+    num_experts = gates.shape[-1]
+    indices = ops.arange(num_experts, dtype="int32")
     # Not `ops.top_k`: exported from JAX, TensorFlow cannot run it, and with a
     # sharded batch it gathers the scores of all devices. For the few experts
-    # that a token selects, repeated argmax costs the same.
+    # that a token selects, repeated maxima cost the same. Nor `ops.argmax`,
+    # which Keras on TensorFlow makes of bits that ONNX does not know.
     remaining = ops.stop_gradient(gates if scores is None else scores)
+    # NaN is equal to nothing; this way it has K experts of its own, too.
+    remaining = ops.where(ops.isnan(remaining), LOWEST, remaining)
     experts, values = [], []
     for _ in range(num_selected_experts):
-        expert = ops.cast(ops.argmax(remaining, axis=-1), "int32")
+        best = ops.max(remaining, axis=-1, keepdims=True)
+        expert = ops.where(remaining == best, indices, num_experts)
+        expert = ops.min(expert, axis=-1)
         chosen = ops.expand_dims(expert, -1) == indices  # (G, S, E)
         experts.append(expert)
         values.append(
