@@ -4,6 +4,7 @@ from keras_vmoe import checkpoints
 from keras_vmoe import data
 from keras_vmoe import distribution
 from keras_vmoe import evaluation
+from keras_vmoe import export
 from keras_vmoe import inspection
 from keras_vmoe import layers
 from keras_vmoe import losses
@@ -18,6 +19,7 @@ __all__ = [
     "data",
     "distribution",
     "evaluation",
+    "export",
     "inspection",
     "layers",
     "losses",

@@ -1,0 +1,60 @@
+"""The model card: what an exported folder says of itself."""
+
+import dataclasses
+import json
+import platform
+
+import keras
+
+from keras_vmoe import models
+from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.export.served import CARD
+from keras_vmoe.export.variants import routed
+from keras_vmoe.version import __version__
+
+
+def write_card(folder, model, settings):
+    """Writes `model_card.json`, and the names of the classes beside it.
+
+    Args:
+        folder: `pathlib.Path` of a version.
+        model: The model, under its own routing.
+        settings: `ServedSettings`.
+    """
+    path = folder / CARD
+    path.parent.mkdir(exist_ok=True)
+    card = make_card(model, settings)
+    path.write_text(json.dumps(card, indent=2) + "\n")
+    if settings.class_names is not None:
+        names = path.with_name("labels.txt")
+        names.write_text("".join(f"{x}\n" for x in settings.class_names))
+
+
+def make_card(model, settings):
+    """The model card as a dict that JSON takes."""
+    costs = {}
+    for name, signature in settings.signatures.items():
+        cost = models.cost(routed(model, signature.routing))
+        costs[name] = {
+            **dataclasses.asdict(signature),
+            "multiply_adds_per_image": cost.flops,
+            "active_params": cost.active_params,
+        }
+    return {
+        "name": model.name,
+        "model": type(model).__name__,
+        **settings.card,
+        "params": model.count_params(),
+        "image_size": list(model.input_shape[1:3]),
+        "num_classes": getattr(model, "num_classes", model.output_shape[-1]),
+        "preprocessing": dataclasses.asdict(settings.preprocessing),
+        "max_batch_size": settings.max_batch_size,
+        "quantize_experts": settings.quantize_experts,
+        "signatures": costs,
+        "versions": {
+            "keras_vmoe": __version__,
+            "keras": keras.__version__,
+            "tensorflow": import_tensorflow().__version__,
+            "python": platform.python_version(),
+        },
+    }

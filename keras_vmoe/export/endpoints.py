@@ -1,0 +1,230 @@
+"""The functions of a SavedModel: guards, decoding, model, answers.
+
+Runs under the TensorFlow backend, in the process of the export.
+
+Axes: B images in the batch, H and W height and width in pixels.
+"""
+
+from keras_vmoe.data.images import center_crop
+from keras_vmoe.data.images import to_rgb
+from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.export.variants import answering
+from keras_vmoe.export.variants import has_classes
+from keras_vmoe.export.variants import routed
+
+INPUT_NAMES = {
+    "float": "images",
+    "uint8": "images",
+    "encoded": "image_bytes",
+}
+UNKNOWN = -1  # The class of an image without a finite answer.
+
+
+def make_endpoints(model, settings):
+    """One traced function for each signature.
+
+    All share the variables of the model, and those of the same routing share
+    one copy of its graph.
+
+    Args:
+        model: A model; see `saved_model`.
+        settings: `ServedSettings`.
+
+    Returns:
+        Dict from name to `tf.ConcreteFunction`.
+    """
+    tf = import_tensorflow()
+    shape = model.input_shape[1:]
+    answer = _answer(settings.class_names)
+    cores, endpoints = {}, {}
+    for name, signature in settings.signatures.items():
+        dials = signature.routing
+        key = tuple(dials.items())
+        if key not in cores:
+            cores[key] = traced_model(routed(model, dials))
+        features = signature.features or not has_classes(model)
+        endpoint = _endpoint(
+            _reader(signature.input, shape, settings),
+            cores[key],
+            _features if features else answer,
+        )
+        endpoints[name] = tf.function(
+            endpoint, autograph=False
+        ).get_concrete_function(input_spec(signature.input, shape))
+    return endpoints
+
+
+def input_spec(kind, shape):
+    """The `tf.TensorSpec` of a signature's input.
+
+    Args:
+        kind: `Signature.input`.
+        shape: `(H, W, 3)`.
+    """
+    tf = import_tensorflow()
+    name = INPUT_NAMES[kind]
+    if kind == "encoded":
+        return tf.TensorSpec((None,), tf.string, name)
+    dtype = tf.uint8 if kind == "uint8" else tf.float32
+    return tf.TensorSpec((None, *shape), dtype, name)
+
+
+def traced_model(model):
+    """A function from images to the dict of what the model says of them."""
+    tf = import_tensorflow()
+    model = answering(model)
+
+    def call(images):
+        return model(images, training=False)
+
+    spec = tf.TensorSpec((None, *model.input_shape[1:]), tf.float32)
+    return tf.function(call, input_signature=[spec], autograph=False)
+
+
+def _endpoint(read, core, answer):
+    def endpoint(inputs):
+        return answer(core(read(inputs)))
+
+    return endpoint
+
+
+def _reader(kind, shape, settings):
+    """A function from what a request holds to the model's input."""
+    tf = import_tensorflow()
+    spec = input_spec(kind, shape)
+
+    def read(inputs):
+        # First of all: a wrong rank would abort the process in a kernel.
+        inputs = tf.ensure_shape(inputs, spec.shape)
+        inputs = _limited(inputs, settings.max_batch_size)
+        if kind == "float":
+            return inputs
+        if kind == "uint8":
+            pixels = tf.cast(inputs, tf.float32)
+            return normalized(pixels, settings.preprocessing)
+        decoded = tf.TensorSpec(shape, tf.float32)
+        pixels = tf.map_fn(
+            lambda content: decoded_or_nan(
+                content, shape[:2], settings.preprocessing
+            ),
+            inputs,
+            fn_output_signature=decoded,
+        )
+        return normalized(pixels, settings.preprocessing)
+
+    return read
+
+
+def _limited(inputs, max_batch_size):
+    """The inputs, or an error where they are too many."""
+    tf = import_tensorflow()
+    count = tf.shape(inputs)[0]
+    check = tf.debugging.Assert(
+        count <= max_batch_size,
+        [
+            f"A request must hold at most {max_batch_size} images. Received:",
+            count,
+        ],
+    )
+    with tf.control_dependencies([check]):
+        return tf.identity(inputs)
+
+
+def normalized(pixels, preprocessing):
+    """Pixels on the scale of 0 to 255 as the model's input.
+
+    Args:
+        pixels: `(B, H, W, 3)` float32 tensor.
+        preprocessing: A `Preprocessing`.
+    """
+    tf = import_tensorflow()
+    mean = tf.constant(preprocessing.mean, tf.float32)
+    std = tf.constant(preprocessing.std, tf.float32)
+    # In this order, and so to the last bit as `data.normalize`.
+    return pixels / std - mean / std
+
+
+def decoded_or_nan(content, size, preprocessing):
+    """The pixels of an encoded image; NaN where it cannot be decoded.
+
+    A damaged file must not fail the request: a server may have put other
+    people's images into the same batch.
+
+    Args:
+        content: Scalar string tensor, a JPEG or PNG file.
+        size: `(H, W)`.
+        preprocessing: A `Preprocessing`.
+
+    Returns:
+        `(H, W, 3)` float32 tensor on the scale of 0 to 255.
+    """
+    tf = import_tensorflow()
+
+    def decode(content):
+        limit = preprocessing.max_pixels
+        with tf.control_dependencies([_check_pixels(content, limit)]):
+            content = tf.identity(content)
+        image = tf.io.decode_image(content, 3, expand_animations=False)
+        image = tf.ensure_shape(image, (None, None, 3))
+        if preprocessing.test_crop is not None:
+            image = center_crop(image, size, preprocessing.test_crop)
+        return tf.cast(to_rgb(image, size), tf.float32)
+
+    one = tf.data.Dataset.from_tensors(content)
+    one = one.map(decode).ignore_errors()
+    nan = tf.data.Dataset.from_tensors(tf.fill((*size, 3), float("nan")))
+    return one.concatenate(nan).take(1).get_single_element()
+
+
+def _check_pixels(content, limit):
+    """Fails unless this begins like a JPEG or PNG of at most so many pixels.
+
+    Read from the file's head: a few bytes can ask for gigabytes of pixels.
+    """
+    tf = import_tensorflow()
+
+    def of_jpeg():
+        return tf.cast(tf.image.extract_jpeg_shape(content), tf.int64)[:2]
+
+    def of_png():
+        head = tf.io.decode_raw(tf.strings.substr(content, 16, 8), tf.uint8)
+        numbers = tf.reshape(tf.cast(head, tf.int64), (2, 4))
+        return tf.reduce_sum(numbers * [2**24, 2**16, 2**8, 1], axis=-1)
+
+    is_png = tf.equal(tf.strings.substr(content, 0, 8), b"\x89PNG\r\n\x1a\n")
+    is_known = tf.io.is_jpeg(content) | is_png
+    sides = tf.cond(is_png, of_png, of_jpeg)
+    fits = tf.reduce_prod(sides) <= limit
+    return tf.debugging.Assert(
+        is_known & fits,
+        ["Expected a JPEG or PNG of at most", limit, "pixels."],
+    )
+
+
+def _features(core):
+    return {"features": core["features"]}
+
+
+def _answer(class_names):
+    """A function from the model's dict to the answer of a request."""
+    tf = import_tensorflow()
+
+    @tf.function(autograph=False)
+    def answer(logits):
+        finite = tf.reduce_all(tf.math.is_finite(logits), axis=-1)
+        best = tf.argmax(logits, axis=-1)
+        unknown = tf.cast(UNKNOWN, best.dtype)
+        found = tf.where(finite, best, unknown)
+        outputs = {
+            "logits": logits,
+            "probabilities": tf.nn.softmax(logits),
+            "class_id": found,
+        }
+        if class_names is not None:
+            # The name of no class stands last.
+            names = tf.constant([*class_names, ""])
+            place = tf.where(finite, best, len(class_names))
+            outputs["class_name"] = tf.gather(names, place)
+        return outputs
+
+    return lambda core: answer(core["logits"])

@@ -1,0 +1,45 @@
+"""Names that appear when what they name is whole."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+
+
+@contextlib.contextmanager
+def new_path(parent, name):
+    """A path to write to, which gets its name when all went well.
+
+    Args:
+        parent: `pathlib.Path`; made if there is none.
+        name: Name in it, which must not exist.
+
+    Yields:
+        `pathlib.Path` of a file or folder to make.
+
+    Raises:
+        FileExistsError: If the name exists.
+        OSError: If nothing can be written there.
+    """
+    final = parent / name
+    if final.exists():
+        raise FileExistsError(
+            "An export overwrites nothing. Received: "
+            f"{str(final)!r}, which exists. Choose another version or name."
+        )
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(
+            tempfile.mkdtemp(dir=parent, prefix=f".{name}.", suffix=".partial")
+        )
+    except OSError as error:
+        raise OSError(
+            "The folder must be one that can be written to. Received: "
+            f"{str(parent)!r} ({error.strerror}). Choose another one."
+        ) from error
+    try:
+        yield partial / name
+        os.rename(partial / name, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

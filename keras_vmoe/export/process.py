@@ -1,0 +1,123 @@
+"""Exports run under the TensorFlow backend: here, or in a process of its own.
+
+    python -m keras_vmoe.export.process FORMAT MODEL SETTINGS OUT
+
+is that process.
+"""
+
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import warnings
+
+import keras
+
+from keras_vmoe import models
+from keras_vmoe._extras import require
+
+# Where a format is written: a module of this room, its settings and function.
+FORMATS = {
+    "saved_model": ("saved_model", "ServedSettings", "write_version"),
+    "onnx": ("onnx", "ConvertSettings", "write_onnx"),
+    "litert": ("litert", "ConvertSettings", "write_litert"),
+}
+ERRORS = {error.__name__: error for error in (ValueError, OSError, ImportError)}
+
+
+def write(format, model, settings, path):
+    """Writes a model in another format.
+
+    Args:
+        format: One of `FORMATS`.
+        model: A Keras model that is not compiled.
+        settings: What the format's function takes, with `to_json`.
+        path: `pathlib.Path` that does not exist.
+
+    Raises:
+        ValueError: If the model cannot be built under TensorFlow.
+        OSError: If the disk is full.
+    """
+    require("tensorflow", "tensorflow")
+    if keras.backend.backend() == "tensorflow":
+        _writer(format)(model, settings, path)
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        folder = pathlib.Path(folder)
+        models.save(model, folder / "model.keras")
+        (folder / "settings.json").write_text(settings.to_json())
+        files = (folder / "model.keras", folder / "settings.json", path)
+        _run_process([format, *map(str, files)])
+
+
+def _run_process(arguments):
+    """Runs `main` under the TensorFlow backend, and raises its errors here."""
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": "tensorflow",
+        "CUDA_VISIBLE_DEVICES": "-1",  # They belong to this process.
+        "PYTHONPATH": os.pathsep.join(x or os.getcwd() for x in sys.path),
+    }
+    command = [sys.executable, "-m", "keras_vmoe.export.process", *arguments]
+    done = subprocess.run(  # noqa: S603
+        command, env=environment, capture_output=True, text=True
+    )
+    if done.returncode == 0:
+        return
+    lines = done.stdout.strip().splitlines()
+    try:
+        error = json.loads(lines[-1])
+    except (IndexError, ValueError):
+        raise RuntimeError(
+            "The export under TensorFlow must end well. Received: exit status "
+            f"{done.returncode} and this:\n{done.stderr[-2000:]}"
+        ) from None
+    raise ERRORS[error["kind"]](error["message"])
+
+
+def _writer(format):
+    module, _, function = FORMATS[format]
+    module = importlib.import_module(f"keras_vmoe.export.{module}")
+    return getattr(module, function)
+
+
+def _settings(format, text):
+    kind = FORMATS[format][1]
+    module = importlib.import_module("keras_vmoe.export.settings")
+    return getattr(module, kind).from_json(text)
+
+
+def main(arguments):
+    """The process: prints an error as one line of JSON."""
+    format, model, settings, path = arguments
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            settings = _settings(format, pathlib.Path(settings).read_text())
+            _writer(format)(_load(model), settings, pathlib.Path(path))
+    except tuple(ERRORS.values()) as error:
+        kinds = (kind for kind in ERRORS if isinstance(error, ERRORS[kind]))
+        print(json.dumps({"kind": next(kinds), "message": str(error)}))
+        return 1
+    return 0
+
+
+def _load(path):
+    """The model, under TensorFlow."""
+    try:
+        return models.load(path, compile=False)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ValueError(
+            "The model must load under the TensorFlow backend in a new "
+            f"process. Received: {error} Put layers of your own into a module "
+            "that can be imported (not the script itself), register them by "
+            "keras.saving.register_keras_serializable, and use keras.ops in "
+            "them."
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,203 @@
+"""`saved_model`: a folder that TF Serving loads."""
+
+import pathlib
+
+from keras_vmoe._extras import require
+from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.export import process
+from keras_vmoe.export.files import new_path
+from keras_vmoe.export.quantization import KINDS
+from keras_vmoe.export.settings import Preprocessing
+from keras_vmoe.export.settings import ServedSettings
+from keras_vmoe.export.settings import check_choice
+from keras_vmoe.export.settings import check_names
+from keras_vmoe.export.settings import make_signatures
+from keras_vmoe.export.variants import check_model
+from keras_vmoe.export.variants import default_dials
+from keras_vmoe.export.variants import has_classes
+from keras_vmoe.export.variants import head_of
+from keras_vmoe.export.variants import routed
+from keras_vmoe.export.variants import with_small_experts
+from keras_vmoe.models.cloning import clone_around
+from keras_vmoe.routing.groups import check_sizes
+
+WARMUP_BATCHES = (1, 8)
+
+
+def saved_model(
+    model,
+    directory,
+    version=1,
+    signatures=None,
+    images_per_group=1,
+    capacity_factor=None,
+    warmup=True,
+    preprocessing=None,
+    *,
+    class_names=None,
+    max_batch_size=1024,
+    quantize_experts=None,
+    card=None,
+):
+    """Exports a model as a SavedModel for TF Serving.
+
+    Writes `directory/<version>/`, whole or not at all, from every backend; TF
+    Serving is given `directory`. Weights are stored once, whatever the number
+    of signatures, and `saved_model.pb` grows with each routing. These are
+    always there:
+
+    - `serving_default`: `images` `(B, H, W, 3)` float32, normalised as in
+      training.
+    - `serve_images`: `images` `(B, H, W, 3)` uint8.
+    - `serve_jpeg`: `image_bytes` `(B,)`, JPEG or PNG files, decoded and resized
+      as in evaluation.
+    - `features`: `images` as `serving_default`; gives `features` `(B, D)`.
+
+    The others give `logits` and `probabilities` `(B, classes)`, `class_id`
+    `(B,)` int64 and, with `class_names`, `class_name` `(B,)`. An image whose
+    logits are not finite, as one with a NaN or a file that cannot be decoded,
+    has the class -1 and the name "". A model without a head has features only.
+
+    By default every image is a routing group of its own: its answer does not
+    depend on the images that share its batch. With larger groups it does, and
+    whoever sends a batch mate can change it ([Hayes et al.,
+    2024](https://arxiv.org/abs/2402.05526)).
+
+    Args:
+        model: A functional or sequential Keras model from `(B, H, W, 3)` to
+            logits.
+        directory: Folder of the versions; made if there is none.
+        version: Integer of at least 1. An existing version is never touched.
+        signatures: Further positions of the routing dial: a dict from name to
+            a dict of `Signature`'s attributes, such as `{"fast":
+            dict(capacity_factor=0.5, batch_priority=True), "accurate":
+            dict(num_selected_experts=3, input="encoded")}`.
+        images_per_group: Images that are routed together, or "batch".
+        capacity_factor: Room of the experts while serving, or "dropless"; None
+            means that of the model.
+        warmup: Whether to write warm-up requests, for batches of 1 and 8; or
+            their batch sizes.
+        preprocessing: A `Preprocessing`; None means that of this package.
+        class_names: Optional name for each class.
+        max_batch_size: Larger requests are refused.
+        quantize_experts: `"int8"` or `"float16"` kernels of the experts; None
+            keeps them.
+        card: Optional dict for the model card, such as `{"test_accuracy":
+            0.98, "preset": "vit_s16_e8_last2"}`.
+
+    Returns:
+        `pathlib.Path` of the version's folder.
+
+    Raises:
+        ValueError: If the model, a signature or another argument does not fit,
+            before anything is written.
+        FileExistsError: If the version exists.
+        OSError: If the folder cannot be written.
+        ImportError: If the extra `serving` is not installed.
+
+    Example:
+
+    >>> path = saved_model(model, "served", signatures={
+    ...     "fast": dict(capacity_factor=0.5, batch_priority=True),
+    ... })  # doctest: +SKIP
+    """
+    check_model(model)
+    check_sizes(version=version, max_batch_size=max_batch_size)
+    check_choice("quantize_experts", quantize_experts, KINDS)
+    batches = _warmup_batches(warmup, max_batch_size)
+    model = clone_around(model)
+    settings = ServedSettings(
+        signatures=_signatures(
+            model, signatures, images_per_group, capacity_factor
+        ),
+        preprocessing=preprocessing or Preprocessing(),
+        max_batch_size=max_batch_size,
+        warmup_batches=batches,
+        class_names=check_names(class_names, model.output_shape[-1]),
+        quantize_experts=quantize_experts,
+        card=dict(card or {}),
+    )
+    require("tensorflow", "serving")
+    if batches:
+        require("tensorflow_serving", "serving")
+    with new_path(pathlib.Path(directory), str(int(version))) as folder:
+        process.write("saved_model", model, settings, folder)
+    return pathlib.Path(directory, str(int(version)))
+
+
+def _warmup_batches(warmup, max_batch_size):
+    """Batch sizes of the warm-up requests, checked."""
+    if isinstance(warmup, bool):
+        return WARMUP_BATCHES if warmup else ()
+    batches = tuple(warmup)
+    for batch in batches:
+        check_sizes(warmup=batch)
+        if batch > max_batch_size:
+            raise ValueError(
+                "Warm-up requests must not be refused. Received: a batch of "
+                f"{batch} with max_batch_size={max_batch_size}. Warm up with "
+                "smaller batches."
+            )
+    return batches
+
+
+def _signatures(model, table, images_per_group, capacity_factor):
+    """All signatures of a model, each of which it can take."""
+    defaults = default_dials(
+        model,
+        images_per_group=images_per_group,
+        capacity_factor=capacity_factor,
+    )
+    signatures = make_signatures(table, **defaults)
+    if head_of(model) is None or not has_classes(model):
+        asked = dict(table or {})
+        signatures = {
+            name: x
+            for name, x in signatures.items()
+            if name in asked or not x.features
+        }
+    for name, signature in signatures.items():
+        if signature.features and has_classes(model) and not head_of(model):
+            raise ValueError(
+                "Features are what the last `Dense` layer gets. Received: a "
+                f"model without one, for the signature {name!r}. Leave it out."
+            )
+        try:
+            routed(model, signature.routing)
+        except ValueError as error:
+            raise ValueError(f"{error} (Signature {name!r}.)") from error
+    return signatures
+
+
+def write_version(model, settings, folder):
+    """Writes a SavedModel, under the TensorFlow backend.
+
+    Args:
+        model: A model, not compiled.
+        settings: `ServedSettings`.
+        folder: `pathlib.Path` that does not exist.
+    """
+    from keras_vmoe.export.card import write_card
+    from keras_vmoe.export.endpoints import make_endpoints
+    from keras_vmoe.export.warmup import write_warmup
+
+    tf = import_tensorflow()
+    whole = model
+    if settings.quantize_experts is not None:
+        model = with_small_experts(model, settings.quantize_experts)
+    endpoints = make_endpoints(model, settings)
+    module = tf.Module()
+    variables = (x for f in endpoints.values() for x in f.variables)
+    module.weights = list({id(x): x for x in variables}.values())
+    # Gradients of served functions would only take room.
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+    try:
+        tf.saved_model.save(module, str(folder), endpoints, options)
+        write_card(folder, whole, settings)
+        if settings.warmup_batches:
+            write_warmup(folder, model.input_shape[1:], settings)
+    except tf.errors.OpError as error:
+        raise OSError(
+            "The version must be written whole. Received: an error of "
+            f"TensorFlow, {error.message} Free space on the disk."
+        ) from error

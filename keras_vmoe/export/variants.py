@@ -1,0 +1,130 @@
+"""The models that an export needs: other routing, features, small experts."""
+
+import keras
+
+from keras_vmoe import layers
+from keras_vmoe import models
+from keras_vmoe.export.quantization import QuantizedMLPExperts
+from keras_vmoe.models.cloning import clone_around
+from keras_vmoe.models.cloning import is_graph
+from keras_vmoe.models.cloning import set_part
+from keras_vmoe.models.cloning import share_parts
+
+
+def check_model(model):
+    """Raises unless this is a built model from RGB images to logits."""
+    if not is_graph(model) or not model.built:
+        raise ValueError(
+            "`model` must be a built functional or sequential Keras model. "
+            f"Received: model={model!r}. Build it from `keras.Input`."
+        )
+    shapes = [tuple(x.shape[1:]) for x in model.inputs]
+    one = len(shapes) == len(model.outputs) == 1 and len(shapes[0]) == 3
+    if not one or None in shapes[0] or shapes[0][-1] != 3:
+        raise ValueError(
+            "`model` must go from one batch of RGB images of a known size, "
+            f"(B, H, W, 3), to one output. Received: inputs {shapes} and "
+            f"{len(model.outputs)} outputs. Build it with its image size."
+        )
+    head = head_of(model)
+    if head is not None and head.activation is not keras.activations.linear:
+        raise ValueError(
+            "`model` must give logits. Received: a last layer "
+            f"{head.name!r} with the activation {head.activation.__name__!r}. "
+            "Take a `Dense` without one, and a loss with from_logits=True."
+        )
+
+
+def moe_layers_of(model):
+    """All MoE layers, those of nested models included."""
+    return [x for x in model._flatten_layers() if isinstance(x, layers.MoEMLP)]
+
+
+def head_of(model):
+    """The `Dense` layer that makes the logits; None without one."""
+    operation = model.outputs[0]._keras_history.operation
+    return operation if isinstance(operation, keras.layers.Dense) else None
+
+
+def has_classes(model):
+    """Whether the model tells classes apart, or gives features alone."""
+    return getattr(model, "num_classes", True) is not None
+
+
+def default_dials(model, **dials):
+    """The dials that are set, for a model that routes; none for a dense one."""
+    if not moe_layers_of(model):
+        return {}
+    return {k: v for k, v in dials.items() if v is not None}
+
+
+def routed(model, dials):
+    """The model under the dials of a signature, around the same weights.
+
+    Args:
+        model: A model, dense ones included.
+        dials: Arguments of `models.set_routing`; where every router routes
+            each image alone, a group of one is no change.
+
+    Returns:
+        A model.
+
+    Raises:
+        ValueError: If the model cannot take a dial.
+    """
+    found = moe_layers_of(model)
+    alone = all(x.router.images_per_group == 1 for x in found)
+    if alone and dials.get("images_per_group") == 1:
+        dials = {k: v for k, v in dials.items() if k != "images_per_group"}
+    if not dials:
+        return model
+    return models.set_routing(model, **dials)
+
+
+def answering(model):
+    """A model that gives a dict of all that signatures may ask for.
+
+    Args:
+        model: A model.
+
+    Returns:
+        A model from images to `features` `(B, D)`, where it has a head, and
+        `logits` `(B, classes)`, where it has classes; float32.
+    """
+    outputs, head = {}, head_of(model)
+    if not has_classes(model):
+        outputs["features"] = model.outputs[0]
+    else:
+        outputs["logits"] = model.outputs[0]
+        if head is not None:
+            outputs["features"] = head.input
+    outputs = {k: keras.ops.cast(x, "float32") for k, x in outputs.items()}
+    return keras.Model(model.inputs[0], outputs)
+
+
+def with_small_experts(model, kind):
+    """The model with quantized experts; all other weights are shared.
+
+    Args:
+        model: A model with MoE layers.
+        kind: `"int8"` or `"float16"`.
+
+    Returns:
+        A model.
+    """
+
+    def change(layer):
+        new = type(layer).from_config(layer.get_config())
+        share_parts(new, layer)
+        set_part(new, "router", layer.router)
+        experts = QuantizedMLPExperts.from_experts(layer.experts, kind)
+        set_part(new, "experts", experts)
+        new.build(layer.get_build_config()["input_shape"])
+        return new
+
+    if not moe_layers_of(model):
+        raise ValueError(
+            "Only experts are quantized. Received: "
+            f"quantize_experts={kind!r} with a dense model. Leave it out."
+        )
+    return clone_around(model, change)
