@@ -10,6 +10,8 @@ Axes: H and W height and width in pixels.
 import functools
 import math
 
+import numpy as np
+
 from keras_vmoe.data import colors
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 
@@ -78,20 +80,20 @@ def rand_augment_operations():
         return colors.recolored(image, colors.brightness(factor(*amount)))
 
     def shear_x(image, strength, sign):
-        rows = tf.range(image.shape[0], dtype=tf.float32)[:, None]
-        return moved(image, right=-SHEAR * strength * sign * rows)
+        rows = SHEAR * np.arange(image.shape[0], dtype="float32")[:, None]
+        return moved(image, right=-strength * sign * rows)
 
     def shear_y(image, strength, sign):
-        columns = tf.range(image.shape[1], dtype=tf.float32)
-        return moved(image, down=-SHEAR * strength * sign * columns)
+        columns = SHEAR * np.arange(image.shape[1], dtype="float32")
+        return moved(image, down=-strength * sign * columns)
 
     def translate_x(image, strength, sign):
         return moved(
-            image, right=TRANSLATION * strength * sign * image.shape[1]
+            image, right=strength * sign * TRANSLATION * image.shape[1]
         )
 
     def translate_y(image, strength, sign):
-        return moved(image, down=TRANSLATION * strength * sign * image.shape[0])
+        return moved(image, down=strength * sign * TRANSLATION * image.shape[0])
 
     return [
         lambda image, *_: colors.stretched(image),
@@ -108,12 +110,13 @@ def rand_augment_operations():
     ]
 
 
-def moved(image, down=0.0, right=0.0):
+def moved(image, down=None, right=None):
     """Moves each pixel to the nearest place; mirrors what comes in.
 
     Args:
         image: `(H, W, 3)`.
-        down, right: By how many pixels: a number, `(H, 1)` or `(W,)`.
+        down, right: By how many pixels: a number, `(H, 1)` or `(W,)`; None is
+            not at all.
 
     Returns:
         The image, its size kept.
@@ -122,14 +125,16 @@ def moved(image, down=0.0, right=0.0):
     height, width, _ = image.shape
 
     def source(places, shift, size):
-        places -= tf.cast(tf.round(shift), tf.int32)
+        if shift is None:
+            return places
+        places = places - tf.cast(tf.round(shift), tf.int32)
         # Mirrored at either end, once; what is farther stays at the end.
         places = tf.maximum(places, -1 - places)
         places = tf.minimum(places, 2 * size - 1 - places)
         return tf.maximum(places, 0)
 
-    rows = source(tf.range(height)[:, None], down, height)
-    columns = source(tf.range(width), right, width)
+    rows = source(np.arange(height, dtype="int32")[:, None], down, height)
+    columns = source(np.arange(width, dtype="int32"), right, width)
     # One gather of whole pixels takes a third of the time of
     # ImageProjectiveTransformV3.
     pixels = tf.gather(tf.reshape(image, (-1, 3)), rows * width + columns)
