@@ -6,8 +6,8 @@ Table `pipeline`: from JPEG files of 500 x 375, drawn at random and as large as
 photographs, to batches of 64 for a model: decoding alone, with one stage of
 augmentation each, and the papers' whole recipes.
 
-Table `stage`: one stage on decoded batches, ours, that of `keras.layers`, and
-that of the TensorFlow Model Garden where it is installed
+Table `stage`: one stage on decoded batches, ours, image by image, that of
+`keras.layers`, and that of the TensorFlow Model Garden where it is installed
 (`pip install tf-models-official`).
 
 Every measurement reads all images once, the candidates in turn; images per

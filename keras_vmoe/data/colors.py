@@ -1,7 +1,7 @@
 """Changes of an image's colours, pixel by pixel.
 
 Where Keras-CV has the same operation, it is the slow definition of the tests:
-on one image of 224 pixels these are two to ten times as fast. Constants are
+on one image of 224 pixels these are two to four times as fast. Constants are
 NumPy's: a node of TensorFlow's graph costs time even where it is not chosen.
 
 Axes: H and W height and width in pixels. Images are uint8.
