@@ -1,13 +1,15 @@
-"""Random changes to batches of training images, inside tf.data.
+"""Random changes to training images, inside tf.data.
 
 What is drawn is a function of a seed, and so an epoch can be repeated, read in
-parallel and entered in the middle. What is done to pixels is Keras-CV's.
+parallel and entered in the middle. Images are changed one by one, right after
+they are decoded, and mixed by the batch.
 
 Axes: B images in the batch, H and W height and width in pixels.
 """
 
 import dataclasses
 import functools
+import itertools
 
 from keras_vmoe._extras import require
 from keras_vmoe.data import changes
@@ -89,76 +91,125 @@ class Augmentation:
 
 
 @functools.cache
-def make_augment(augmentation):
-    """Makes the function that changes a batch.
+def make_change(augmentation):
+    """Makes the function that changes one image.
 
     Args:
         augmentation: An `Augmentation`; crops are made elsewhere, while images
             are decoded.
 
     Returns:
-        None if nothing is to be changed, else a function from `(images, labels,
-        seed)` to `(images, labels)`: `(B, H, W, 3)` pixels in [0, 255], uint8
-        or float32; labels, which must be one-hot `(B, classes)` float32 if they
-        are mixed; and `(2,)` int64, of which the result is a function. Images
-        come back as float32. The same for equal settings, so that it is traced
-        once, in however many pipelines.
+        None if nothing is to be changed, else a function from `(image, seed)`
+        to an image: `(H, W, 3)` pixels in [0, 255], of a static shape, and
+        `(2,)` int64, of which the result is a function. Images come back as
+        uint8. The same for equal settings, so that it is traced once, in
+        however many pipelines.
     """
     tf = import_tensorflow()
-    stages, mixers = _stages(augmentation), _mixers(augmentation)
-    if not stages and not mixers:
+    stages = _stages(augmentation)
+    if not stages:
+        return None
+    count = sum(n for n, _ in stages)
+
+    @tf.function(autograph=False)
+    def change(image, seed):
+        # All at once: a draw costs as much as a change of 224 x 224 pixels.
+        numbers = tf.random.stateless_uniform((count,), seed)
+        numbers = iter(tf.unstack(numbers))
+        image = changes.rounded(image)
+        for n, stage in stages:
+            image = stage(image, *itertools.islice(numbers, n))
+        return image
+
+    return change
+
+
+@functools.cache
+def make_mix(augmentation):
+    """Makes the function that mixes the images and labels of a batch.
+
+    Args:
+        augmentation: An `Augmentation`.
+
+    Returns:
+        None if nothing is to be mixed, else a function from `(images, labels,
+        seed)` to `(images, labels)`: `(B, H, W, 3)` pixels in [0, 255], uint8
+        or float32; one-hot labels `(B, classes)` float32; `(2,)` int64. Images
+        come back as float32. The same for equal settings.
+    """
+    tf = import_tensorflow()
+    mixers = []
+    if augmentation.mixup:
+        mixers.append(functools.partial(mixing.mixup, augmentation.mixup))
+    if augmentation.cutmix:
+        mixers.append(functools.partial(mixing.cutmix, augmentation.cutmix))
+    if not mixers:
         return None
 
-    @tf.function(reduce_retracing=True)
-    def augment(images, labels, seed):
-        seeds = tf.random.split(tf.cast(seed, tf.int64), len(stages) + 2)
-        images = tf.cast(images, tf.float32)
-        for i, stage in enumerate(stages):
-            images = stage(images, seeds[i])
+    @tf.function(autograph=False, reduce_retracing=True)
+    def mix(images, labels, seed):
+        seeds = tf.random.split(tf.cast(seed, tf.int64), 2)
         if len(mixers) == 1:
-            images, labels = mixers[0](images, labels, seeds[-1])
-        elif mixers:
-            images, labels = tf.cond(
-                tf.random.stateless_uniform((), seeds[-2]) < 0.5,
-                lambda: mixers[0](images, labels, seeds[-1]),
-                lambda: mixers[1](images, labels, seeds[-1]),
+            return mixers[0](images, labels, seeds[1])
+        return tf.cond(
+            tf.random.stateless_uniform((), seeds[0]) < 0.5,
+            lambda: mixers[0](images, labels, seeds[1]),
+            lambda: mixers[1](images, labels, seeds[1]),
+        )
+
+    return mix
+
+
+@functools.cache
+def make_augment(augmentation):
+    """Makes the function that changes a batch of decoded images and mixes it.
+
+    A pipeline does the first to images one by one, before they are a batch.
+
+    Args:
+        augmentation: An `Augmentation`; crops are made elsewhere, while images
+            are decoded.
+
+    Returns:
+        None if nothing is to be done, else a function as `make_mix` returns.
+        Labels are one-hot if they are mixed.
+    """
+    tf = import_tensorflow()
+    change, mix = make_change(augmentation), make_mix(augmentation)
+    if change is None and mix is None:
+        return None
+
+    @tf.function(autograph=False, reduce_retracing=True)
+    def augment(images, labels, seed):
+        seeds = tf.random.split(tf.cast(seed, tf.int64), 2)
+        if change is not None:
+            each = tf.random.split(seeds[0], tf.shape(images)[0])
+            images = tf.map_fn(
+                lambda x: change(*x),
+                (images, each),
+                fn_output_signature=tf.TensorSpec(images.shape[1:], tf.uint8),
             )
-        return tf.clip_by_value(images, *changes.PIXELS), labels
+        if mix is not None:
+            images, labels = mix(images, labels, seeds[1])
+        return tf.cast(images, tf.float32), labels
 
     return augment
 
 
 def _stages(settings):
-    """Functions of `(images, seed)`, in order."""
-    cv = require("keras_cv", "data").layers
+    """Pairs, in order: how many numbers a stage takes, and the stage."""
     stages = []
     if settings.flip:
-        stages.append(changes.flip)
+        stages.append((1, changes.flip))
     if settings.rand_augment:
-        stage = functools.partial(
-            changes.rand_augment,
-            changes.rand_augment_operations(cv),
-            settings.rand_augment,
-        )
-        stages += [stage] * settings.rand_augment_layers
+        stage = functools.partial(changes.rand_augment, settings.rand_augment)
+        stages += [(3, stage)] * settings.rand_augment_layers
     if settings.three_augment:
-        stages.append(
-            functools.partial(
-                changes.three_augment, changes.three_augment_operations(cv)
-            )
-        )
+        cv = require("keras_cv", "data").layers
+        stages.append((2, functools.partial(changes.three_augment, cv)))
     if settings.color_jitter:
-        stages.append(changes.color_jitter(cv, settings.color_jitter))
+        stage = functools.partial(changes.color_jitter, settings.color_jitter)
+        stages.append((3, stage))
     if settings.erasing:
-        stages.append(functools.partial(changes.erase, settings.erasing))
+        stages.append((6, functools.partial(changes.erase, settings.erasing)))
     return stages
-
-
-def _mixers(settings):
-    """Functions of images, one-hot labels and a seed."""
-    mixers = []
-    if settings.mixup:
-        mixers.append(functools.partial(mixing.mixup, settings.mixup))
-    if settings.cutmix:
-        mixers.append(functools.partial(mixing.cutmix, settings.cutmix))
-    return mixers

@@ -63,7 +63,7 @@ def find_corrupt(name, split, data_dir=None):
         for path, record in places:
             yield f"{path}, record {record}"
         pipeline = dataclasses.replace(pipeline, split=split)
-    decoded = pipeline.decoded(pipeline.examples(False, 1))
+    decoded = pipeline.decoded(pipeline.examples())
     for *_, place, is_good in decoded.as_numpy_iterator():
         if not is_good:
             yield place.decode()

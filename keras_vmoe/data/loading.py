@@ -161,13 +161,12 @@ def load(
         augmentation=augmentation,
         one_hot=one_hot or augmentation.mixes,
         test_crop=None if training else test_crop,
+        is_training=training,
         skip_corrupt=skip_corrupt,
         cache=cache,
     )
-    examples = pipeline.examples(training, shuffle_buffer)
-    return pipeline.batches(
-        examples, batch_size, bool(drop_remainder), fills=training
-    )
+    examples = pipeline.examples(shuffle_buffer)
+    return pipeline.batches(examples, batch_size, bool(drop_remainder))
 
 
 def _shard_of(split, shard, training):

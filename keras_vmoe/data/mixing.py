@@ -3,29 +3,34 @@
 Axes: B images in the batch, H and W height and width in pixels.
 """
 
-from keras_vmoe.data.changes import rectangles
+from keras_vmoe.data.changes import span
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 
 
 def _partners(images, labels, seed, alpha):
-    """Another image for each, its label, and a share by Beta(alpha, alpha)."""
+    """Each and another image, its label, and a share by Beta(alpha, alpha)."""
     tf = import_tensorflow()
     seeds = tf.random.split(seed, 3)
     count = tf.shape(images)[0]
     order = tf.argsort(tf.random.stateless_uniform((count,), seeds[0]))
     mine, other = (
-        tf.random.stateless_gamma((count, 1, 1, 1), seeds[i], alpha)
-        for i in (1, 2)
+        tf.random.stateless_gamma((count,), seeds[i], alpha) for i in (1, 2)
     )
     share = tf.math.divide_no_nan(mine, mine + other)
-    return tf.gather(images, order), tf.gather(labels, order), share
+    # Gathered as they are stored: bytes mostly.
+    images, others = (
+        tf.cast(x, tf.float32) for x in (images, tf.gather(images, order))
+    )
+    return images, others, tf.gather(labels, order), share
 
 
 def mixup(alpha, images, labels, seed):
     """MixUp ([Zhang et al., 2018](https://arxiv.org/abs/1710.09412))."""
-    others, their_labels, share = _partners(images, labels, seed, alpha)
-    images = share * images + (1 - share) * others
-    share = share[:, :, 0, 0]
+    tf = import_tensorflow()
+    images, others, their_labels, share = _partners(images, labels, seed, alpha)
+    weight = tf.reshape(share, (-1, 1, 1, 1))
+    images = others + weight * (images - others)
+    share = share[:, None]
     return images, share * labels + (1 - share) * their_labels
 
 
@@ -35,10 +40,24 @@ def cutmix(alpha, images, labels, seed):
     The label's share is the area that is really pasted.
     """
     tf = import_tensorflow()
-    seeds = tf.random.split(seed, 2)
-    others, their_labels, share = _partners(images, labels, seeds[0], alpha)
-    side = tf.sqrt(share)
-    pasted = rectangles(images, seeds[1], side, side)
-    images = tf.where(pasted, others, images)
-    share = tf.reduce_mean(tf.cast(pasted, tf.float32), (1, 2, 3))[:, None]
+    seeds = tf.random.split(seed, 3)
+    images, others, their_labels, share = _partners(
+        images, labels, seeds[0], alpha
+    )
+    shape = tf.shape(images)
+    inside = []
+    for size, seed in ((shape[1], seeds[1]), (shape[2], seeds[2])):
+        center = tf.random.stateless_uniform((shape[0],), seed)
+        begin, end = span(center, tf.sqrt(share), tf.cast(size, tf.float32))
+        place = tf.range(size)
+        is_inside = (begin[:, None] <= place) & (place < end[:, None])
+        inside.append(tf.cast(is_inside, tf.float32))
+    rows, columns = inside
+    # By arithmetic, as `tf.where` is slow; with the channels in the columns, as
+    # three numbers are slow to broadcast.
+    pasted = rows[:, :, None] * tf.repeat(columns, 3, axis=1)[:, None]
+    pasted = tf.reshape(pasted, shape)
+    images += pasted * (others - images)
+    share = tf.reduce_mean(rows, 1) * tf.reduce_mean(columns, 1)
+    share = share[:, None]
     return images, (1 - share) * labels + share * their_labels

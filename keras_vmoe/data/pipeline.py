@@ -1,6 +1,7 @@
 """The stages between a prepared dataset and batches for a model.
 
-Read, cache, shuffle, repeat, decode and crop, batch, check, augment, normalise.
+Read, cache, shuffle, repeat, decode, crop and change, batch, check, mix,
+normalise.
 """
 
 import contextlib
@@ -13,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from keras_vmoe.data.augmentation import Augmentation
-from keras_vmoe.data.augmentation import make_augment
+from keras_vmoe.data.augmentation import make_change
+from keras_vmoe.data.augmentation import make_mix
 from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.images import center_crop
 from keras_vmoe.data.images import decode_and_crop
 from keras_vmoe.data.images import normalize
 from keras_vmoe.data.images import random_crop
+from keras_vmoe.data.images import resize_by_area
 from keras_vmoe.data.images import to_rgb
 from keras_vmoe.data.schema import Schema
 from keras_vmoe.data.tensorflow_runtime import checked
@@ -43,33 +46,37 @@ class Pipeline:
     augmentation: Augmentation
     one_hot: bool
     test_crop: float | None
+    is_training: bool = False
     class_weights: Any = None
     skip_corrupt: bool = False
     cache: bool = False
 
-    def examples(self, training, shuffle_buffer):
+    def examples(self, shuffle_buffer=1):
         """Stored examples, each with a random number of its own.
 
+        In training they are shuffled, and repeated where the augmentation is.
+
         Args:
-            training: Whether to shuffle and to repeat images.
             shuffle_buffer: Examples to draw from.
 
         Returns:
             A `tf.data.Dataset` of `(example, number)`.
         """
         tf = import_tensorflow()
-        dataset = self._read(training)
+        dataset = self._read()
         if self.cache:
             dataset = dataset.cache()
         repeats = self.augmentation.repeats
         if repeats > 1:
             dataset = self._every_nth(dataset, repeats)
-        if training:
+        if self.is_training:
             dataset = dataset.shuffle(
                 min(shuffle_buffer, self.num_examples),
                 self.seed,
                 reshuffle_each_iteration=not self.is_one_epoch,
             )
+        if self._decodes_once:
+            dataset = dataset.map(self._with_pixels, tf.data.AUTOTUNE)
         if repeats > 1:
             dataset = dataset.flat_map(
                 lambda x: tf.data.Dataset.from_tensors(x).repeat(repeats)
@@ -102,14 +109,27 @@ class Pipeline:
         x = tf.random.stateless_uniform((), [number, self.seed + 1])
         return x * tf.reduce_max(weights) < weights[label]
 
-    def batches(self, examples, batch_size, drop_remainder, fills=False):
+    @property
+    def _decodes_once(self):
+        """Whether the copies of an image are decoded together.
+
+        Not where each has a window of its own, where some are left out, and
+        where damage is to be named one by one.
+        """
+        return (
+            self.augmentation.repeats > 1
+            and self.augmentation.crop_area is None
+            and self.class_weights is None
+            and not self.skip_corrupt
+        )
+
+    def batches(self, examples, batch_size, drop_remainder):
         """Batches for a model.
 
         Args:
             examples: What `examples` returns.
             batch_size: B.
             drop_remainder: Whether to drop a last batch that is not full.
-            fills: Whether other images take the place of corrupt ones.
 
         Returns:
             A `tf.data.Dataset` of `(images, labels)`.
@@ -120,17 +140,16 @@ class Pipeline:
             dataset = dataset.map(lambda image, label, number, *_: (
                 image, label, number
             ))  # fmt: skip
-            if fills:
+            if self.is_training:  # Others take the place of corrupt ones.
                 length = examples.cardinality()
                 dataset = dataset.repeat().take(length)
                 dataset = dataset.apply(
                     tf.data.experimental.assert_cardinality(length)
                 )
         else:
-            dataset = examples.map(self._decode, tf.data.AUTOTUNE)
+            dataset = examples.map(self._image, tf.data.AUTOTUNE)
         dataset = dataset.batch(batch_size, drop_remainder=drop_remainder)
-        dataset = dataset.map(self._checked_labels, tf.data.AUTOTUNE)
-        dataset = dataset.map(self._changed, tf.data.AUTOTUNE)
+        dataset = dataset.map(self._finished, tf.data.AUTOTUNE)
         options = tf.data.Options()
         options.deterministic = True
         return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
@@ -163,13 +182,13 @@ class Pipeline:
             image is black if it is not good.
         """
         tf = import_tensorflow()
-        spec = examples.map(self._decode).element_spec[0]
+        spec = examples.map(self._image).element_spec[0]
 
         def attempt(example, number):
             name, label = example["tfds_id"], example[self.schema.label]
             label = tf.cast(label, tf.int64)
             one = tf.data.Dataset.from_tensors((example, number))
-            good = one.map(self._decode).ignore_errors()
+            good = one.map(self._image).ignore_errors()
             good = good.map(lambda *decoded: (*decoded, name, True))
             black = tf.zeros((*self.size, 3), spec.dtype)
             bad = (black, label, number, name, False)
@@ -182,12 +201,13 @@ class Pipeline:
             deterministic=True,
         )
 
-    def _read(self, shuffles):
+    def _read(self):
         """Reads examples whose images are still as stored, mostly compressed.
 
         Decoding comes after the shuffle, whose buffer would otherwise hold
         decoded photographs (5 GB of them for ImageNet).
         """
+        shuffles = self.is_training
         seed = self.seed if shuffles else None
         if isinstance(self.builder, ImageFolder):
             return self.builder.read(self.split, seed, not self.is_one_epoch)
@@ -215,39 +235,53 @@ class Pipeline:
                 ),
             )
 
-    def _decode(self, example, number):
-        """From a stored example to RGB pixels of the right size and a label."""
+    def _image(self, example, number):
+        """From a stored example to an image, changed at random, and a label."""
         tf = import_tensorflow()
+        if not self._decodes_once:
+            example = self._with_pixels(example, number)
+        image = example[self.schema.image]
+        if self.augmentation.crop_padding:
+            padding = self.augmentation.crop_padding
+            image = random_crop(image, padding, [number, self.seed])
+        change = make_change(self.augmentation)
+        if change is not None:
+            # Another seed than that of the crop.
+            image = _traced(change, image, tf.stack([number, ~self.seed]))
+        return image, tf.cast(example[self.schema.label], tf.int64), number
+
+    def _with_pixels(self, example, number=None):
+        """An example whose image is decoded to RGB pixels of the right size.
+
+        Args:
+            example: A stored example.
+            number: Number of which the window of a random crop is a function.
+        """
         image = example[self.schema.image]
         feature = self.builder.info.features[self.schema.image]
-        seed = [number, self.seed]
         area = self.augmentation.crop_area
         if area is not None:
             decode = feature.decode_example if self.schema.is_encoded else None
-            image = decode_and_crop(image, decode, area, seed)
+            image = decode_and_crop(image, decode, area, [number, self.seed])
         elif self.schema.is_encoded:
             image = feature.decode_example(image)
         if self.test_crop is not None:
             image = center_crop(image, self.size, self.test_crop)
-        image = to_rgb(image, self.size)
-        if self.augmentation.crop_padding:
-            image = random_crop(image, self.augmentation.crop_padding, seed)
-        return image, tf.cast(example[self.schema.label], tf.int64), number
+        resize = resize_by_area if self.is_training else None
+        return example | {self.schema.image: to_rgb(image, self.size, resize)}
 
-    def _changed(self, images, labels, numbers):
-        """A batch as the model gets it: changed at random, normalised."""
+    def _finished(self, images, labels, numbers):
+        """A batch as the model gets it: checked, mixed, normalised."""
         tf = import_tensorflow()
-        augment = make_augment(self.augmentation)
-        if augment is not None:
-            # Another seed than that of the first image's crop.
-            inputs = images, labels, tf.stack([numbers[0], ~self.seed])
-            specs = [tf.TensorSpec(x.shape, x.dtype) for x in inputs]
-            with tf.init_scope():  # Traced once, not for each pipeline.
-                augment = augment.get_concrete_function(*specs)
-            images, labels = augment(*inputs)
+        labels = self._checked_labels(labels)
+        mix = make_mix(self.augmentation)
+        if mix is not None:
+            # Another seed than that of the first image's changes.
+            seed = tf.stack([~numbers[0], ~self.seed])
+            images, labels = _traced(mix, images, labels, seed)
         return normalize(images), labels
 
-    def _checked_labels(self, images, labels, numbers):
+    def _checked_labels(self, labels):
         """Labels in range, one-hot if wanted."""
         # By the batch, because one by one small operations cost as much as
         # decoding a small image.
@@ -265,8 +299,17 @@ class Pipeline:
         first_wrong = tf.gather(labels, tf.argmax(tf.cast(is_wrong, tf.int32)))
         labels = checked(labels, is_right, message, first_wrong)
         if self.one_hot:
-            return images, tf.one_hot(labels, self.num_classes), numbers
-        return images, tf.cast(labels, tf.int32), numbers
+            return tf.one_hot(labels, self.num_classes)
+        return tf.cast(labels, tf.int32)
+
+
+def _traced(function, *inputs):
+    """Applies a `tf.function`, traced once and not for each pipeline."""
+    tf = import_tensorflow()
+    specs = [tf.TensorSpec(x.shape, x.dtype) for x in inputs]
+    with tf.init_scope():
+        function = function.get_concrete_function(*specs)
+    return function(*inputs)
 
 
 def seed_of_epoch(seed, epoch):

@@ -7,6 +7,7 @@ import tensorflow as tf
 from keras_vmoe import data
 from keras_vmoe.data import images as images_lib
 from keras_vmoe.data.augmentation import make_augment
+from keras_vmoe.data.augmentation import make_change
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), "uint8")
 LABELS = np.eye(10, dtype="float32")[np.arange(12) % 10]
@@ -198,6 +199,29 @@ def test_mixed_labels_are_one_hot_and_repeats_stand_side_by_side():
     _, labels = load(repeats=2)
     np.testing.assert_array_equal(labels[::2], labels[1::2])
     assert len(labels) == 64
+
+
+@pytest.mark.parametrize("settings", [{}, {"crop_area": (0.3, 1.0)}])
+def test_copies_are_changed_each_in_its_own_way(settings):
+    """Also where they are decoded together."""
+    images, labels = load(repeats=2, erasing=1.0, **settings)
+    np.testing.assert_array_equal(labels[::2], labels[1::2])
+    differs = (images[::2] != images[1::2]).any(axis=(1, 2, 3))
+    assert differs.all()
+    again, _ = load(repeats=2, erasing=1.0, **settings)
+    np.testing.assert_array_equal(images, again)
+
+
+def test_changes_are_those_of_the_number_and_the_seed():
+    """A pipeline does to each image what `make_change` does with its seed."""
+    settings = data.Augmentation(flip=True, rand_augment=0.9, erasing=0.5)
+    change = make_change(settings)
+    seeds = tf.constant([[i, 7] for i in range(12)], tf.int64)
+    expected = [change(IMAGES[i], seeds[i]) for i in range(12)]
+    dataset = tf.data.Dataset.from_tensor_slices((IMAGES, seeds))
+    changed = dataset.map(change, 3).batch(12).get_single_element()
+    assert changed.dtype == tf.uint8
+    np.testing.assert_array_equal(changed, expected)
 
 
 def test_repeated_augmentation_sees_all_images_in_time():

@@ -1,4 +1,4 @@
-"""What augmentation does to pixels, against definitions in numpy."""
+"""What augmentation does to pixels, against numpy and Keras-CV's layers."""
 
 import keras_cv
 import numpy as np
@@ -6,24 +6,29 @@ import pytest
 import tensorflow as tf
 
 from keras_vmoe.data import changes
+from keras_vmoe.data import colors
 from keras_vmoe.data import mixing
 
 GENERATOR = np.random.default_rng(0)
-IMAGES = GENERATOR.integers(20, 220, (4, 40, 40, 3)).astype("float32")
+IMAGES = GENERATOR.integers(20, 220, (4, 40, 40, 3), "uint8")
 NAMES = (
     "stretch", "equalize", "solarize", "color", "contrast", "brightness",
-    "shear_x", "shear_y", "translate_x", "translate_y",
+    "shear_x", "shear_y", "translate_x", "translate_y", "identity",
 )  # fmt: skip
-OPERATIONS = dict(
-    zip(NAMES, changes.rand_augment_operations(keras_cv.layers), strict=True)
-)
+OPERATIONS = dict(zip(NAMES, changes.rand_augment_operations(), strict=True))
 COLORS = np.array([0.2989, 0.587, 0.114])  # How tf.image makes grey.
+ROUNDING = 0.501
 
 
-def apply(name, strength, sign):
-    shape = (len(IMAGES), 1, 1, 1)
-    amount = tf.fill(shape, strength), tf.fill(shape, float(sign))
-    return OPERATIONS[name](tf.constant(IMAGES), *amount).numpy()
+def each(function, images, *arguments):
+    """Applies a function to images one by one, as a pipeline does."""
+    dataset = tf.data.Dataset.from_tensor_slices(images)
+    dataset = dataset.map(lambda image: function(image, *arguments))
+    return np.stack(list(dataset.as_numpy_iterator())).astype("float32")
+
+
+def apply(name, strength, sign, images=IMAGES):
+    return each(OPERATIONS[name], images, strength, float(sign))
 
 
 def blended(other, factor):
@@ -45,15 +50,15 @@ OTHERS = {"color": grey_of(IMAGES), "contrast": MEANS, "brightness": 0.0}
 )
 def test_blending_is_from_a_tenth_to_nineteen(name, strength, sign, factor):
     expected = blended(OTHERS[name], factor)
-    np.testing.assert_allclose(apply(name, strength, sign), expected, atol=0.1)
+    result = apply(name, strength, sign)
+    np.testing.assert_allclose(result, expected, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("strength", [0.25, 1.0, 2.0])
 def test_solarize(strength):
     threshold = 255 * (1 - min(strength, 1))
-    expected = np.where(IMAGES < threshold, IMAGES, 255 - IMAGES)
-    result = apply("solarize", strength, 1)
-    np.testing.assert_allclose(result, expected, atol=1e-3)
+    expected = np.where(threshold > IMAGES, IMAGES, 255 - IMAGES)
+    np.testing.assert_array_equal(apply("solarize", strength, 1), expected)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -64,20 +69,17 @@ def test_translations_end_at_45_percent(name, axis, sign):
     expected = np.roll(IMAGES, shift, axis)
     kept = [slice(None)] * 4
     kept[axis] = slice(18, None) if sign > 0 else slice(None, -18)
-    np.testing.assert_allclose(
-        result[tuple(kept)], expected[tuple(kept)], atol=1e-2
-    )
+    np.testing.assert_array_equal(result[tuple(kept)], expected[tuple(kept)])
 
 
 @pytest.mark.parametrize(("name", "axis"), [("x", 2), ("y", 1)])
 def test_shears_end_at_30_percent(name, axis):
     """A line across the shear moves by 0.3 pixels for each of its own."""
-    image = np.zeros((1, 40, 40, 3), "float32")
+    image = np.zeros((1, 40, 40, 3), "uint8")
     line = [slice(None)] * 4
     line[axis] = 20
     image[tuple(line)] = 255
-    one = tf.ones((1, 1, 1, 1))
-    result = OPERATIONS[f"shear_{name}"](image, one, one).numpy()[0, ..., 0]
+    result = apply(f"shear_{name}", 1.0, 1, image)[0, ..., 0]
     result = result if axis == 2 else result.T
     rows = np.arange(40)
     places = (result * rows).sum(1) / result.sum(1)
@@ -89,47 +91,177 @@ def test_shears_end_at_30_percent(name, axis):
 def test_stretching_and_equalizing():
     stretched = apply("stretch", 1.0, 1)
     assert stretched.min(axis=(1, 2)).max() == 0
-    np.testing.assert_allclose(stretched.max(axis=(1, 2)), 255, rtol=1e-5)
+    np.testing.assert_array_equal(stretched.max(axis=(1, 2)), 255)
     equal = apply("equalize", 1.0, 1)
     quarters = np.histogram(equal, 4, (0, 256))[0] / equal.size
     np.testing.assert_allclose(quarters, 0.25, atol=0.03)
 
 
-def test_every_image_goes_to_the_operation_of_its_choice():
+# Against Keras-CV.
+
+CV = keras_cv.layers
+RANGE = (0, 255)
+# An odd size, and an image that is flat in one channel and black in another.
+ODD = GENERATOR.integers(0, 256, (3, 21, 15, 3), "uint8")
+ODD[1, ..., 0], ODD[1, ..., 2] = 77, 0
+
+
+def amounts(amount, images):
+    return tf.fill((len(images), 1, 1, 1), tf.constant(amount, tf.float32))
+
+
+def slow_shear(images, **amounts):
+    shear = CV.RandomShear(1.0, 1.0, interpolation="nearest")
+    none = {"shear_x": None, "shear_y": None}
+    tensors = {k: tf.fill((len(images), 1), v) for k, v in amounts.items()}
+    return shear.augment_images(images, none | tensors)
+
+
+def slow_translation(images, **amounts):
+    translate = CV.RandomTranslation(1.0, 1.0, interpolation="nearest")
+    shifts = {
+        f"{k}_translations": tf.fill((len(images), 1), amounts.get(k, 0.0))
+        for k in ("height", "width")
+    }
+    return translate.augment_images(images, shifts)
+
+
+# Names, strengths and signs; no shift lies between two pixels.
+SLOW = {
+    ("stretch", 1.0, 1): CV.AutoContrast(RANGE).augment_images,
+    ("equalize", 1.0, 1): CV.Equalization(RANGE).augment_images,
+    ("solarize", 0.6, 1): lambda x: CV.Solarization(RANGE).augment_images(
+        x, {"additions": 0.0, "thresholds": 102.0}
+    ),
+    ("color", 0.8, 1): lambda x: tf.clip_by_value(
+        CV.RandomColorDegeneration(1.0).augment_images(x, amounts(-0.72, x)),
+        *RANGE,
+    ),
+    ("contrast", 0.8, -1): lambda x: CV.RandomContrast(
+        RANGE, 1.0
+    ).augment_images(x, amounts(0.28, x)),
+    ("shear_x", 0.77, 1): lambda x: slow_shear(x, shear_x=0.231),
+    ("shear_x", 2.1, -1): lambda x: slow_shear(x, shear_x=-0.63),
+    ("shear_y", 0.77, -1): lambda x: slow_shear(x, shear_y=-0.231),
+    ("translate_x", 0.83, 1): lambda x: slow_translation(x, width=0.3735),
+    ("translate_y", 2.0, -1): lambda x: slow_translation(x, height=-0.9),
+}
+
+
+@pytest.mark.parametrize("images", [IMAGES, ODD], ids=["even", "odd"])
+@pytest.mark.parametrize("case", SLOW, ids=lambda case: case[0])
+def test_pixels_are_those_of_keras_cv(case, images):
+    expected = SLOW[case](tf.constant(images, tf.float32))
+    result = apply(*case, images)
+    np.testing.assert_allclose(result, expected, atol=ROUNDING)
+
+
+def test_the_colour_jitter_is_that_of_keras_cv():
+    """As long as nothing is clipped on the way."""
+    images = IMAGES // 4 + 60
+    light, contrast, color = 1.2, 0.8, 1.25
+    expected = CV.RandomContrast(RANGE, 1.0).augment_images(
+        tf.constant(images, tf.float32) * light, amounts(contrast, images)
+    )
+    expected = CV.RandomColorDegeneration(1.0).augment_images(
+        expected, amounts(1 - color, images)
+    )
+    result = each(colors.jittered, images, light, contrast, color)
+    np.testing.assert_allclose(result, expected, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("images", [IMAGES, ODD], ids=["even", "odd"])
+def test_grey_is_that_of_tensorflow(images):
+    grey, solar, _ = changes.three_augment_operations(CV)
+    expected = CV.Grayscale(output_channels=3).augment_images(
+        tf.constant(images, tf.float32)
+    )
+    np.testing.assert_allclose(each(grey, images, 0.5), expected, atol=ROUNDING)
+    expected = np.where(images < 128, images, 255 - images)
+    np.testing.assert_array_equal(each(solar, images, 0.5), expected)
+
+
+# What the numbers from 0 to 1 say.
+
+
+def test_each_operation_is_equally_likely():
     operations = [lambda x, y, i=i: x * 0 + i + y for i in range(4)]
-    choices, add = np.array([2, 0, 2, 3]), np.array([0.1, 0.2, 0.3, 0.4])
-    result = changes.routed(
-        operations, choices, tf.constant(IMAGES),
-        tf.constant(add.reshape(4, 1, 1, 1), tf.float32),
-    )  # fmt: skip
-    np.testing.assert_allclose(result[:, 0, 0, 0], choices + add, rtol=1e-6)
+    image = tf.zeros((2, 2, 3))
+    chances = [0.0, 0.24, 0.26, 0.49, 0.51, 0.74, 0.76, 0.9999999]
+    results = [
+        float(changes.chosen(operations, x, image, 0.5)[0, 0, 0])
+        for x in map(tf.constant, chances)
+    ]
+    assert results == [0.5, 0.5, 1.5, 1.5, 2.5, 2.5, 3.5, 3.5]
 
 
-def test_the_colour_jitter_ends_at_its_strength():
+def test_rand_augment_takes_its_strength_from_a_normal_distribution():
+    """A change of brightness: 0.9 times the strength, up or down."""
+    image = tf.fill((2, 2, 3), tf.constant(100, tf.uint8))
+    chance = tf.constant(5.5 / 11)
+    for number, deviations in ((0.5, 0), (0.8413, 1), (0.0228, -2)):
+        for sign in (1, -1):
+            number_of_sign = tf.constant(0.75 if sign > 0 else 0.25)
+            result = changes.rand_augment(
+                0.5, image, chance, tf.constant(number), number_of_sign
+            )
+            factor = 1 + sign * 0.9 * (0.5 + 0.05 * deviations)
+            assert int(result[0, 0, 0]) == pytest.approx(100 * factor, abs=0.6)
+
+
+@pytest.mark.parametrize(("number", "grey"), [(0.0, 70), (0.5, 100), (1, 130)])
+def test_the_colour_jitter_ends_at_its_strength(number, grey):
     """Of flat grey images only brightness is left."""
-    flat = tf.fill((400, 2, 2, 3), 100.0)
-    jitter = changes.color_jitter(keras_cv.layers, 0.3)
-    light = jitter(flat, tf.constant([1, 2], tf.int64)).numpy()[:, 0, 0, 0]
-    assert 70 <= light.min() < 73 and 127 < light.max() <= 130
-    assert np.mean(light) == pytest.approx(100, abs=3)
+    flat = tf.fill((3, 3, 3), tf.constant(100, tf.uint8))
+    numbers = (tf.constant(x, tf.float32) for x in (number, 0.3, 0.9))
+    result = changes.color_jitter(0.3, flat, *numbers).numpy()
+    np.testing.assert_array_equal(result, grey)
 
 
-def test_rectangles_and_erasing():
-    black = tf.zeros((400, 32, 32, 3))
-    shape = (400, 1, 1, 1)
-    inside = changes.rectangles(
-        black, tf.constant([1, 2], tf.int64), tf.fill(shape, 0.5),
-        tf.fill(shape, 0.25),
-    ).numpy()[..., 0]  # fmt: skip
-    heights, widths = inside.any(2).sum(1), inside.any(1).sum(1)
-    assert heights.max() == 16 and widths.max() == 8  # Others are cut off.
-    assert inside.sum((1, 2)).tolist() == (heights * widths).tolist()
-    erased = changes.erase(0.25, black, tf.constant([3, 4], tf.int64)).numpy()
-    share = (erased.any(-1)).mean((1, 2))
-    assert np.mean(share > 0) == pytest.approx(0.25, abs=0.06)
-    assert share.max() < 0.36
-    pixels = erased[erased.any(-1)]
-    assert 0 <= pixels.min() and pixels.max() <= 255 and pixels.std() > 60
+@pytest.mark.parametrize(
+    ("center", "share", "ends"),
+    [
+        (0.5, 0.5, (8, 24)),
+        (0.5, 0.25, (12, 20)),
+        (0.0, 0.5, (0, 8)),
+        (1.0, 0.5, (24, 32)),
+        (0.3, 0.0, (10, 10)),
+        (0.5, 1.5, (0, 32)),
+    ],
+)
+def test_spans_are_cut_off_at_the_edge(center, share, ends):
+    result = changes.span(tf.constant([center]), share, 32)
+    assert [int(x[0]) for x in result] == list(ends)
+
+
+def test_a_rectangle_of_a_quarter_of_the_images_is_erased():
+    black = tf.zeros((32, 24, 3), tf.uint8)
+    shares = []
+    for numbers in GENERATOR.random((300, 5), "float32"):
+        erased, kept = (
+            changes.erase(0.25, black, *map(tf.constant, (chance, *numbers)))
+            for chance in (0.2499, 0.25)
+        )
+        assert not kept.numpy().any()
+        inside = erased.numpy().any(-1)
+        rows, columns = inside.any(1).sum(), inside.any(0).sum()
+        assert inside.sum() >= 0.9 * rows * columns  # Noise may be black.
+        shares.append(inside.mean())
+    assert max(shares) < 0.36 and np.mean(shares) > 0.08
+
+
+def test_erased_pixels_are_noise():
+    grey = tf.fill((64, 64, 3), tf.constant(9, tf.uint8))
+    chance, *rest = (tf.constant(x) for x in (0.0, 0.99, 0.5, 0.5, 0.5))
+    results = [
+        changes.erase(1.0, grey, chance, *rest, tf.constant(x)).numpy()
+        for x in (0.3, 0.3, 0.4)
+    ]
+    np.testing.assert_array_equal(results[0], results[1])
+    assert (results[0] != results[2]).any()
+    pixels = results[0][(results[0] != 9).all(-1)]
+    assert len(pixels) == pytest.approx(64 * 64 / 3, rel=0.1)
+    assert pixels.std() > 60 and abs(pixels.mean() - 127.5) < 5
 
 
 @pytest.mark.parametrize("mix", [mixing.mixup, mixing.cutmix])

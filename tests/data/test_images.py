@@ -5,6 +5,7 @@ import io
 import numpy as np
 import PIL.Image
 import pytest
+import sklearn.datasets
 import tensorflow as tf
 
 from keras_vmoe import data
@@ -96,6 +97,46 @@ def test_preprocess_resizes_with_antialiasing(run, size):
     expected = slow_resize(row.astype(float), size) / 127.5 - 1
     for y in range(2):
         np.testing.assert_allclose(result[y, :, 0], expected, atol=1e-5)
+
+
+PHOTOGRAPHS = sklearn.datasets.load_sample_images().images
+
+
+def difference(image, size):
+    """PSNR of the resize of training against that of evaluation, in dB."""
+    fast = images_lib.resize_by_area(image, size)
+    assert fast.dtype == tf.float32 and fast.shape == (*size, 3)
+    slow = tf.image.resize(image, size, antialias=True)
+    error = np.mean((fast.numpy() - slow.numpy()) ** 2)
+    return 10 * np.log10(255**2 / max(error, 1e-12))
+
+
+@pytest.mark.parametrize("photograph", PHOTOGRAPHS, ids=["china", "flower"])
+@pytest.mark.parametrize(
+    ("shape", "psnr"),
+    [((235, 235), 54), ((375, 500), 37), ((427, 640), 36), ((427, 427), 36)],
+)
+def test_training_shrinks_nearly_as_evaluation(photograph, shape, psnr):
+    image = photograph[: shape[0], : shape[1]]
+    assert difference(image, (224, 224)) > psnr
+    assert difference(image, (112, 112)) > 36
+
+
+@pytest.mark.parametrize(
+    "size", [(60, 50), (90, 50), (60, 77), (90, 20), (20, 77)]
+)
+def test_training_enlarges_as_evaluation(size):
+    """And takes evaluation's resize where one side grows and one shrinks."""
+    assert difference(PHOTOGRAPHS[0][:60, :50], size) > 90
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_training_shrinks_to_means(run, factor):
+    image = np.random.default_rng(0).integers(0, 256, (12, 18, 3), "uint8")
+    size = (12 // factor, 18 // factor)
+    result = run(lambda x: images_lib.resize_by_area(x, size), image)
+    blocks = image.reshape(size[0], factor, size[1], factor, 3)
+    np.testing.assert_allclose(result, blocks.mean((1, 3)), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
