@@ -16,7 +16,7 @@ $(VENV)/.quickstart-$(BACKEND): setup.py pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.test: setup.py pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -e \
-		".[jax,tensorflow,torch,data,checkpoints,plots,cli,test]"
+		".[jax,tensorflow,torch,data,checkpoints,plots,cli,serving,onnx,litert,test]"
 	touch $@
 
 .PHONY: quickstart

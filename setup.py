@@ -27,6 +27,8 @@ EXTRAS = {
     "plots": ["matplotlib>=3.9,<4"],
     "cli": ["jsonargparse[signatures]>=4.40,<5"],
     "serving": [TENSORFLOW, "tensorflow-serving-api>=2.20,<2.21"],
+    "onnx": [TENSORFLOW, "tf2onnx>=1.17,<1.18", "onnxruntime>=1.23,<2"],
+    "litert": [TENSORFLOW, "ai-edge-litert>=2.1,<3"],
     # What the MoE layer is measured against; only benchmarks/ needs it.
     "benchmark": [
         "keras-hub>=0.32,<0.33",

@@ -4,6 +4,7 @@ import importlib
 
 # Only where the name on the package index is not the module's name.
 _DISTRIBUTIONS = {
+    "ai_edge_litert": "ai-edge-litert",
     "keras_cv": "keras-cv",
     "official": "tf-models-official",
     "sklearn": "scikit-learn",

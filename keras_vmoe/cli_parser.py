@@ -26,6 +26,21 @@ EVALUATE_EPILOG = """examples:
   keras-vmoe evaluate runs/digits digits
   keras-vmoe evaluate model.keras cifar10 --split 'test[:50%]' --data_dir DIR
 """
+EXPORT_EPILOG = """A signature is NAME:SETTING=VALUE,SETTING=VALUE with the
+settings input (float, uint8 or encoded), features, capacity_factor,
+num_selected_experts, batch_priority and images_per_group.
+
+examples:
+  keras-vmoe export runs/digits served/digits
+  keras-vmoe export runs/digits served/digits --version 2 --signatures \\
+    fast:capacity_factor=0.5,batch_priority=true \\
+    accurate:num_selected_experts=3,input=encoded
+  keras-vmoe export runs/digits digits.onnx --format onnx
+"""
+SERVE_CHECK_EPILOG = """examples:
+  keras-vmoe serve-check served/digits
+  keras-vmoe serve-check served/digits --model runs/digits
+"""
 CONVERT_EPILOG = """examples:
   keras-vmoe convert checkpoints/vmoe_b16_imagenet21k vmoe_b16.keras
   keras-vmoe convert ViT-B_16.npz vit_b16.keras --image_size 384
@@ -92,6 +107,8 @@ def make_parser(jsonargparse, recipe):
         ("train", _train_parser, "Train a model."),
         ("evaluate", _evaluate_parser, "Measure a model on a dataset."),
         ("predict", _predict_parser, "Classify images."),
+        ("export", _export_parser, "Write a model for servers or devices."),
+        ("serve-check", _serve_check_parser, "Try an exported model."),
         ("convert", _convert_parser, "Read other weights."),
         ("presets", _presets_parser, "List the papers' models."),
     ):
@@ -182,12 +199,7 @@ def _evaluate_parser(jsonargparse):
         default=False,
         help="Skip images that cannot be decoded, with a warning.",
     )
-    parser.add_argument(
-        "--classes",
-        type=str | None,
-        default=None,
-        help="JSON list of class names; default: that of the run folder.",
-    )
+    _add_classes(parser)
     _add_backend(parser)
     return parser
 
@@ -207,12 +219,7 @@ def _predict_parser(jsonargparse):
         help="PNG, JPEG, BMP or GIF files that look like the training images "
         "(the embedded digits are white on black).",
     )
-    parser.add_argument(
-        "--classes",
-        type=str | None,
-        default=None,
-        help="JSON list of class names; default: that of the run folder.",
-    )
+    _add_classes(parser)
     parser.add_argument(
         "--top", type=int, default=3, help="Classes to print for each image."
     )
@@ -230,6 +237,87 @@ def _presets_parser(jsonargparse):
     parser.add_argument(
         "match", type=str, nargs="?", default="", help="Part of the names."
     )
+    return parser
+
+
+def _export_parser(jsonargparse):
+    parser = jsonargparse.ArgumentParser(
+        usage="keras-vmoe export [options] model output",
+        description="Writes a SavedModel for TF Serving into the folder "
+        "OUTPUT/VERSION, or an ONNX or LiteRT file.",
+        epilog=EXPORT_EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", type=str, help="Run folder or .keras file.")
+    parser.add_argument(
+        "output", type=str, help="Folder of the versions, or the file to write."
+    )
+    parser.add_argument(
+        "--format",
+        type=Literal["saved_model", "onnx", "litert"],
+        default="saved_model",
+        help="What to write.",
+    )
+    parser.add_argument(
+        "--version", type=int, default=1, help="Version of a SavedModel."
+    )
+    parser.add_argument(
+        "--signatures",
+        nargs="*",
+        default=[],
+        help="Further positions of the routing dial, see below.",
+    )
+    parser.add_argument(
+        "--images_per_group",
+        type=int | Literal["batch"],
+        default=1,
+        help="Images that are routed together; 1 makes answers independent.",
+    )
+    parser.add_argument(
+        "--capacity_factor",
+        type=float | Literal["dropless"] | None,
+        default=None,
+        help="Room of the experts; default: that of the model.",
+    )
+    parser.add_argument(
+        "--quantize_experts",
+        type=Literal["int8", "float16"] | None,
+        default=None,
+        help="How the experts' kernels are stored.",
+    )
+    parser.add_argument(
+        "--warmup",
+        type=bool | list[int],
+        default=True,
+        help="Whether to write warm-up requests, or their batch sizes.",
+    )
+    _add_classes(parser)
+    _add_backend(parser)
+    return parser
+
+
+def _serve_check_parser(jsonargparse):
+    parser = jsonargparse.ArgumentParser(
+        usage="keras-vmoe serve-check [options] directory",
+        description="Loads a SavedModel without Keras, replays its warm-up "
+        "requests, and prints times and sizes.",
+        epilog=SERVE_CHECK_EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "directory", type=str, help="Folder of versions, or one version."
+    )
+    parser.add_argument(
+        "--model",
+        type=str | None,
+        default=None,
+        help="Run folder or .keras file that was exported, to compare with.",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="Answers for each time."
+    )
+    _add_classes(parser)
+    _add_backend(parser)
     return parser
 
 
@@ -263,6 +351,15 @@ def _convert_parser(jsonargparse):
     )
     _add_backend(parser)
     return parser
+
+
+def _add_classes(parser):
+    parser.add_argument(
+        "--classes",
+        type=str | None,
+        default=None,
+        help="JSON list of class names; default: that of the run folder.",
+    )
 
 
 def _add_backend(parser):

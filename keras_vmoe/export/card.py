@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import pathlib
 import platform
 
 import keras
 
 from keras_vmoe import models
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
-from keras_vmoe.export.served import CARD
 from keras_vmoe.export.variants import routed
 from keras_vmoe.version import __version__
+
+CARD = pathlib.Path("assets.extra", "model_card.json")
 
 
 def write_card(folder, model, settings):

@@ -102,13 +102,13 @@ def _reader(kind, shape, settings):
         if kind == "uint8":
             pixels = tf.cast(inputs, tf.float32)
             return normalized(pixels, settings.preprocessing)
-        decoded = tf.TensorSpec(shape, tf.float32)
+        spec_of_one = tf.TensorSpec(shape, tf.float32)
         pixels = tf.map_fn(
             lambda content: decoded_or_nan(
                 content, shape[:2], settings.preprocessing
             ),
             inputs,
-            fn_output_signature=decoded,
+            fn_output_signature=spec_of_one,
         )
         return normalized(pixels, settings.preprocessing)
 
@@ -140,7 +140,7 @@ def normalized(pixels, preprocessing):
     tf = import_tensorflow()
     mean = tf.constant(preprocessing.mean, tf.float32)
     std = tf.constant(preprocessing.std, tf.float32)
-    # In this order, and so to the last bit as `data.normalize`.
+    # In the order of `data.normalize`.
     return pixels / std - mean / std
 
 
@@ -163,17 +163,31 @@ def decoded_or_nan(content, size, preprocessing):
     def decode(content):
         limit = preprocessing.max_pixels
         with tf.control_dependencies([_check_pixels(content, limit)]):
-            content = tf.identity(content)
-        image = tf.io.decode_image(content, 3, expand_animations=False)
-        image = tf.ensure_shape(image, (None, None, 3))
-        if preprocessing.test_crop is not None:
-            image = center_crop(image, size, preprocessing.test_crop)
-        return tf.cast(to_rgb(image, size), tf.float32)
+            return decoded(tf.identity(content), size, preprocessing.test_crop)
 
     one = tf.data.Dataset.from_tensors(content)
     one = one.map(decode).ignore_errors()
     nan = tf.data.Dataset.from_tensors(tf.fill((*size, 3), float("nan")))
     return one.concatenate(nan).take(1).get_single_element()
+
+
+def decoded(content, size, test_crop):
+    """The pixels of an encoded image, as evaluation sees them.
+
+    Args:
+        content: Scalar string tensor, a JPEG or PNG file.
+        size: `(H, W)`.
+        test_crop: Share of the shorter side to keep, or None.
+
+    Returns:
+        `(H, W, 3)` float32 tensor on the scale of 0 to 255.
+    """
+    tf = import_tensorflow()
+    image = tf.io.decode_image(content, 3, expand_animations=False)
+    image = tf.ensure_shape(image, (None, None, 3))
+    if test_crop is not None:
+        image = center_crop(image, size, test_crop)
+    return tf.cast(to_rgb(image, size), tf.float32)
 
 
 def _check_pixels(content, limit):

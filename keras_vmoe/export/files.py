@@ -41,5 +41,13 @@ def new_path(parent, name):
     try:
         yield partial / name
         os.rename(partial / name, final)
+    except OSError as error:
+        if error.errno is None:  # It says all already.
+            raise
+        raise OSError(
+            "The export must be written whole. Received: "
+            f"{str(final)!r} ({error.strerror}), of which nothing is left. "
+            "Free space on the disk, or choose another place."
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Experts whose kernels take a quarter or half of the bytes."""
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_vmoe.layers.experts import MLPExperts
@@ -24,7 +25,7 @@ def quantized(kernel, kind):
     small, factor = keras.quantizers.abs_max_quantize(
         kernel, axis=-2, to_numpy=True
     )
-    return small, (1 / factor).astype("float32")
+    return np.asarray(small), 1 / np.asarray(factor, "float32")
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")

@@ -2,31 +2,20 @@
 
 TF Serving loads a SavedModel by the C++ loader that `libtensorflow_cc` holds,
 and so does this module, by `ctypes`. It imports neither Keras nor Python's
-TensorFlow, so that it runs by itself as well:
-
-    python served.py FOLDER [--rounds 20] [--save outputs.npz]
-
-replays the requests of the folder's warm-up file and prints, as JSON, what
-came out.
+TensorFlow.
 """
 
-import argparse
 import contextlib
 import ctypes
 import dataclasses
 import importlib
 import importlib.util
-import json
 import pathlib
-import resource
 import sys
-import time
 import types
 
 import numpy as np
 
-WARMUP = pathlib.Path("assets.extra", "tf_serving_warmup_requests")
-CARD = pathlib.Path("assets.extra", "model_card.json")
 STRING = 7  # TensorFlow's number of the type.
 DTYPES = {
     1: "float32",
@@ -101,7 +90,7 @@ class ServedModel:
     """
 
     def __init__(self, folder):
-        self.tf = _library()
+        self.tf = library()
         self.status = self.tf.TF_NewStatus()
         self.graph = self.tf.TF_NewGraph()
         options = self.tf.TF_NewSessionOptions()
@@ -119,10 +108,11 @@ class ServedModel:
         )
         self.tf.TF_DeleteSessionOptions(options)
         self._check(OSError)
-        graph = buffer.contents
-        content = ctypes.string_at(graph.data, graph.length)
+        content = buffer.contents
+        content = ctypes.string_at(content.data, content.length)
         self.tf.TF_DeleteBuffer(buffer)
-        self.signatures = _signatures(content)
+        self.meta_graph = _meta_graph(content)
+        self.signatures = _signatures(self.meta_graph)
 
     def __call__(self, signature, **inputs):
         known, wanted = self.signatures[signature]
@@ -216,7 +206,48 @@ class ServedModel:
         return array.reshape(shape)
 
 
-def _library():
+POINTER, TEXT = ctypes.c_void_p, ctypes.c_char_p
+INT, LONG, SIZE = ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
+MANY = ctypes.POINTER
+# What each function gives and takes.
+FUNCTIONS = {
+    "TF_AllocateTensor": (POINTER, INT, MANY(LONG), INT, SIZE),
+    "TF_CloseSession": (None, POINTER, POINTER),
+    "TF_DeleteBuffer": (None, MANY(Buffer)),
+    "TF_DeleteGraph": (None, POINTER),
+    "TF_DeleteSession": (None, POINTER, POINTER),
+    "TF_DeleteSessionOptions": (None, POINTER),
+    "TF_DeleteStatus": (None, POINTER),
+    "TF_DeleteTensor": (None, POINTER),
+    "TF_Dim": (LONG, POINTER, INT),
+    "TF_GetCode": (INT, POINTER),
+    "TF_GraphOperationByName": (POINTER, POINTER, TEXT),
+    "TF_LoadSessionFromSavedModel": (
+        POINTER, POINTER, POINTER, TEXT, MANY(TEXT), INT, POINTER,
+        MANY(Buffer), POINTER,
+    ),
+    "TF_Message": (TEXT, POINTER),
+    "TF_NewBuffer": (MANY(Buffer),),
+    "TF_NewGraph": (POINTER,),
+    "TF_NewSessionOptions": (POINTER,),
+    "TF_NewStatus": (POINTER,),
+    "TF_NumDims": (INT, POINTER),
+    "TF_SessionRun": (
+        None, POINTER, POINTER, MANY(Output), MANY(POINTER), INT,
+        MANY(Output), MANY(POINTER), INT, POINTER, INT, POINTER, POINTER,
+    ),
+    "TF_StringCopy": (None, POINTER, TEXT, SIZE),
+    "TF_StringDealloc": (None, POINTER),
+    "TF_StringGetDataPointer": (POINTER, POINTER),
+    "TF_StringGetSize": (SIZE, POINTER),
+    "TF_StringInit": (None, POINTER),
+    "TF_TensorByteSize": (SIZE, POINTER),
+    "TF_TensorData": (POINTER, POINTER),
+    "TF_TensorType": (INT, POINTER),
+}  # fmt: skip
+
+
+def library():
     """TensorFlow's shared library with the types of what is called."""
     spec = importlib.util.find_spec("tensorflow")
     if spec is None:
@@ -225,60 +256,12 @@ def _library():
             "Install it with: pip install 'keras_vmoe[serving]'"
         )
     folder = pathlib.Path(spec.submodule_search_locations[0])
-    framework = folder / "libtensorflow_framework.so.2"
-    ctypes.CDLL(str(framework), ctypes.RTLD_GLOBAL)
+    # Without RTLD_GLOBAL: other libraries would take its symbols for theirs.
+    ctypes.CDLL(str(folder / "libtensorflow_framework.so.2"))
     tf = ctypes.CDLL(str(folder / "libtensorflow_cc.so.2"))
-    tf.TF_NewBuffer.restype = ctypes.POINTER(Buffer)
-    tf.TF_Message.restype = ctypes.c_char_p
-    for name in ("TF_Dim", "TF_TensorByteSize", "TF_StringGetSize"):
-        getattr(tf, name).restype = ctypes.c_int64
-    for name in (
-        "TF_NewStatus",
-        "TF_NewGraph",
-        "TF_NewSessionOptions",
-        "TF_LoadSessionFromSavedModel",
-        "TF_GraphOperationByName",
-        "TF_AllocateTensor",
-        "TF_TensorData",
-        "TF_StringGetDataPointer",
-    ):
-        getattr(tf, name).restype = ctypes.c_void_p
-    for name, count in (
-        ("TF_GetCode", 1),
-        ("TF_Message", 1),
-        ("TF_DeleteSessionOptions", 1),
-        ("TF_DeleteGraph", 1),
-        ("TF_DeleteStatus", 1),
-        ("TF_CloseSession", 2),
-        ("TF_DeleteSession", 2),
-        ("TF_DeleteTensor", 1),
-        ("TF_TensorData", 1),
-        ("TF_TensorType", 1),
-        ("TF_TensorByteSize", 1),
-        ("TF_NumDims", 1),
-        ("TF_StringInit", 1),
-        ("TF_StringDealloc", 1),
-        ("TF_StringGetSize", 1),
-        ("TF_StringGetDataPointer", 1),
-    ):
-        getattr(tf, name).argtypes = [ctypes.c_void_p] * count
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    tf.TF_DeleteBuffer.argtypes = [ctypes.POINTER(Buffer)]
-    tf.TF_Dim.argtypes = [pointer, number]
-    tf.TF_GraphOperationByName.argtypes = [pointer, ctypes.c_char_p]
-    tf.TF_StringCopy.argtypes = [pointer, ctypes.c_char_p, ctypes.c_size_t]
-    tf.TF_AllocateTensor.argtypes = [
-        number, ctypes.POINTER(ctypes.c_int64), number, ctypes.c_size_t,
-    ]  # fmt: skip
-    tf.TF_LoadSessionFromSavedModel.argtypes = [
-        pointer, pointer, ctypes.c_char_p, ctypes.POINTER(ctypes.c_char_p),
-        number, pointer, ctypes.POINTER(Buffer), pointer,
-    ]  # fmt: skip
-    tf.TF_SessionRun.argtypes = [
-        pointer, pointer, ctypes.POINTER(Output), ctypes.POINTER(pointer),
-        number, ctypes.POINTER(Output), ctypes.POINTER(pointer), number,
-        pointer, number, pointer, pointer,
-    ]  # fmt: skip
+    for name, (result, *arguments) in FUNCTIONS.items():
+        function = getattr(tf, name)
+        function.restype, function.argtypes = result, arguments
     return tf
 
 
@@ -300,131 +283,30 @@ def tensorflow_protos():
                 del sys.modules[name]
 
 
-def _signatures(meta_graph):
-    """Inputs and outputs of every signature, from a serialized MetaGraphDef."""
+def _meta_graph(content):
     with tensorflow_protos():
         name = "tensorflow.core.protobuf.meta_graph_pb2"
         proto = importlib.import_module(name).MetaGraphDef()
-    proto.ParseFromString(meta_graph)
+    proto.ParseFromString(content)
+    return proto
+
+
+def _signatures(proto):
+    """Inputs and outputs of every signature of a MetaGraphDef."""
 
     def infos(tensors):
         return {
-            name: TensorInfo(x.name, x.dtype, _shape(x.tensor_shape))
+            name: TensorInfo(x.name, x.dtype, shape_of(x.tensor_shape))
             for name, x in sorted(tensors.items())
         }
 
     return {
         name: (infos(signature.inputs), infos(signature.outputs))
-        for name, signature in proto.signature_def.items()
+        for name, signature in sorted(proto.signature_def.items())
         if not name.startswith("__")  # TensorFlow's own.
     }
 
 
-def _shape(proto):
+def shape_of(proto):
+    """The shape of a TensorShapeProto; None for unknown sizes."""
     return tuple(None if dim.size < 0 else dim.size for dim in proto.dim)
-
-
-def read_requests(folder):
-    """The requests of a folder's warm-up file.
-
-    Args:
-        folder: Folder of one version.
-
-    Returns:
-        List of `(signature, inputs)`, with arrays and lists of bytes by name;
-        empty without such a file.
-    """
-    path = pathlib.Path(folder) / WARMUP
-    if not path.exists():
-        return []
-    with tensorflow_protos():
-        name = "tensorflow_serving.apis.prediction_log_pb2"
-        make = importlib.import_module(name).PredictionLog
-    requests = []
-    for record in _records(path.read_bytes()):
-        log = make()
-        log.ParseFromString(record)
-        request = log.predict_log.request
-        inputs = {k: _values(x) for k, x in request.inputs.items()}
-        requests.append((request.model_spec.signature_name, inputs))
-    return requests
-
-
-def _records(content):
-    """Records of a TFRecord file: length, checksum, bytes, checksum."""
-    while content:
-        length = int.from_bytes(content[:8], "little")
-        yield content[12 : 12 + length]
-        content = content[16 + length :]
-
-
-def _values(proto):
-    """The array, or the list of bytes, of a TensorProto."""
-    if proto.dtype == STRING:
-        return list(proto.string_val)
-    array = np.frombuffer(proto.tensor_content, DTYPES[proto.dtype])
-    return array.reshape(_shape(proto.tensor_shape))
-
-
-def replay(folder, rounds):
-    """Answers the warm-up requests, and takes the time.
-
-    Args:
-        folder: Folder of one version.
-        rounds: How often to answer each request for its time.
-
-    Returns:
-        A dict of what is known of the folder, and a list of the answers.
-    """
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    served = ServedModel(folder)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    requests, answers = [], []
-    for signature, inputs in read_requests(folder):
-        answers.append(served(signature, **inputs))
-        times = []
-        for _ in range(rounds):
-            start = time.perf_counter()
-            served(signature, **inputs)
-            times.append(1e3 * (time.perf_counter() - start))
-        quartiles = np.percentile(times or [np.nan], [25, 50, 75]).tolist()
-        batch = len(next(iter(inputs.values())))
-        requests.append(
-            {"signature": signature, "batch": batch, "ms": quartiles}
-        )
-    facts = {
-        "load_seconds": seconds,
-        "load_bytes": 1024 * (peak - before),  # Linux counts in KiB.
-        "signatures": {
-            name: {"inputs": list(inputs), "outputs": list(outputs)}
-            for name, (inputs, outputs) in served.signatures.items()
-        },
-        "requests": requests,
-    }
-    return facts, answers
-
-
-def main():
-    """Replays a folder's warm-up requests; see the head of this file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--save", help="File for the answers.")
-    arguments = parser.parse_args()
-    facts, answers = replay(arguments.folder, arguments.rounds)
-    if arguments.save:
-        arrays = {
-            f"{i}/{name}": value.astype(bytes)
-            if value.dtype == object
-            else value
-            for i, answer in enumerate(answers)
-            for name, value in answer.items()
-        }
-        np.savez(arguments.save, **arrays)
-    print(json.dumps(facts))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,62 @@
+"""Small models with weights far from their start, for all exports."""
+
+import keras
+import numpy as np
+
+from keras_vmoe import models
+
+CLASSES = tuple("abcdefghij")
+FAST = {"capacity_factor": 0.5, "batch_priority": True}
+BATCHES = (0, 1, 3, 8, 17)
+
+
+def vit(**moe):
+    return wild(
+        models.ViTMoE(
+            16, 4, 32, 2, 4, 64, 10,
+            moe={"layers": [0, 1], "num_experts": 4, **moe} if moe else None,
+        )
+    )  # fmt: skip
+
+
+def convnext():
+    moe = {"layers": "last_2", "num_experts": 4}
+    return wild(
+        models.ConvNeXtMoE([1, 1], [16, 32], 10, image_size=16, moe=moe)
+    )
+
+
+MODELS = {
+    "bpr": lambda: vit(num_selected_experts=2, batch_priority=True),
+    "expert_choice": lambda: vit(router="expert_choice"),
+    "soft": lambda: vit(router="soft"),
+    "convnext": convnext,
+    "dense": vit,
+}
+
+
+def wild(model):
+    """The model with a head that says something."""
+    generator = np.random.default_rng(0)
+    for weight in model.weights:
+        noise = 0.2 * generator.normal(size=weight.shape)
+        weight.assign(keras.ops.convert_to_numpy(weight) + noise)
+    return model
+
+
+def images(batch, seed=0):
+    generator = np.random.default_rng(seed)
+    return generator.uniform(-1, 1, (batch, 16, 16, 3)).astype("float32")
+
+
+def logits(model, images):
+    if not len(images):
+        return np.zeros((0, 10), "float32")
+    return keras.ops.convert_to_numpy(model(images, training=False))
+
+
+def alone(model, **dials):
+    """The model as it is served."""
+    if not model.moe_layers or model.moe.router == "soft":
+        return model
+    return models.set_routing(model, images_per_group=1, **dials)

@@ -1,0 +1,122 @@
+"""The folder, replayed without Keras, and the commands."""
+
+import numpy as np
+import pytest
+
+from keras_vmoe import export
+from keras_vmoe import models
+from keras_vmoe.export.replay import newest_version
+from tests.export import small
+from tests.test_cli import run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run folder, and what the command made of it."""
+    folder = tmp_path_factory.mktemp("run")
+    models.save(small.MODELS["bpr"](), folder / "model.keras")
+    names = str(list(small.CLASSES)).replace("'", '"')
+    (folder / "classes.json").write_text(names)
+    (folder / "result.json").write_text('{"accuracy": 0.25}')
+    (folder / "config.yaml").write_text("test_crop: 0.5\npreset: null\n")
+    done = run(
+        "export", folder, folder / "served", "--warmup=[2]", "--signatures",
+        "fast:capacity_factor=0.5,batch_priority=true",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"model: {folder / 'served' / '1'}\n"
+    return folder
+
+
+def test_serve_check(folder):
+    done = run(
+        "serve-check", folder / "served", "--model", folder, "--rounds=2"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "of which weights" in done.stdout
+    for name in (*export.settings.STANDARD, "fast"):
+        assert f"\n{name} " in done.stdout
+
+
+def test_what_it_finds(folder):
+    model = models.load(folder / "model.keras")
+    checked = export.check(folder / "served", model, rounds=2)
+    assert checked.folder == folder / "served" / "1" and checked.agrees
+    assert 0 < checked.weight_bytes < checked.disk_bytes
+    assert [x["batch"] for x in checked.requests] == [2] * 5
+    for request in checked.requests:
+        assert request["graph_bytes"] > 1e5 and request["ms"][1] > 0
+        has_logits = request["signature"] != "features"
+        assert (request["difference"] is not None) == has_logits
+
+
+def test_another_model_is_found_out(folder, tmp_path):
+    model = models.load(folder / "model.keras")
+    head = model.get_layer("head")
+    head.bias.assign(np.array(head.bias) + 1e-3)
+    assert not export.check(folder / "served" / "1", model, rounds=1).agrees
+    models.save(model, tmp_path / "other.keras")
+    done = run(
+        "serve-check", folder / "served", "--rounds=1",
+        "--model", tmp_path / "other.keras",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "must be those of the model" in done.stderr
+
+
+def test_the_newest_version(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There must be a SavedModel"):
+        export.check(tmp_path)
+    for name in ("9", "10", "11.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "saved_model.pb").write_text("")
+    assert newest_version(tmp_path) == tmp_path / "10"
+    with pytest.raises(ValueError, match="must be able to load the folder"):
+        export.check(tmp_path)
+
+
+def test_exports_of_the_command(folder):
+    done = run("export", folder, folder / "served")
+    assert done.returncode == 1 and "overwrites nothing" in done.stderr
+    done = run("export", folder, folder / "x", "--signatures", "fast=1")
+    assert done.returncode == 1
+    assert "NAME:SETTING=VALUE" in done.stderr
+    done = run(
+        "export", folder, folder / "x.onnx", "--format=onnx",
+        "--signatures", "a:features=true",
+    )  # fmt: skip
+    assert done.returncode == 1 and "Only a SavedModel has" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_file_by_the_command(folder, tmp_path):
+    done = run("export", folder, tmp_path / "a.tflite", "--format=litert")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.tflite").stat().st_size > 1e5
+
+
+@pytest.mark.slow
+def test_small_experts_are_checked_as_such(tmp_path):
+    model = small.vit(num_experts=8, hidden_dim=256, num_selected_experts=2)
+    sizes = {}
+    for version, kind in ((1, None), (2, "float16"), (3, "int8")):
+        export.saved_model(
+            model, tmp_path, version, warmup=[1], quantize_experts=kind
+        )
+        checked = export.check(tmp_path, model, rounds=1)
+        assert checked.agrees
+        sizes[kind] = checked.weight_bytes
+    kernels = 4 * 2 * 2 * 8 * 32 * 256
+    assert sizes[None] - sizes["float16"] > 0.98 * kernels / 2
+    assert sizes[None] - sizes["int8"] > 0.95 * kernels * 3 / 4
+
+
+@pytest.mark.slow
+def test_memory_of_the_loader(tmp_path):
+    """At most 2.5 times the weights of 60 MB."""
+    model = small.vit(num_experts=64, hidden_dim=1800)
+    export.saved_model(model, tmp_path, warmup=[1])
+    checked = export.check(tmp_path, rounds=1)
+    assert checked.weight_bytes > 5.5e7
+    assert checked.load_bytes < 2.5 * checked.weight_bytes
+    assert checked.disk_bytes < 1.15 * checked.weight_bytes + 2e6

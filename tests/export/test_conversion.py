@@ -1,0 +1,115 @@
+"""ONNX Runtime and LiteRT say what the model says."""
+
+import numpy as np
+import pytest
+
+from keras_vmoe import export
+from keras_vmoe.export.conversion import check_runtime
+from keras_vmoe.export.variants import with_small_experts
+from tests.export import small
+
+WRITERS = {"onnx": export.onnx, "tflite": export.litert}
+
+
+def run(path, images):
+    """What a file says of images."""
+    if path.suffix == ".onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path))
+        assert [x.name for x in session.get_outputs()] == ["logits"]
+        return session.run(["logits"], {"images": images})[0]
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(path))
+    (inputs,) = interpreter.get_input_details()
+    interpreter.resize_tensor_input(inputs["index"], images.shape)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(inputs["index"], images)
+    interpreter.invoke()
+    (outputs,) = interpreter.get_output_details()
+    return interpreter.get_tensor(outputs["index"])
+
+
+def check_file(path, model, small_experts=None):
+    served = small.alone(model)
+    if small_experts:
+        served = with_small_experts(served, small_experts)
+    for batch in (1, 3, 8):
+        images = small.images(batch)
+        right = small.logits(served, images)
+        scale = max(1, np.abs(right).max())
+        np.testing.assert_allclose(
+            run(path, images), right, atol=2e-5 * scale, rtol=0
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize("kind", small.MODELS)
+def test_the_runtime_agrees(kind, suffix, tmp_path):
+    model = small.MODELS[kind]()
+    path = WRITERS[suffix](model, tmp_path / f"model.{suffix}")
+    assert [x.name for x in tmp_path.iterdir()] == [path.name]
+    check_file(path, model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [("onnx", "int8"), ("onnx", "float16"), ("tflite", "int8")],
+)
+def test_small_experts(suffix, kind, tmp_path):
+    model = small.vit(num_experts=8, hidden_dim=256, num_selected_experts=2)
+    whole = WRITERS[suffix](model, tmp_path / f"whole.{suffix}")
+    path = WRITERS[suffix](
+        model, tmp_path / f"small.{suffix}", quantize_experts=kind
+    )
+    kernels = 4 * sum(2 * x.experts.hidden_kernel.shape[0] * 32 * 256
+                      for x in model.moe_layers)  # fmt: skip
+    saved = whole.stat().st_size - path.stat().st_size
+    assert saved > 0.95 * kernels * {"int8": 3 / 4, "float16": 1 / 2}[kind]
+    check_file(path, model, kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("model.tflite", {}, "must end in '.onnx'"),
+        ("model.onnx", {"quantize_experts": "int4"}, "'int4'"),
+        ("model.onnx", {"num_selected_experts": 5}, "num_selected_experts=5"),
+    ],
+)
+def test_bad_arguments(name, arguments, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        export.onnx(small.MODELS["bpr"](), tmp_path / name, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_file_is_overwritten(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError, match="overwrites nothing"):
+        export.onnx(small.MODELS["bpr"](), path)
+    assert path.read_text() == "mine"
+
+
+class Constant:
+    """In the place of a tensor."""
+
+    def numpy(self):
+        return np.zeros((1, 2))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "words"),
+    [(0.01, "differ by 1.0e-02"), (np.nan, "differ by nan")],
+)
+def test_a_runtime_that_disagrees(outputs, words):
+    with pytest.raises(ValueError, match=words):
+        check_runtime(
+            "It",
+            lambda images: np.full((1, 2), outputs),
+            lambda images: {"logits": Constant()},
+            (2, 2, 3),
+        )

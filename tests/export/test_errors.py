@@ -1,0 +1,188 @@
+"""What cannot be exported is refused before anything is written."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from keras_vmoe import export
+from keras_vmoe.export.files import new_path
+from tests.export import small
+
+OWN_LAYER = """
+import keras
+
+@keras.saving.register_keras_serializable("own")
+class Own(keras.layers.Layer):
+    def call(self, x):
+        {code}
+"""
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small.MODELS["bpr"]()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"signatures": {"features": {}}}, "'features' twice"),
+        (
+            {"signatures": [("fast", small.FAST), ("fast", small.FAST)]},
+            "'fast' twice",
+        ),
+        ({"signatures": {"a b": {}}}, "Received: 'a b'"),
+        (
+            {"signatures": {"more": {"num_selected_experts": 5}}},
+            r"num_selected_experts=5 with num_experts=4.*Signature 'more'",
+        ),
+        ({"signatures": {"x": {"capacity": 1}}}, "mean 'capacity_factor'"),
+        ({"signatures": {"x": {"input": "png"}}}, "input='png'"),
+        ({"capacity_factor": -1}, "capacity_factor=-1"),
+        ({"images_per_group": 0}, "images_per_group=0"),
+        ({"version": 0}, "version=0"),
+        ({"max_batch_size": 0}, "max_batch_size=0"),
+        ({"warmup": [1, 2000]}, "a batch of 2000 with max_batch_size=1024"),
+        ({"class_names": ["a"]}, "each of the 10 classes. Received: 1 names"),
+        ({"quantize_experts": "int4"}, "quantize_experts='int4'"),
+    ],
+)
+def test_bad_arguments(model, tmp_path, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        export.saved_model(model, tmp_path / "served", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"mean": "a"}, "mean='a'"),
+        ({"std": (1, 0, 1)}, r"std=\(1, 0, 1\)"),
+        ({"test_crop": 2}, "test_crop=2"),
+        ({"max_pixels": 0}, "max_pixels=0"),
+    ],
+)
+def test_bad_preprocessing(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        export.Preprocessing(**arguments)
+
+
+def test_models_that_have_no_graph_or_no_images(tmp_path):
+    dense = keras.layers.Dense(3)
+    flat = keras.Sequential([keras.Input((4,)), dense])
+    image = keras.Input((8, 8, 3))
+    pooled = keras.layers.GlobalAveragePooling2D()(image)
+    soft = keras.layers.Dense(3, activation="softmax")(pooled)
+    for model, words in (
+        (keras.Sequential([keras.layers.Dense(3)]), "must be a built"),
+        (flat, "one batch of RGB images"),
+        (keras.Model(image, soft), "the activation 'softmax'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            export.saved_model(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_dense_and_soft_models_have_no_such_dial(tmp_path):
+    for kind in ("dense", "soft"):
+        with pytest.raises(ValueError, match="Signature 'fast'"):
+            export.saved_model(
+                small.MODELS[kind](), tmp_path, signatures={"fast": small.FAST}
+            )
+    with pytest.raises(ValueError, match="Only experts are quantized"):
+        export.saved_model(
+            small.MODELS["dense"](), tmp_path, quantize_experts="int8"
+        )
+
+
+def test_no_version_is_overwritten(model, tmp_path):
+    (tmp_path / "1").mkdir()
+    with pytest.raises(FileExistsError, match="overwrites nothing"):
+        export.saved_model(model, tmp_path)
+    assert not list((tmp_path / "1").iterdir())
+
+
+def test_a_folder_that_cannot_be(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="can be written to. Received"):
+        export.saved_model(model, tmp_path / "file" / "served")
+
+
+def test_what_fails_leaves_nothing(tmp_path):
+    with pytest.raises(KeyError), new_path(tmp_path, "1") as path:
+        path.mkdir()
+        (path / "half").write_text("x")
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="must be written whole") as caught:
+        with new_path(tmp_path, "1"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert "No space left" in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_full_disk(tmp_path):
+    """Files may not grow beyond 100 kB; the weights would."""
+    program = (
+        "import resource, sys\n"
+        "from keras_vmoe import export\n"
+        "from tests.export import small\n"
+        "model = small.MODELS['bpr']()\n"
+        "limit = (100_000, resource.RLIM_INFINITY)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, limit)\n"
+        "try:\n"
+        "    export.saved_model(model, sys.argv[1], warmup=False)\n"
+        "except OSError as error:\n"
+        "    print('REFUSED', error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert "REFUSED" in done.stdout, done.stderr[-2000:]
+    assert not list(tmp_path.iterdir())
+
+
+def own_model(tmp_path, monkeypatch, code):
+    """A model with a layer from a module of its own."""
+    name = f"own_{keras.backend.backend()}_{len(code)}"
+    (tmp_path / f"{name}.py").write_text(OWN_LAYER.format(code=code))
+    monkeypatch.syspath_prepend(tmp_path)
+    own = __import__(name).Own()
+    images = keras.Input((8, 8, 3))
+    x = keras.layers.GlobalAveragePooling2D()(own(images))
+    return keras.Model(images, keras.layers.Dense(10)(x))
+
+
+@pytest.mark.slow
+def test_layers_of_ones_own(tmp_path, monkeypatch):
+    model = own_model(tmp_path, monkeypatch, "return keras.ops.relu(x)")
+    path = export.saved_model(model, tmp_path / "served", warmup=False)
+    served = export.served.ServedModel(path)
+    images = np.ones((2, 8, 8, 3), "float32")
+    np.testing.assert_allclose(
+        served("serving_default", images=images)["logits"],
+        small.logits(model, images),
+        atol=1e-6,
+    )
+
+
+@pytest.mark.slow
+def test_layers_that_tensorflow_cannot_run(tmp_path, monkeypatch):
+    if keras.backend.backend() == "tensorflow":
+        return  # There nothing stands between the layer and TensorFlow.
+    code = (
+        "if keras.backend.backend() == 'tensorflow':\n"
+        "            raise TypeError('not here')\n"
+        "        return x"
+    )
+    model = own_model(tmp_path, monkeypatch, code)
+    with pytest.raises(ValueError, match="use keras.ops"):
+        export.saved_model(model, tmp_path / "served")
+    assert not list((tmp_path / "served").iterdir())

@@ -1,0 +1,268 @@
+"""A SavedModel in TensorFlow's C API says what the model says."""
+
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_vmoe import data
+from keras_vmoe import export
+from keras_vmoe import models
+from keras_vmoe.export.served import RefusedRequest
+from keras_vmoe.export.served import ServedModel
+from tests.export import small
+
+SIGNATURES = {
+    "fast": small.FAST,
+    "accurate": {"num_selected_experts": 3},
+    "crowded": {"images_per_group": 8, "capacity_factor": 0.5},
+    "fast_jpeg": {"input": "encoded", **small.FAST},
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small.MODELS["bpr"]()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    return export.saved_model(
+        model,
+        tmp_path_factory.mktemp("served"),
+        version=3,
+        signatures=SIGNATURES,
+        class_names=small.CLASSES,
+        card={"test_accuracy": 0.5, "preset": None},
+    )
+
+
+@pytest.fixture(scope="module")
+def served(folder):
+    return ServedModel(folder)
+
+
+def close(given, right):
+    assert given.shape == right.shape
+    scale = max(1, np.abs(right).max(initial=0))
+    np.testing.assert_allclose(given, right, atol=1e-5 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("batch", small.BATCHES)
+def test_answers_are_the_models(served, model, batch):
+    images = small.images(batch)
+    answer = served("serving_default", images=images)
+    right = small.logits(small.alone(model), images)
+    close(answer["logits"], right)
+    probabilities = np.exp(right - right.max(axis=-1, keepdims=True))
+    probabilities /= probabilities.sum(axis=-1, keepdims=True)
+    close(answer["probabilities"], probabilities)
+    assert answer["class_id"].tolist() == right.argmax(axis=-1).tolist()
+    names = [small.CLASSES[i].encode() for i in answer["class_id"]]
+    assert answer["class_name"].tolist() == names
+
+
+@pytest.mark.parametrize("kind", sorted(set(small.MODELS) - {"bpr"}))
+@pytest.mark.slow
+def test_answers_of_other_models(kind, tmp_path):
+    model = small.MODELS[kind]()
+    served = ServedModel(export.saved_model(model, tmp_path, warmup=False))
+    for batch in small.BATCHES:
+        images = small.images(batch)
+        answer = served("serving_default", images=images)
+        close(answer["logits"], small.logits(small.alone(model), images))
+
+
+def test_features_are_what_the_head_gets(served, model):
+    images = small.images(3)
+    features = served("features", images=images)["features"]
+    kernel, bias = (
+        keras.ops.convert_to_numpy(x) for x in model.get_layer("head").weights
+    )
+    close(
+        features @ kernel + bias,
+        served("serving_default", images=images)["logits"],
+    )
+
+
+def test_the_dial(served, model):
+    images = small.images(3)
+    for name, dials in (
+        ("fast", small.FAST),
+        ("accurate", {"num_selected_experts": 3}),
+    ):
+        right = small.logits(small.alone(model, **dials), images)
+        close(served(name, images=images)["logits"], right)
+        default = served("serving_default", images=images)["logits"]
+        assert np.abs(default - right).max() > 1e-3  # Another model.
+
+
+def test_pixels_and_files_are_read_as_in_evaluation(served, tmp_path):
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (3, 16, 16, 3), "uint8")
+    right = served("serving_default", images=data.normalize(pixels))
+    given = served("serve_images", images=pixels)
+    close(given["logits"], right["logits"])
+    paths = [tmp_path / name for name in ("a.jpg", "b.png", "grey.png")]
+    for path, channels in zip(paths, (3, 3, 1), strict=True):
+        image = generator.integers(0, 256, (37, 23, channels))
+        keras.utils.save_img(path, image, scale=False)
+    images = data.read_images(paths, 16)
+    right = served("serving_default", images=images)["logits"]
+    files = [path.read_bytes() for path in paths]
+    close(served("serve_jpeg", image_bytes=files)["logits"], right)
+    fast = served("fast_jpeg", image_bytes=files)["logits"]
+    close(fast, served("fast", images=images)["logits"])
+
+
+def test_neighbours_change_nothing(served):
+    """By default; in groups of 8 they compete for places, and so they do."""
+    images, others = small.images(8), small.images(8, seed=1)
+    others[-1] = images[-1]
+    for name, alone in (("serving_default", True), ("crowded", False)):
+        first, second = (
+            served(name, images=x)["logits"][-1] for x in (images, others)
+        )
+        assert np.array_equal(first, second) == alone
+
+
+def test_a_bad_image_is_bad_alone(served, tmp_path):
+    images = small.images(3)
+    right = served("serving_default", images=images)
+    images[1, 0, 0, 0] = np.nan
+    given = served("serving_default", images=images)
+    assert given["class_id"][1] == -1 and given["class_name"][1] == b""
+    for name in right:
+        assert np.array_equal(given[name][[0, 2]], right[name][[0, 2]])
+    good = tf.io.encode_jpeg(np.zeros((9, 9, 3), "uint8")).numpy()
+    head = b"\x89PNG\r\n\x1a\n" + bytes(8)
+    huge = head + (2**20).to_bytes(4, "big") * 2 + bytes(9)
+    files = [good, good[:90], b"", b"GIF89a" + bytes(20), huge, good]
+    classes = served("serve_jpeg", image_bytes=files)["class_id"].tolist()
+    assert classes[0] == classes[-1] >= 0 and classes[1:-1] == [-1] * 4
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (np.zeros((2, 16, 16), "float32"), r"\[2,16,16\].*\[\?,16,16,3\]"),
+        (np.zeros((2, 8, 8, 3), "float32"), r"\[2,8,8,3\].*\[\?,16,16,3\]"),
+        (np.zeros((), "float32"), r"\[\].*\[\?,16,16,3\]"),
+        (np.zeros((2, 16, 16, 3), "uint8"), "float"),
+        (np.zeros((1025, 16, 16, 3), "float32"), "at most 1024"),
+    ],
+)
+def test_wrong_requests_are_refused(served, images, words):
+    with pytest.raises(RefusedRequest, match=words):
+        served("serving_default", images=images)
+
+
+def test_a_thousand_hostile_requests(folder):
+    """In a process of its own, which must live."""
+    program = os.path.join(os.path.dirname(__file__), "run_hostile.py")
+    done = subprocess.run(
+        [sys.executable, program, str(folder)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["requests"] == 1000 and counts["right"] == 250
+    assert counts["answered"] + counts["refused"] == 750
+    assert counts["refused"] > 300
+
+
+def test_in_a_process_with_tensorflow_alone(folder, served, tmp_path):
+    images = small.images(3)
+    np.save(tmp_path / "images.npy", images)
+    program = (
+        "import sys, numpy as np, tensorflow as tf\n"
+        "model = tf.saved_model.load(sys.argv[1])\n"
+        "images = tf.constant(np.load(sys.argv[2] + '/images.npy'))\n"
+        "answer = model.signatures['serving_default'](images=images)\n"
+        "np.save(sys.argv[2] + '/logits.npy', answer['logits'])\n"
+        "assert not any(x.startswith('keras_vmoe') for x in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder), str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    right = served("serving_default", images=images)["logits"]
+    close(np.load(tmp_path / "logits.npy"), right)
+
+
+def test_weights_are_written_once(folder, model):
+    """The graph of the seven signatures has 2 MB."""
+    weights = 4 * model.count_params()
+    size = sum(x.stat().st_size for x in folder.rglob("*") if x.is_file())
+    assert size < 1.15 * weights + 2e6
+    variables = sum(x.stat().st_size for x in folder.glob("variables/*"))
+    assert variables < 1.05 * weights + 2e4
+
+
+def test_the_model_card(folder, model):
+    card = json.loads((folder / "assets.extra/model_card.json").read_text())
+    assert card["test_accuracy"] == 0.5 and card["preset"] is None
+    assert card["params"] == model.count_params()
+    flops = {
+        name: x["multiply_adds_per_image"]
+        for name, x in card["signatures"].items()
+    }
+    assert flops["fast"] < flops["serving_default"] < flops["accurate"]
+    assert (
+        flops["fast"]
+        == models.cost(
+            models.set_routing(model, images_per_group=1, **small.FAST)
+        ).flops
+    )
+    labels = (folder / "assets.extra/labels.txt").read_text().split()
+    assert tuple(labels) == small.CLASSES
+    assert set(card["versions"]) == {
+        "keras_vmoe", "keras", "tensorflow", "python",
+    }  # fmt: skip
+
+
+def test_warmup_requests(folder):
+    """As TF Serving reads them."""
+    from tensorflow_serving.apis import prediction_log_pb2
+
+    path = folder / "assets.extra" / "tf_serving_warmup_requests"
+    asked = []
+    for record in tf.data.TFRecordDataset(str(path)):
+        log = prediction_log_pb2.PredictionLog.FromString(record.numpy())
+        request = log.predict_log.request
+        (value,) = request.inputs.values()
+        batch = tf.make_ndarray(value).shape[0]
+        asked.append((request.model_spec.signature_name, batch))
+    names = [*export.settings.STANDARD, *SIGNATURES]
+    assert asked == [(name, batch) for name in names for batch in (1, 8)]
+
+
+@pytest.mark.slow
+def test_saved_model_cli(folder, tmp_path):
+    command = [sys.executable, "-m", "tensorflow.python.tools.saved_model_cli"]
+    place = ["--dir", str(folder)]
+    shown = subprocess.run(
+        [*command, "show", *place, "--all"], capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr[-2000:]
+    for name in (*export.settings.STANDARD, *SIGNATURES):
+        assert f"signature_def['{name}']" in shown.stdout
+    np.save(tmp_path / "images.npy", small.images(2))
+    run = subprocess.run(
+        [
+            *command, "run", *place, "--tag_set", "serve",
+            "--signature_def", "serving_default",
+            "--inputs", f"images={tmp_path}/images.npy",
+            "--outdir", str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert np.load(tmp_path / "logits.npy").shape == (2, 10)
