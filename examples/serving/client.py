@@ -1,0 +1,90 @@
+"""Asks a running TF Serving for the classes of image files.
+
+    python client.py digits seven.png three.png
+    python client.py digits *.jpg --grpc localhost:8500 --signature fast_jpeg
+    python client.py digits *.jpg --label canary
+
+By REST it needs Python alone; by gRPC `pip install 'keras_vmoe[serving]'`.
+"""
+
+import argparse
+import base64
+import json
+import pathlib
+import urllib.request
+
+
+def main(arguments=None):
+    """Prints the class of each file."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("images", nargs="+")
+    parser.add_argument("--rest", default="http://localhost:8501")
+    parser.add_argument("--grpc", help="host:port, instead of REST.")
+    parser.add_argument("--signature", default="serve_jpeg")
+    parser.add_argument("--label", help="Of a version, such as canary.")
+    settings = parser.parse_args(arguments)
+    files = [pathlib.Path(name).read_bytes() for name in settings.images]
+    ask = by_grpc if settings.grpc else by_rest
+    for name, answer in zip(settings.images, ask(settings, files), strict=True):
+        print(f"{name}: {answer}")
+
+
+def by_rest(settings, files):
+    """Predictions by the REST interface: the inputs of each image in a row."""
+    label = f"/labels/{settings.label}" if settings.label else ""
+    body = {
+        "signature_name": settings.signature,
+        "instances": [
+            {"image_bytes": {"b64": base64.b64encode(x).decode()}}
+            for x in files
+        ],
+    }
+    request = urllib.request.Request(
+        f"{settings.rest}/v1/models/{settings.model}{label}:predict",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        rows = json.load(response)["predictions"]
+    return [
+        describe(row["class_id"], row.get("class_name"), row["probabilities"])
+        for row in rows
+    ]
+
+
+def by_grpc(settings, files):
+    """Predictions by the gRPC interface: tensors."""
+    import grpc
+    import tensorflow as tf
+    from tensorflow_serving.apis import predict_pb2
+    from tensorflow_serving.apis import prediction_service_pb2_grpc
+
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = settings.model
+    request.model_spec.signature_name = settings.signature
+    if settings.label:
+        request.model_spec.version_label = settings.label
+    request.inputs["image_bytes"].CopyFrom(tf.make_tensor_proto(files))
+    with grpc.insecure_channel(settings.grpc) as channel:
+        stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+        outputs = stub.Predict(request, timeout=30).outputs
+    values = {name: tf.make_ndarray(x) for name, x in outputs.items()}
+    names = values.get("class_name", [b""] * len(files))
+    return [
+        describe(int(i), name.decode(), probabilities)
+        for i, name, probabilities in zip(
+            values["class_id"], names, values["probabilities"], strict=True
+        )
+    ]
+
+
+def describe(class_id, name, probabilities):
+    """One line about one image."""
+    if class_id < 0:
+        return "cannot be read"
+    return f"{name or class_id} {probabilities[class_id]:.3f}"
+
+
+if __name__ == "__main__":
+    main()

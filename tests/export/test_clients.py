@@ -1,0 +1,140 @@
+"""The files of examples/serving: a client against servers of this test.
+
+The servers answer from an exported folder, in TensorFlow's C API, with the
+messages of TF Serving's two interfaces. TF Serving itself is a program that
+is not on the package index.
+"""
+
+import base64
+import concurrent.futures
+import http.server
+import json
+import pathlib
+import runpy
+import threading
+
+import grpc
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from google.protobuf import text_format
+from tensorflow_serving.apis import predict_pb2
+from tensorflow_serving.apis import prediction_service_pb2_grpc
+from tensorflow_serving.config import model_server_config_pb2
+
+from keras_vmoe import export
+from keras_vmoe.export.served import ServedModel
+from tests.export import small
+
+FOLDER = pathlib.Path(__file__).parents[2] / "examples" / "serving"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    return ServedModel(
+        export.saved_model(
+            small.MODELS["bpr"](), folder, warmup=False,
+            class_names=small.CLASSES,
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two images and a file that is none."""
+    generator = np.random.default_rng(0)
+    for name in ("a.png", "b.jpg"):
+        image = generator.integers(0, 256, (20, 30, 3))
+        keras.utils.save_img(tmp_path / name, image, scale=False)
+    (tmp_path / "c.jpg").write_bytes(b"none")
+    return [str(tmp_path / name) for name in ("a.png", "b.jpg", "c.jpg")]
+
+
+def expected(served, files):
+    content = [pathlib.Path(name).read_bytes() for name in files]
+    answer = served("serve_jpeg", image_bytes=content)
+    lines = []
+    for i, name in enumerate(files):
+        found = answer["class_id"][i]
+        text = "cannot be read"
+        if found >= 0:
+            share = answer["probabilities"][i, found]
+            text = f"{small.CLASSES[found]} {share:.3f}"
+        lines.append(f"{name}: {text}")
+    assert lines[-1].endswith("cannot be read")
+    return lines
+
+
+def client(*arguments):
+    runpy.run_path(str(FOLDER / "client.py"))["main"](list(arguments))
+
+
+def test_by_rest(served, files, capsys):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):  # noqa: N802
+            assert self.path == "/v1/models/digits/labels/canary:predict"
+            length = int(self.headers["Content-Length"])
+            body = json.loads(self.rfile.read(length))
+            images = [
+                base64.b64decode(x["image_bytes"]["b64"])
+                for x in body["instances"]
+            ]
+            answer = served(body["signature_name"], image_bytes=images)
+            rows = [
+                {
+                    "class_id": int(answer["class_id"][i]),
+                    "class_name": answer["class_name"][i].decode(),
+                    "probabilities": answer["probabilities"][i].tolist(),
+                }
+                for i in range(len(images))
+            ]
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"predictions": rows}).encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    client("digits", *files, "--rest", url, "--label", "canary")
+    assert capsys.readouterr().out.splitlines() == expected(served, files)
+
+
+def test_by_grpc(served, files, capsys):
+    class Service(prediction_service_pb2_grpc.PredictionServiceServicer):
+        def Predict(self, request, context):  # noqa: N802
+            spec = request.model_spec
+            assert (spec.name, spec.version_label) == ("digits", "")
+            inputs = {k: tf.make_ndarray(x) for k, x in request.inputs.items()}
+            response = predict_pb2.PredictResponse()
+            for name, value in served(spec.signature_name, **inputs).items():
+                proto = tf.make_tensor_proto(value)
+                response.outputs[name].CopyFrom(proto)
+            return response
+
+    server = grpc.server(concurrent.futures.ThreadPoolExecutor(1))
+    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
+        Service(), server
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        client("digits", *files, "--grpc", f"127.0.0.1:{port}")
+    finally:
+        server.stop(None)
+    assert capsys.readouterr().out.splitlines() == expected(served, files)
+
+
+def test_the_configuration_of_models():
+    config = text_format.Parse(
+        (FOLDER / "models.config").read_text(),
+        model_server_config_pb2.ModelServerConfig(),
+    )
+    (model,) = config.model_config_list.config
+    assert dict(model.version_labels) == {"stable": 1, "canary": 2}
+    assert list(model.model_version_policy.specific.versions) == [1, 2]
