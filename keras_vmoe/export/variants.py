@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_vmoe import distribution
 from keras_vmoe import layers
 from keras_vmoe import models
 from keras_vmoe.export.quantization import QuantizedMLPExperts
@@ -13,6 +14,12 @@ from keras_vmoe.models.cloning import share_parts
 
 def check_model(model):
     """Raises unless this is a built model from RGB images to logits."""
+    if distribution.num_processes() > 1:
+        raise ValueError(
+            "An export is made in one process. Received: "
+            f"{distribution.num_processes()} of them. Save the model by "
+            "`models.save`, and load and export it in a single one."
+        )
     if not is_graph(model) or not model.built:
         raise ValueError(
             "`model` must be a built functional or sequential Keras model. "

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from keras_vmoe import data
 from keras_vmoe import export
+from keras_vmoe import layers
 from keras_vmoe import models
 from keras_vmoe.export.served import RefusedRequest
 from keras_vmoe.export.served import ServedModel
@@ -67,15 +68,84 @@ def test_answers_are_the_models(served, model, batch):
     assert answer["class_name"].tolist() == names
 
 
+def answers_of_tensorflow(folder, batches, tmp_path):
+    """Logits by Python's TensorFlow, in a process without Keras."""
+    np.savez(tmp_path / "images.npz", *batches)
+    program = (
+        "import sys, numpy as np, tensorflow as tf\n"
+        "folder, place = sys.argv[1:]\n"
+        "model = tf.saved_model.load(folder)\n"
+        "call = model.signatures['serving_default']\n"
+        "images = np.load(place + '/images.npz').values()\n"
+        "logits = [call(images=tf.constant(x))['logits'] for x in images]\n"
+        "np.savez(place + '/logits.npz', *logits)\n"
+        "assert 'keras' not in sys.modules\n"
+        "assert 'keras_vmoe' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder), str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return list(np.load(tmp_path / "logits.npz").values())
+
+
 @pytest.mark.parametrize("kind", sorted(set(small.MODELS) - {"bpr"}))
 @pytest.mark.slow
 def test_answers_of_other_models(kind, tmp_path):
     model = small.MODELS[kind]()
+    path = export.saved_model(model, tmp_path / "served", warmup=False)
+    served = ServedModel(path)
+    batches = [small.images(batch) for batch in small.BATCHES]
+    alone = answers_of_tensorflow(path, batches, tmp_path)
+    for images, logits in zip(batches, alone, strict=True):
+        right = small.logits(small.alone(model), images)
+        close(served("serving_default", images=images)["logits"], right)
+        close(logits, right)
+
+
+def plain():
+    """A MoE layer in a model of the user's own."""
+    images = keras.Input((16, 16, 3))
+    x = keras.layers.Conv2D(16, 4, strides=4)(images)
+    x = x + layers.MoEMLP(num_experts=4, hidden_dim=32)(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return keras.Model(images, keras.layers.Dense(5)(x))
+
+
+def nested():
+    backbone = models.ViTMoE(
+        16, 4, 32, 2, 4, 64, None, moe={"layers": [1], "num_experts": 4}
+    )
+    head = keras.layers.Dense(5)
+    return keras.Sequential([keras.Input((16, 16, 3)), backbone, head])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [plain, nested])
+def test_models_of_ones_own(make, tmp_path):
+    model = small.wild(make())
     served = ServedModel(export.saved_model(model, tmp_path, warmup=False))
-    for batch in small.BATCHES:
-        images = small.images(batch)
-        answer = served("serving_default", images=images)
-        close(answer["logits"], small.logits(small.alone(model), images))
+    right = models.set_routing(model, images_per_group=1)
+    images = small.images(3)
+    answer = served("serving_default", images=images)
+    close(answer["logits"], small.logits(right, images))
+    assert served("features", images=images)["features"].shape[0] == 3
+
+
+@pytest.mark.slow
+def test_a_model_without_classes_gives_features(tmp_path):
+    model = small.wild(
+        models.ViTMoE(16, 4, 32, 2, 4, 64, None, moe={"num_experts": 4})
+    )
+    served = ServedModel(export.saved_model(model, tmp_path, warmup=False))
+    assert set(served.signatures) == {
+        "serving_default", "serve_images", "serve_jpeg",
+    }  # fmt: skip
+    images = small.images(3)
+    answer = served("serving_default", images=images)
+    close(answer["features"], small.logits(small.alone(model), images))
 
 
 def test_features_are_what_the_head_gets(served, model):
@@ -176,24 +246,10 @@ def test_a_thousand_hostile_requests(folder):
 
 
 def test_in_a_process_with_tensorflow_alone(folder, served, tmp_path):
-    images = small.images(3)
-    np.save(tmp_path / "images.npy", images)
-    program = (
-        "import sys, numpy as np, tensorflow as tf\n"
-        "model = tf.saved_model.load(sys.argv[1])\n"
-        "images = tf.constant(np.load(sys.argv[2] + '/images.npy'))\n"
-        "answer = model.signatures['serving_default'](images=images)\n"
-        "np.save(sys.argv[2] + '/logits.npy', answer['logits'])\n"
-        "assert not any(x.startswith('keras_vmoe') for x in sys.modules)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(folder), str(tmp_path)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    right = served("serving_default", images=images)["logits"]
-    close(np.load(tmp_path / "logits.npy"), right)
+    batches = [small.images(batch) for batch in small.BATCHES]
+    given = answers_of_tensorflow(folder, batches, tmp_path)
+    for images, logits in zip(batches, given, strict=True):
+        close(logits, served("serving_default", images=images)["logits"])
 
 
 def test_weights_are_written_once(folder, model):
