@@ -82,8 +82,16 @@ def traced_model(model):
 
 
 def _endpoint(read, core, answer):
+    tf = import_tensorflow()
+
     def endpoint(inputs):
-        return answer(core(read(inputs)))
+        images = read(inputs)
+        # Convolutions of TensorFlow give an empty batch a wrong shape. (And
+        # they take a `tf.pad` before them for a part of themselves.)
+        count = tf.shape(images)[0]
+        filling = tf.zeros((tf.cast(count == 0, tf.int32), *images.shape[1:]))
+        outputs = core(tf.concat([images, filling], axis=0))
+        return answer({name: x[:count] for name, x in outputs.items()})
 
     return endpoint
 

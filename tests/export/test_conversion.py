@@ -68,7 +68,8 @@ def test_small_experts(suffix, kind, tmp_path):
     kernels = 4 * sum(2 * x.experts.hidden_kernel.shape[0] * 32 * 256
                       for x in model.moe_layers)  # fmt: skip
     saved = whole.stat().st_size - path.stat().st_size
-    assert saved > 0.95 * kernels * {"int8": 3 / 4, "float16": 1 / 2}[kind]
+    # A scale for each output takes some of it again.
+    assert saved > 0.9 * kernels * {"int8": 3 / 4, "float16": 1 / 2}[kind]
     check_file(path, model, kind)
 
 
