@@ -18,6 +18,7 @@ from keras_vmoe.distribution.processes import process_id
 from keras_vmoe.distribution.processes import smallest
 from keras_vmoe.distribution.processes import variables_of
 from keras_vmoe.distribution.strategies import check_batch
+from keras_vmoe.distribution.strategies import check_groups
 from keras_vmoe.distribution.strategies import num_replicas
 from keras_vmoe.distribution.strategies import of_sum
 from keras_vmoe.distribution.strategies import replica_id
@@ -30,6 +31,7 @@ __all__ = [
     "check_agreement",
     "check_batch",
     "check_buffers",
+    "check_groups",
     "gathered",
     "initialize",
     "is_first_process",

@@ -111,16 +111,44 @@ def check_batch(batch_size, images_per_group, replicas, processes=1):
         )
 
 
+def check_groups(batch_size, images_per_group):
+    """Raises unless a replica of tf.distribute trains on whole groups.
+
+    A replica never sees the images of the others: a group that lies on two of
+    them would be routed as two. Elsewhere nothing happens.
+
+    Args:
+        batch_size: Images of this replica; None if not known when traced.
+        images_per_group: Images that are routed together; None for all of the
+            batch.
+
+    Raises:
+        ValueError: As `check_batch`.
+    """
+    replicas = _replicas_in_sync()
+    if replicas == 1 or batch_size is None:
+        return
+    total = batch_size * replicas
+    check_batch(total, images_per_group or total, replicas)
+
+
 def replica_id():
     """This replica's number inside tf.distribute; None where there is one."""
-    if keras.backend.backend() != "tensorflow":
+    if _replicas_in_sync() == 1:
         return None
     import tensorflow as tf
 
+    return tf.distribute.get_replica_context().replica_id_in_sync_group
+
+
+def _replicas_in_sync():
+    """How many replicas compute this together; 1 outside of tf.distribute."""
+    if keras.backend.backend() != "tensorflow":
+        return 1
+    import tensorflow as tf
+
     context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
-        return None
-    return context.replica_id_in_sync_group
+    return 1 if context is None else context.num_replicas_in_sync
 
 
 def of_sum(function, parts):

@@ -74,12 +74,50 @@ def test_xla_compiles_the_training_step(family):
     assert run(family, 1)["compiles"]
 
 
-TRAIN = """
-import dataclasses, json, sys
+TWO_DEVICES = """
 import tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 devices = [tf.config.LogicalDeviceConfiguration()] * 2
 tf.config.set_logical_device_configuration(cpu, devices)
+"""
+FIT = (
+    TWO_DEVICES
+    + """
+import json, keras, numpy as np
+from keras_vmoe import distribution, layers
+def fit(batch, per_group, training=True):
+    with distribution.resolve("mirrored").scope():
+        inputs = keras.Input((4, 6))
+        layer = layers.MoEMLP(4, 8, images_per_group=per_group)
+        model = keras.Model(inputs, layer(inputs))
+        model.compile("sgd", "mse")
+    x = np.zeros((24, 4, 6), "float32")
+    data = tf.data.Dataset.from_tensor_slices((x, x))
+    data = data.batch(batch, drop_remainder=True)
+    try:
+        model.fit(data, verbose=0) if training else model.evaluate(data)
+    except ValueError as error:
+        return str(error)
+print(json.dumps([
+    fit(12, 4), fit(12, None), fit(12, 3), fit(12, 1), fit(12, 4, False)]))
+"""
+)
+
+
+@pytest.mark.skipif(not IS_TF, reason="others have no replicas")
+def test_a_replica_trains_on_whole_groups():
+    """Two replicas of six images: groups of four would be torn."""
+    torn, one_group, *good = json.loads(python("-c", FIT))
+    assert "batch_size=12 for 2 devices, 4 images in a group" in torn
+    assert "Choose a multiple of 8" in torn
+    assert "12 images in a group" in one_group
+    assert good == [None] * 3
+
+
+TRAIN = (
+    TWO_DEVICES
+    + """
+import dataclasses, json, sys
 from keras_vmoe import training
 from tests.training.small import SMALL
 moe = dataclasses.replace(SMALL.moe, images_per_group=4)
@@ -90,10 +128,11 @@ class Stop(Exception):
     pass
 def stop(*_):
     raise Stop
+words = None
 try:
     train(batch_size=12, distribution="mirrored")
 except ValueError as error:
-    print(error)
+    words = str(error)
 # Stopped behind the first epoch, and ended on one device.
 save = training.callbacks.SaveModel.on_epoch_end
 training.callbacks.SaveModel.on_epoch_end = stop
@@ -103,14 +142,18 @@ except Stop:
     training.callbacks.SaveModel.on_epoch_end = save
 result = train()
 lines = (result.run_dir / "history.csv").read_text().splitlines()
-print(json.dumps([len(lines), result.test_accuracy]))
+print(json.dumps([words, len(lines), result.test_accuracy]))
 """
+)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not IS_TF, reason="others refuse, see below")
 def test_a_run_goes_on_with_fewer_devices(tmp_path):
-    lines, accuracy = json.loads(python("-c", TRAIN, str(tmp_path / "run")))
+    words, lines, accuracy = json.loads(
+        python("-c", TRAIN, str(tmp_path / "run"))
+    )
+    assert "batch_size=12 for 2 devices, 4 images in a group" in words
     assert lines == 3 and 0 <= accuracy <= 1
 
 
