@@ -74,16 +74,11 @@ def test_xla_compiles_the_training_step(family):
     assert run(family, 1)["compiles"]
 
 
-TWO_DEVICES = """
-import tensorflow as tf
+FIT = """
+import json, keras, numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 devices = [tf.config.LogicalDeviceConfiguration()] * 2
 tf.config.set_logical_device_configuration(cpu, devices)
-"""
-FIT = (
-    TWO_DEVICES
-    + """
-import json, keras, numpy as np
 from keras_vmoe import distribution, layers
 def fit(batch, per_group, training=True):
     with distribution.resolve("mirrored").scope():
@@ -101,7 +96,6 @@ def fit(batch, per_group, training=True):
 print(json.dumps([
     fit(12, 4), fit(12, None), fit(12, 3), fit(12, 1), fit(12, 4, False)]))
 """
-)
 
 
 @pytest.mark.skipif(not IS_TF, reason="others have no replicas")
@@ -112,49 +106,6 @@ def test_a_replica_trains_on_whole_groups():
     assert "Choose a multiple of 8" in torn
     assert "12 images in a group" in one_group
     assert good == [None] * 3
-
-
-TRAIN = (
-    TWO_DEVICES
-    + """
-import dataclasses, json, sys
-from keras_vmoe import training
-from tests.training.small import SMALL
-moe = dataclasses.replace(SMALL.moe, images_per_group=4)
-run = dataclasses.replace(SMALL, run_dir=sys.argv[1], moe=moe)
-def train(**changes):
-    return training.train(dataclasses.replace(run, **changes))
-class Stop(Exception):
-    pass
-def stop(*_):
-    raise Stop
-words = None
-try:
-    train(batch_size=12, distribution="mirrored")
-except ValueError as error:
-    words = str(error)
-# Stopped behind the first epoch, and ended on one device.
-save = training.callbacks.SaveModel.on_epoch_end
-training.callbacks.SaveModel.on_epoch_end = stop
-try:
-    train(distribution="mirrored")
-except Stop:
-    training.callbacks.SaveModel.on_epoch_end = save
-result = train()
-lines = (result.run_dir / "history.csv").read_text().splitlines()
-print(json.dumps([words, len(lines), result.test_accuracy]))
-"""
-)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not IS_TF, reason="others refuse, see below")
-def test_a_run_goes_on_with_fewer_devices(tmp_path):
-    words, lines, accuracy = json.loads(
-        python("-c", TRAIN, str(tmp_path / "run"))
-    )
-    assert "batch_size=12 for 2 devices, 4 images in a group" in words
-    assert lines == 3 and 0 <= accuracy <= 1
 
 
 # Bad input, on the one device of this process.

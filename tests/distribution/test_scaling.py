@@ -1,4 +1,4 @@
-"""The plan of docs/scaling.md: its arithmetic, and one of its compiled steps."""
+"""The plan of docs/scaling.md: its arithmetic, and a compiled step."""
 
 import csv
 import importlib
