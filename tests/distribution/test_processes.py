@@ -16,6 +16,7 @@ import pytest
 
 from keras_vmoe import distribution
 from keras_vmoe import models
+from keras_vmoe.distribution import processes
 from keras_vmoe.training.checkpointing import Checkpoints
 
 IS_JAX = keras.backend.backend() == "jax"
@@ -86,6 +87,7 @@ def test_the_arithmetic_is_that_of_one_process(tmp_path):
         ]
         assert all(result == found[0] for result in found)
         results[count] = found[0]
+    assert len(results[2]["drawn"]) == 4  # The same in both, see above.
     one, two = results[1], results[2]
     for name in ("losses", "accuracy", "test", "load"):
         np.testing.assert_allclose(two[name], one[name], atol=1e-5)
@@ -193,6 +195,24 @@ def test_what_a_process_must_know(arguments, words):
         words = "Several processes need the JAX backend. Received: job_"
     with pytest.raises(ValueError, match=words):
         distribution.initialize(*arguments)
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """Lets this process seem the first of two; the other's values differ."""
+
+    def with_values(**others):
+        monkeypatch.setattr(
+            processes, "_gather", lambda values: [values, {**values, **others}]
+        )
+
+    return with_values
+
+
+def test_a_seed_that_not_all_have(two):
+    two(seed=7)  # This one's is 0, as for all tests.
+    with pytest.raises(ValueError, match="the same seed. Received: seed: 0 in"):
+        processes._agree_on_a_seed()
 
 
 def test_one_process(monkeypatch):
