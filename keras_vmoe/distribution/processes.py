@@ -136,11 +136,16 @@ def check_agreement(what, **values):
         ValueError: With every value that differs, by process.
     """
     everyone = _gather(values)
+    names = dict.fromkeys(name for values in everyone for name in values)
+    first, *others = (
+        {name: values.get(name, "absent") for name in names}
+        for values in everyone
+    )
     different = [
-        f"{name}: {value!r} in process 0, {other.get(name)!r} in process {i}"
-        for i, other in enumerate(everyone)
-        for name, value in everyone[0].items()
-        if other.get(name) != value
+        f"{name}: {first[name]!r} in process 0, {other[name]!r} in process {i}"
+        for i, other in enumerate(others, 1)
+        for name in names
+        if other[name] != first[name]
     ]
     if different:
         raise ValueError(

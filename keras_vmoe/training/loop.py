@@ -32,7 +32,6 @@ from keras_vmoe.training.run_folder import open_run
 from keras_vmoe.training.run_folder import settings_of
 from keras_vmoe.training.run_folder import write_result
 from keras_vmoe.training.validation import Validation
-from keras_vmoe.version import __version__
 
 POSITIONS = r"positions/embedding$"
 MOMENTUM = 0.9  # Of SGD.
@@ -86,8 +85,9 @@ def train(config):
     if config.tensorboard:
         require("tensorboard", "data")
     distribution.check_agreement(
-        "configuration and version",
-        **{**settings_of(config), "keras_vmoe": __version__},
+        "configuration and versions",
+        **settings_of(config),
+        **distribution.versions(),
     )
     keras.utils.set_random_seed(config.seed)
     strategy = make_strategy(config)
