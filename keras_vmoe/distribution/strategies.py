@@ -6,6 +6,7 @@ import os
 
 import keras
 
+from keras_vmoe.distribution.data_parallel import DataParallel
 from keras_vmoe.distribution.expert_parallel import ExpertParallel
 
 TPU_VARIABLES, TPU_FILES = ("COLAB_TPU_ADDR", "TPU_NAME"), "/dev/accel*"
@@ -20,7 +21,7 @@ def resolve(name, num_experts=None, num_expert_shards=None, shard_dense=False):
 
     | name | backend | what it is |
     |---|---|---|
-    | `"data_parallel"` | JAX | `keras.distribution.DataParallel` |
+    | `"data_parallel"` | JAX | `DataParallel` |
     | `"expert_parallel"` | JAX | `ExpertParallel` |
     | `"mirrored"` | TensorFlow | `MirroredStrategy` on all GPUs, or on the logical CPUs |
     | `"tpu"` | TensorFlow | `TPUStrategy` |
@@ -66,9 +67,7 @@ def resolve(name, num_experts=None, num_expert_shards=None, shard_dense=False):
     if name is None:
         return None
     if name == "data_parallel":
-        return keras.distribution.DataParallel(
-            devices=keras.distribution.list_devices(), auto_shard_dataset=False
-        )
+        return DataParallel()
     if name == "expert_parallel":
         if num_expert_shards is None:
             devices = len(keras.distribution.list_devices())

@@ -105,18 +105,22 @@ def batches(config, info, first_step, length):
 
 
 def stream(config, info, first_step, example, strategy):
-    """What `fit` reads: batches, under tf.distribute of a known size.
+    """What `fit` reads: batches, on several devices of a known size.
 
-    (Keras forgets the size of a generator's batches, and a TPU needs it.)
+    (Keras forgets the size of a generator's batches. A TPU needs it, and so do
+    several processes, which would wait for ever at another one.)
     """
     length = len(example)
     source = functools.partial(batches, config, info, first_step, length)
-    if not hasattr(strategy, "num_replicas_in_sync"):
+    if strategy is None:
         return source()
     tf = require("tensorflow", "tensorflow")
+    endless = tf.data.experimental.assert_cardinality(
+        tf.data.INFINITE_CARDINALITY
+    )
     return tf.data.Dataset.from_generator(
         source, output_signature=example.element_spec
-    )
+    ).apply(endless)
 
 
 def is_one_hot(config):

@@ -19,7 +19,8 @@ from keras_vmoe import models
 from keras_vmoe.distribution import processes
 from keras_vmoe.training.checkpointing import Checkpoints
 
-IS_JAX = keras.backend.backend() == "jax"
+BACKEND = keras.backend.backend()
+IS_JAX = BACKEND == "jax"
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = """
 --model.image_size 8 --model.patch_size 4 --model.hidden_dim 16
@@ -91,8 +92,13 @@ def test_the_arithmetic_is_that_of_one_process(tmp_path):
     one, two = results[1], results[2]
     for name in ("losses", "accuracy", "test", "load"):
         np.testing.assert_allclose(two[name], one[name], atol=1e-5)
-    assert "a short one they would wait" in two["errors"][0]
-    assert "number: 1 in process 0, 2 in process 1" in two["errors"][1]
+    for words in (two["errors"], two["dense"]):
+        assert "a short one they would wait" in words["short"]
+        assert "number: 1 in process 0, 2 in process 1" in words["unequal"]
+        assert "a dataset of unknown cardinality" in words["unknown"]
+        for name in ("arrays", "generator"):
+            assert "must be provided as a `tf.data.Dataset`" in words[name]
+    assert "keras: '3.0' in process 0, '3.1' in process 1" in two["versions"]
     files = [models.load(tmp_path / f"{count}.keras") for count in (1, 2)]
     for mine, theirs in zip(*(x.variables for x in files), strict=True):
         np.testing.assert_allclose(mine.numpy(), theirs.numpy(), atol=1e-5)
@@ -213,6 +219,29 @@ def test_a_seed_that_not_all_have(two):
     two(seed=7)  # This one's is 0, as for all tests.
     with pytest.raises(ValueError, match="the same seed. Received: seed: 0 in"):
         processes._agree_on_a_seed()
+
+
+@pytest.mark.parametrize("name", ["keras_vmoe", "keras", BACKEND])
+def test_other_versions(two, name):
+    two(**{name: "0.0 (other)"})
+    words = f"the same code. Received: {name}: '.*' in process 0, '0.0 .other"
+    with pytest.raises(ValueError, match=words):
+        distribution.check_agreement("code", **distribution.versions())
+
+
+def test_a_value_that_only_another_has(two):
+    two(jax="0.1")
+    with pytest.raises(ValueError, match="jax: 'absent' in process 0, '0.1'"):
+        distribution.check_agreement("code", keras="3")
+
+
+def test_versions_tell_two_states_of_the_sources_apart(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text("x = 1")
+    monkeypatch.setattr("keras_vmoe.distribution.software.SOURCES", tmp_path)
+    before = distribution.versions()["keras_vmoe"]
+    assert distribution.versions()["keras_vmoe"] == before
+    (tmp_path / "a.py").write_text("x = 2")
+    assert distribution.versions()["keras_vmoe"] != before
 
 
 def test_one_process(monkeypatch):
