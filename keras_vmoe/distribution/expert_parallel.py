@@ -35,10 +35,11 @@ class ExpertParallel(DataParallel):
             divide the number of devices, and of experts.
         devices: Optional list of devices, as from
             `keras.distribution.list_devices()`; None is all of them.
-        shard_dense: Whether each of the other kernels is spread over all
-            devices as well (fully sharded data parallelism), for models that
-            fit into no single device. Each layer of the model must then return
-            one tensor with the batch as its first axis.
+        shard_dense: Whether each of the other kernels, but for those of
+            convolutions, is spread over all devices as well (fully sharded data
+            parallelism), for models that fit into no single device. Each layer
+            of the model must then return one tensor with the batch as its first
+            axis.
 
     Raises:
         ValueError: If the backend is not JAX, the shards do not divide the
@@ -86,7 +87,7 @@ class ExpertParallel(DataParallel):
                 f"Received: num_expert_shards={self.num_expert_shards} and a "
                 "model none of whose variables is an expert's. Make the model "
                 "after the distribution is set, with MoE layers, or use "
-                "keras.distribution.DataParallel."
+                "distribution.DataParallel."
             )
         self.check_images(data_shape[0])
         return self.layout(DATA, *[None] * (len(data_shape) - 1))
@@ -100,7 +101,8 @@ class ExpertParallel(DataParallel):
             self._check_experts(variable)
             self._has_experts = True
             return self.layout(EXPERT, *rest)
-        if self.shard_dense and len(variable.shape) >= 2:
+        # Not convolutions: XLA would gather images, not the small kernels.
+        if self.shard_dense and len(variable.shape) in (2, 3):
             return self._dense_layout(variable.shape)
         return self.layout(*[None] * len(variable.shape))
 
