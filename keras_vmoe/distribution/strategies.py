@@ -28,7 +28,8 @@ def resolve(name, num_experts=None, num_expert_shards=None, shard_dense=False):
     | `"auto"` | both | the best of these that this machine has; None for one device |
 
     `MultiWorkerMirroredStrategy` is not among them: `fit` of Keras 3.15 fails
-    with it. Several hosts train by JAX.
+    with it, for any model ("Attempt to convert a value (PerReplica: ...) with
+    an unsupported type"). Several hosts train by JAX.
 
     Args:
         name: One of these.

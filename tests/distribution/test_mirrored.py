@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import random
 import subprocess
 import sys
 
@@ -106,6 +107,44 @@ def test_a_replica_trains_on_whole_groups():
     assert "Choose a multiple of 8" in torn
     assert "12 images in a group" in one_group
     assert good == [None] * 3
+
+
+WORKER = """
+import json, os, sys
+port, index = int(sys.argv[1]), int(sys.argv[2])
+workers = [f"localhost:{port}", f"localhost:{port + 1}"]
+task = {"type": "worker", "index": index}
+os.environ["TF_CONFIG"] = json.dumps(
+    {"cluster": {"worker": workers}, "task": task})
+import keras, numpy as np, tensorflow as tf
+with tf.distribute.MultiWorkerMirroredStrategy().scope():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+x = np.zeros((8, 2), "float32")
+data = tf.data.Dataset.from_tensor_slices((x, x))
+try:
+    model.fit(data.batch(4, drop_remainder=True), verbose=0)
+except ValueError as error:
+    print(repr(str(error)))
+"""
+CANNOT = "with an unsupported type (<class 'tensorflow.python.distribute"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not IS_TF, reason="TensorFlow's")
+def test_keras_cannot_fit_with_several_workers():
+    """Why `resolve` has no such name. Should this fail, Keras may have it."""
+    port = random.randrange(20000, 30000)
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(port), str(index)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    for worker in both:
+        assert CANNOT in worker.communicate(timeout=300)[0]
 
 
 # Bad input, on the one device of this process.
