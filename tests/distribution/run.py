@@ -52,6 +52,8 @@ def make_model():
         }
     elif arguments.router == "expert_choice":
         moe |= {"images_per_group": 2}
+    else:  # A slot for each expert, of as few as four tokens.
+        moe |= {"capacity_factor": 2.0}
     if arguments.family == "vit":
         model = models.ViTMoE(
             image_size=8, patch_size=4, hidden_dim=16, num_layers=2,
