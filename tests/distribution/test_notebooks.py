@@ -27,7 +27,7 @@ class Notebook:
         cells = json.loads((EXAMPLES / name).read_text())["cells"]
         source = next(x["source"] for x in cells if x["cell_type"] == "code")
         program = TransformerManager().transform_cell("".join(source))
-        exec(program, self.names)  # noqa: S102
+        exec(program, self.names)
         return self.lines
 
 
