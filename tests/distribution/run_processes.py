@@ -10,8 +10,10 @@ import sys
 
 address, count, index, folder = sys.argv[1:5]
 COUNT, INDEX, DEVICES = int(count), int(index), 8
-flag = f"--xla_force_host_platform_device_count={DEVICES // COUNT}"
-os.environ["XLA_FLAGS"] = flag  # Read when JAX is imported.
+os.environ["XLA_FLAGS"] = (  # Read when JAX is imported.
+    f"--xla_force_host_platform_device_count={DEVICES // COUNT} "
+    "--xla_backend_optimization_level=0"
+)
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402

@@ -33,8 +33,11 @@ SMALL = """
 
 
 def start(arguments, devices, **environment):
-    """A process with virtual devices."""
-    flag = f"--xla_force_host_platform_device_count={devices}"
+    """A process with virtual devices, that compiles more than it computes."""
+    flags = (
+        f"--xla_force_host_platform_device_count={devices} "
+        "--xla_backend_optimization_level=0"
+    )
     return subprocess.Popen(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
@@ -43,7 +46,7 @@ def start(arguments, devices, **environment):
         text=True,
         env={
             **os.environ,
-            "XLA_FLAGS": flag,
+            "XLA_FLAGS": flags,
             "TF_CPP_MIN_LOG_LEVEL": "3",
             **environment,
         },
@@ -73,7 +76,7 @@ def train_on_two(run_dir, *arguments, others=()):
 
 
 def output_of(process, status=0):
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == status, err
     return out + err
 
@@ -207,7 +210,7 @@ def test_the_command_reads_where_the_others_are(tmp_path):
         start(command, 4, KERAS_DISTRIBUTION_PROCESS_ID=i, **common)
         for i in "01"
     )
-    said, nothing = output_of(first), second.communicate(timeout=300)[0]
+    said, nothing = output_of(first), second.communicate(timeout=600)[0]
     assert second.returncode == 0 and nothing == ""
     accuracy = float(re.search(r"test accuracy: ([\d.]+)", said)[1])
     result = json.loads((tmp_path / "run" / "result.json").read_text())
