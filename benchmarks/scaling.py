@@ -4,9 +4,9 @@
 
 For V-MoE B/16, L/16, H/14 and one of 15 billion parameters, over 8 to 512
 devices: memory of a device, and bytes that it sends in a step of Adam, counted
-from the model. `--compile NAME DEVICES SHARDS` compiles such a step (it runs
-nothing and makes no weights) for as many virtual devices and prints what XLA
-says beside the arithmetic; with `--save` both tables are kept.
+from the model. `--compiled` also compiles some of these steps (it runs nothing
+and makes no weights) for as many virtual devices and puts what XLA says beside
+the arithmetic; with `--save` the tables are kept.
 """
 
 import argparse
@@ -18,6 +18,9 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import NamedTuple
+
+import interleaved
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 EXPERTS, CLASSES, IMAGES = 32, 21843, 8  # Images of a device, one group.
@@ -42,14 +45,32 @@ COMPILED = (
     ("L/16", 24, 64, 32, False),
 )
 BYTES = 4  # float32.
-# Peak TFLOP/s in bfloat16, and GB/s that one device sends: inside of a slice
-# (Google's pages of the TPUs' system architecture), over NVLink in one
-# direction inside of 8 GPUs, over 400 Gbit/s InfiniBand beyond (NVIDIA's
-# datasheets).
+
+
+class Machine(NamedTuple):
+    """Devices of a kind and their links.
+
+    Attributes:
+        peak: TFLOP/s of a device in bfloat16.
+        near: GB/s that a device sends to others of its island.
+        island: Devices that are linked like that.
+        far: GB/s that a device sends to other islands; None where this is no
+            plan for several.
+    """
+
+    peak: float
+    near: float
+    island: int
+    far: float | None = None
+
+
+# Google's pages of the TPUs' system architecture: a slice has up to 4096 chips
+# of v4, 256 of v5e. NVIDIA's datasheets: NVLink in one direction inside of 8
+# GPUs, an adapter of 400 Gbit/s InfiniBand for each GPU beyond.
 MACHINES = {
-    "TPU v4": (275, 300, 300),
-    "TPU v5e": (197, 200, 200),
-    "H100": (989, 450, 50),
+    "TPU v4": Machine(275, 300, 4096),
+    "TPU v5e": Machine(197, 200, 256),
+    "H100": Machine(989, 450, 8, 50),
 }
 USED = 0.4  # Share of the peak that a good training step reaches.
 
@@ -72,7 +93,7 @@ def main():
     if arguments.compiled:
         tables["scaling_compiled"] = [child(i) for i in range(len(COMPILED))]
     for name, rows in tables.items():
-        rows = [rounded(row) for row in rows]
+        rows = [{**rounded(row), **interleaved.versions("jax")} for row in rows]
         print(
             "\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|"
         )
@@ -117,51 +138,105 @@ def make_model(name, blocks):
 
 def counted(name, blocks, devices, shards, shard_dense):
     """Memory and traffic of a device, from the model's sizes alone."""
-    from keras_vmoe import distribution
     from keras_vmoe import models
-    from keras_vmoe import routing
 
     model = make_model(name, blocks)
-    is_expert = re.compile(distribution.expert_parallel.EXPERTS).search
-    sizes = [(x.path, math.prod(x.shape)) for x in model.trainable_variables]
-    experts = sum(size for path, size in sizes if is_expert(path))
-    dense = sum(size for _, size in sizes) - experts
-    layers, dim = len(model.moe_layers), MODELS[name][0]
-    tokens = IMAGES * ((224 // MODELS[name][4]) ** 2 + 1)
-    places = routing.capacity(tokens, EXPERTS, 2, 1.05)
-    buffer = EXPERTS * places * dim * BYTES
     cost = models.cost(model)
+    dense, experts = parameter_bytes(model)
+    layers, buffer = len(model.moe_layers), buffer_bytes(name)
     held = experts / shards + dense / (devices if shard_dense else 1)
-    replicas = devices // shards
-    ring = lambda size, n: 2 * size * BYTES * (n - 1) / n  # noqa: E731
+    # Spread kernels are gathered forward and backward, their gradients summed
+    # in parts: three passes instead of the two of a whole sum.
+    sums = {
+        "dense": dense * (1.5 if shard_dense else 1),
+        "experts": experts / shards,
+    }
+    exchanged = 4 * layers * buffer
+    compute = 3 * 2 * cost.flops * IMAGES / 1e12
     row = {
         "model": name,
         "blocks": blocks,
         "devices": devices,
         "expert shards": shards,
         "dense kernels spread": shard_dense,
-        "parameters (M)": round((dense + experts) / 1e6, 1),
-        "weights and slots (GB)": 3 * held * BYTES / 1e9,
-        "gradients (GB)": held * BYTES / 1e9,
+        "parameters (M)": round((dense + experts) / BYTES / 1e6, 1),
+        "weights and slots (GB)": 3 * held / 1e9,
+        "gradients (GB)": held / 1e9,
         "activations (GB)": cost.activation_bytes * IMAGES / 1e9,
-        "all-to-all (GB)": 4 * layers * buffer * (shards - 1) / shards / 1e9,
+        # What goes to the experts of each layer, and what comes back.
+        "buffers (GB)": 2 * layers * buffer / 1e9,
+        "all-to-all (GB)": exchanged * (shards - 1) / shards / 1e9,
         "gradient sums (GB)": (
-            ring(dense, devices) * (1.5 if shard_dense else 1)
-            + ring(experts / shards, replicas)
+            ring(sums["dense"], devices)
+            + ring(sums["experts"], devices // shards)
         )
         / 1e9,
-        "compute (TFLOP)": 3 * 2 * cost.flops * IMAGES / 1e12,
+        "compute (TFLOP)": compute,
     }
-    sent = row["all-to-all (GB)"] + row["gradient sums (GB)"]
-    for machine, (peak, near, far) in MACHINES.items():
-        compute = row["compute (TFLOP)"] / (USED * peak)
-        link = near if devices <= 8 else far
-        row[f"{machine}: sending / computing"] = sent / link / compute
+    for kind, machine in MACHINES.items():
+        near, far = sent(machine, devices, shards, exchanged, sums)
+        if machine.far is not None:
+            row |= {f"{kind}: near (GB)": near, f"{kind}: far (GB)": far}
+        row[f"{kind}: sending / computing"] = ratio(machine, near, far, compute)
     return row
 
 
+def parameter_bytes(model):
+    """Bytes of a model's dense weights, and of its experts'."""
+    from keras_vmoe import distribution
+
+    is_expert = re.compile(distribution.expert_parallel.EXPERTS).search
+    sizes = {False: 0, True: 0}
+    for x in model.trainable_variables:
+        sizes[bool(is_expert(x.path))] += math.prod(x.shape) * BYTES
+    return sizes[False], sizes[True]
+
+
+def buffer_bytes(name):
+    """Bytes of the buffers that a device fills for one MoE layer."""
+    from keras_vmoe import routing
+
+    dim, patch = MODELS[name][0], MODELS[name][4]
+    tokens = IMAGES * ((224 // patch) ** 2 + 1)
+    places = routing.capacity(tokens, EXPERTS, 2, 1.05)
+    return EXPERTS * places * dim * BYTES
+
+
+def ring(size, devices):
+    """Bytes that each of some devices sends to sum what all of them have."""
+    return 2 * size * (devices - 1) / devices
+
+
+def sent(machine, devices, shards, exchanged, sums):
+    """GB that a device sends in its island, and to others.
+
+    Tokens go to every shard alike. Dense gradients are summed inside of the
+    islands, each device then sums its part of them with the other islands' (so
+    do NCCL's rings). Replicas of an expert are as far apart as there are
+    shards: in other islands, if there is more than one.
+    """
+    inside = min(devices, machine.island)
+    near_shards, islands = min(shards, inside), -(-devices // inside)
+    experts = ring(sums["experts"], devices // shards)
+    near = exchanged * (near_shards - 1) / shards
+    near += ring(sums["dense"], inside) + (experts if islands == 1 else 0)
+    far = exchanged * (shards - near_shards) / shards
+    far += ring(sums["dense"] / inside, islands)
+    far += experts if islands > 1 else 0
+    return near / 1e9, far / 1e9
+
+
+def ratio(machine, near, far, compute):
+    """Time to send all, one after the other, by time to compute."""
+    if far and machine.far is None:
+        return None
+    seconds = near / machine.near + (far / machine.far if far else 0)
+    return seconds / (compute / (USED * machine.peak))
+
+
 def rounded(row):
-    """A row for people."""
+    """A row for people; what is None does not exist."""
+    row = {key: "" if value is None else value for key, value in row.items()}
     return {
         key: round(value, 3) if isinstance(value, float) else value
         for key, value in row.items()
@@ -170,14 +245,35 @@ def rounded(row):
 
 def compiled(name, blocks, devices, shards, shard_dense):
     """What XLA made of a training step, beside the arithmetic."""
-    import jax
     import keras
 
     from keras_vmoe import distribution
 
     parallel = distribution.ExpertParallel(shards, shard_dense=shard_dense)
     keras.distribution.set_distribution(parallel)
-    model = make_model(name, blocks)
+    program = compiled_step(make_model(name, blocks), parallel)
+    found, memory = collectives(program.as_text()), program.memory_analysis()
+    row = counted(name, blocks, devices, shards, shard_dense)
+    total = lambda kind: sum(found.get(kind, [])) / 1e9  # noqa: E731
+    return {
+        **{key: row[key] for key in list(row)[:6]},
+        "all-to-alls": len(found.get("all-to-all", [])),
+        "their buffers (GB)": total("all-to-all"),
+        "by arithmetic": row["all-to-all (GB)"] * shards / (shards - 1),
+        "all-gathers": len(found.get("all-gather", [])),
+        "collective-permutes": len(found.get("collective-permute", [])),
+        "summed (GB)": total("all-reduce") + total("reduce-scatter"),
+        "gradients (GB)": row["gradients (GB)"],
+        "weights and slots (GB)": row["weights and slots (GB)"],
+        "arguments (GB)": memory.argument_size_in_bytes / 1e9,
+        "activations (GB)": row["activations (GB)"],
+        "XLA's temporaries (GB)": memory.temp_size_in_bytes / 1e9,
+    }
+
+
+def compiled_step(model, parallel):
+    """The training step of a model whose weights are never made."""
+    import jax
 
     def spec(shape, dtype, layout):
         return jax.ShapeDtypeStruct(
@@ -192,14 +288,26 @@ def compiled(name, blocks, devices, shards, shard_dense):
 
     trainable = state(model.trainable_variables)
     others = state(model.non_trainable_variables)
-    batch = IMAGES * devices
-    images = spec(
-        (batch, 224, 224, 3), "float32",
-        parallel.layout(distribution.expert_parallel.DATA, None, None, None),
-    )  # fmt: skip
-    labels = spec(
-        (batch,), "int32", parallel.layout(distribution.expert_parallel.DATA)
+    images = (IMAGES * parallel.num_devices, 224, 224, 3)
+    images, labels = (
+        spec(shape, dtype, parallel.get_data_layout(shape))
+        for shape, dtype in ((images, "float32"), (images[:1], "int32"))
     )
+    keep = [jax.tree.map(lambda x: x.sharding, trainable)] * 3
+    step = jax.jit(
+        step_of(model),
+        donate_argnums=(0, 1, 2, 3),
+        out_shardings=(*keep, jax.tree.map(lambda x: x.sharding, others)),
+    )
+    state = (trainable, trainable, trainable, others)
+    return step.lower(*state, images, labels).compile()
+
+
+def step_of(model):
+    """A step of Adam, without its bias correction."""
+    import jax
+    import keras
+
     crossentropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
     def loss(trainable, others, images, labels):
@@ -209,7 +317,6 @@ def compiled(name, blocks, devices, shards, shard_dense):
         return crossentropy(labels, logits) + sum(losses), others
 
     def step(trainable, first, second, others, images, labels):
-        """Adam, without its bias correction."""
         gradients, others = jax.grad(loss, has_aux=True)(
             trainable, others, images, labels
         )
@@ -222,33 +329,7 @@ def compiled(name, blocks, devices, shards, shard_dense):
         )  # fmt: skip
         return trainable, first, second, others
 
-    keep = [jax.tree.map(lambda x: x.sharding, trainable)] * 3
-    done = (
-        jax.jit(
-            step,
-            donate_argnums=(0, 1, 2, 3),
-            out_shardings=(*keep, jax.tree.map(lambda x: x.sharding, others)),
-        )
-        .lower(trainable, trainable, trainable, others, images, labels)
-        .compile()
-    )
-    found = collectives(done.as_text())
-    memory = done.memory_analysis()
-    row = counted(name, blocks, devices, shards, shard_dense)
-    total = lambda kind: sum(found.get(kind, [])) / 1e9  # noqa: E731
-    exchanged = row["all-to-all (GB)"] * shards / (shards - 1)
-    return {
-        **{key: row[key] for key in list(row)[:6]},
-        "all-to-alls": len(found.get("all-to-all", [])),
-        "their buffers (GB)": total("all-to-all"),
-        "by arithmetic": exchanged,
-        "all-gathers": len(found.get("all-gather", [])),
-        "collective-permutes": len(found.get("collective-permute", [])),
-        "summed (GB)": total("all-reduce") + total("reduce-scatter"),
-        "gradients (GB)": row["gradients (GB)"],
-        "weights and slots (GB)": row["weights and slots (GB)"],
-        "arguments (GB)": memory.argument_size_in_bytes / 1e9,
-    }
+    return step
 
 
 def collectives(hlo):

@@ -66,7 +66,7 @@ def check_buffers(name):
         raise ValueError(
             "Under `ExpertParallel` tokens travel in buffers of a fixed "
             f"capacity. Received: dropless routing in {name!r}. Set a capacity "
-            "factor, or use keras.distribution.DataParallel."
+            "factor, or use distribution.DataParallel."
         )
 
 

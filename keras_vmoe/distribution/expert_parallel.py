@@ -5,7 +5,7 @@ import re
 import keras
 import numpy as np
 
-from keras_vmoe.distribution.processes import check_agreement
+from keras_vmoe.distribution.data_parallel import DataParallel
 
 REPLICA, EXPERT = "replica", "expert"
 DATA = (REPLICA, EXPERT)  # In this order: the other one permutes all buffers.
@@ -13,7 +13,7 @@ DATA = (REPLICA, EXPERT)  # In this order: the other one permutes all buffers.
 EXPERTS = re.compile(r"(^|/)experts/(hidden|output)_(kernel|bias)$")
 
 
-class ExpertParallel(keras.distribution.DataParallel):
+class ExpertParallel(DataParallel):
     """Experts spread over devices, everything else as in data parallelism.
 
     The devices form a mesh `(replica, expert)`. Batches are spread over all of
@@ -35,16 +35,16 @@ class ExpertParallel(keras.distribution.DataParallel):
             divide the number of devices, and of experts.
         devices: Optional list of devices, as from
             `keras.distribution.list_devices()`; None is all of them.
-        shard_dense: Whether each of the other kernels is spread over all
-            devices as well (fully sharded data parallelism), for models that
-            fit into no single device. Each layer of the model must then return
-            one tensor with the batch as its first axis.
+        shard_dense: Whether each of the other kernels, but for those of
+            convolutions, is spread over all devices as well (fully sharded data
+            parallelism), for models that fit into no single device. Each layer
+            of the model must then return one tensor with the batch as its first
+            axis.
 
     Raises:
         ValueError: If the backend is not JAX, the shards do not divide the
             devices or the experts, the routing is dropless, a model without
-            experts is trained, or several processes read datasets whose last
-            batch is short or whose lengths differ.
+            experts is trained, or as `DataParallel`.
 
     Example:
 
@@ -72,37 +72,13 @@ class ExpertParallel(keras.distribution.DataParallel):
         mesh = keras.distribution.DeviceMesh(
             shape, list(DATA), np.array(devices).reshape(shape)
         )
-        # Past `DataParallel`, whose mesh has one axis, to the base class, which
-        # Keras does not export.
-        super(keras.distribution.DataParallel, self).__init__(
-            mesh, REPLICA, auto_shard_dataset=False
-        )
+        # Past both `DataParallel`, whose mesh has one axis, to the base class,
+        # which Keras does not export.
+        super(keras.distribution.DataParallel, self).__init__(mesh, REPLICA)
         self.num_expert_shards = num_expert_shards
         self.num_devices = len(devices)
         self.shard_dense = shard_dense
         self._has_experts = num_expert_shards == 1
-
-    @property
-    def num_model_replicas(self):
-        """Parts of a batch: one for each device."""
-        return self.num_devices
-
-    def distribute_dataset(self, dataset):
-        """A `tf.data.Dataset` of this process's part of every batch."""
-        if self.num_processes == 1:
-            return dataset
-        sizes = {
-            spec.shape[0] for spec in keras.tree.flatten(dataset.element_spec)
-        }
-        if None in sizes:
-            raise ValueError(
-                "In several processes all batches must be full: at a short one "
-                "they would wait for each other for ever. Received: a dataset "
-                f"with {dataset.element_spec}. Use "
-                "`batch(..., drop_remainder=True)`."
-            )
-        check_agreement("batches", number=int(dataset.cardinality()))
-        return dataset
 
     def get_data_layout(self, data_shape):
         if not self._has_experts:
@@ -111,17 +87,9 @@ class ExpertParallel(keras.distribution.DataParallel):
                 f"Received: num_expert_shards={self.num_expert_shards} and a "
                 "model none of whose variables is an expert's. Make the model "
                 "after the distribution is set, with MoE layers, or use "
-                "keras.distribution.DataParallel."
+                "distribution.DataParallel."
             )
-        # Keras has the part of this process, `predict` the whole.
-        batch, devices = data_shape[0], self.num_devices // self.num_processes
-        if batch is not None and batch % devices:
-            raise ValueError(
-                "The images of a batch are spread evenly over the devices. "
-                f"Received: a batch of {batch} for {devices} devices. "
-                "Choose a "
-                "batch size that they divide, and drop the remainder."
-            )
+        self.check_images(data_shape[0])
         return self.layout(DATA, *[None] * (len(data_shape) - 1))
 
     def get_variable_layout(self, variable):
@@ -133,7 +101,8 @@ class ExpertParallel(keras.distribution.DataParallel):
             self._check_experts(variable)
             self._has_experts = True
             return self.layout(EXPERT, *rest)
-        if self.shard_dense and len(variable.shape) >= 2:
+        # Not convolutions: XLA would gather images, not the small kernels.
+        if self.shard_dense and len(variable.shape) in (2, 3):
             return self._dense_layout(variable.shape)
         return self.layout(*[None] * len(variable.shape))
 

@@ -1,6 +1,7 @@
-"""Logits of whole batches, whatever devices and processes there are."""
+"""Outputs for whole batches, whatever devices and processes there are."""
 
 import functools
+import math
 
 import keras
 import numpy as np
@@ -8,18 +9,22 @@ import numpy as np
 from keras_vmoe.distribution.strategies import num_replicas
 
 
-def predict(model, images, multiple=1):
+def predict(model, images, multiple=None):
     """What a model says about a batch of images.
 
     Under a Keras distribution or a tf.distribute strategy the images of a
-    batch are spread over the devices. A batch that cannot be spread evenly, as
-    the last one of a dataset, is computed whole as on one device, and so the
+    batch are spread over the devices, in whole groups. Where there are not as
+    many groups for each device, as in the last batch of a dataset, groups of
+    zeros fill the devices up, and are cut off again: no group knows of the
+    others. Only a group that is not full is computed as on one device. So the
     result is the same.
 
     Args:
-        model: A functional model with one input.
+        model: A functional model with one input, whose outputs have one row
+            per image.
         images: `(B, ...)` array, the same in all processes.
-        multiple: Images that must stay together on a device, those of a group.
+        multiple: Images that must stay together on a device, those of a group;
+            None asks the model's MoE layers.
 
     Returns:
         What the model returns, as NumPy arrays, in all processes.
@@ -31,23 +36,59 @@ def predict(model, images, multiple=1):
     [[0.0, 2.0]]
     """
     images = np.asarray(images)
-    replicas = num_replicas(getattr(model, "distribute_strategy", None))
-    if replicas > 1:
-        if len(images) % (replicas * multiple):
-            return keras.tree.map_structure(np.asarray, _whole(model)(images))
-        return model.predict(images, batch_size=len(images), verbose=0)
+    strategy = getattr(model, "distribute_strategy", None)
     parallel = keras.distribution.distribution()
-    if parallel is None:
+    if parallel is None and num_replicas(strategy) == 1:
         return model.predict_on_batch(images)
-    devices = parallel.device_mesh.devices.size
-    if len(images) % (devices * multiple):
-        keras.distribution.set_distribution(None)
-        try:
-            return _call(model, images, None, parallel)
-        finally:
-            keras.distribution.set_distribution(parallel)
+    if multiple is None:
+        multiple = _images_together(model, len(images))
+    whole = len(images) // multiple * multiple
+    parts = []
+    if whole:
+        devices = num_replicas(strategy if parallel is None else parallel)
+        filled = _filled(images[:whole], multiple * devices)
+        outputs = _on_all(model, filled, parallel)
+        parts.append(keras.tree.map_structure(lambda x: x[:whole], outputs))
+    if whole < len(images):
+        parts.append(_on_one(model, images[whole:], parallel))
+    return keras.tree.map_structure(lambda *x: np.concatenate(x), *parts)
+
+
+def _images_together(model, batch_size):
+    """The smallest number of images that holds whole groups of each layer."""
+    groups = [
+        layer.images_per_group
+        for layer in model._flatten_layers()
+        if hasattr(layer, "router")
+    ]
+    if None in groups:  # All of the batch: nothing that could be filled up.
+        return batch_size + 1
+    return math.lcm(*groups)
+
+
+def _filled(images, multiple):
+    """Images, and zeros up to a multiple."""
+    missing = -len(images) % multiple
+    return np.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
+
+
+def _on_all(model, images, parallel):
+    """The outputs for a batch that is spread over all devices."""
+    if parallel is None:
+        return model.predict(images, batch_size=len(images), verbose=0)
     layout = parallel.get_data_layout(images.shape)
     return _call(model, images, layout.backend_layout, parallel)
+
+
+def _on_one(model, images, parallel):
+    """The outputs for a batch that each device has for itself."""
+    if parallel is None:
+        return keras.tree.map_structure(np.asarray, _whole(model)(images))
+    keras.distribution.set_distribution(None)
+    try:
+        return _call(model, images, None, parallel)
+    finally:
+        keras.distribution.set_distribution(parallel)
 
 
 @functools.lru_cache(maxsize=4)
@@ -71,12 +112,14 @@ def _call(model, images, sharding, parallel):
     images = jax.make_array_from_callback(
         images.shape, sharding or whole, lambda index: images[index]
     )
-    outputs = _compiled(model, whole)(*variables, images)
+    outputs = _compiled(model, whole, sharding is None)(*variables, images)
     return jax.tree.map(np.asarray, outputs)
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled(model, whole):
+def _compiled(model, whole, on_one):
+    """The compiled model; one for each of the two, which differ inside."""
+    del on_one
     import jax
 
     def call(trainable, others, images):

@@ -7,9 +7,11 @@ writing a file, asks `is_first_process`.
 import contextlib
 import json
 import os
+import secrets
 
 import keras
 import numpy as np
+from keras.src.utils.rng_utils import get_random_seed  # Not exported.
 
 # Seconds until the other processes learn that one is gone, or has ended with an
 # error; JAX's 100 and 300 would be more than a minute.
@@ -22,8 +24,9 @@ def initialize(job_addresses=None, num_processes=None, process_id=None):
     Without arguments, and without Keras's environment variables for them
     (`KERAS_DISTRIBUTION_JOB_ADDRESSES`, `_NUM_PROCESSES`, `_PROCESS_ID`),
     nothing happens. This is `keras.distribution.initialize` but for two things:
-    the loss of a process is noticed within 30 seconds and not 100, and no seed
-    is agreed, as a run's configuration has one.
+    the loss of a process is noticed within 30 seconds and not 100, and a seed
+    that was set before must be that of all. Where none was, all get one that
+    the first process draws: models would start differently.
 
     Args:
         job_addresses: String, `host:port` of the first process; of all, with
@@ -33,8 +36,12 @@ def initialize(job_addresses=None, num_processes=None, process_id=None):
         process_id: Integer, which of them this one is, from 0.
 
     Raises:
-        ValueError: If some of the three are missing or out of range, or the
-            backend is not JAX.
+        ValueError: If some of the three are missing or out of range, the
+            backend is not JAX, or the processes' seeds differ.
+
+    Example:
+
+    >>> initialize("host0:1234", 2, process_id=0)  # doctest: +SKIP
     """
     given = {
         "job_addresses": job_addresses,
@@ -55,9 +62,14 @@ def initialize(job_addresses=None, num_processes=None, process_id=None):
         )
     import jax
 
+    jax.distributed.initialize(**_rendezvous(given), **TIMEOUTS)
+    _agree_on_a_seed()
+
+
+def _rendezvous(given):
+    """Where the processes meet, as JAX's arguments; none to ask the machine."""
     if given["job_addresses"] == "auto":
-        jax.distributed.initialize(**TIMEOUTS)
-        return
+        return {}
     try:
         count, index = int(given["num_processes"]), int(given["process_id"])
         good = 0 <= index < count and ":" in given["job_addresses"]
@@ -70,12 +82,20 @@ def initialize(job_addresses=None, num_processes=None, process_id=None):
             f"Received: {_words(given)}. Set all three, as flags or as "
             "KERAS_DISTRIBUTION_ variables."
         )
-    jax.distributed.initialize(
-        given["job_addresses"].split(",")[0],
-        count,
-        index,
-        **TIMEOUTS,
-    )
+    return {
+        "coordinator_address": given["job_addresses"].split(",")[0],
+        "num_processes": count,
+        "process_id": index,
+    }
+
+
+def _agree_on_a_seed():
+    """One seed for all processes: the one that was set, or a new one."""
+    seed = get_random_seed()
+    check_agreement("seed", seed=seed)
+    if seed is None:
+        drawn = _gather({"seed": secrets.randbelow(2**32)})
+        keras.utils.set_random_seed(drawn[0]["seed"])
 
 
 def num_processes():
@@ -116,11 +136,16 @@ def check_agreement(what, **values):
         ValueError: With every value that differs, by process.
     """
     everyone = _gather(values)
+    names = dict.fromkeys(name for values in everyone for name in values)
+    first, *others = (
+        {name: values.get(name, "absent") for name in names}
+        for values in everyone
+    )
     different = [
-        f"{name}: {value!r} in process 0, {other.get(name)!r} in process {i}"
-        for i, other in enumerate(everyone)
-        for name, value in everyone[0].items()
-        if other.get(name) != value
+        f"{name}: {first[name]!r} in process 0, {other[name]!r} in process {i}"
+        for i, other in enumerate(others, 1)
+        for name in names
+        if other[name] != first[name]
     ]
     if different:
         raise ValueError(

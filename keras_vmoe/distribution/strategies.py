@@ -6,6 +6,7 @@ import os
 
 import keras
 
+from keras_vmoe.distribution.data_parallel import DataParallel
 from keras_vmoe.distribution.expert_parallel import ExpertParallel
 
 TPU_VARIABLES, TPU_FILES = ("COLAB_TPU_ADDR", "TPU_NAME"), "/dev/accel*"
@@ -20,14 +21,15 @@ def resolve(name, num_experts=None, num_expert_shards=None, shard_dense=False):
 
     | name | backend | what it is |
     |---|---|---|
-    | `"data_parallel"` | JAX | `keras.distribution.DataParallel` |
+    | `"data_parallel"` | JAX | `DataParallel` |
     | `"expert_parallel"` | JAX | `ExpertParallel` |
     | `"mirrored"` | TensorFlow | `MirroredStrategy` on all GPUs, or on the logical CPUs |
     | `"tpu"` | TensorFlow | `TPUStrategy` |
     | `"auto"` | both | the best of these that this machine has; None for one device |
 
     `MultiWorkerMirroredStrategy` is not among them: `fit` of Keras 3.15 fails
-    with it. Several hosts train by JAX.
+    with it, for any model ("Attempt to convert a value (PerReplica: ...) with
+    an unsupported type"). Several hosts train by JAX.
 
     Args:
         name: One of these.
@@ -66,9 +68,7 @@ def resolve(name, num_experts=None, num_expert_shards=None, shard_dense=False):
     if name is None:
         return None
     if name == "data_parallel":
-        return keras.distribution.DataParallel(
-            devices=keras.distribution.list_devices(), auto_shard_dataset=False
-        )
+        return DataParallel()
     if name == "expert_parallel":
         if num_expert_shards is None:
             devices = len(keras.distribution.list_devices())
@@ -111,16 +111,44 @@ def check_batch(batch_size, images_per_group, replicas, processes=1):
         )
 
 
+def check_groups(batch_size, images_per_group):
+    """Raises unless a replica of tf.distribute trains on whole groups.
+
+    A replica never sees the images of the others: a group that lies on two of
+    them would be routed as two. Elsewhere nothing happens.
+
+    Args:
+        batch_size: Images of this replica; None if not known when traced.
+        images_per_group: Images that are routed together; None for all of the
+            batch.
+
+    Raises:
+        ValueError: As `check_batch`.
+    """
+    replicas = _replicas_in_sync()
+    if replicas == 1 or batch_size is None:
+        return
+    total = batch_size * replicas
+    check_batch(total, images_per_group or total, replicas)
+
+
 def replica_id():
     """This replica's number inside tf.distribute; None where there is one."""
-    if keras.backend.backend() != "tensorflow":
+    if _replicas_in_sync() == 1:
         return None
     import tensorflow as tf
 
+    return tf.distribute.get_replica_context().replica_id_in_sync_group
+
+
+def _replicas_in_sync():
+    """How many replicas compute this together; 1 outside of tf.distribute."""
+    if keras.backend.backend() != "tensorflow":
+        return 1
+    import tensorflow as tf
+
     context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
-        return None
-    return context.replica_id_in_sync_group
+    return 1 if context is None else context.num_replicas_in_sync
 
 
 def of_sum(function, parts):

@@ -58,9 +58,7 @@ def measure(model, dataset, verbose=0, routing=True):
     >>> measure(model, [batch]).accuracy
     1.0
     """
-    moe_layers = [x for x in model.layers if hasattr(x, "router")]
-    multiple = max((x.images_per_group or 1 for x in moe_layers), default=1)
-    layers = moe_layers if routing else []
+    layers = [x for x in model.layers if routing and hasattr(x, "router")]
     # What the routers get to see, from the same pass as the logits.
     outputs = [model.outputs[0], *(layer.input for layer in layers)]
     probe = keras.Model(model.inputs, outputs)
@@ -68,7 +66,7 @@ def measure(model, dataset, verbose=0, routing=True):
     logits, labels = [], []
     bar = keras.utils.Progbar(_length(dataset), verbose=int(verbose))
     for images, batch_labels in dataset:
-        got = distribution.predict(probe, images, multiple)
+        got = distribution.predict(probe, images)
         got, *tokens = got if layers else [got]
         logits.append(got)
         labels.append(np.asarray(batch_labels))

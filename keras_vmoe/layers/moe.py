@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from keras_vmoe import distribution
 from keras_vmoe import routing
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
@@ -59,8 +60,9 @@ class MoEMLP(keras.layers.Layer):
 
     Raises:
         ValueError: If the inputs have no axis of tokens or other features than
-            the layer was built with, or if router and layer differ in their
-            number of experts.
+            the layer was built with, if router and layer differ in their
+            number of experts, or if a replica of tf.distribute would train on
+            a part of a group.
 
     Example:
 
@@ -155,6 +157,8 @@ class MoEMLP(keras.layers.Layer):
         self._check_features(inputs.shape)
         if inputs.shape[0] == 0:
             return inputs
+        if training:
+            distribution.check_groups(inputs.shape[0], self.images_per_group)
         groups = routing.group_tokens(inputs, self.images_per_group, mask)
         plan = self._plan(groups, training)
         buffers = plan.dispatch(groups.tokens)  # (G, E, C, D)

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
-import itertools
 import pathlib
 import sys
 from typing import NamedTuple
@@ -17,10 +15,14 @@ from keras_vmoe import evaluation
 from keras_vmoe import inspection
 from keras_vmoe import models
 from keras_vmoe._extras import require
-from keras_vmoe.data.pipeline import seed_of_epoch
 from keras_vmoe.models.presets import find_preset
 from keras_vmoe.training import callbacks
 from keras_vmoe.training import optimizers
+from keras_vmoe.training.batches import check_batches
+from keras_vmoe.training.batches import datasets
+from keras_vmoe.training.batches import is_one_hot
+from keras_vmoe.training.batches import parts_of
+from keras_vmoe.training.batches import stream
 from keras_vmoe.training.checkpointing import Checkpoints
 from keras_vmoe.training.checkpointing import SaveCheckpoint
 from keras_vmoe.training.config import SHARED
@@ -29,7 +31,7 @@ from keras_vmoe.training.initialization import initialize
 from keras_vmoe.training.run_folder import open_run
 from keras_vmoe.training.run_folder import settings_of
 from keras_vmoe.training.run_folder import write_result
-from keras_vmoe.version import __version__
+from keras_vmoe.training.validation import Validation
 
 POSITIONS = r"positions/embedding$"
 MOMENTUM = 0.9  # Of SGD.
@@ -83,8 +85,9 @@ def train(config):
     if config.tensorboard:
         require("tensorboard", "data")
     distribution.check_agreement(
-        "configuration and version",
-        **{**settings_of(config), "keras_vmoe": __version__},
+        "configuration and versions",
+        **settings_of(config),
+        **distribution.versions(),
     )
     keras.utils.set_random_seed(config.seed)
     strategy = make_strategy(config)
@@ -150,9 +153,8 @@ def _experts_of(config):
 
 def _train(config, strategy):
     """A run, in the scope of what spreads it over the devices."""
-    replicas = distribution.num_replicas(strategy)
     info = data.info(config.dataset, config.data_dir)
-    train_data, validation_data, test_data = datasets(config, info, replicas)
+    train_data, validation_data, test_data = datasets(config, info)
     length = len(train_data)
     distribution.check_agreement(
         "data", steps=length, classes=list(info.class_names)
@@ -183,16 +185,17 @@ def _train(config, strategy):
         verbose = 1 if sys.stdout.isatty() else 2
         with data.named_damage(*reads):
             model.fit(
-                _stream(
+                stream(
                     config, info, state["epoch"] * steps, train_data, strategy
                 ),
                 steps_per_epoch=steps,
-                validation_data=validation_data,
                 initial_epoch=state["epoch"],
                 epochs=epochs,
                 shuffle=False,  # The dataset shuffles itself.
                 verbose=verbose if first else 0,
-                callbacks=_callbacks(config, run_dir, routing, history, save),
+                callbacks=_callbacks(
+                    config, run_dir, validation_data, routing, history, save
+                ),
             )
     else:  # Stopped behind its last checkpoint.
         if config.ema:
@@ -211,9 +214,11 @@ def _train(config, strategy):
     return RunResult(test.accuracy, model, run_dir)
 
 
-def _callbacks(config, run_dir, routing, history, save):
+def _callbacks(config, run_dir, validation_data, routing, history, save):
     """The callbacks of a run, in their order."""
-    ema = [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)]
+    average = None
+    if config.ema:
+        average = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
     logs = run_dir / "tensorboard"
     board = []
     if config.tensorboard:
@@ -222,134 +227,16 @@ def _callbacks(config, run_dir, routing, history, save):
             board.append(keras.callbacks.TensorBoard(logs, write_graph=False))
     return [
         callbacks.StopOnNonFiniteLoss(run_dir / "model.keras"),
+        Validation(validation_data, make_loss(config), average),
         routing,
         history,
         *board,
         save,
         # Behind the checkpoint, which has the weights themselves: what puts
-        # their average into validation and the saved model.
-        *(ema if config.ema else []),
+        # their average into the saved model.
+        *([average] if average else []),
         callbacks.SaveModel(run_dir / "model.keras"),
     ]
-
-
-def datasets(config, info, replicas=1):
-    """The datasets of training (its first epoch), validation and test.
-
-    With several replicas or processes validation leaves a last batch out that
-    is not full. The test split is read whole by every process.
-    """
-    options = {"one_hot": is_one_hot(config)}
-    if replicas > 1:
-        options["drop_remainder"] = True
-    validation = load(config, info, "validation_split", False, **options)
-    if distribution.num_processes() > 1:
-        validation = validation.take(distribution.smallest(len(validation)))
-    return (
-        load(config, info, "train_split", True, epoch=0),
-        validation,
-        load(config, info, "test_split", False, shard=None),
-    )
-
-
-def load(config, info, split, training, **options):
-    """One of the run's datasets, or this process's part of it."""
-    processes = distribution.num_processes()
-    batch_size, seed = config.batch_size, config.seed
-    if processes > 1 and "shard" not in options:
-        distribution.check_batch(batch_size, 1, 1, processes)
-        batch_size //= processes
-        index = distribution.process_id()
-        options["shard"] = (index, processes)
-        seed = seed_of_epoch(seed, index)  # Or all would crop alike.
-    try:
-        return data.load(
-            config.dataset,
-            getattr(config, split),
-            config.image_size,
-            batch_size,
-            training,
-            config.data_dir,
-            num_classes=config.num_classes or info.num_classes,
-            seed=seed,
-            class_weights=config.class_weights if training else None,
-            augmentation=config.augmentation,
-            test_crop=config.test_crop,
-            skip_corrupt=config.skip_corrupt,
-            **options,
-        )
-    except ValueError as error:
-        if "split" not in str(error):
-            raise
-        raise ValueError(f"{error} (The setting is `{split}`.)") from error
-
-
-def check_batches(config, model, strategy):
-    """Raises unless each device gets whole groups of a batch."""
-    group = max((x.images_per_group or 1 for x in model.moe_layers), default=1)
-    replicas = distribution.num_replicas(strategy)
-    if replicas == 1:
-        return  # Where a last group may be a part of one.
-    processes = distribution.num_processes()
-    distribution.check_batch(config.batch_size, group, replicas, processes)
-
-
-def parts_of(config, length):
-    """Steps from checkpoint to checkpoint, and how many of these there are."""
-    parts = config.checkpoints_per_epoch
-    if parts > length:
-        raise ValueError(
-            "An epoch must have a step for each of its checkpoints. Received: "
-            f"checkpoints_per_epoch={parts} with {length} steps per epoch. "
-            "Choose a smaller number."
-        )
-    return length // parts, config.epochs * parts
-
-
-def batches(config, info, first_step, length):
-    """Batches of one epoch after the other, without end.
-
-    Each epoch is a dataset of its own, a function of the seed and of its
-    number: what was read before does not matter.
-
-    Args:
-        config: A `TrainConfig`.
-        info: The dataset's `data.info`.
-        first_step: Steps of the run before the first of these batches.
-        length: Batches of an epoch.
-
-    Yields:
-        Pairs of NumPy arrays.
-    """
-    first_epoch, done = divmod(first_step, length)
-    for epoch in itertools.count(first_epoch):
-        dataset = load(
-            config, info, "train_split", True, epoch=epoch,
-            one_hot=is_one_hot(config),
-        )  # fmt: skip
-        yield from dataset.skip(done).as_numpy_iterator()
-        done = 0
-
-
-def _stream(config, info, first_step, example, strategy):
-    """What `fit` reads: batches, under tf.distribute of a known size.
-
-    (Keras forgets the size of a generator's batches, and a TPU needs it.)
-    """
-    length = len(example)
-    stream = functools.partial(batches, config, info, first_step, length)
-    if not hasattr(strategy, "num_replicas_in_sync"):
-        return stream()
-    tf = require("tensorflow", "tensorflow")
-    return tf.data.Dataset.from_generator(
-        stream, output_signature=example.element_spec
-    )
-
-
-def is_one_hot(config):
-    """Whether the labels are distributions over the classes."""
-    smoothed = config.label_smoothing > 0
-    return smoothed or config.loss != "ce" or config.augmentation.mixes
 
 
 def make_model(config, info):

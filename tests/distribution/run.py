@@ -1,6 +1,6 @@
 """Trains small models on virtual devices; prints what came out as JSON.
 
-KERAS_BACKEND=jax python -m tests.distribution.run vit 4 [--noise] [--hlo]
+KERAS_BACKEND=jax python -m tests.distribution.run vit 0 data 4 [--noise]
 """
 
 import argparse
@@ -10,15 +10,19 @@ import re
 
 parser = argparse.ArgumentParser()
 parser.add_argument("family", choices=["vit", "convnext"])
-parser.add_argument("shards", nargs="+", type=int, help="0 is one device.")
+parser.add_argument(
+    "shards", nargs="+", help="0 is one device, data is DataParallel."
+)
 parser.add_argument("--noise", action="store_true")
 parser.add_argument("--router", default="top_k")
 parser.add_argument("--shard_dense", action="store_true")
 parser.add_argument("--devices", type=int, default=8)
 parser.add_argument("--save", help="Folder of .keras files.")
 arguments = parser.parse_args()
-flag = f"--xla_force_host_platform_device_count={arguments.devices}"
-os.environ["XLA_FLAGS"] = flag  # Read when JAX is imported.
+os.environ["XLA_FLAGS"] = (  # Read when JAX is imported.
+    f"--xla_force_host_platform_device_count={arguments.devices} "
+    "--xla_backend_optimization_level=0"
+)
 
 import jax  # noqa: E402
 import keras  # noqa: E402
@@ -26,6 +30,7 @@ import numpy as np  # noqa: E402
 
 from keras_vmoe import distribution  # noqa: E402
 from keras_vmoe import models  # noqa: E402
+from keras_vmoe import routing  # noqa: E402
 
 BATCH, STEPS, EXPERTS = 16, 5, 8
 
@@ -47,6 +52,8 @@ def make_model():
         }
     elif arguments.router == "expert_choice":
         moe |= {"images_per_group": 2}
+    else:  # A slot for each expert, of as few as four tokens.
+        moe |= {"capacity_factor": 2.0}
     if arguments.family == "vit":
         model = models.ViTMoE(
             image_size=8, patch_size=4, hidden_dim=16, num_layers=2,
@@ -62,14 +69,20 @@ def make_model():
     return model
 
 
+def parallel_of(shards):
+    """A distribution by its name on the command line."""
+    if shards == "0":
+        return None
+    if shards == "data":
+        return distribution.DataParallel()
+    return distribution.ExpertParallel(
+        int(shards), shard_dense=arguments.shard_dense
+    )
+
+
 def train(shards):
     """Losses and weights of a few steps, and where they lie."""
-    parallel = None
-    if shards:
-        parallel = distribution.ExpertParallel(
-            shards, shard_dense=arguments.shard_dense
-        )
-    keras.distribution.set_distribution(parallel)
+    keras.distribution.set_distribution(parallel_of(shards))
     model = make_model()
     images = np.random.default_rng(0).normal(size=(STEPS * BATCH, 8, 8, 3))
     images = images.astype("float32")
@@ -89,7 +102,7 @@ def train(shards):
     }
     if arguments.save:
         models.save(model, f"{arguments.save}/{shards}.keras")
-    if shards:
+    if shards not in ("0", "data"):
         result["share"] = {
             "weights": share_of(model.variables),
             "slots": share_of(model.optimizer.variables),
@@ -97,8 +110,7 @@ def train(shards):
         }
         hlo = compiled_step(model, images[:BATCH], labels[:BATCH])
         result["collectives"] = collectives(hlo)
-        if arguments.router == "top_k":
-            result["buffer_bytes"] = buffer_bytes(model)
+        result["buffer_bytes"] = buffer_bytes(model)
     return result
 
 
@@ -112,11 +124,11 @@ def share_of(variables):
 
 
 def dense_share(model):
-    """The share of all dense kernels that one device holds."""
+    """The share of the dense kernels, convolutions apart, on one device."""
     kernels = [
         x
         for x in model.trainable_variables
-        if len(x.shape) >= 2 and "experts" not in x.path
+        if len(x.shape) in (2, 3) and "experts" not in x.path
     ]
     held = sum(on_one_device(x) * np.prod(x.shape) for x in kernels)
     return held / sum(np.prod(x.shape) for x in kernels)
@@ -169,9 +181,10 @@ def buffer_bytes(model):
     """Bytes of the buffers of each MoE layer, on one device."""
     sizes = []
     for layer in model.moe_layers:
-        shape = (BATCH, *layer.input.shape[1:])
-        plan = layer.plan(np.zeros(shape, "float32"))
-        size = 4 * int(np.prod(plan.choice.shape)) * shape[-1]
+        images = np.zeros((BATCH, *layer.input.shape[1:]), "float32")
+        groups = routing.group_tokens(images, layer.images_per_group)
+        buffers = layer.plan(images).dispatch(groups.tokens)
+        size = 4 * int(np.prod(buffers.shape))
         sizes.append(size // arguments.devices)
     return sizes
 

@@ -10,8 +10,10 @@ import sys
 
 address, count, index, folder = sys.argv[1:5]
 COUNT, INDEX, DEVICES = int(count), int(index), 8
-flag = f"--xla_force_host_platform_device_count={DEVICES // COUNT}"
-os.environ["XLA_FLAGS"] = flag  # Read when JAX is imported.
+os.environ["XLA_FLAGS"] = (  # Read when JAX is imported.
+    f"--xla_force_host_platform_device_count={DEVICES // COUNT} "
+    "--xla_backend_optimization_level=0"
+)
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
@@ -28,6 +30,8 @@ def main():
     """Three epochs; every process feeds its part of the batches."""
     if COUNT > 1:
         distribution.initialize(address, COUNT, INDEX)
+    # Nobody has set a seed so far.
+    drawn = keras.random.uniform((4,)) if COUNT > 1 else []
     parallel = distribution.ExpertParallel(4)
     keras.distribution.set_distribution(parallel)
     keras.utils.set_random_seed(0)
@@ -52,13 +56,46 @@ def main():
     measured = evaluation.measure(model, batches)
     models.save(model, f"{folder}/{COUNT}.keras")
     result = {
+        "drawn": np.array(drawn).tolist(),
         "losses": history["loss"],
         "accuracy": history["accuracy"],
         "test": [measured.accuracy, measured.loss],
         "load": [x["load_share"].tolist() for x in measured.routing.values()],
-        "errors": [error(data.batch(5)), error(unequal(data))],
+        "errors": errors_of(model, images, labels, data),
     }
+    keras.distribution.set_distribution(distribution.DataParallel())
+    result["dense"] = errors_of(dense_model(), images, labels, data)
+    result["versions"] = error(
+        distribution.check_agreement,
+        "versions",
+        **{**distribution.versions(), "keras": f"3.{INDEX}"},
+    )
     print(json.dumps(result))
+
+
+def dense_model():
+    """Another small model, to be spread by data parallelism."""
+    layers = [keras.layers.Flatten(), keras.layers.Dense(4)]
+    model = keras.Sequential([keras.Input((8, 8, 3)), *layers])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss)
+    return model
+
+
+def errors_of(model, images, labels, data):
+    """What `fit` says of data at which processes would wait for ever."""
+    full = data.batch(8, drop_remainder=True)
+
+    def batches():
+        yield from full
+
+    return {
+        "short": error(model.fit, data.batch(5), verbose=0),
+        "unequal": error(model.fit, unequal(data), verbose=0),
+        "unknown": error(model.fit, full.filter(lambda *_: True), verbose=0),
+        "arrays": error(model.fit, images, labels, verbose=0),
+        "generator": error(model.fit, batches(), verbose=0),
+    }
 
 
 def part(images, labels):
@@ -73,10 +110,12 @@ def unequal(data):
     return data.take(8 * (1 + INDEX)).batch(8, drop_remainder=True)
 
 
-def error(dataset):
-    """What `ExpertParallel` says of a dataset."""
+def error(function, *args, **kwargs):
+    """What a function complains of; one process has nobody to wait for."""
+    if COUNT == 1:
+        return None
     try:
-        keras.distribution.distribution().distribute_dataset(dataset)
+        function(*args, **kwargs)
     except ValueError as error:
         return str(error)
     return None

@@ -1,0 +1,129 @@
+"""What a run reads: its datasets, and the batches that `fit` trains on."""
+
+import functools
+import itertools
+
+from keras_vmoe import data
+from keras_vmoe import distribution
+from keras_vmoe._extras import require
+from keras_vmoe.data.pipeline import seed_of_epoch
+
+
+def datasets(config, info):
+    """The datasets of training (its first epoch), validation and test.
+
+    Of several processes each trains on a part of the images, and reads all of
+    the others.
+    """
+    one_hot = is_one_hot(config)
+    return (
+        load(config, info, "train_split", True, epoch=0),
+        load(
+            config, info, "validation_split", False, shard=None, one_hot=one_hot
+        ),
+        load(config, info, "test_split", False, shard=None),
+    )
+
+
+def load(config, info, split, training, **options):
+    """One of the run's datasets, or this process's part of it."""
+    processes = distribution.num_processes()
+    batch_size, seed = config.batch_size, config.seed
+    if processes > 1 and "shard" not in options:
+        distribution.check_batch(batch_size, 1, 1, processes)
+        batch_size //= processes
+        index = distribution.process_id()
+        options["shard"] = (index, processes)
+        seed = seed_of_epoch(seed, index)  # Or all would crop alike.
+    try:
+        return data.load(
+            config.dataset,
+            getattr(config, split),
+            config.image_size,
+            batch_size,
+            training,
+            config.data_dir,
+            num_classes=config.num_classes or info.num_classes,
+            seed=seed,
+            class_weights=config.class_weights if training else None,
+            augmentation=config.augmentation,
+            test_crop=config.test_crop,
+            skip_corrupt=config.skip_corrupt,
+            **options,
+        )
+    except ValueError as error:
+        if "split" not in str(error):
+            raise
+        raise ValueError(f"{error} (The setting is `{split}`.)") from error
+
+
+def check_batches(config, model, strategy):
+    """Raises unless each device gets whole groups of a batch."""
+    group = max((x.images_per_group or 1 for x in model.moe_layers), default=1)
+    replicas = distribution.num_replicas(strategy)
+    if replicas == 1:
+        return  # Where a last group may be a part of one.
+    processes = distribution.num_processes()
+    distribution.check_batch(config.batch_size, group, replicas, processes)
+
+
+def parts_of(config, length):
+    """Steps from checkpoint to checkpoint, and how many of these there are."""
+    parts = config.checkpoints_per_epoch
+    if parts > length:
+        raise ValueError(
+            "An epoch must have a step for each of its checkpoints. Received: "
+            f"checkpoints_per_epoch={parts} with {length} steps per epoch. "
+            "Choose a smaller number."
+        )
+    return length // parts, config.epochs * parts
+
+
+def batches(config, info, first_step, length):
+    """Batches of one epoch after the other, without end.
+
+    Each epoch is a dataset of its own, a function of the seed and of its
+    number: what was read before does not matter.
+
+    Args:
+        config: A `TrainConfig`.
+        info: The dataset's `data.info`.
+        first_step: Steps of the run before the first of these batches.
+        length: Batches of an epoch.
+
+    Yields:
+        Pairs of NumPy arrays.
+    """
+    first_epoch, done = divmod(first_step, length)
+    for epoch in itertools.count(first_epoch):
+        dataset = load(
+            config, info, "train_split", True, epoch=epoch,
+            one_hot=is_one_hot(config),
+        )  # fmt: skip
+        yield from dataset.skip(done).as_numpy_iterator()
+        done = 0
+
+
+def stream(config, info, first_step, example, strategy):
+    """What `fit` reads: batches, on several devices of a known size.
+
+    (Keras forgets the size of a generator's batches. A TPU needs it, and so do
+    several processes, which would wait for ever at another one.)
+    """
+    length = len(example)
+    source = functools.partial(batches, config, info, first_step, length)
+    if strategy is None:
+        return source()
+    tf = require("tensorflow", "tensorflow")
+    endless = tf.data.experimental.assert_cardinality(
+        tf.data.INFINITE_CARDINALITY
+    )
+    return tf.data.Dataset.from_generator(
+        source, output_signature=example.element_spec
+    ).apply(endless)
+
+
+def is_one_hot(config):
+    """Whether the labels are distributions over the classes."""
+    smoothed = config.label_smoothing > 0
+    return smoothed or config.loss != "ce" or config.augmentation.mixes

@@ -1,0 +1,62 @@
+"""Stopped runs that go on elsewhere, as if they had never stopped nor moved."""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import keras
+import numpy as np
+import pytest
+
+BACKEND = keras.backend.backend()
+ROOT = pathlib.Path(__file__).parents[2]
+# Others have one device, and `tests/training/test_resume.py`.
+ENDS = {
+    "jax": [
+        "whole, data parallel",
+        "resumed, two shards",
+        "resumed, data parallel",
+        "resumed, one device",
+    ],
+    "tensorflow": ["resumed, mirrored", "resumed, one device"],
+}.get(BACKEND, [])
+
+
+@functools.cache
+def runs():
+    """What all runs of a process of its own came to."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.distribution.run_resumed", folder],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ENDS)
+def test_it_ends_as_one_device_would(end):
+    """Losses, validation of an uneven split, weights and the test."""
+    one, other = runs()["whole, one"], runs()[end]
+    np.testing.assert_allclose(other["history"], one["history"], atol=1e-5)
+    for mine, theirs in zip(other["weights"], one["weights"], strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    assert other["test"] == one["test"]
+    losses = [row[0] for row in one["history"]]
+    assert len(losses) == 2 and losses[0] != losses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ENDS, reason="one device takes any batch")
+def test_a_batch_without_whole_groups():
+    devices = 8 if BACKEND == "jax" else 2
+    words = f"batch_size=12 for {devices} devices, 4 images in a group"
+    assert words in runs()["refused"]
