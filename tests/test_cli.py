@@ -294,13 +294,15 @@ def test_dry_run(tmp_path):
 
 
 def test_a_recipe_sets_the_defaults(tmp_path):
-    arguments = [x for x in SMALL if "epochs" not in x]
+    arguments = [x for x in SMALL if "epochs" not in x and "warmup" not in x]
     done = run(
         "train", *arguments, "--recipe=cifar10_small", "--dry_run",
         "--run_dir", tmp_path / "none",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "epochs: 20" in done.stdout and "flip: true" in done.stdout
+    assert "epochs: 6" in done.stdout and "flip: true" in done.stdout
+    # Epochs of warm-up stay as many: 0.6 of four steps each.
+    assert "steps: 4 per epoch, 24 in all, 2 of warm-up" in done.stdout
     assert "batch_size: 32" in done.stdout  # What is given counts.
     file = tmp_path / "recipe.yaml"
     file.write_text("recipe: sweet_spot_vit_in21k\npreset: vit_b16_e8_last2\n")

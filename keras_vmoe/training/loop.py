@@ -392,17 +392,10 @@ def compile_model(model, config, steps):
         steps: Steps of the whole run; Keras counts also those that only add up
             their gradients.
     """
-    schedule = optimizers.WarmUp(
-        config.learning_rate,
-        steps=steps,
-        warmup_steps=min(round(config.warmup * steps), steps - 1),
-        decay=config.schedule,
-        end=config.final_learning_rate,
-    )
     decayed = list(optimizers.KERNELS)
     arguments = {"momentum": MOMENTUM} if config.optimizer == "sgd" else {}
     optimizer = optimizers.OPTIMIZERS[config.optimizer](
-        schedule,
+        make_schedule(config, steps),
         weight_decay=config.weight_decay,
         expert_weight_decay=config.expert_weight_decay,
         decayed=decayed + [POSITIONS] * config.decay_positions,
@@ -417,6 +410,17 @@ def compile_model(model, config, steps):
         **arguments,
     )
     model.compile(optimizer, make_loss(config), metrics=make_metrics(config))
+
+
+def make_schedule(config, steps):
+    """The learning rate of a run, which has so many steps."""
+    return optimizers.WarmUp(
+        config.learning_rate,
+        steps=steps,
+        warmup_steps=config.warmup_of(steps),
+        decay=config.schedule,
+        end=config.final_learning_rate,
+    )
 
 
 def make_loss(config):
