@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import pty
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 import keras_vmoe
 from keras_vmoe import cli
+from keras_vmoe import cli_parser
 from keras_vmoe import models
 from tests.golden.models import FOLDER
 
@@ -293,6 +295,105 @@ def test_dry_run(tmp_path):
     assert not folder.exists()
 
 
+def test_dry_runs_of_evaluate_and_predict(trained, tmp_path):
+    """From a file and flags: what is given by flags counts."""
+    file = tmp_path / "settings.yaml"
+    file.write_text(
+        f"model: {trained[0]}\ndataset: digits\nsplit: test[:50]\n"
+        "batch_size: 16\ntest_crop: 0.5\n"
+    )
+    plain = run("evaluate", "--config", file)
+    assert plain.returncode == 0, plain.stderr
+    assert "images: 50" in plain.stdout
+    more = ("--split=test[:40]", "--dry-run", "--skip_corrupt")
+    done = run("evaluate", *more, f"--config={file}")
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "split: test[:40]", "batch_size: 16", "test_crop: 0.5",
+        "skip_corrupt: true", f"backend: {keras.backend.backend()}",
+        "million active per token", "memory, estimated", "classes: 10",
+        "images: 40, in 3 steps",
+    ):  # fmt: skip
+        assert words in done.stdout
+    assert "accuracy" not in done.stdout and "dry_run" not in done.stdout
+
+    image = tmp_path / "digit.png"
+    keras.utils.save_img(image, np.full((8, 8, 1), 128), scale=False)
+    file.write_text(f"model: {trained[0]}\ntop: 2\n")
+    done = run("predict", trained[0], image, image, "--config", file)
+    assert done.stdout.count("digit.png: ") == 2
+    assert all(len(x.split()) == 5 for x in done.stdout.splitlines())
+    done = run("predict", trained[0], image, "--dry_run", f"--config={file}")
+    assert done.returncode == 0, done.stderr
+    assert "top: 2" in done.stdout and "images: 1, in 1 steps" in done.stdout
+    missing = run("predict", trained[0], tmp_path / "no.png", "--dry_run")
+    assert missing.returncode == 1 and "no.png" in missing.stderr
+    done = run("evaluate", trained[0], "digits", "--tensorboard")
+    assert done.returncode != 0 and "--tensorboard" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (["train", "--skip-corrupt"], ["train", "--skip_corrupt=true"]),
+        (["train", "--tensorboard", "--epochs", "2"],
+         ["train", "--tensorboard=true", "--epochs", "2"]),
+        (["train", "--tensorboard", "false"],) * 2,
+        (["train", "--tensorboard=no"],) * 2,
+        (["evaluate", "--skip_corrupt", "a", "b"],
+         ["evaluate", "--skip_corrupt=true", "a", "b"]),
+        (["predict", "a", "b.png", "--config", "c.yaml", "--top=2"],
+         ["predict", "--config", "c.yaml", "a", "b.png", "--top=2"]),
+        (["predict", "a", "--config=c.yaml"],
+         ["predict", "--config=c.yaml", "a"]),
+        (["--version"],) * 2,
+        ([],) * 2,
+    ],
+)  # fmt: skip
+def test_normalized_command_lines(given, taken):
+    assert cli_parser.normalized(given) == taken
+
+
+def test_bare_switches_of_train(tmp_path):
+    bare = ("--skip-corrupt", "--tensorboard", "--dry-run")
+    done = run("train", *SMALL, *bare, f"--run_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert "skip_corrupt: true" in done.stdout
+    assert "tensorboard: true" in done.stdout
+    off = run("train", *SMALL, "--tensorboard", "false", "--dry-run")
+    assert "tensorboard: false" in off.stdout
+
+
+def in_a_terminal(*arguments):
+    """What the command prints where a person looks, and its exit status."""
+    command = [sys.executable, "-m", "keras_vmoe.cli", *map(str, arguments)]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    output = b""
+    with contextlib.suppress(OSError):  # Linux's word for the end.
+        while block := os.read(ours, 4096):
+            output += block
+    os.close(ours)
+    return process.wait(), re.sub(r"\x1b\[\d+m", "", output.decode())
+
+
+@pytest.mark.slow
+def test_progress_bars_in_a_terminal(trained, tmp_path):
+    image = tmp_path / "digit.png"
+    keras.utils.save_img(image, np.full((8, 8, 1), 128), scale=False)
+    digits = ("digits", "--split=test[:32]", "--batch_size=8")
+    for steps, *arguments in (
+        (4, "train", *SMALL, "--epochs=1", f"--run_dir={tmp_path}/run"),
+        (4, "evaluate", trained[0], *digits),
+        (2, "predict", trained[0], image, image),
+    ):
+        code, output = in_a_terminal(*arguments)
+        assert code == 0, output
+        for step in (1, steps):
+            assert re.search(rf"{step}/{steps} ━", output), output
+
+
 def test_a_recipe_sets_the_defaults(tmp_path):
     arguments = [x for x in SMALL if "epochs" not in x and "warmup" not in x]
     done = run(
@@ -368,7 +469,8 @@ def test_evaluate_names_or_skips_a_damaged_image(trained, tmp_path):
     assert done.returncode == 1
     assert f"Received: {path}, which is damaged" in done.stderr
     with pytest.warns(UserWarning, match="cannot be decoded"):
-        skip = "--skip-corrupt=true"
-        done = run("evaluate", trained[0], "image_folder", data_dir, skip)
+        # Bare, and not taken for the value of what stands behind it.
+        done = run("evaluate", "--skip-corrupt", trained[0], "image_folder",
+                   data_dir)  # fmt: skip
     assert done.returncode == 0 and "cross-entropy" in done.stdout
     assert "warning: the classes of 'image_folder' have" in done.stderr

@@ -5,6 +5,7 @@ import dataclasses
 from keras_vmoe import data
 from keras_vmoe import models
 from keras_vmoe._extras import require
+from keras_vmoe.evaluation.description import cost_lines
 from keras_vmoe.training.initialization import check_start
 from keras_vmoe.training.loop import check_batches
 from keras_vmoe.training.loop import datasets
@@ -57,9 +58,7 @@ def describe(config):
     lines = [
         yaml.safe_dump(settings_of(config), sort_keys=False).rstrip(),
         "",
-        f"parameters: {cost.params / 1e6:.2f} million, "
-        f"{cost.active_params / 1e6:.2f} million active per token",
-        f"multiply-adds per image: {cost.flops / 1e6:,.1f} million",
+        *cost_lines(cost),
         f"memory, estimated: {weights / 2**20:.0f} MiB for weights and "
         f"optimizer, {activations / 2**20:.0f} MiB for a batch",
         f"steps: {steps} per epoch, {schedule.steps} in all, "
