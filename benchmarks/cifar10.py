@@ -2,9 +2,13 @@
 
     KERAS_BACKEND=tensorflow python benchmarks/cifar10.py --data_dir DIR --save
 
-The same recipe, budget and seeds for each model of a family: the dense twin, 8
-experts of which a token passes 1 (equal active parameters), and 2. The last
-epoch's model is measured once on the test split; nothing is chosen by it.
+The same recipe (`cifar10_small`), budget and seeds for each model of a family:
+the dense twin, 8 experts of which a token passes 1 (equal active parameters),
+and 2, and a dense twin whose MLPs are widened to the active parameters of the
+latter. The last epoch's model is measured once on the test split; nothing is
+chosen by it: choices are made with `--validation`, which trains on the first
+nine tenths of the training images, measures on the last and never opens the
+test split.
 Every run is a process of its own; models of one seed run one after the other.
 Training time is CPU time, which other work on the machine changes little.
 """
@@ -24,7 +28,8 @@ import numpy as np
 from keras_vmoe import data
 from keras_vmoe import inspection
 from keras_vmoe import models
-from keras_vmoe.training import optimizers
+from keras_vmoe import training
+from keras_vmoe.training import loop
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "cifar10.csv"
 MOE = {"layers": "last_2", "num_experts": 8, "capacity_factor": 1.05}
@@ -32,22 +37,36 @@ VARIANTS = {
     "dense": None,
     "8 experts, K=1": {**MOE, "num_selected_experts": 1},
     "8 experts, K=2": {**MOE, "num_selected_experts": 2},
+    "dense, wider": None,
+    "8 experts, K=1, C=1.5": {
+        **MOE, "num_selected_experts": 1, "capacity_factor": 1.5
+    },
+}  # fmt: skip
+# Hidden features of the dense twins' MLPs, as the models count them.
+WIDTHS = {"vit": {"mlp_dim": 64}, "convnext": {"mlp_ratio": 4}}
+WIDER = {"vit": {"mlp_dim": 98}, "convnext": {"mlp_ratio": 6}}
+RECIPE = training.recipes.find_recipe("cifar10_small")
+KEYS = ("backend", "family", "model", "seed")  # Of a row of the results.
+# What is trained on, what is measured and the images of the former, without and
+# with `--validation`.
+SPLITS = {
+    False: ("train", "test", 50_000),
+    True: ("train[:90%]", "train[90%:]", 45_000),
 }
-BATCH, RATE, DECAY, WARMUP, CLIP = 64, 2e-3, 0.1, 0.1, 1.0
 
 
 def make_model(family, variant, num_classes=10):
     """A model of a family."""
-    moe = VARIANTS[variant]
+    width = (WIDER if variant == "dense, wider" else WIDTHS)[family]
+    shared = {"image_size": 32, "num_classes": num_classes, **width}
     if family == "vit":
         return models.ViTMoE(
-            image_size=32, patch_size=4, hidden_dim=32, num_layers=4,
-            num_heads=4, mlp_dim=64, num_classes=num_classes, pooling="gap",
-            moe=moe,
+            patch_size=4, hidden_dim=32, num_layers=4, num_heads=4,
+            pooling="gap", moe=VARIANTS[variant], **shared,
         )  # fmt: skip
     return models.ConvNeXtMoE(
-        depths=(2, 2, 2), dims=(16, 32, 64), num_classes=num_classes,
-        image_size=32, patch_size=2, layer_scale=None, moe=moe,
+        depths=(2, 2, 2), dims=(16, 32, 64), patch_size=2, layer_scale=None,
+        moe=VARIANTS[variant], **shared,
     )  # fmt: skip
 
 
@@ -57,11 +76,15 @@ def main():
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--families", nargs="+", default=["vit", "convnext"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=50_000)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--models", nargs="+", choices=VARIANTS,
+                        default=list(VARIANTS))  # fmt: skip
+    parser.add_argument("--epochs", type=int, default=RECIPE.epochs)
+    parser.add_argument("--validation", action="store_true")
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.validation and arguments.save:
+        parser.error("results are those of the test split: leave --save out")
     if arguments.one:
         family, variant, seed = arguments.one
         print(json.dumps(run(arguments, family, variant, int(seed))))
@@ -69,11 +92,11 @@ def main():
     for family in arguments.families:
         rows = []
         for seed in arguments.seeds:
-            for variant in VARIANTS:
+            for variant in arguments.models:
                 rows.append(child(family, variant, seed))
                 print(rows[-1], flush=True)
                 if arguments.save:
-                    interleaved.write(RESULTS, rows, ("backend", "family"))
+                    interleaved.write(RESULTS, rows, KEYS)
         table(family, rows)
     if arguments.save:
         plot()
@@ -121,39 +144,33 @@ def child(family, variant, seed):
 def run(arguments, family, variant, seed):
     """Trains and measures one model; one row of the results."""
     keras.utils.set_random_seed(seed)
-    augmentation = data.Augmentation(crop_padding=4, flip=True)
-    train, test = (
+    settings = {**RECIPE.settings(), "epochs": arguments.epochs, "seed": seed}
+    config = training.TrainConfig(**settings)
+    *splits, num_images = SPLITS[arguments.validation]
+    train, measured = (
         data.load(
-            "cifar10", split, 32, BATCH, training, arguments.data_dir,
-            seed=seed, augmentation=augmentation,
+            "cifar10", split, 32, config.batch_size, is_training,
+            arguments.data_dir, seed=seed, augmentation=config.augmentation,
         )
-        for split, training in (
-            (f"train[:{arguments.images}]", True), ("test", False)
-        )
+        for split, is_training in zip(splits, (True, False), strict=True)
     )  # fmt: skip
     model = make_model(family, variant)
-    steps = arguments.epochs * len(train)
-    schedule = optimizers.WarmUp(RATE, steps, round(WARMUP * steps))
-    model.compile(
-        optimizers.AdamW(schedule, weight_decay=DECAY, global_clipnorm=CLIP),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
+    loop.compile_model(model, config, config.epochs * len(train))
     start = time.process_time()
     history = model.fit(
-        train, epochs=arguments.epochs, shuffle=False, verbose=0
+        train, epochs=config.epochs, shuffle=False, verbose=0
     ).history
     seconds = time.process_time() - start
     routing = inspection.routing_statistics(model)
-    accuracy = model.evaluate(test, verbose=0, return_dict=True)["accuracy"]
+    accuracy = model.evaluate(measured, verbose=0, return_dict=True)["accuracy"]
     cost = models.cost(model)
     loads = [x["load_share"] * len(x["load_share"]) for x in routing.values()]
     dropped = [x["dropped_share"] for x in routing.values()]
     return {
         **interleaved.versions(keras.backend.backend()),
         "family": family,
-        "images": arguments.images,
-        "epochs": arguments.epochs,
+        "images": num_images,
+        "epochs": config.epochs,
         "model": variant,
         "seed": seed,
         "test_accuracy": round(accuracy, 4),
@@ -173,12 +190,15 @@ def table(family, rows):
         f"\n| {family} | test accuracy | mean | CPU time of dense | dropped |"
     )
     print("|---|---|---|---|---|")
-    dense = [row["cpu_seconds"] for row in rows if row["model"] == "dense"]
-    for variant in VARIANTS:
+    dense = {x["seed"]: x["cpu_seconds"] for x in rows if x["model"] == "dense"}
+    for variant in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == variant]
         accuracy = [row["test_accuracy"] for row in mine]
         ratio = np.median(
-            [row["cpu_seconds"] / x for row, x in zip(mine, dense, strict=True)]
+            [
+                row["cpu_seconds"] / dense.get(row["seed"], np.nan)
+                for row in mine
+            ]
         )
         dropped = np.mean([row["dropped_share"] for row in mine])
         values = ", ".join(f"{x:.4f}" for x in accuracy)

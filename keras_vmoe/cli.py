@@ -19,6 +19,7 @@ from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe._extras import require
 from keras_vmoe.cli_parser import make_parser
+from keras_vmoe.cli_parser import normalized
 from keras_vmoe.cli_parser import recipe_of
 from keras_vmoe.models.presets import find_preset
 from keras_vmoe.routing.groups import check_sizes
@@ -44,7 +45,7 @@ def main(arguments=None):
         Exit status: 0, or 1 after an error whose message was printed.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    arguments = [_with_underscores(argument) for argument in arguments]
+    arguments = normalized(arguments)
     try:
         jsonargparse = require("jsonargparse", "cli")
         parser = make_parser(jsonargparse, recipe_of(arguments))
@@ -72,14 +73,6 @@ def _leave_others():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
-
-
-def _with_underscores(argument):
-    """`--dry-run` as `--dry_run`."""
-    name, equals, value = argument.partition("=")
-    if name.startswith("--") and " " not in name:
-        name = "--" + name[2:].replace("-", "_")
-    return name + equals + value
 
 
 def train(settings, arguments):
@@ -113,11 +106,13 @@ def predict(settings, arguments):
     if settings.backend not in (None, keras.backend.backend()):
         _restart(settings.backend, arguments)
     model, names = _open_model(settings)
-    images = data.read_images(
-        settings.images,
-        model.input_shape[1:3],
-        _setting_of_run(settings.model, "test_crop"),
-    )
+    test_crop = _setting_of_run(settings.model, "test_crop")
+    size = model.input_shape[1:3]
+    images = data.read_images(settings.images, size, test_crop)
+    if settings.dry_run:
+        resolved = _resolved(settings, test_crop=test_crop)
+        print(evaluation.describe(model, resolved, len(images), 1))
+        return
     shows = sys.stdout.isatty()
     found = evaluation.classify(model, images, names, settings.top, shows)
     for image, predictions in zip(settings.images, found, strict=True):
@@ -130,6 +125,36 @@ def evaluate(settings, arguments):
     if settings.backend not in (None, keras.backend.backend()):
         _restart(settings.backend, arguments)
     model, names = _open_model(settings)
+    _check_classes(settings, model, names)
+    test_crop = settings.test_crop
+    if test_crop is None:
+        test_crop = _setting_of_run(settings.model, "test_crop")
+    reads = (settings.dataset, settings.split, settings.data_dir)
+    if settings.dry_run:
+        resolved = _resolved(settings, test_crop=test_crop)
+        count = data.num_images(*reads)
+        size = settings.batch_size
+        print(evaluation.describe(model, resolved, count, size))
+        return
+    images = data.load(
+        settings.dataset,
+        settings.split,
+        model.input_shape[1:3],
+        settings.batch_size,
+        training=False,
+        data_dir=settings.data_dir,
+        num_classes=model.output_shape[-1],
+        test_crop=test_crop,
+        skip_corrupt=settings.skip_corrupt,
+    )
+    splits = [] if settings.skip_corrupt else [settings.split]
+    with data.named_damage(settings.dataset, splits, settings.data_dir):
+        measured = evaluation.measure(model, images, sys.stdout.isatty())
+    print(evaluation.report(measured, names))
+
+
+def _check_classes(settings, model, names):
+    """Raises for a dataset of more or fewer classes, warns of other names."""
     classes = model.output_shape[-1]
     info = data.info(settings.dataset, settings.data_dir)
     known = info.num_classes
@@ -149,24 +174,6 @@ def evaluate(settings, arguments):
             "the same order.",
             file=sys.stderr,
         )
-    test_crop = settings.test_crop
-    if test_crop is None:
-        test_crop = _setting_of_run(settings.model, "test_crop")
-    images = data.load(
-        settings.dataset,
-        settings.split,
-        model.input_shape[1:3],
-        settings.batch_size,
-        training=False,
-        data_dir=settings.data_dir,
-        num_classes=classes,
-        test_crop=test_crop,
-        skip_corrupt=settings.skip_corrupt,
-    )
-    splits = [] if settings.skip_corrupt else [settings.split]
-    with data.named_damage(settings.dataset, splits, settings.data_dir):
-        measured = evaluation.measure(model, images, sys.stdout.isatty())
-    print(evaluation.report(measured, names))
 
 
 def presets(settings, arguments):
@@ -375,6 +382,12 @@ def _setting_of_run(model, name):
     if not path.exists():
         return None
     return require("yaml", "cli").safe_load(path.read_text()).get(name)
+
+
+def _resolved(settings, **found):
+    """The configuration of a command, with what was found for it."""
+    plain = {**vars(settings), "backend": keras.backend.backend(), **found}
+    return {k: v for k, v in plain.items() if k not in ("config", "dry_run")}
 
 
 def _numbers(num_classes):

@@ -51,6 +51,55 @@ PRESETS_EPILOG = """examples:
 """
 
 
+# Settings that are true or false: given bare, they are true.
+SWITCHES = tuple(
+    f"--{field.name}"
+    for field in dataclasses.fields(training.TrainConfig)
+    if field.type is bool
+)
+BOOLEANS = ("true", "false", "yes", "no")
+
+
+def normalized(arguments):
+    """The command line as the parser takes it.
+
+    Args:
+        arguments: List of strings: flags may have dashes for underscores, and
+            switches no value.
+
+    Returns:
+        List of strings, `--config` first: what is given by flags counts more
+        than what is in the file, in any order.
+
+    Example:
+
+    >>> normalized(["train", "--skip-corrupt", "--config", "x.yaml"])
+    ['train', '--config', 'x.yaml', '--skip_corrupt=true']
+    """
+    arguments = [_with_underscores(argument) for argument in arguments]
+    following = arguments[1:] + [""]
+    arguments = [
+        f"{argument}=true"
+        if argument in SWITCHES and value.lower() not in BOOLEANS
+        else argument
+        for argument, value in zip(arguments, following, strict=False)
+    ]
+    for i, argument in enumerate(arguments):
+        if argument.partition("=")[0] == "--config":
+            end = i + (1 if "=" in argument else 2)
+            rest = arguments[1:i] + arguments[end:]
+            return arguments[:1] + arguments[i:end] + rest
+    return arguments
+
+
+def _with_underscores(argument):
+    """`--dry-run` as `--dry_run`."""
+    name, equals, value = argument.partition("=")
+    if name.startswith("--") and " " not in name:
+        name = "--" + name[2:].replace("-", "_")
+    return name + equals + value
+
+
 def recipe_of(arguments):
     """Settings of the recipe that the command line names, if any."""
     if "train" not in arguments:
@@ -139,9 +188,7 @@ def _train_parser(jsonargparse):
         epilog=TRAIN_EPILOG,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", action="config", help="YAML file with these settings."
-    )
+    _add_config(parser)
     parser.add_class_arguments(training.TrainConfig)
     parser.add_argument(
         "--recipe",
@@ -161,11 +208,7 @@ def _train_parser(jsonargparse):
             default=None,
             help=f"{text} Default: KERAS_DISTRIBUTION_{name.upper()}.",
         )
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="Print settings, cost, memory and steps, and train nothing.",
-    )
+    _add_dry_run(parser)
     return parser
 
 
@@ -173,10 +216,12 @@ def _evaluate_parser(jsonargparse):
     parser = jsonargparse.ArgumentParser(
         usage="keras-vmoe evaluate [options] model dataset",
         description="Accuracy, loss, a table of the classes and what the "
-        "routers do, on one split of a TFDS dataset.",
+        "routers do, on one split of a TFDS dataset. Prints, and writes no "
+        "logs.",
         epilog=EVALUATE_EPILOG,
         allow_abbrev=False,
     )
+    _add_config(parser)
     parser.add_argument("model", type=str, help="Run folder or .keras file.")
     parser.add_argument("dataset", type=str, help='TFDS dataset or "digits".')
     parser.add_argument("--split", type=str, default="test", help="TFDS split.")
@@ -201,6 +246,7 @@ def _evaluate_parser(jsonargparse):
     )
     _add_classes(parser)
     _add_backend(parser)
+    _add_dry_run(parser)
     return parser
 
 
@@ -211,6 +257,7 @@ def _predict_parser(jsonargparse):
         epilog=PREDICT_EPILOG,
         allow_abbrev=False,
     )
+    _add_config(parser)
     parser.add_argument("model", type=str, help="Run folder or .keras file.")
     parser.add_argument(
         "images",
@@ -224,6 +271,7 @@ def _predict_parser(jsonargparse):
         "--top", type=int, default=3, help="Classes to print for each image."
     )
     _add_backend(parser)
+    _add_dry_run(parser)
     return parser
 
 
@@ -359,6 +407,23 @@ def _add_classes(parser):
         type=str | None,
         default=None,
         help="JSON list of class names; default: that of the run folder.",
+    )
+
+
+def _add_config(parser):
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file with these settings; what is given beside it counts "
+        "more.",
+    )
+
+
+def _add_dry_run(parser):
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Print settings, cost, memory and steps, and do no more.",
     )
 
 

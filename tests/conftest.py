@@ -43,3 +43,26 @@ def fresh_state():
     keras.config.set_dtype_policy("float32")
     yield
     keras.config.set_dtype_policy("float32")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A run folder that the command made, and what the command printed.
+
+    The process starts under another backend, and `--backend` moves it over.
+    """
+    from tests.commands import SMALL
+    from tests.commands import run_process
+
+    backend = keras.backend.backend()
+    other = "tensorflow" if backend != "tensorflow" else "jax"
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    done = run_process(
+        "train",
+        *SMALL,
+        f"--run_dir={run_dir}",
+        f"--backend={backend}",
+        backend=other,
+    )
+    assert done.returncode == 0, done.stderr
+    return run_dir, done.stdout

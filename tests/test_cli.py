@@ -1,85 +1,16 @@
 """The command as users type it."""
 
-import contextlib
-import io
-import os
 import re
-import shutil
-import subprocess
-import sys
-from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
 
 import keras_vmoe
-from keras_vmoe import cli
 from keras_vmoe import models
+from tests.commands import SMALL
+from tests.commands import run
 from tests.golden.models import FOLDER
-
-SMALL = [
-    "--train_split=train[:128]",
-    "--validation_split=validation[:32]",
-    "--test_split=test[:32]",
-    "--epochs=2",
-    "--warmup=0.5",
-    "--batch_size=32",
-    "--augmentation.crop_padding=0",
-    "--model.image_size=8",
-    "--model.patch_size=4",
-    "--model.hidden_dim=16",
-    "--model.num_layers=2",
-    "--model.num_heads=2",
-    "--model.mlp_dim=32",
-    "--moe.layers=last_1",
-    "--moe.num_experts=4",
-]
-
-
-def run(*arguments):
-    """The command in this process, which has already paid for the imports."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code
-    return SimpleNamespace(
-        returncode=code, stdout=out.getvalue(), stderr=err.getvalue()
-    )
-
-
-def run_process(*arguments, backend):
-    """The command in a process of its own."""
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    environment["KERAS_BACKEND"] = backend
-    return subprocess.run(
-        [sys.executable, "-m", "keras_vmoe.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run folder that the command made, and what the command printed.
-
-    The process starts under another backend, and `--backend` moves it over.
-    """
-    backend = keras.backend.backend()
-    other = "tensorflow" if backend != "tensorflow" else "jax"
-    run_dir = tmp_path_factory.mktemp("runs") / "run"
-    done = run_process(
-        "train",
-        *SMALL,
-        f"--run_dir={run_dir}",
-        f"--backend={backend}",
-        backend=other,
-    )
-    assert done.returncode == 0, done.stderr
-    return run_dir, done.stdout
 
 
 def test_train_ends_with_the_test_accuracy(trained):
@@ -275,16 +206,6 @@ def test_convert_without_a_checkpoint(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_evaluate(trained):
-    run_dir, printed = trained
-    done = run("evaluate", run_dir, "digits", "--split=test[:32]")
-    assert done.returncode == 0, done.stderr
-    assert "images: 32" in done.stdout and "top-5 accuracy: " in done.stdout
-    accuracy = re.search(r"test accuracy: ([\d.]+)", printed)[1]
-    assert f"accuracy: {accuracy}" in done.stdout
-    assert "block_1_moe: " in done.stdout
-
-
 def test_dry_run(tmp_path):
     folder = tmp_path / "none"
     done = run("train", *SMALL, f"--run_dir={folder}", "--dry_run")
@@ -294,13 +215,15 @@ def test_dry_run(tmp_path):
 
 
 def test_a_recipe_sets_the_defaults(tmp_path):
-    arguments = [x for x in SMALL if "epochs" not in x]
+    arguments = [x for x in SMALL if "epochs" not in x and "warmup" not in x]
     done = run(
         "train", *arguments, "--recipe=cifar10_small", "--dry_run",
         "--run_dir", tmp_path / "none",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "epochs: 20" in done.stdout and "flip: true" in done.stdout
+    assert "epochs: 6" in done.stdout and "flip: true" in done.stdout
+    # Epochs of warm-up stay as many: 0.6 of four steps each.
+    assert "steps: 4 per epoch, 24 in all, 2 of warm-up" in done.stdout
     assert "batch_size: 32" in done.stdout  # What is given counts.
     file = tmp_path / "recipe.yaml"
     file.write_text("recipe: sweet_spot_vit_in21k\npreset: vit_b16_e8_last2\n")
@@ -311,62 +234,3 @@ def test_a_recipe_sets_the_defaults(tmp_path):
         assert words in done.stdout
     done = run("train", "--recipe=cifar", "--dry_run")
     assert done.returncode == 1 and "The nearest" in done.stderr
-
-
-def write_folder(folder, classes):
-    for name in classes:
-        path = folder / "test" / name / "0.jpg"
-        path.parent.mkdir(parents=True)
-        keras.utils.save_img(path, np.zeros((12, 12, 3)), scale=False)
-    return f"--data_dir={folder}"
-
-
-def test_the_crop_of_a_run_holds_for_evaluate_and_predict(trained, tmp_path):
-    """A run folder is believed; a file by itself knows of no crop."""
-    shutil.copytree(trained[0], tmp_path / "run")
-    settings = tmp_path / "run" / "config.yaml"
-    text = settings.read_text()
-    assert "test_crop: null" in text
-    settings.write_text(text.replace("test_crop: null", "test_crop: 0.5"))
-    image = tmp_path / "digit.png"
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 1))
-    keras.utils.save_img(image, pixels, scale=False)
-    digits = ("digits", "--split=test[:32]")
-    for command, rest in (("evaluate", digits), ("predict", (image,))):
-        plain, cropped = (
-            run(command, folder, *rest)
-            for folder in (trained[0], tmp_path / "run")
-        )
-        assert plain.returncode == cropped.returncode == 0
-        assert plain.stdout != cropped.stdout
-        if command == "evaluate":
-            same = run(command, trained[0], *rest, "--test_crop=0.5")
-            assert same.stdout == cropped.stdout
-
-
-def test_class_names_must_be_as_many_as_classes(trained, tmp_path):
-    names = tmp_path / "names.json"
-    names.write_text('["one", "two"]')
-    done = run("predict", trained[0], "a.png", f"--classes={names}")
-    assert done.returncode == 1 and "a JSON list of 10 names" in done.stderr
-
-
-def test_evaluate_refuses_other_classes(trained, tmp_path):
-    data_dir = write_folder(tmp_path, "ab")
-    done = run("evaluate", trained[0], "image_folder", data_dir)
-    assert done.returncode == 1
-    assert "a model of 10 classes for the 2 of 'image_folder'" in done.stderr
-
-
-def test_evaluate_names_or_skips_a_damaged_image(trained, tmp_path):
-    data_dir = write_folder(tmp_path, "abcdefghij")
-    path = tmp_path / "test" / "c" / "0.jpg"
-    path.write_bytes(path.read_bytes()[:150])
-    done = run("evaluate", trained[0], "image_folder", data_dir)
-    assert done.returncode == 1
-    assert f"Received: {path}, which is damaged" in done.stderr
-    with pytest.warns(UserWarning, match="cannot be decoded"):
-        skip = "--skip-corrupt=true"
-        done = run("evaluate", trained[0], "image_folder", data_dir, skip)
-    assert done.returncode == 0 and "cross-entropy" in done.stdout
-    assert "warning: the classes of 'image_folder' have" in done.stderr

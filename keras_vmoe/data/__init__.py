@@ -13,6 +13,7 @@ from keras_vmoe.data.images import read_images
 from keras_vmoe.data.loading import load
 from keras_vmoe.data.schema import DatasetInfo
 from keras_vmoe.data.schema import info
+from keras_vmoe.data.schema import num_images
 
 __all__ = [
     "Augmentation",
@@ -22,6 +23,7 @@ __all__ = [
     "load",
     "named_damage",
     "normalize",
+    "num_images",
     "preprocess",
     "read_images",
 ]

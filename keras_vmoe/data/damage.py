@@ -104,7 +104,7 @@ def named_damage(name, splits, data_dir=None):
                     "All images must be readable. "
                     f"Received: {place}, which is damaged, in the split "
                     f"{split!r} of {name!r}. Mend or remove it, or skip what "
-                    "is damaged: skip_corrupt=True, --skip_corrupt true."
+                    "is damaged: skip_corrupt=True, --skip_corrupt."
                 ) from error
         raise
 

@@ -166,6 +166,31 @@ def resolve_num_classes(name, schema, num_classes):
     return num_classes
 
 
+def num_images(name, split, data_dir=None):
+    """How many images a split of a dataset has, damaged ones among them.
+
+    Args:
+        name: String, see `load`.
+        split: String, with TFDS's slices and sums.
+        data_dir: Folder that holds the dataset, see `load`.
+
+    Returns:
+        Integer.
+
+    Raises:
+        ValueError: If there is no such dataset or split.
+
+    Example:
+
+    ```python
+    from keras_vmoe import data
+
+    data.num_images("digits", "test[:50%]")  # 182
+    ```
+    """
+    return count_examples(name, open_builder(name, data_dir), split)
+
+
 def count_examples(name, builder, split):
     """How many examples a split has; raises a ValueError if there is none."""
     splits = builder.info.splits

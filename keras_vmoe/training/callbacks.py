@@ -8,9 +8,9 @@ import keras
 
 from keras_vmoe import distribution
 from keras_vmoe import inspection
-from keras_vmoe import models
 from keras_vmoe._extras import require
 from keras_vmoe.routing.groups import is_number
+from keras_vmoe.training.files import save_model
 from keras_vmoe.training.files import write_csv
 
 
@@ -279,7 +279,7 @@ class SaveModel(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         losses = [v for k, v in (logs or {}).items() if k.endswith("loss")]
         if all(map(math.isfinite, losses)) and is_finite(self.model):
-            models.save(self.model, self.path)
+            save_model(self.model, self.path)
 
 
 def is_finite(model):

@@ -8,6 +8,10 @@ import zlib
 import keras
 
 from keras_vmoe import distribution
+from keras_vmoe.training.files import commit
+from keras_vmoe.training.files import named
+from keras_vmoe.training.files import reserve
+from keras_vmoe.training.files import size_of
 from keras_vmoe.training.files import write_file
 
 NAME = "epoch_{:06d}"
@@ -59,20 +63,16 @@ class Checkpoints:
         path = self.folder / NAME.format(epoch)
         weights = path.with_suffix(WEIGHTS)
         partial = self.folder / f".partial{WEIGHTS}"
-        try:
-            model.save_weights(partial, overwrite=True)
-            checksum = _checksum(partial)
-            partial.replace(weights)
-            state = {**state, "epoch": epoch, "crc32": checksum}
-            write_file(path.with_suffix(STATE), json.dumps(state))
-        except (OSError, RuntimeError) as error:  # The latter is h5py's.
-            raise OSError(
-                "A checkpoint must be written whole. "
-                f"Received: {weights} ({error}). The older checkpoints are "
-                "kept; free some space and run the command again."
-            ) from error
-        finally:
-            partial.unlink(missing_ok=True)
+        with named(weights):
+            try:
+                reserve(self.folder, size_of(model))
+                model.save_weights(partial, overwrite=True)
+                checksum = _checksum(partial)
+                commit(partial, weights)
+            finally:
+                partial.unlink(missing_ok=True)
+        state = {**state, "epoch": epoch, "crc32": checksum}
+        write_file(path.with_suffix(STATE), json.dumps(state))
         for old in self.epochs()[: -self.keep]:
             self._remove(old)
 

@@ -12,12 +12,15 @@ from keras_vmoe.routing.groups import check_capacity_factor
 from keras_vmoe.routing.groups import check_sizes
 
 DEFAULT_IMAGE_SIZE = 32
+DEFAULT_WARMUP = 1 / 12  # Of all steps, where no warm-up is set.
+WARMUPS = ("warmup", "warmup_epochs", "warmup_steps")
 INTEGERS = (
     "batch_size",
     "epochs",
     "accumulate",
     "checkpoints_per_epoch",
     "keep_checkpoints",
+    "warmup_steps",
     "num_classes",
     "expert_shards",
 )
@@ -118,6 +121,10 @@ class TrainConfig:
         schedule: How the learning rate falls from there.
         final_learning_rate: Where a cosine or linear schedule ends.
         warmup: Share of the training steps that is linear warm-up, in [0, 1).
+            Where none of the three is set, a twelfth.
+        warmup_epochs: Epochs of it instead, which stay as many when `epochs`
+            changes.
+        warmup_steps: Updates of it instead.
         weight_decay: Decoupled weight decay of the kernels of all layers; not
             of biases, norms, the class token, the layer scale and the
             attention pooling's probe.
@@ -178,7 +185,9 @@ class TrainConfig:
     learning_rate: float = 2e-3
     schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
     final_learning_rate: float = 0.0
-    warmup: float = 1 / 12
+    warmup: float | None = None
+    warmup_epochs: float | None = None
+    warmup_steps: int | None = None
     weight_decay: float = 0.3
     expert_weight_decay: float | None = None
     decay_positions: bool = True
@@ -217,9 +226,9 @@ class TrainConfig:
         for name in ("weight_decay", "final_learning_rate"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         self._check("head_bias", True, "a number")
-        for name in ("warmup", "label_smoothing"):
-            good = 0 <= getattr(self, name) < 1
-            self._check(name, good, "at least 0 and below 1")
+        smoothing = 0 <= self.label_smoothing < 1
+        self._check("label_smoothing", smoothing, "at least 0 and below 1")
+        self._check_warmup()
         for name, good in (
             ("expert_weight_decay", lambda x: x >= 0),
             ("clip_norm", lambda x: x > 0),
@@ -242,6 +251,42 @@ class TrainConfig:
             )
         seed = 0 <= self.seed < 2**32
         self._check("seed", seed, "at least 0 and below 2**32")
+
+    def warmup_of(self, steps):
+        """Steps of the warm-up in a run.
+
+        Args:
+            steps: Steps of the whole run, as Keras counts them: also those
+                that only add up their gradients.
+
+        Returns:
+            An integer.
+        """
+        if self.warmup_steps is not None:
+            return self.warmup_steps * self.accumulate
+        share = DEFAULT_WARMUP if self.warmup is None else self.warmup
+        if self.warmup_epochs is not None:
+            share = self.warmup_epochs / self.epochs
+        return min(round(share * steps), steps - 1)
+
+    def _check_warmup(self):
+        """Raises unless one warm-up is set at most, and ends in time."""
+        given = {name: getattr(self, name) for name in WARMUPS}
+        given = {name: x for name, x in given.items() if x is not None}
+        if len(given) > 1:
+            received = ", ".join(f"{name}={x}" for name, x in given.items())
+            raise ValueError(
+                f"The warm-up must be set by one of {WARMUPS}. "
+                f"Received: {received}. Set the others to null (a recipe sets "
+                "one, too)."
+            )
+        if self.warmup is not None:
+            good = 0 <= self.warmup < 1
+            self._check("warmup", good, "at least 0 and below 1")
+        if self.warmup_epochs is not None:
+            good = 0 <= self.warmup_epochs < self.epochs
+            words = f"at least 0 and below epochs={self.epochs}"
+            self._check("warmup_epochs", good, words)
 
     def _check_choices(self):
         """Raises if a setting is none of the words that it may be."""

@@ -5,10 +5,12 @@ import dataclasses
 from keras_vmoe import data
 from keras_vmoe import models
 from keras_vmoe._extras import require
+from keras_vmoe.evaluation.description import cost_lines
 from keras_vmoe.training.initialization import check_start
 from keras_vmoe.training.loop import check_batches
 from keras_vmoe.training.loop import datasets
 from keras_vmoe.training.loop import make_model
+from keras_vmoe.training.loop import make_schedule
 from keras_vmoe.training.loop import make_strategy
 from keras_vmoe.training.run_folder import check_run
 from keras_vmoe.training.run_folder import settings_of
@@ -42,6 +44,7 @@ def describe(config):
     if config.init is not None:
         check_start(config.init)
     steps = len(datasets(config, info)[0])
+    schedule = make_schedule(config, steps * config.epochs)
     without_values = dataclasses.replace(config, init=None, head_bias=0.0)
     with models.without_weights():
         model = make_model(without_values, info)
@@ -55,12 +58,10 @@ def describe(config):
     lines = [
         yaml.safe_dump(settings_of(config), sort_keys=False).rstrip(),
         "",
-        f"parameters: {cost.params / 1e6:.2f} million, "
-        f"{cost.active_params / 1e6:.2f} million active per token",
-        f"multiply-adds per image: {cost.flops / 1e6:,.1f} million",
+        *cost_lines(cost),
         f"memory, estimated: {weights / 2**20:.0f} MiB for weights and "
         f"optimizer, {activations / 2**20:.0f} MiB for a batch",
-        f"steps: {steps} per epoch, {steps * config.epochs} in all, "
-        f"{round(config.warmup * steps * config.epochs)} of warm-up",
+        f"steps: {steps} per epoch, {schedule.steps} in all, "
+        f"{schedule.warmup_steps} of warm-up",
     ]
     return "\n".join(lines)

@@ -26,6 +26,7 @@ from keras_vmoe.training.batches import stream
 from keras_vmoe.training.checkpointing import Checkpoints
 from keras_vmoe.training.checkpointing import SaveCheckpoint
 from keras_vmoe.training.config import SHARED
+from keras_vmoe.training.files import save_model
 from keras_vmoe.training.initialization import freeze
 from keras_vmoe.training.initialization import initialize
 from keras_vmoe.training.run_folder import open_run
@@ -200,7 +201,7 @@ def _train(config, strategy):
     else:  # Stopped behind its last checkpoint.
         if config.ema:
             model.optimizer.finalize_variable_values(model.trainable_variables)
-        models.save(model, run_dir / "model.keras")
+        save_model(model, run_dir / "model.keras")
     with data.named_damage(*reads):
         test = evaluation.measure(model, test_data, routing=False)
     if first:
@@ -279,17 +280,10 @@ def compile_model(model, config, steps):
         steps: Steps of the whole run; Keras counts also those that only add up
             their gradients.
     """
-    schedule = optimizers.WarmUp(
-        config.learning_rate,
-        steps=steps,
-        warmup_steps=min(round(config.warmup * steps), steps - 1),
-        decay=config.schedule,
-        end=config.final_learning_rate,
-    )
     decayed = list(optimizers.KERNELS)
     arguments = {"momentum": MOMENTUM} if config.optimizer == "sgd" else {}
     optimizer = optimizers.OPTIMIZERS[config.optimizer](
-        schedule,
+        make_schedule(config, steps),
         weight_decay=config.weight_decay,
         expert_weight_decay=config.expert_weight_decay,
         decayed=decayed + [POSITIONS] * config.decay_positions,
@@ -304,6 +298,17 @@ def compile_model(model, config, steps):
         **arguments,
     )
     model.compile(optimizer, make_loss(config), metrics=make_metrics(config))
+
+
+def make_schedule(config, steps):
+    """The learning rate of a run, which has so many steps."""
+    return optimizers.WarmUp(
+        config.learning_rate,
+        steps=steps,
+        warmup_steps=config.warmup_of(steps),
+        decay=config.schedule,
+        end=config.final_learning_rate,
+    )
 
 
 def make_loss(config):

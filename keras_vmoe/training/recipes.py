@@ -12,10 +12,12 @@ from keras_vmoe.training.config import ViTConfig
 
 SWEET_SPOT = "Videau et al., 2024, arXiv:2411.18322, table of hyperparameters; "
 DEIT = "peak learning rate of DeiT III, arXiv:2204.07118, table of recipes"
-CONVNEXT = "peak learning rate of ConvNeXt, arXiv:2201.03545, appendix A"
+CONVNEXT = (
+    "batch size and peak learning rate of ConvNeXt, arXiv:2201.03545, "
+    "appendix A"
+)
 V_MOE = "Riquelme et al., 2021, arXiv:2106.05974, appendix"
 
-IN1K_IMAGES, IN21K_IMAGES = 1_281_167, 14_197_122
 THREE_AUGMENT = {"flip": True, "three_augment": True, "color_jitter": 0.3}
 INCEPTION = (0.08, 1.0)
 RAND_AUGMENT = {"rand_augment": 0.9, "rand_augment_layers": 2}
@@ -51,8 +53,9 @@ class Recipe:
         schedule: How the learning rate falls.
         final_learning_rate: Where the schedule ends.
         head_bias: Starting value of the head's bias.
-        warmup_epochs: Epochs of linear warm-up.
-        warmup_steps: Steps of it instead, where the source counts these.
+        warmup_epochs: Epochs of linear warm-up; None where the source counts
+            updates.
+        warmup_steps: Updates of it instead.
         expert_weight_decay: Of the experts' kernels.
         augmentation: Of the training images.
         loss: `"ce"`, `"bce"` or `"sigmoid"`.
@@ -63,7 +66,6 @@ class Recipe:
         clip_norm: Largest norm of the gradients.
         capacity_factor: Of the MoE layers; None leaves the model's.
         drop_path: By the name of the dense preset.
-        training_images: Images of the dataset that the steps refer to.
         is_convnext: Whether it is for ConvNeXts, and not for ViTs.
     """
 
@@ -76,8 +78,8 @@ class Recipe:
     schedule: str = "cosine"
     final_learning_rate: float = 0.0
     head_bias: float = 0.0
-    warmup_epochs: float = 0
-    warmup_steps: int = 0
+    warmup_epochs: float | None = 0.0
+    warmup_steps: int | None = None
     expert_weight_decay: float | None = None
     augmentation: Augmentation = Augmentation()
     loss: str = "ce"
@@ -88,7 +90,6 @@ class Recipe:
     clip_norm: float | None = None
     capacity_factor: float | None = None
     drop_path: dict = dataclasses.field(default_factory=dict)
-    training_images: int = IN1K_IMAGES
     is_convnext: bool = False
 
     def check_model(self, config):
@@ -115,19 +116,14 @@ class Recipe:
             Dict of `TrainConfig`'s attributes; those of `model` under
             `"model"`.
         """
-        warmup = self.warmup_epochs / self.epochs
-        if self.warmup_steps:
-            steps = self.epochs * self.training_images / self.batch_size
-            warmup = min(0.5, self.warmup_steps / steps)
         names = (
             "epochs", "batch_size", "optimizer", "learning_rate",
             "weight_decay", "schedule", "expert_weight_decay", "augmentation",
             "loss", "label_smoothing", "test_crop", "clip_norm",
             "decay_gates", "capacity_factor", "final_learning_rate",
-            "head_bias", "decay_positions",
+            "head_bias", "decay_positions", "warmup_epochs", "warmup_steps",
         )  # fmt: skip
         settings = {name: getattr(self, name) for name in names}
-        settings["warmup"] = warmup
         dense = (preset or "").partition("_e")[0]
         if dense in self.drop_path:
             drop_path = self.drop_path[dense]
@@ -138,13 +134,14 @@ class Recipe:
 def _v_moe(learning_rate, clip_norm=None):
     return Recipe(
         source=V_MOE + ": pre-training on ImageNet-21k; its program's "
-        "configurations for the augmentation, loss, decay, last learning rate "
-        "and the head's bias",
+        "pretrain_imagenet21k.py for the batch size, augmentation, loss, "
+        "decay, last learning rate and the head's bias",
         epochs=300,
         batch_size=4096,
         optimizer="adamw",
         learning_rate=learning_rate,
         schedule="linear",
+        warmup_epochs=None,
         warmup_steps=10_000,
         weight_decay=0.1,
         augmentation=Augmentation(
@@ -157,7 +154,6 @@ def _v_moe(learning_rate, clip_norm=None):
         final_learning_rate=1e-5,
         head_bias=-10.0,
         clip_norm=clip_norm,
-        training_images=IN21K_IMAGES,
     )  # fmt: skip
 
 
@@ -174,12 +170,12 @@ VIT_IN21K = Recipe(
     augmentation=Augmentation(crop_area=INCEPTION, **THREE_AUGMENT, cutmix=1.0),
     test_crop=1.0,
     drop_path=VIT_DROP_PATH_21K,
-    training_images=IN21K_IMAGES,
 )
 
 RECIPES = {
     "sweet_spot_vit_in1k": Recipe(
-        source=SWEET_SPOT + DEIT,
+        source=SWEET_SPOT + DEIT + "; the three repeats are those of DeiT's "
+        "program, samplers.py",
         epochs=300,
         batch_size=2048,
         optimizer="lamb",
@@ -228,7 +224,6 @@ RECIPES = {
         ),
         test_crop=0.875,
         drop_path=CONVNEXT_DROP_PATH_21K,
-        training_images=IN21K_IMAGES,
     ),
     "vmoe_s32_in21k": _v_moe(1e-3),
     "vmoe_b_in21k": _v_moe(8e-4),
@@ -254,7 +249,6 @@ RECIPES = {
         "with a tenth of the learning rate, which is ours and not tuned",
         epochs=50,
         learning_rate=3e-4,
-        training_images=IN1K_IMAGES,
     ),
     "sweet_spot_convnext_finetune": Recipe(
         source=SWEET_SPOT + "30 epochs; the rest is that of ConvNeXt's "
@@ -285,20 +279,19 @@ RECIPES = {
         augmentation=Augmentation(crop_padding=3),
         decay_gates=True,
         decay_positions=True,
-        training_images=1254,
     ),
     "cifar10_small": Recipe(
-        source="what benchmarks/cifar10.py runs, for more epochs; the rate was "
-        "chosen on train[90%:] (2e-3 against 4e-3), the rest was not tuned",
-        epochs=20,
+        source="the training of benchmarks/cifar10.py, which reads it here "
+        "and has models of its own; the rate was chosen on train[90%:] (2e-3 "
+        "against 4e-3), the rest was not tuned",
+        epochs=6,
         batch_size=64,
         optimizer="adamw",
         learning_rate=2e-3,
         weight_decay=0.1,
-        warmup_epochs=2,
+        warmup_epochs=0.6,
         augmentation=Augmentation(crop_padding=4, flip=True),
         clip_norm=1.0,
-        training_images=50_000,
     ),
 }
 

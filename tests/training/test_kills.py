@@ -3,6 +3,7 @@
 A file of its own: it takes minutes, and the other worker runs the rest.
 """
 
+import itertools
 import os
 import pathlib
 import random
@@ -22,7 +23,7 @@ from tests.training.test_resume import config_of
 
 KILLS = 20 if EXACT else 3
 SCRIPT = """
-import dataclasses, json, sys
+import sys
 from keras_vmoe import training
 from tests.training.test_resume import config_of
 training.train(config_of(sys.argv[1], sys.argv[2], epochs=int(sys.argv[3])))
@@ -31,35 +32,23 @@ training.train(config_of(sys.argv[1], sys.argv[2], epochs=int(sys.argv[3])))
 
 @pytest.mark.slow
 def test_kills_at_random_moments(tmp_path, cache):
-    """Processes, killed by the system while they train and write."""
+    """In a write, anywhere from the start on, and behind a checkpoint."""
     whole = training.train(config_of(tmp_path / "whole", cache, epochs=60))
-    run_dir = tmp_path / "killed"
-    command = [sys.executable, "-c", SCRIPT, str(run_dir), cache, "60"]
-    root = pathlib.Path(__file__).parents[2]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(root),
-        # Twenty starts need not compile twenty times.
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    moments, kills = random.Random(0), 0
-    while not (run_dir / "result.json").exists():
-        process = subprocess.Popen(
-            command,
-            cwd=root,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        if kills < KILLS:
-            wait_for_a_checkpoint(process, run_dir)
-            time.sleep(moments.uniform(0.0, 0.4))
-            process.send_signal(signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
-        else:
-            assert process.wait() == 0
-    assert kills == KILLS
+    run_dir, moments = tmp_path / "killed", random.Random(0)
+    partial = run_dir / "checkpoints" / ".partial.weights.h5"
+    kinds = itertools.cycle((in_a_write, at_any_moment, behind_a_checkpoint))
+    hits, start_up = 0, None
+    for wait in itertools.islice(kinds, KILLS):
+        before, start = written(partial), time.monotonic()
+        process = train_in_a_process(run_dir, cache, tmp_path / "compiled")
+        wait(process, partial, moments, start_up)
+        start_up = start_up or time.monotonic() - start
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL  # And had not ended before.
+        hits += written(partial) not in (None, before)
+    assert hits >= -(-KILLS // 3)
+    process = train_in_a_process(run_dir, cache, tmp_path / "compiled")
+    assert process.wait() == 0
     saved = models.load(run_dir / "model.keras")
     for mine, theirs in zip(saved.weights, whole.model.weights, strict=True):
         if EXACT:
@@ -70,12 +59,56 @@ def test_kills_at_random_moments(tmp_path, cache):
             )
 
 
-def wait_for_a_checkpoint(process, run_dir):
-    """Waits until the process has written one more."""
-    before = newest(run_dir)
-    while process.poll() is None and newest(run_dir) == before:
+def train_in_a_process(run_dir, cache, compiled):
+    root = pathlib.Path(__file__).parents[2]
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(run_dir), cache, "60"],
+        cwd=root,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(root),
+            # Twenty starts need not compile twenty times.
+            "JAX_COMPILATION_CACHE_DIR": str(compiled),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        },
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def in_a_write(process, partial, moments, start_up):
+    """Waits until a checkpoint is half written, and holds the process there."""
+    before = written(partial)  # By a process that was killed.
+    while process.poll() is None:
+        if written(partial) not in (None, before):
+            time.sleep(moments.uniform(0.0, 0.02))
+            process.send_signal(signal.SIGSTOP)
+            os.waitpid(process.pid, os.WUNTRACED)
+            if written(partial) not in (None, before):
+                return
+            process.send_signal(signal.SIGCONT)
+        time.sleep(0.001)
+
+
+def at_any_moment(process, partial, moments, start_up):
+    """From the start of Python to a little behind the first checkpoint."""
+    time.sleep(moments.uniform(0.0, 1.2 * start_up))
+
+
+def behind_a_checkpoint(process, partial, moments, start_up):
+    """Waits for one more, and for a step or two."""
+    checkpoints = Checkpoints(partial.parent)
+    before = max(checkpoints.epochs(), default=0)
+    while process.poll() is None:
+        if max(checkpoints.epochs(), default=0) > before:
+            break
         time.sleep(0.01)
+    time.sleep(moments.uniform(0.0, 0.4))
 
 
-def newest(run_dir):
-    return max(Checkpoints(run_dir / "checkpoints").epochs(), default=None)
+def written(path):
+    """When a file was written last; None if it is not there."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None

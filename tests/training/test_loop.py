@@ -180,6 +180,16 @@ def test_bad_settings_write_nothing(config, tmp_path, change, words):
         ),
         (dict(learning_rate=float("nan")), "learning_rate=nan"),
         (dict(warmup=1.0), "`warmup` must be at least 0 and below 1"),
+        (
+            dict(warmup=0.1, warmup_steps=9),
+            "must be set by one of .*Received: warmup=0.1, warmup_steps=9. Set",
+        ),
+        (
+            dict(warmup=None, warmup_epochs=2),
+            "`warmup_epochs` must be at least 0 and below epochs=2. Received",
+        ),
+        (dict(warmup=None, warmup_epochs=-1), "warmup_epochs=-1"),
+        (dict(warmup=None, warmup_steps=0), "warmup_steps"),
     ],
 )
 def test_settings_are_checked_when_made(change, words):

@@ -15,71 +15,138 @@ from keras_vmoe.training.recipes import find_recipe
 from tests.training.small import SMALL
 from tests.training.small import history
 
-# The Sweet Spot paper's table of hyperparameters, column by column.
-COLUMNS = {
-    "sweet_spot_vit_in1k": dict(
-        learning_rate=3e-3,
-        epochs=300, batch_size=2048, optimizer="lamb", schedule="cosine",
+# What a recipe does unless its table says otherwise.
+PLAIN = dict(
+    schedule="cosine", final_learning_rate=0.0, head_bias=0.0,
+    warmup_epochs=0.0, warmup_steps=None, expert_weight_decay=None,
+    augmentation=Augmentation(), loss="ce", label_smoothing=0.0,
+    test_crop=None, decay_gates=False, decay_positions=False, clip_norm=None,
+    capacity_factor=None, drop_path={}, is_convnext=False,
+)  # fmt: skip
+CONVNEXT_DROP_PATH = {
+    "convnext_t": 0.0, "convnext_s": 0.0, "convnext_b": 0.1,
+    "convnext_iso_s": 0.1, "convnext_iso_b": 0.5,
+}  # fmt: skip
+V_MOE = PLAIN | dict(
+    epochs=300, batch_size=4096, optimizer="adamw", schedule="linear",
+    final_learning_rate=1e-5, weight_decay=0.1, warmup_epochs=None,
+    warmup_steps=10_000, head_bias=-10.0, loss="sigmoid", test_crop=0.875,
+    decay_gates=True,
+    augmentation=Augmentation(
+        crop_area=(0.08, 1.0), flip=True, rand_augment=2.0,
+        rand_augment_layers=2, mixup=0.5),
+)  # fmt: skip
+# The papers' tables of hyperparameters, column by column, whole.
+TABLE = {
+    "sweet_spot_vit_in1k": PLAIN | dict(
+        epochs=300, batch_size=2048, optimizer="lamb", learning_rate=3e-3,
         weight_decay=0.03, expert_weight_decay=0.06, warmup_epochs=5,
-        label_smoothing=0.0, loss="bce", test_crop=1.0,
+        loss="bce", test_crop=1.0,
         drop_path={"vit_s16": 0.1, "vit_b16": 0.2},
         augmentation=Augmentation(
             repeats=3, flip=True, three_augment=True, color_jitter=0.3,
             mixup=0.8, cutmix=1.0),
     ),
-    "sweet_spot_vit_in21k": dict(
-        learning_rate=3e-3,
-        epochs=90, batch_size=2048, optimizer="lamb", schedule="cosine",
+    "sweet_spot_vit_in21k": PLAIN | dict(
+        epochs=90, batch_size=2048, optimizer="lamb", learning_rate=3e-3,
         weight_decay=0.02, expert_weight_decay=0.04, warmup_epochs=5,
-        label_smoothing=0.1, loss="ce", test_crop=1.0,
+        label_smoothing=0.1, test_crop=1.0,
         drop_path={"vit_s16": 0.0, "vit_b16": 0.1},
         augmentation=Augmentation(
             crop_area=(0.08, 1.0), flip=True, three_augment=True,
             color_jitter=0.3, cutmix=1.0),
     ),
-    "sweet_spot_convnext_in1k": dict(
-        learning_rate=4e-3, batch_size=4096,
-        epochs=300, optimizer="adamw", schedule="cosine", weight_decay=0.05,
-        expert_weight_decay=0.05, warmup_epochs=20, label_smoothing=0.1,
-        loss="ce", test_crop=0.875,
+    "sweet_spot_convnext_in1k": PLAIN | dict(
+        epochs=300, batch_size=4096, optimizer="adamw", learning_rate=4e-3,
+        weight_decay=0.05, expert_weight_decay=0.05, warmup_epochs=20,
+        label_smoothing=0.1, test_crop=0.875, is_convnext=True,
         drop_path={"convnext_t": 0.1, "convnext_s": 0.3, "convnext_b": 0.6,
                    "convnext_iso_s": 0.1, "convnext_iso_b": 0.5},
         augmentation=Augmentation(
             flip=True, rand_augment=0.9, rand_augment_layers=2, mixup=0.8,
             cutmix=1.0, erasing=0.25),
     ),
-    "sweet_spot_convnext_in21k": dict(
-        learning_rate=4e-3, batch_size=4096,
-        epochs=90, optimizer="adamw", schedule="cosine", weight_decay=0.05,
-        expert_weight_decay=0.05, warmup_epochs=5, label_smoothing=0.1,
-        loss="ce", test_crop=0.875,
-        drop_path={"convnext_t": 0.0, "convnext_s": 0.0, "convnext_b": 0.1,
-                   "convnext_iso_s": 0.1, "convnext_iso_b": 0.5},
+    "sweet_spot_convnext_in21k": PLAIN | dict(
+        epochs=90, batch_size=4096, optimizer="adamw", learning_rate=4e-3,
+        weight_decay=0.05, expert_weight_decay=0.05, warmup_epochs=5,
+        label_smoothing=0.1, test_crop=0.875, is_convnext=True,
+        drop_path=CONVNEXT_DROP_PATH,
         augmentation=Augmentation(
             crop_area=(0.08, 1.0), flip=True, rand_augment=0.9,
             rand_augment_layers=2, cutmix=1.0),
     ),
-    "vmoe_b_in21k": dict(learning_rate=8e-4, clip_norm=None),
-    "vmoe_l32_in21k": dict(learning_rate=6e-4, clip_norm=None),
-    "vmoe_l16_in21k": dict(learning_rate=4e-4, clip_norm=None),
-    "vmoe_s32_in21k": dict(
-        optimizer="adamw", weight_decay=0.1, schedule="linear",
-        warmup_steps=10_000, learning_rate=1e-3, batch_size=4096, epochs=300,
-        final_learning_rate=1e-5, head_bias=-10.0),
-    "vmoe_h14_in21k": dict(
-        learning_rate=3e-4, clip_norm=1.0, loss="sigmoid", decay_gates=True),
-    "sweet_spot_vit_finetune": dict(epochs=50, learning_rate=3e-4),
-    "sweet_spot_convnext_finetune": dict(epochs=30, batch_size=512),
-    "vmoe_finetune": dict(
-        optimizer="sgd", schedule="cosine", clip_norm=10.0,
-        capacity_factor=1.5),
+    "vmoe_s32_in21k": V_MOE | dict(learning_rate=1e-3),
+    "vmoe_b_in21k": V_MOE | dict(learning_rate=8e-4),
+    "vmoe_l32_in21k": V_MOE | dict(learning_rate=6e-4),
+    "vmoe_l16_in21k": V_MOE | dict(learning_rate=4e-4),
+    "vmoe_h14_in21k": V_MOE | dict(learning_rate=3e-4, clip_norm=1.0),
+    "vmoe_finetune": PLAIN | dict(
+        epochs=8, batch_size=512, optimizer="sgd", learning_rate=3e-3,
+        weight_decay=0.0, clip_norm=10.0, capacity_factor=1.5,
+        augmentation=Augmentation(crop_area=(0.08, 1.0), flip=True),
+    ),
+    "sweet_spot_vit_finetune": PLAIN | dict(
+        epochs=50, batch_size=2048, optimizer="lamb", learning_rate=3e-4,
+        weight_decay=0.02, expert_weight_decay=0.04, warmup_epochs=5,
+        label_smoothing=0.1, test_crop=1.0,
+        drop_path={"vit_s16": 0.0, "vit_b16": 0.1},
+        augmentation=Augmentation(
+            crop_area=(0.08, 1.0), flip=True, three_augment=True,
+            color_jitter=0.3, cutmix=1.0),
+    ),
+    "sweet_spot_convnext_finetune": PLAIN | dict(
+        epochs=30, batch_size=512, optimizer="adamw", learning_rate=5e-5,
+        weight_decay=1e-8, label_smoothing=0.1, test_crop=0.875,
+        is_convnext=True, drop_path=CONVNEXT_DROP_PATH,
+        augmentation=Augmentation(
+            crop_area=(0.08, 1.0), flip=True, rand_augment=0.9,
+            rand_augment_layers=2, erasing=0.25),
+    ),
+    "digits_small": PLAIN | dict(
+        epochs=60, batch_size=64, optimizer="adamw", learning_rate=2e-3,
+        weight_decay=0.3, warmup_epochs=5, decay_gates=True,
+        decay_positions=True, augmentation=Augmentation(crop_padding=3),
+    ),
+    "cifar10_small": PLAIN | dict(
+        epochs=6, batch_size=64, optimizer="adamw", learning_rate=2e-3,
+        weight_decay=0.1, warmup_epochs=0.6, clip_norm=1.0,
+        augmentation=Augmentation(crop_padding=4, flip=True),
+    ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("name", RECIPES)
 def test_the_papers_table(name):
-    for field, value in COLUMNS[name].items():
-        assert getattr(RECIPES[name], field) == value, field
+    expected = {**TABLE[name]}
+    expected["augmentation"] = dataclasses.asdict(expected["augmentation"])
+    recipe = dataclasses.asdict(RECIPES[name])
+    assert recipe.pop("source")
+    assert recipe == expected
+
+
+IN1K, IN21K = 1_281_167, 14_197_122
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "images", "updates"),
+    [
+        ("sweet_spot_vit_in1k", 300, IN1K, 5 * (IN1K // 2048)),
+        ("sweet_spot_convnext_in1k", 300, IN1K, 20 * (IN1K // 4096)),
+        ("sweet_spot_convnext_in1k", 30, IN1K, 20 * (IN1K // 4096)),
+        ("sweet_spot_vit_in21k", 10, IN21K, 5 * (IN21K // 2048)),
+        ("vmoe_s32_in21k", 300, IN21K, 10_000),
+        ("vmoe_s32_in21k", 10, IN21K, 10_000),
+        ("vmoe_finetune", 8, IN1K, 0),
+    ],
+)
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_tables_warm_up_holds(name, epochs, images, updates, accumulate):
+    """Also for other epochs, and when a batch is put together of parts."""
+    settings = {**RECIPES[name].settings(), "epochs": epochs}
+    config = training.TrainConfig(**settings, accumulate=accumulate)
+    steps = epochs * (images // config.batch_size) * accumulate
+    schedule = loop.make_schedule(config, steps)
+    assert schedule.warmup_steps == updates * accumulate
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -88,7 +155,6 @@ def test_settings_make_a_configuration(name):
     settings = recipe.settings()
     config = training.TrainConfig(**settings)
     assert config.batch_size == recipe.batch_size and recipe.source
-    assert 0 <= config.warmup < 1
     for preset in recipe.drop_path:
         assert preset in PRESETS
         name = f"{preset}_e8_last2"
@@ -127,16 +193,12 @@ def test_a_recipe_of_the_other_family():
     recipe.check_model(training.TrainConfig(convnext=training.ConvNeXtConfig()))
 
 
-# V-MoE's others differ from S/32's in numbers alone.
-SAME = ("vmoe_b_in21k", "vmoe_l32_in21k", "vmoe_l16_in21k", "vmoe_h14_in21k")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in SAME])
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs(name, tmp_path):
     """A few steps, on small images and with a small model."""
     settings = {**RECIPES[name].settings(), "batch_size": 8, "epochs": 2}
-    settings["warmup"] = 0.5
+    settings |= {"warmup": 0.5, "warmup_epochs": None, "warmup_steps": None}
     if RECIPES[name].is_convnext:
         settings["convnext"] = training.ConvNeXtConfig((1, 1), (8, 16))
         settings["model"] = training.ViTConfig(image_size=8)

@@ -98,6 +98,29 @@ def test_death_at_any_file(whole, number, tmp_path, cache, monkeypatch):
     assert_same(training.train(config), whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(optimizer="lamb", ema=0.9, accumulate=3,
+             augmentation=data.Augmentation(crop_padding=1, mixup=0.8)),
+        dict(model=dataclasses.replace(
+            SMALL.model, dropout=0.1, drop_path=0.2)),
+    ],
+    ids=["lamb-ema-accumulate-mixup", "dropout-drop_path"],
+)  # fmt: skip
+def test_whatever_a_run_remembers(changes, tmp_path, cache):
+    """Slots, averages, gradients half added up, seeds of all layers.
+
+    Three epochs are twelve steps: two updates are behind the second of them,
+    and two thirds of another.
+    """
+    config = config_of(tmp_path / "run", cache, epochs=3, **changes)
+    undisturbed = dataclasses.replace(config, run_dir=str(tmp_path / "whole"))
+    stop_after(config, 2)
+    assert_same(training.train(config), training.train(undisturbed))
+
+
 def test_checkpoints_within_an_epoch(whole, tmp_path, cache):
     """Steps and their images are those of whole epochs."""
     config = config_of(tmp_path / "run", cache, checkpoints_per_epoch=2)

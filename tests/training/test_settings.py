@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -178,6 +179,32 @@ def test_a_description(result, config):
     assert "optimizer: adamw" in text and "million active per token" in text
     assert "steps: 4 per epoch, 8 in all, 4 of warm-up" in text
     assert "memory, estimated" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "warmup"),
+    [
+        ({"warmup": None}, 1),  # A twelfth of 16 steps.
+        ({"warmup": 0.25}, 4),
+        ({"warmup": None, "warmup_epochs": 3}, 12),
+        ({"warmup": None, "warmup_epochs": 0.5}, 2),
+        ({"warmup": None, "warmup_steps": 5}, 5),
+        ({"warmup": None, "warmup_steps": 5, "accumulate": 2}, 10),
+    ],
+)
+def test_one_of_three_sets_the_warm_up(config, changes, warmup):
+    changed = dataclasses.replace(config, epochs=4, **changes)
+    assert loop.make_schedule(changed, 16).warmup_steps == warmup
+    text = training.describe(changed)
+    assert f"steps: 4 per epoch, 16 in all, {warmup} of warm-up" in text
+
+
+@pytest.mark.parametrize("do", [training.describe, training.train])
+def test_a_warm_up_longer_than_the_run(config, do):
+    changed = dataclasses.replace(config, warmup=None, warmup_steps=8)
+    with pytest.raises(ValueError, match="warmup_steps=8, steps=8. Shorten"):
+        do(changed)
+    assert not pathlib.Path(config.run_dir).exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,81 @@
+"""The command as users type it: helpers of its tests."""
+
+import contextlib
+import io
+import itertools
+import os
+import pty
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+
+from keras_vmoe import cli
+
+SMALL = [
+    "--train_split=train[:128]",
+    "--validation_split=validation[:32]",
+    "--test_split=test[:32]",
+    "--epochs=2",
+    "--warmup=0.5",
+    "--batch_size=32",
+    "--augmentation.crop_padding=0",
+    "--model.image_size=8",
+    "--model.patch_size=4",
+    "--model.hidden_dim=16",
+    "--model.num_layers=2",
+    "--model.num_heads=2",
+    "--model.mlp_dim=32",
+    "--moe.layers=last_1",
+    "--moe.num_experts=4",
+]
+
+
+def run(*arguments):
+    """The command in this process, which has already paid for the imports."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code
+    return SimpleNamespace(
+        returncode=code, stdout=out.getvalue(), stderr=err.getvalue()
+    )
+
+
+def run_process(*arguments, backend):
+    """The command in a process of its own."""
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment["KERAS_BACKEND"] = backend
+    return subprocess.run(
+        [sys.executable, "-m", "keras_vmoe.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+
+
+def write_folder(folder, classes, splits=("test",), count=1):
+    for split, name, i in itertools.product(splits, classes, range(count)):
+        path = folder / split / name / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keras.utils.save_img(path, np.full((12, 12, 3), i), scale=False)
+    return f"--data_dir={folder}"
+
+
+def in_a_terminal(*arguments):
+    """What the command prints where a person looks, and its exit status."""
+    command = [sys.executable, "-m", "keras_vmoe.cli", *map(str, arguments)]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    output = b""
+    with contextlib.suppress(OSError):  # Linux's word for the end.
+        while block := os.read(ours, 4096):
+            output += block
+    os.close(ours)
+    return process.wait(), re.sub(r"\x1b\[\d+m", "", output.decode())

@@ -1,0 +1,222 @@
+"""The commands beside `train`: what they read, refuse and announce."""
+
+import re
+import shutil
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_vmoe import cli_parser
+from keras_vmoe import data
+from keras_vmoe import models
+from tests.commands import SMALL
+from tests.commands import in_a_terminal
+from tests.commands import run
+from tests.commands import write_folder
+from tests.golden.models import FOLDER
+
+
+@pytest.mark.slow
+def test_fine_tuning_of_a_reference_checkpoint(tmp_path):
+    """To other classes and another resolution; all but the head is kept."""
+    prefix = FOLDER / "vit_checkpoint" / "ckpt_1"
+    splits = ("train", "validation", "test")
+    data_dir = write_folder(tmp_path / "images", "abc", splits, 4)
+    sizes = {"image_size": 24, "patch_size": 4, "hidden_dim": 64,
+             "num_layers": 4, "num_heads": 4, "mlp_dim": 128,
+             "pooling": "token", "representation_size": 64}  # fmt: skip
+    with pytest.warns(UserWarning, match="has 10 classes .* the model 3"):
+        done = run(
+            "train", f"--init={prefix}", "--dataset=image_folder", data_dir,
+            "--freeze=backbone", "--epochs=1", "--batch_size=4",
+            "--moe.layers=last_2", "--moe.num_experts=8",
+            f"--run_dir={tmp_path / 'run'}",
+            *(f"--model.{name}={value}" for name, value in sizes.items()),
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy: " in done.stdout
+    tuned = models.load(tmp_path / "run" / "model.keras")
+    assert tuned.input_shape == (None, 24, 24, 3)
+    assert tuned.output_shape == (None, 3)
+    output = tmp_path / "vmoe.keras"
+    run("convert", prefix, output, "--image_size=24")
+    theirs = {w.path: np.array(w) for w in models.load(output).weights}
+    kept = [w for w in tuned.weights if not w.path.startswith("head/")]
+    kept = [w for w in kept if "seed" not in w.path and w.ndim > 1]
+    assert len(kept) > 30
+    for weight in kept:
+        np.testing.assert_array_equal(np.array(weight), theirs[weight.path])
+
+
+@pytest.mark.slow
+def test_a_damaged_record_is_named(trained, tmp_path):
+    """A bit is flipped in a TFRecord, behind what is checked at the start."""
+    data.info("digits", str(tmp_path))  # Writes it.
+    damaged = {}
+    for split, number in (("train", 7), ("test", 3)):
+        (path,) = tmp_path.rglob(f"digits-{split}.tfrecord*")
+        records = [x.numpy() for x in tf.data.TFRecordDataset(str(path))]
+        place = sum(16 + len(x) for x in records[:number])
+        content = bytearray(path.read_bytes())
+        content[place + 12 + len(records[number]) // 2] ^= 1
+        path.write_bytes(content)
+        damaged[split] = f"{path}, record {number}"
+    data_dir = f"--data_dir={tmp_path}"
+    run_dir = f"--run_dir={tmp_path / 'run'}"
+    done = run("train", *SMALL, data_dir, run_dir)
+    assert done.returncode == 1 and damaged["train"] in done.stderr
+    arguments = ("evaluate", trained[0], "digits", data_dir)
+    done = run(*arguments)
+    assert done.returncode == 1 and damaged["test"] in done.stderr
+    with pytest.warns(UserWarning, match="record 3 of"):
+        done = run(*arguments, "--skip-corrupt")
+    assert done.returncode == 0 and "images: 363" in done.stdout
+
+
+def test_evaluate(trained):
+    run_dir, printed = trained
+    done = run("evaluate", run_dir, "digits", "--split=test[:32]")
+    assert done.returncode == 0, done.stderr
+    assert "images: 32" in done.stdout and "top-5 accuracy: " in done.stdout
+    accuracy = re.search(r"test accuracy: ([\d.]+)", printed)[1]
+    assert f"accuracy: {accuracy}" in done.stdout
+    assert "block_1_moe: " in done.stdout
+
+
+def test_dry_runs_of_evaluate_and_predict(trained, tmp_path):
+    """From a file and flags: what is given by flags counts."""
+    file = tmp_path / "settings.yaml"
+    file.write_text(
+        f"model: {trained[0]}\ndataset: digits\nsplit: test[:50]\n"
+        "batch_size: 16\ntest_crop: 0.5\n"
+    )
+    plain = run("evaluate", "--config", file)
+    assert plain.returncode == 0, plain.stderr
+    assert "images: 50" in plain.stdout
+    more = ("--split=test[:40]", "--dry-run", "--skip_corrupt")
+    done = run("evaluate", *more, f"--config={file}")
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "split: test[:40]", "batch_size: 16", "test_crop: 0.5",
+        "skip_corrupt: true", f"backend: {keras.backend.backend()}",
+        "million active per token", "memory, estimated", "classes: 10",
+        "images: 40, in 3 steps",
+    ):  # fmt: skip
+        assert words in done.stdout
+    assert "accuracy" not in done.stdout and "dry_run" not in done.stdout
+
+    image = tmp_path / "digit.png"
+    keras.utils.save_img(image, np.full((8, 8, 1), 128), scale=False)
+    file.write_text(f"model: {trained[0]}\ntop: 2\n")
+    done = run("predict", trained[0], image, image, "--config", file)
+    assert done.stdout.count("digit.png: ") == 2
+    assert all(len(x.split()) == 5 for x in done.stdout.splitlines())
+    done = run("predict", trained[0], image, "--dry_run", f"--config={file}")
+    assert done.returncode == 0, done.stderr
+    assert "top: 2" in done.stdout and "images: 1, in 1 steps" in done.stdout
+    missing = run("predict", trained[0], tmp_path / "no.png", "--dry_run")
+    assert missing.returncode == 1 and "no.png" in missing.stderr
+    done = run("evaluate", trained[0], "digits", "--tensorboard")
+    assert done.returncode != 0 and "--tensorboard" in done.stderr
+
+
+def test_bare_switches_of_train(tmp_path):
+    bare = ("--skip-corrupt", "--tensorboard", "--dry-run")
+    done = run("train", *SMALL, *bare, f"--run_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert "skip_corrupt: true" in done.stdout
+    assert "tensorboard: true" in done.stdout
+    off = run("train", *SMALL, "--tensorboard", "false", "--dry-run")
+    assert "tensorboard: false" in off.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (["train", "--skip-corrupt"], ["train", "--skip_corrupt=true"]),
+        (["train", "--tensorboard", "--epochs", "2"],
+         ["train", "--tensorboard=true", "--epochs", "2"]),
+        (["train", "--tensorboard", "false"],) * 2,
+        (["train", "--tensorboard=no"],) * 2,
+        (["evaluate", "--skip_corrupt", "a", "b"],
+         ["evaluate", "--skip_corrupt=true", "a", "b"]),
+        (["predict", "a", "b.png", "--config", "c.yaml", "--top=2"],
+         ["predict", "--config", "c.yaml", "a", "b.png", "--top=2"]),
+        (["predict", "a", "--config=c.yaml"],
+         ["predict", "--config=c.yaml", "a"]),
+        (["--version"],) * 2,
+        ([],) * 2,
+    ],
+)  # fmt: skip
+def test_normalized_command_lines(given, taken):
+    assert cli_parser.normalized(given) == taken
+
+
+@pytest.mark.slow
+def test_progress_bars_in_a_terminal(trained, tmp_path):
+    image = tmp_path / "digit.png"
+    keras.utils.save_img(image, np.full((8, 8, 1), 128), scale=False)
+    digits = ("digits", "--split=test[:32]", "--batch_size=8")
+    for steps, *arguments in (
+        (4, "train", *SMALL, "--epochs=1", f"--run_dir={tmp_path}/run"),
+        (4, "evaluate", trained[0], *digits),
+        (2, "predict", trained[0], image, image),
+    ):
+        code, output = in_a_terminal(*arguments)
+        assert code == 0, output
+        for step in (1, steps):
+            assert re.search(rf"{step}/{steps} ━", output), output
+
+
+def test_the_crop_of_a_run_holds_for_evaluate_and_predict(trained, tmp_path):
+    """A run folder is believed; a file by itself knows of no crop."""
+    shutil.copytree(trained[0], tmp_path / "run")
+    settings = tmp_path / "run" / "config.yaml"
+    text = settings.read_text()
+    assert "test_crop: null" in text
+    settings.write_text(text.replace("test_crop: null", "test_crop: 0.5"))
+    image = tmp_path / "digit.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 1))
+    keras.utils.save_img(image, pixels, scale=False)
+    digits = ("digits", "--split=test[:32]")
+    for command, rest in (("evaluate", digits), ("predict", (image,))):
+        plain, cropped = (
+            run(command, folder, *rest)
+            for folder in (trained[0], tmp_path / "run")
+        )
+        assert plain.returncode == cropped.returncode == 0
+        assert plain.stdout != cropped.stdout
+        if command == "evaluate":
+            same = run(command, trained[0], *rest, "--test_crop=0.5")
+            assert same.stdout == cropped.stdout
+
+
+def test_class_names_must_be_as_many_as_classes(trained, tmp_path):
+    names = tmp_path / "names.json"
+    names.write_text('["one", "two"]')
+    done = run("predict", trained[0], "a.png", f"--classes={names}")
+    assert done.returncode == 1 and "a JSON list of 10 names" in done.stderr
+
+
+def test_evaluate_refuses_other_classes(trained, tmp_path):
+    data_dir = write_folder(tmp_path, "ab")
+    done = run("evaluate", trained[0], "image_folder", data_dir)
+    assert done.returncode == 1
+    assert "a model of 10 classes for the 2 of 'image_folder'" in done.stderr
+
+
+def test_evaluate_names_or_skips_a_damaged_image(trained, tmp_path):
+    data_dir = write_folder(tmp_path, "abcdefghij")
+    path = tmp_path / "test" / "c" / "0.jpg"
+    path.write_bytes(path.read_bytes()[:150])
+    done = run("evaluate", trained[0], "image_folder", data_dir)
+    assert done.returncode == 1
+    assert f"Received: {path}, which is damaged" in done.stderr
+    with pytest.warns(UserWarning, match="cannot be decoded"):
+        # Bare, and not taken for the value of what stands behind it.
+        done = run("evaluate", "--skip-corrupt", trained[0], "image_folder",
+                   data_dir)  # fmt: skip
+    assert done.returncode == 0 and "cross-entropy" in done.stdout
+    assert "warning: the classes of 'image_folder' have" in done.stderr

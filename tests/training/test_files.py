@@ -1,0 +1,139 @@
+"""Files of a run on a full disk, and on one that loses its power."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from keras_vmoe import models
+from keras_vmoe import training
+from keras_vmoe.training import files
+from keras_vmoe.training.run_folder import settings_of
+from tests.models.definitions import tiny
+from tests.training.test_resume import assert_same
+from tests.training.test_resume import config_of
+from tests.training.test_resume import stop_after
+
+# A disk that is full behind the n-th byte of every file.
+SCRIPT = """
+import resource, sys
+from keras_vmoe import cli
+limit = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def run_on_a_full_disk(config, limit, file):
+    """`keras-vmoe train` where no file gets larger than a limit."""
+    file.write_text(yaml.safe_dump(settings_of(config)))
+    command = [sys.executable, "-c", SCRIPT, str(limit)]
+    root = pathlib.Path(__file__).parents[2]
+    return subprocess.run(
+        [*command, "train", f"--config={file}"],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+
+
+@pytest.mark.parametrize("limit", [20_000, 200_000])
+def test_a_full_disk_is_one_message(result, config, limit, tmp_path):
+    """And no crash of HDF5, which cannot be stopped half-way."""
+    done = run_on_a_full_disk(config, limit, tmp_path / "config.yaml")
+    assert done.returncode == 1, done.stderr[-2000:]
+    (line,) = [x for x in done.stderr.splitlines() if "keras-vmoe: err" in x]
+    assert "epoch_000001.weights.h5 ([Errno 27] File too large). What" in line
+    assert "Traceback" not in done.stderr and "HDF5" not in done.stderr
+    names = {x.name for x in pathlib.Path(config.run_dir).rglob("*")}
+    assert names == {"config.yaml", "classes.json", "history.csv",
+                     "checkpoints"}  # fmt: skip
+
+
+def test_a_run_goes_on_when_there_is_space_again(tmp_path, cache):
+    whole = training.train(config_of(tmp_path / "whole", cache))
+    config = config_of(tmp_path / "run", cache)
+    stop_after(config, 2)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("epoch*")}
+    assert len(before) == 4
+    done = run_on_a_full_disk(config, 200_000, tmp_path / "config.yaml")
+    assert done.returncode == 1 and "resumed after epoch 2" in done.stdout
+    after = (tmp_path / "run" / "checkpoints").iterdir()
+    assert {p: p.read_bytes() for p in after} == before
+    assert_same(training.train(config), whole)
+
+
+def test_a_model_that_does_not_fit_leaves_the_last(tmp_path, monkeypatch):
+    model, path = tiny(moe=None), tmp_path / "model.keras"
+    files.save_model(model, path)
+    good = path.read_bytes()
+
+    def full(file, size):
+        assert size > 4 * model.count_params()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "_allocate", full)
+    with pytest.raises(OSError, match="model.keras .*No space left.*again"):
+        files.save_model(model, path)
+    assert path.read_bytes() == good
+    assert [x.name for x in tmp_path.iterdir()] == ["model.keras"]
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_space_is_set_aside_and_freed(tmp_path, monkeypatch, can):
+    """Also where the system has no call for it."""
+    if not can:
+        monkeypatch.delattr(os, "posix_fallocate")
+    sizes = []
+    unlink = pathlib.Path.unlink
+
+    def seen(path, missing_ok=False):
+        sizes.append(path.stat().st_size)
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(pathlib.Path, "unlink", seen)
+    files.reserve(tmp_path, 3_000_000)
+    assert sizes == [3_000_000] and not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_cannot_set_space_aside(tmp_path, monkeypatch):
+    def unable(file, size):
+        raise OSError(files.UNABLE[0], "Invalid argument")
+
+    monkeypatch.setattr(files, "_allocate", unable)
+    files.reserve(tmp_path, 10)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_takes_no_more_than_is_reserved(tmp_path):
+    model = tiny(num_layers=2, moe={"layers": [1]})
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    models.save(model, tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    for path in tmp_path.iterdir():
+        assert path.stat().st_size < files.size_of(model)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A loss of power leaves the old file or the new one, never an empty."""
+    path, events = tmp_path / "x.json", []
+    fsync, replace = os.fsync, pathlib.Path.replace
+
+    def synced(descriptor):
+        events.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def renamed(partial, target):
+        events.append((partial.stat().st_ino, target))
+        return replace(partial, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(pathlib.Path, "replace", renamed)
+    files.write_file(path, "{}")
+    file, folder = path.stat().st_ino, tmp_path.stat().st_ino
+    assert events == [file, (file, path), folder]
