@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_vmoe import cli_parser
 from keras_vmoe import data
 from keras_vmoe import models
+from keras_vmoe.cli import parser
 from tests.commands import SMALL
 from tests.commands import in_a_terminal
 from tests.commands import run
@@ -151,7 +151,7 @@ def test_bare_switches_of_train(tmp_path):
     ],
 )  # fmt: skip
 def test_normalized_command_lines(given, taken):
-    assert cli_parser.normalized(given) == taken
+    assert parser.normalized(given) == taken
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ ROOMS = {
     | {"data", "checkpoints", "evaluation", "inspection", "export"},
 }
 # The front doors may use all.
-DOORS = {"__init__", "__main__", "cli", "cli_parser"}
+DOORS = {"__init__", "__main__", "cli"}
 EVERYWHERE = {"_extras", "version"}
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -7,7 +7,7 @@ from keras_vmoe import export
 from keras_vmoe import models
 from keras_vmoe.export.replay import newest_version
 from tests.export import small
-from tests.test_cli import run
+from tests.commands import run
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,17 @@
 import argparse
 import dataclasses
 import pathlib
-from typing import Literal
 
 from keras_vmoe import training
 from keras_vmoe._extras import require
+from keras_vmoe.cli.options import add_backend
+from keras_vmoe.cli.options import add_classes
+from keras_vmoe.cli.options import add_config
+from keras_vmoe.cli.options import add_dry_run
+from keras_vmoe.cli.tools_parser import convert_parser
+from keras_vmoe.cli.tools_parser import export_parser
+from keras_vmoe.cli.tools_parser import presets_parser
+from keras_vmoe.cli.tools_parser import serve_check_parser
 from keras_vmoe.version import __version__
 
 TRAIN_EPILOG = """The MoE layers have settings of their own, such as
@@ -25,29 +32,6 @@ PREDICT_EPILOG = """examples:
 EVALUATE_EPILOG = """examples:
   keras-vmoe evaluate runs/digits digits
   keras-vmoe evaluate model.keras cifar10 --split 'test[:50%]' --data_dir DIR
-"""
-EXPORT_EPILOG = """A signature is NAME:SETTING=VALUE,SETTING=VALUE with the
-settings input (float, uint8 or encoded), features, capacity_factor,
-num_selected_experts, batch_priority and images_per_group.
-
-examples:
-  keras-vmoe export runs/digits served/digits
-  keras-vmoe export runs/digits served/digits --version 2 --signatures \\
-    fast:capacity_factor=0.5,batch_priority=true \\
-    accurate:num_selected_experts=3,input=encoded
-  keras-vmoe export runs/digits digits.onnx --format onnx
-"""
-SERVE_CHECK_EPILOG = """examples:
-  keras-vmoe serve-check served/digits
-  keras-vmoe serve-check served/digits --model runs/digits
-"""
-CONVERT_EPILOG = """examples:
-  keras-vmoe convert checkpoints/vmoe_b16_imagenet21k vmoe_b16.keras
-  keras-vmoe convert ViT-B_16.npz vit_b16.keras --image_size 384
-"""
-PRESETS_EPILOG = """examples:
-  keras-vmoe presets
-  keras-vmoe presets convnext_t
 """
 
 
@@ -156,10 +140,10 @@ def make_parser(jsonargparse, recipe):
         ("train", _train_parser, "Train a model."),
         ("evaluate", _evaluate_parser, "Measure a model on a dataset."),
         ("predict", _predict_parser, "Classify images."),
-        ("export", _export_parser, "Write a model for servers or devices."),
-        ("serve-check", _serve_check_parser, "Try an exported model."),
-        ("convert", _convert_parser, "Read other weights."),
-        ("presets", _presets_parser, "List the papers' models."),
+        ("export", export_parser, "Write a model for servers or devices."),
+        ("serve-check", serve_check_parser, "Try an exported model."),
+        ("convert", convert_parser, "Read other weights."),
+        ("presets", presets_parser, "List the papers' models."),
     ):
         command = make(jsonargparse)
         if name == "train":
@@ -188,7 +172,7 @@ def _train_parser(jsonargparse):
         epilog=TRAIN_EPILOG,
         allow_abbrev=False,
     )
-    _add_config(parser)
+    add_config(parser)
     parser.add_class_arguments(training.TrainConfig)
     parser.add_argument(
         "--recipe",
@@ -208,7 +192,7 @@ def _train_parser(jsonargparse):
             default=None,
             help=f"{text} Default: KERAS_DISTRIBUTION_{name.upper()}.",
         )
-    _add_dry_run(parser)
+    add_dry_run(parser)
     return parser
 
 
@@ -221,7 +205,7 @@ def _evaluate_parser(jsonargparse):
         epilog=EVALUATE_EPILOG,
         allow_abbrev=False,
     )
-    _add_config(parser)
+    add_config(parser)
     parser.add_argument("model", type=str, help="Run folder or .keras file.")
     parser.add_argument("dataset", type=str, help='TFDS dataset or "digits".')
     parser.add_argument("--split", type=str, default="test", help="TFDS split.")
@@ -244,9 +228,9 @@ def _evaluate_parser(jsonargparse):
         default=False,
         help="Skip images that cannot be decoded, with a warning.",
     )
-    _add_classes(parser)
-    _add_backend(parser)
-    _add_dry_run(parser)
+    add_classes(parser)
+    add_backend(parser)
+    add_dry_run(parser)
     return parser
 
 
@@ -257,7 +241,7 @@ def _predict_parser(jsonargparse):
         epilog=PREDICT_EPILOG,
         allow_abbrev=False,
     )
-    _add_config(parser)
+    add_config(parser)
     parser.add_argument("model", type=str, help="Run folder or .keras file.")
     parser.add_argument(
         "images",
@@ -266,171 +250,10 @@ def _predict_parser(jsonargparse):
         help="PNG, JPEG, BMP or GIF files that look like the training images "
         "(the embedded digits are white on black).",
     )
-    _add_classes(parser)
+    add_classes(parser)
     parser.add_argument(
         "--top", type=int, default=3, help="Classes to print for each image."
     )
-    _add_backend(parser)
-    _add_dry_run(parser)
+    add_backend(parser)
+    add_dry_run(parser)
     return parser
-
-
-def _presets_parser(jsonargparse):
-    parser = jsonargparse.ArgumentParser(
-        usage="keras-vmoe presets [match]",
-        description="Prints the models of the papers, their sizes and costs.",
-        epilog=PRESETS_EPILOG,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "match", type=str, nargs="?", default="", help="Part of the names."
-    )
-    return parser
-
-
-def _export_parser(jsonargparse):
-    parser = jsonargparse.ArgumentParser(
-        usage="keras-vmoe export [options] model output",
-        description="Writes a SavedModel for TF Serving into the folder "
-        "OUTPUT/VERSION, or an ONNX or LiteRT file.",
-        epilog=EXPORT_EPILOG,
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", type=str, help="Run folder or .keras file.")
-    parser.add_argument(
-        "output", type=str, help="Folder of the versions, or the file to write."
-    )
-    parser.add_argument(
-        "--format",
-        type=Literal["saved_model", "onnx", "litert"],
-        default="saved_model",
-        help="What to write.",
-    )
-    parser.add_argument(
-        "--version", type=int, default=1, help="Version of a SavedModel."
-    )
-    parser.add_argument(
-        "--signatures",
-        nargs="*",
-        default=[],
-        help="Further positions of the routing dial, see below.",
-    )
-    parser.add_argument(
-        "--images_per_group",
-        type=int | Literal["batch"],
-        default=1,
-        help="Images that are routed together; 1 makes answers independent.",
-    )
-    parser.add_argument(
-        "--capacity_factor",
-        type=float | Literal["dropless"] | None,
-        default=None,
-        help="Room of the experts; default: that of the model.",
-    )
-    parser.add_argument(
-        "--quantize_experts",
-        type=Literal["int8", "float16"] | None,
-        default=None,
-        help="How the experts' kernels are stored.",
-    )
-    parser.add_argument(
-        "--warmup",
-        type=bool | list[int],
-        default=True,
-        help="Whether to write warm-up requests, or their batch sizes.",
-    )
-    _add_classes(parser)
-    _add_backend(parser)
-    return parser
-
-
-def _serve_check_parser(jsonargparse):
-    parser = jsonargparse.ArgumentParser(
-        usage="keras-vmoe serve-check [options] directory",
-        description="Loads a SavedModel without Keras, replays its warm-up "
-        "requests, and prints times and sizes.",
-        epilog=SERVE_CHECK_EPILOG,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "directory", type=str, help="Folder of versions, or one version."
-    )
-    parser.add_argument(
-        "--model",
-        type=str | None,
-        default=None,
-        help="Run folder or .keras file that was exported, to compare with.",
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=20, help="Answers for each time."
-    )
-    _add_classes(parser)
-    _add_backend(parser)
-    return parser
-
-
-def _convert_parser(jsonargparse):
-    parser = jsonargparse.ArgumentParser(
-        usage="keras-vmoe convert [options] checkpoint output",
-        description="Writes a checkpoint of the V-MoE program, or of the first "
-        "ViTs, as a .keras file.",
-        epilog=CONVERT_EPILOG,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "checkpoint",
-        type=str,
-        help="Prefix of a sharded checkpoint (without .index), folder of an "
-        "Orbax checkpoint, or .npz file.",
-    )
-    parser.add_argument("output", type=str, help="New .keras file.")
-    parser.add_argument(
-        "--image_size",
-        type=int | None,
-        default=None,
-        help="Side of the images, if not that of the checkpoint; learned "
-        "positions are resized.",
-    )
-    parser.add_argument(
-        "--num_selected_experts",
-        type=int | None,
-        default=None,
-        help="K, which no checkpoint holds; null means 2.",
-    )
-    _add_backend(parser)
-    return parser
-
-
-def _add_classes(parser):
-    parser.add_argument(
-        "--classes",
-        type=str | None,
-        default=None,
-        help="JSON list of class names; default: that of the run folder.",
-    )
-
-
-def _add_config(parser):
-    parser.add_argument(
-        "--config",
-        action="config",
-        help="YAML file with these settings; what is given beside it counts "
-        "more.",
-    )
-
-
-def _add_dry_run(parser):
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="Print settings, cost, memory and steps, and do no more.",
-    )
-
-
-def _add_backend(parser):
-    parser.add_argument(
-        "--backend",
-        type=Literal["jax", "tensorflow", "torch"] | None,
-        default=None,
-        help="Keras backend; null leaves the choice to Keras.",
-    )

@@ -1,0 +1,95 @@
+"""`export` and `serve-check`."""
+
+import json
+import pathlib
+
+import keras
+
+from keras_vmoe import export
+from keras_vmoe._extras import require
+from keras_vmoe.cli.opening import numbers
+from keras_vmoe.cli.opening import open_model
+from keras_vmoe.cli.opening import restart
+from keras_vmoe.cli.opening import setting_of_run
+
+
+def export_model(settings, arguments):
+    """`keras-vmoe export`: writes a model for servers or devices."""
+    if settings.backend not in (None, keras.backend.backend()):
+        restart(settings.backend, arguments)
+    model, names = open_model(settings)
+    dials = {
+        "images_per_group": settings.images_per_group,
+        "capacity_factor": settings.capacity_factor,
+        "quantize_experts": settings.quantize_experts,
+    }
+    table = [_signature(text) for text in settings.signatures]
+    if settings.format != "saved_model":
+        if table:
+            raise ValueError(
+                "Only a SavedModel has signatures. Received: --signatures with "
+                f"--format {settings.format}. Leave them out."
+            )
+        write = getattr(export, settings.format)
+        print(f"model: {write(model, settings.output, **dials)}")
+        return
+    classes = model.output_shape[-1]
+    path = export.saved_model(
+        model,
+        settings.output,
+        settings.version,
+        table,
+        warmup=settings.warmup,
+        preprocessing=export.Preprocessing(
+            test_crop=setting_of_run(settings.model, "test_crop")
+        ),
+        class_names=None if names == numbers(classes) else names,
+        card=_card(settings.model),
+        **dials,
+    )
+    print(f"model: {path}")
+
+
+def serve_check(settings, arguments):
+    """`keras-vmoe serve-check`: replays an export's warm-up requests."""
+    if settings.backend not in (None, keras.backend.backend()):
+        restart(settings.backend, arguments)
+    model = None
+    if settings.model is not None:
+        model, _ = open_model(settings)
+    checked = export.check(settings.directory, model, settings.rounds)
+    print(export.report(checked))
+    if not checked.agrees:
+        raise ValueError(
+            "The answers must be those of the model. Received: the differences "
+            "above, relative to the largest number. Give the model that was "
+            "exported."
+        )
+
+
+def _signature(text):
+    """`fast:capacity_factor=0.5,batch_priority=true` as name and settings."""
+    name, colon, rest = text.partition(":")
+    pairs = [pair.partition("=") for pair in rest.split(",")]
+    if not colon or not all(key and value for key, _, value in pairs):
+        raise ValueError(
+            "A signature is written as NAME:SETTING=VALUE,SETTING=VALUE. "
+            f"Received: --signatures {text}. Write for example "
+            "fast:capacity_factor=0.5,batch_priority=true."
+        )
+    read = require("yaml", "cli").safe_load
+    return name, {key: read(value) for key, _, value in pairs}
+
+
+def _card(model):
+    """What a run folder knows for the model card."""
+    path = pathlib.Path(model)
+    path = (path if path.is_dir() else path.parent) / "result.json"
+    card = {}
+    if path.exists():
+        card["test_accuracy"] = json.loads(path.read_text())["accuracy"]
+    for name in ("preset", "dataset"):
+        value = setting_of_run(model, name)
+        if value is not None:
+            card[name] = value
+    return card

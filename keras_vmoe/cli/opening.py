@@ -1,0 +1,69 @@
+"""What commands open: another backend, a model, its classes and run."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+
+from keras_vmoe import models
+from keras_vmoe._extras import require
+
+
+def restart(backend, arguments):
+    """Starts this command anew under another backend.
+
+    Keras binds its backend when it is imported, which this module has done.
+    """
+    if importlib.util.find_spec(backend) is None:
+        raise ImportError(
+            f"The backend must be installed. Received: backend={backend!r}. "
+            f"Install it with: pip install 'keras_vmoe[{backend}]'"
+        )
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    command = [sys.executable, "-m", "keras_vmoe.cli", *arguments]
+    sys.stdout.flush()
+    os.execve(sys.executable, command, environment)  # noqa: S606
+
+
+def open_model(settings):
+    """The model of a run folder or file, and the names of its classes."""
+    path = pathlib.Path(settings.model)
+    run_dir = path if path.is_dir() else path.parent
+    file = path / "model.keras" if path.is_dir() else path
+    model = models.load(file, compile=False)
+    classes = model.output_shape[-1]
+    return model, _class_names(settings.classes, run_dir, classes)
+
+
+def setting_of_run(model, name):
+    """A setting of the run that a model is from; None without a run."""
+    path = pathlib.Path(model)
+    path = (path if path.is_dir() else path.parent) / "config.yaml"
+    if not path.exists():
+        return None
+    return require("yaml", "cli").safe_load(path.read_text()).get(name)
+
+
+def numbers(num_classes):
+    """Names of classes that have none."""
+    return [f"class {i}" for i in range(num_classes)]
+
+
+def _class_names(path, run_dir, num_classes):
+    """Names from a file, else from the run folder, else plain numbers."""
+    if path is None:
+        path = run_dir / "classes.json"
+        if not path.exists():
+            return numbers(num_classes)
+    try:
+        names = json.loads(pathlib.Path(path).read_text())
+    except (OSError, ValueError) as error:
+        names = error
+    if not isinstance(names, list) or len(names) != num_classes:
+        raise ValueError(
+            f"The file of class names must hold a JSON list of {num_classes} "
+            f'names, such as ["cat", "dog"]. Received: --classes {path} '
+            f"({names})."
+        )
+    return [str(name) for name in names]

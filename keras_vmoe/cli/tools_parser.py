@@ -1,0 +1,160 @@
+"""What the commands around a trained model take."""
+
+from typing import Literal
+
+from keras_vmoe.cli.options import add_backend
+from keras_vmoe.cli.options import add_classes
+
+EXPORT_EPILOG = """A signature is NAME:SETTING=VALUE,SETTING=VALUE with the
+settings input (float, uint8 or encoded), features, capacity_factor,
+num_selected_experts, batch_priority and images_per_group.
+
+examples:
+  keras-vmoe export runs/digits served/digits
+  keras-vmoe export runs/digits served/digits --version 2 --signatures \\
+    fast:capacity_factor=0.5,batch_priority=true \\
+    accurate:num_selected_experts=3,input=encoded
+  keras-vmoe export runs/digits digits.onnx --format onnx
+"""
+SERVE_CHECK_EPILOG = """examples:
+  keras-vmoe serve-check served/digits
+  keras-vmoe serve-check served/digits --model runs/digits
+"""
+CONVERT_EPILOG = """examples:
+  keras-vmoe convert checkpoints/vmoe_b16_imagenet21k vmoe_b16.keras
+  keras-vmoe convert ViT-B_16.npz vit_b16.keras --image_size 384
+"""
+PRESETS_EPILOG = """examples:
+  keras-vmoe presets
+  keras-vmoe presets convnext_t
+"""
+
+
+def presets_parser(jsonargparse):
+    """What `presets` takes."""
+    parser = jsonargparse.ArgumentParser(
+        usage="keras-vmoe presets [match]",
+        description="Prints the models of the papers, their sizes and costs.",
+        epilog=PRESETS_EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "match", type=str, nargs="?", default="", help="Part of the names."
+    )
+    return parser
+
+
+def export_parser(jsonargparse):
+    """What `export` takes."""
+    parser = jsonargparse.ArgumentParser(
+        usage="keras-vmoe export [options] model output",
+        description="Writes a SavedModel for TF Serving into the folder "
+        "OUTPUT/VERSION, or an ONNX or LiteRT file.",
+        epilog=EXPORT_EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", type=str, help="Run folder or .keras file.")
+    parser.add_argument(
+        "output", type=str, help="Folder of the versions, or the file to write."
+    )
+    parser.add_argument(
+        "--format",
+        type=Literal["saved_model", "onnx", "litert"],
+        default="saved_model",
+        help="What to write.",
+    )
+    parser.add_argument(
+        "--version", type=int, default=1, help="Version of a SavedModel."
+    )
+    parser.add_argument(
+        "--signatures",
+        nargs="*",
+        default=[],
+        help="Further positions of the routing dial, see below.",
+    )
+    parser.add_argument(
+        "--images_per_group",
+        type=int | Literal["batch"],
+        default=1,
+        help="Images that are routed together; 1 makes answers independent.",
+    )
+    parser.add_argument(
+        "--capacity_factor",
+        type=float | Literal["dropless"] | None,
+        default=None,
+        help="Room of the experts; default: that of the model.",
+    )
+    parser.add_argument(
+        "--quantize_experts",
+        type=Literal["int8", "float16"] | None,
+        default=None,
+        help="How the experts' kernels are stored.",
+    )
+    parser.add_argument(
+        "--warmup",
+        type=bool | list[int],
+        default=True,
+        help="Whether to write warm-up requests, or their batch sizes.",
+    )
+    add_classes(parser)
+    add_backend(parser)
+    return parser
+
+
+def serve_check_parser(jsonargparse):
+    """What `serve-check` takes."""
+    parser = jsonargparse.ArgumentParser(
+        usage="keras-vmoe serve-check [options] directory",
+        description="Loads a SavedModel without Keras, replays its warm-up "
+        "requests, and prints times and sizes.",
+        epilog=SERVE_CHECK_EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "directory", type=str, help="Folder of versions, or one version."
+    )
+    parser.add_argument(
+        "--model",
+        type=str | None,
+        default=None,
+        help="Run folder or .keras file that was exported, to compare with.",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="Answers for each time."
+    )
+    add_classes(parser)
+    add_backend(parser)
+    return parser
+
+
+def convert_parser(jsonargparse):
+    """What `convert` takes."""
+    parser = jsonargparse.ArgumentParser(
+        usage="keras-vmoe convert [options] checkpoint output",
+        description="Writes a checkpoint of the V-MoE program, or of the first "
+        "ViTs, as a .keras file.",
+        epilog=CONVERT_EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "checkpoint",
+        type=str,
+        help="Prefix of a sharded checkpoint (without .index), folder of an "
+        "Orbax checkpoint, or .npz file.",
+    )
+    parser.add_argument("output", type=str, help="New .keras file.")
+    parser.add_argument(
+        "--image_size",
+        type=int | None,
+        default=None,
+        help="Side of the images, if not that of the checkpoint; learned "
+        "positions are resized.",
+    )
+    parser.add_argument(
+        "--num_selected_experts",
+        type=int | None,
+        default=None,
+        help="K, which no checkpoint holds; null means 2.",
+    )
+    add_backend(parser)
+    return parser
