@@ -6,8 +6,8 @@ import pytest
 from keras_vmoe import export
 from keras_vmoe import models
 from keras_vmoe.export.replay import newest_version
-from tests.export import small
 from tests.commands import run
+from tests.export import small
 
 
 @pytest.fixture(scope="module")
