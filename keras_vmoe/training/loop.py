@@ -212,6 +212,8 @@ def _train(config, strategy):
         path = run_dir / "curves.png"
         inspection.plot_history(curves, routing.epochs, path)
         write_result(run_dir, test)
+    # All leave together: JAX ends a process that is long in coming.
+    distribution.check_agreement("end of the run", epochs=epochs)
     return RunResult(test.accuracy, model, run_dir)
 
 
