@@ -108,7 +108,8 @@ def write(path, new_rows, keys=("backend",)):
     path = pathlib.Path(path)
     path.parent.mkdir(exist_ok=True)
     kept = []
-    new = {tuple(row[key] for key in keys) for row in new_rows}
+    # As text: that is what is read.
+    new = {tuple(str(row[key]) for key in keys) for row in new_rows}
     if path.exists():
         with open(path, newline="") as file:
             kept = [
