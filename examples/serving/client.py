@@ -11,6 +11,7 @@ import argparse
 import base64
 import json
 import pathlib
+import urllib.error
 import urllib.request
 
 
@@ -45,8 +46,13 @@ def by_rest(settings, files):
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=30) as response:
-        rows = json.load(response)["predictions"]
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            rows = json.load(response)["predictions"]
+    except urllib.error.HTTPError as error:
+        raise SystemExit(f"refused: {error.read().decode()}") from error
+    except urllib.error.URLError as error:
+        raise SystemExit(f"{settings.rest}: {error.reason}") from error
     return [
         describe(row["class_id"], row.get("class_name"), row["probabilities"])
         for row in rows

@@ -6,11 +6,13 @@ import pathlib
 import keras
 
 from keras_vmoe import export
+from keras_vmoe import models
 from keras_vmoe._extras import require
 from keras_vmoe.cli.opening import numbers
 from keras_vmoe.cli.opening import open_model
 from keras_vmoe.cli.opening import restart
 from keras_vmoe.cli.opening import setting_of_run
+from keras_vmoe.export.saved_model import MAX_BATCH_SIZE
 
 
 def export_model(settings, arguments):
@@ -25,11 +27,7 @@ def export_model(settings, arguments):
     }
     table = [_signature(text) for text in settings.signatures]
     if settings.format != "saved_model":
-        if table:
-            raise ValueError(
-                "Only a SavedModel has signatures. Received: --signatures with "
-                f"--format {settings.format}. Leave them out."
-            )
+        _check_unused(settings)
         write = getattr(export, settings.format)
         print(f"model: {write(model, settings.output, **dials)}")
         return
@@ -40,6 +38,7 @@ def export_model(settings, arguments):
         settings.version,
         table,
         warmup=settings.warmup,
+        max_batch_size=settings.max_batch_size,
         preprocessing=export.Preprocessing(
             test_crop=setting_of_run(settings.model, "test_crop")
         ),
@@ -50,13 +49,32 @@ def export_model(settings, arguments):
     print(f"model: {path}")
 
 
+def _check_unused(settings):
+    """Raises if something is set that an ONNX or LiteRT file has not."""
+    for name, default in (
+        ("signatures", []),
+        ("version", 1),
+        ("warmup", True),
+        ("max_batch_size", MAX_BATCH_SIZE),
+        ("classes", None),
+    ):
+        if getattr(settings, name) != default:
+            raise ValueError(
+                f"Only a SavedModel has {name}. Received: --{name} "
+                f"{getattr(settings, name)} with --format {settings.format}. "
+                "Leave it out."
+            )
+
+
 def serve_check(settings, arguments):
     """`keras-vmoe serve-check`: replays an export's warm-up requests."""
     if settings.backend not in (None, keras.backend.backend()):
         restart(settings.backend, arguments)
     model = None
     if settings.model is not None:
-        model, _ = open_model(settings)
+        path = pathlib.Path(settings.model)
+        path = path / "model.keras" if path.is_dir() else path
+        model = models.load(path, compile=False)
     checked = export.check(settings.directory, model, settings.rounds)
     print(export.report(checked))
     if not checked.agrees:
@@ -77,8 +95,15 @@ def _signature(text):
             f"Received: --signatures {text}. Write for example "
             "fast:capacity_factor=0.5,batch_priority=true."
         )
-    read = require("yaml", "cli").safe_load
-    return name, {key: read(value) for key, _, value in pairs}
+    yaml = require("yaml", "cli")
+    try:
+        return name, {key: yaml.safe_load(value) for key, _, value in pairs}
+    except yaml.YAMLError as error:
+        raise ValueError(
+            "The values of a signature must be numbers, words, true or false. "
+            f"Received: --signatures {text}. Write for example "
+            "fast:capacity_factor=0.5,batch_priority=true."
+        ) from error
 
 
 def _card(model):
@@ -87,7 +112,8 @@ def _card(model):
     path = (path if path.is_dir() else path.parent) / "result.json"
     card = {}
     if path.exists():
-        card["test_accuracy"] = json.loads(path.read_text())["accuracy"]
+        accuracy = json.loads(path.read_text()).get("accuracy")
+        card["test_accuracy"] = accuracy
     for name in ("preset", "dataset"):
         value = setting_of_run(model, name)
         if value is not None:

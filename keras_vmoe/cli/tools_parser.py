@@ -4,6 +4,7 @@ from typing import Literal
 
 from keras_vmoe.cli.options import add_backend
 from keras_vmoe.cli.options import add_classes
+from keras_vmoe.export.saved_model import MAX_BATCH_SIZE
 
 EXPORT_EPILOG = """A signature is NAME:SETTING=VALUE,SETTING=VALUE with the
 settings input (float, uint8 or encoded), features, capacity_factor,
@@ -47,7 +48,7 @@ def presets_parser(jsonargparse):
 def export_parser(jsonargparse):
     """What `export` takes."""
     parser = jsonargparse.ArgumentParser(
-        usage="keras-vmoe export [options] model output",
+        usage="keras-vmoe export model output [options]",
         description="Writes a SavedModel for TF Serving into the folder "
         "OUTPUT/VERSION, or an ONNX or LiteRT file.",
         epilog=EXPORT_EPILOG,
@@ -85,6 +86,12 @@ def export_parser(jsonargparse):
         help="Room of the experts; default: that of the model.",
     )
     parser.add_argument(
+        "--max_batch_size",
+        type=int,
+        default=MAX_BATCH_SIZE,
+        help="Larger requests to a SavedModel are refused.",
+    )
+    parser.add_argument(
         "--quantize_experts",
         type=Literal["int8", "float16"] | None,
         default=None,
@@ -104,7 +111,7 @@ def export_parser(jsonargparse):
 def serve_check_parser(jsonargparse):
     """What `serve-check` takes."""
     parser = jsonargparse.ArgumentParser(
-        usage="keras-vmoe serve-check [options] directory",
+        usage="keras-vmoe serve-check directory [options]",
         description="Loads a SavedModel without Keras, replays its warm-up "
         "requests, and prints times and sizes.",
         epilog=SERVE_CHECK_EPILOG,
@@ -122,7 +129,6 @@ def serve_check_parser(jsonargparse):
     parser.add_argument(
         "--rounds", type=int, default=20, help="Answers for each time."
     )
-    add_classes(parser)
     add_backend(parser)
     return parser
 

@@ -9,6 +9,7 @@ import keras
 
 from keras_vmoe import models
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.export.variants import moe_layers_of
 from keras_vmoe.export.variants import routed
 from keras_vmoe.version import __version__
 
@@ -36,9 +37,11 @@ def make_card(model, settings):
     """The model card as a dict that JSON takes."""
     costs = {}
     for name, signature in settings.signatures.items():
-        cost = models.cost(routed(model, signature.routing))
+        variant = routed(model, signature.routing)
+        cost = models.cost(variant)
         costs[name] = {
             **dataclasses.asdict(signature),
+            "routing": [_routing(layer) for layer in moe_layers_of(variant)],
             "multiply_adds_per_image": cost.flops,
             "active_params": cost.active_params,
         }
@@ -59,4 +62,17 @@ def make_card(model, settings):
             "tensorflow": import_tensorflow().__version__,
             "python": platform.python_version(),
         },
+    }
+
+
+def _routing(layer):
+    """What a MoE layer's router really does."""
+    names = ("num_selected_experts", "capacity_factor", "batch_priority")
+    found = {name: getattr(layer.router, name, None) for name in names}
+    return {
+        "layer": layer.name,
+        "router": type(layer.router).__name__,
+        "num_experts": layer.num_experts,
+        "images_per_group": layer.images_per_group,
+        **{k: v for k, v in found.items() if v is not None},
     }

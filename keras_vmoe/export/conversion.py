@@ -1,5 +1,6 @@
 """What exports to ONNX and LiteRT have in common."""
 
+import contextlib
 import pathlib
 
 import numpy as np
@@ -19,6 +20,10 @@ from keras_vmoe.models.cloning import clone_around
 
 LARGEST = 2**31  # Bytes of a file of either format.
 TOLERANCE = 1e-4  # Of a runtime's outputs, where the largest is 1.
+REQUIRED = {
+    "onnx": ("tensorflow", "tf2onnx", "onnxruntime"),
+    "litert": ("tensorflow", "ai_edge_litert"),
+}
 BATCHES = (1, 3)  # What a runtime is asked before a file gets its name.
 
 
@@ -61,12 +66,6 @@ def convert(format, model, path, dials, quantize_experts, kinds):
     return path
 
 
-REQUIRED = {
-    "onnx": ("tensorflow", "tf2onnx", "onnxruntime"),
-    "litert": ("tensorflow", "ai_edge_litert"),
-}
-
-
 def one_output(model, core):
     """A traced function of `images` with one output, and its name.
 
@@ -88,6 +87,25 @@ def one_output(model, core):
     return call
 
 
+@contextlib.contextmanager
+def named_errors(name):
+    """Errors of a converter or a runtime as one of ours, with its name.
+
+    Theirs are of many kinds, which have nothing in common.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        reason = str(error).strip()[:500]
+        raise ValueError(
+            f"{name} must be able to run the model. Received: "
+            f"{type(error).__name__}: {reason} Export it by "
+            "`export.saved_model`, or try other routing."
+        ) from error
+
+
 def check_runtime(name, run, call, shape):
     """Raises unless a runtime says what the model says.
 
@@ -101,13 +119,8 @@ def check_runtime(name, run, call, shape):
     for batch in BATCHES:
         images = generator.uniform(-1, 1, (batch, *shape)).astype("float32")
         (right,) = (x.numpy() for x in call(images).values())
-        try:
+        with named_errors(name):
             difference = np.abs(run(images) - right).max()
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"{name} must be able to run the model. Received: {error} "
-                "Export it by `export.saved_model`, or try other routing."
-            ) from error
         if not difference <= TOLERANCE * max(1, np.abs(right).max()):
             raise ValueError(
                 f"{name} must agree with the model. Received: outputs that "

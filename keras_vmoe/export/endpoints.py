@@ -5,6 +5,8 @@ Runs under the TensorFlow backend, in the process of the export.
 Axes: B images in the batch, H and W height and width in pixels.
 """
 
+import numpy as np
+
 from keras_vmoe.data.images import center_crop
 from keras_vmoe.data.images import to_rgb
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
@@ -18,6 +20,9 @@ INPUT_NAMES = {
     "encoded": "image_bytes",
 }
 UNKNOWN = -1  # The class of an image without a finite answer.
+# What a PNG begins with; its sizes stand in the chunk that must come first.
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+JPEG_SCAN, MAX_SCANS = b"\xff\xda", 100
 
 
 def make_endpoints(model, settings):
@@ -142,14 +147,14 @@ def normalized(pixels, preprocessing):
     """Pixels on the scale of 0 to 255 as the model's input.
 
     Args:
-        pixels: `(B, H, W, 3)` float32 tensor.
+        pixels: `(B, H, W, 3)` float32 tensor or array.
         preprocessing: A `Preprocessing`.
     """
-    tf = import_tensorflow()
-    mean = tf.constant(preprocessing.mean, tf.float32)
-    std = tf.constant(preprocessing.std, tf.float32)
-    # In the order of `data.normalize`.
-    return pixels / std - mean / std
+    mean, std = (
+        np.asarray(x, "float32")
+        for x in (preprocessing.mean, preprocessing.std)
+    )
+    return pixels / std - mean / std  # In the order of `data.normalize`.
 
 
 def decoded_or_nan(content, size, preprocessing):
@@ -201,7 +206,8 @@ def decoded(content, size, test_crop):
 def _check_pixels(content, limit):
     """Fails unless this begins like a JPEG or PNG of at most so many pixels.
 
-    Read from the file's head: a few bytes can ask for gigabytes of pixels.
+    Read from the file's head: a few bytes can ask for gigabytes of pixels. And
+    a JPEG may go over all of its pixels again and again, scan by scan.
     """
     tf = import_tensorflow()
 
@@ -213,12 +219,14 @@ def _check_pixels(content, limit):
         numbers = tf.reshape(tf.cast(head, tf.int64), (2, 4))
         return tf.reduce_sum(numbers * [2**24, 2**16, 2**8, 1], axis=-1)
 
-    is_png = tf.equal(tf.strings.substr(content, 0, 8), b"\x89PNG\r\n\x1a\n")
-    is_known = tf.io.is_jpeg(content) | is_png
+    is_png = tf.equal(tf.strings.substr(content, 0, len(PNG)), PNG)
+    scans = tf.size(tf.strings.split(content, JPEG_SCAN)) - 1
+    is_jpeg = tf.io.is_jpeg(content) & (scans <= MAX_SCANS)
     sides = tf.cond(is_png, of_png, of_jpeg)
-    fits = tf.reduce_prod(sides) <= limit
+    # Each side for itself as well: a product of two could overflow.
+    fits = tf.reduce_all(sides <= limit) & (tf.reduce_prod(sides) <= limit)
     return tf.debugging.Assert(
-        is_known & fits,
+        (is_png | is_jpeg) & fits,
         ["Expected a JPEG or PNG of at most", limit, "pixels."],
     )
 

@@ -23,11 +23,7 @@ def new_path(parent, name):
         OSError: If nothing can be written there.
     """
     final = parent / name
-    if final.exists():
-        raise FileExistsError(
-            "An export overwrites nothing. Received: "
-            f"{str(final)!r}, which exists. Choose another version or name."
-        )
+    _check_new(final)
     try:
         parent.mkdir(parents=True, exist_ok=True)
         partial = pathlib.Path(
@@ -40,10 +36,12 @@ def new_path(parent, name):
         ) from error
     try:
         yield partial / name
+        _check_new(final)  # Others may have been faster.
         os.rename(partial / name, final)
     except OSError as error:
         if error.errno is None:  # It says all already.
             raise
+        _check_new(final)
         raise OSError(
             "The export must be written whole. Received: "
             f"{str(final)!r} ({error.strerror}), of which nothing is left. "
@@ -51,3 +49,12 @@ def new_path(parent, name):
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_new(path):
+    """Raises if something has this name."""
+    if path.exists():
+        raise FileExistsError(
+            "An export overwrites nothing. Received: "
+            f"{str(path)!r}, which exists. Choose another version or name."
+        )

@@ -4,6 +4,7 @@ from keras_vmoe._extras import require
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export.conversion import check_runtime
 from keras_vmoe.export.conversion import convert
+from keras_vmoe.export.conversion import named_errors
 from keras_vmoe.export.conversion import one_output
 from keras_vmoe.export.variants import routed
 from keras_vmoe.export.variants import with_small_experts
@@ -81,13 +82,10 @@ def write_litert(model, settings, path):
     converter = tf.lite.TFLiteConverter.from_concrete_functions(
         [call.get_concrete_function()], module
     )
-    try:
+    runtime = require("ai_edge_litert.interpreter", "litert")
+    with named_errors("LiteRT"):
         path.write_bytes(converter.convert())
-    except tf.errors.OpError as error:
-        raise ValueError(f"LiteRT: {error}") from error
-    interpreter = require("ai_edge_litert.interpreter", "litert").Interpreter(
-        str(path)
-    )
+        interpreter = runtime.Interpreter(str(path))
     check_runtime(
         "LiteRT",
         lambda images: _run(interpreter, images),

@@ -5,6 +5,7 @@ import numpy as np
 from keras_vmoe._extras import require
 from keras_vmoe.export.conversion import check_runtime
 from keras_vmoe.export.conversion import convert
+from keras_vmoe.export.conversion import named_errors
 from keras_vmoe.export.conversion import one_output
 from keras_vmoe.export.quantization import KINDS
 from keras_vmoe.export.quantization import quantized
@@ -81,18 +82,20 @@ def write_onnx(model, settings, path):
     runtime = require("onnxruntime", "onnx")
     model = routed(model, settings.signature.routing)
     call = one_output(model, traced_model(model))
-    proto, _ = tf2onnx.convert.from_function(
-        call,
-        input_signature=call.input_signature,
-        opset=OPSET,
-        custom_op_handlers={"Erfc": (_erfc, [])},
-    )
+    with named_errors("ONNX Runtime"):
+        proto, _ = tf2onnx.convert.from_function(
+            call,
+            input_signature=call.input_signature,
+            opset=OPSET,
+            custom_op_handlers={"Erfc": (_erfc, [])},
+        )
     if settings.quantize_experts is not None:
         _shrink(proto.graph, _kernels(model), settings.quantize_experts)
         call = None
     _name(proto.graph)
     path.write_bytes(proto.SerializeToString())
-    session = runtime.InferenceSession(str(path))
+    with named_errors("ONNX Runtime"):
+        session = runtime.InferenceSession(str(path))
     check_runtime(
         "ONNX Runtime",
         lambda images: session.run(None, {"images": images})[0],

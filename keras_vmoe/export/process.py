@@ -75,6 +75,8 @@ def _run_process(arguments):
             "The export under TensorFlow must end well. Received: exit status "
             f"{done.returncode} and this:\n{done.stderr[-2000:]}"
         ) from None
+    if error["errno"] is not None:
+        raise OSError(error["errno"], error["message"])
     raise ERRORS[error["kind"]](error["message"])
 
 
@@ -100,7 +102,10 @@ def main(arguments):
             _writer(format)(_load(model), settings, pathlib.Path(path))
     except tuple(ERRORS.values()) as error:
         kinds = (kind for kind in ERRORS if isinstance(error, ERRORS[kind]))
-        print(json.dumps({"kind": next(kinds), "message": str(error)}))
+        number = getattr(error, "errno", None)
+        message = str(error) if number is None else error.strerror
+        found = {"kind": next(kinds), "message": message, "errno": number}
+        print(json.dumps(found))
         return 1
     return 0
 
@@ -109,14 +114,21 @@ def _load(path):
     """The model, under TensorFlow."""
     try:
         return models.load(path, compile=False)
-    except (TypeError, ValueError, ImportError) as error:
+    except (AttributeError, TypeError, ValueError, ImportError) as error:
         raise ValueError(
             "The model must load under the TensorFlow backend in a new "
-            f"process. Received: {error} Put layers of your own into a module "
-            "that can be imported (not the script itself), register them by "
-            "keras.saving.register_keras_serializable, and use keras.ops in "
-            "them."
+            f"process. Received: {_cause(error)} Put layers of your own into "
+            "a module that can be imported (not the script itself), register "
+            "them by keras.saving.register_keras_serializable, and use "
+            "keras.ops in them."
         ) from error
+
+
+def _cause(error):
+    """The words of what an error began with, without what Keras adds."""
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__
+    return f"{type(error).__name__}: {str(error).strip()[:500]}"
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ from keras_vmoe.export.files import new_path
 from keras_vmoe.export.quantization import KINDS
 from keras_vmoe.export.settings import Preprocessing
 from keras_vmoe.export.settings import ServedSettings
+from keras_vmoe.export.settings import check_card
 from keras_vmoe.export.settings import check_choice
 from keras_vmoe.export.settings import check_names
 from keras_vmoe.export.settings import make_signatures
+from keras_vmoe.export.settings import table_pairs
 from keras_vmoe.export.variants import check_model
 from keras_vmoe.export.variants import default_dials
 from keras_vmoe.export.variants import has_classes
@@ -22,6 +24,7 @@ from keras_vmoe.models.cloning import clone_around
 from keras_vmoe.routing.groups import check_sizes
 
 WARMUP_BATCHES = (1, 8)
+MAX_BATCH_SIZE = 1024
 
 
 def saved_model(
@@ -35,7 +38,7 @@ def saved_model(
     preprocessing=None,
     *,
     class_names=None,
-    max_batch_size=1024,
+    max_batch_size=MAX_BATCH_SIZE,
     quantize_experts=None,
     card=None,
 ):
@@ -110,12 +113,12 @@ def saved_model(
         signatures=_signatures(
             model, signatures, images_per_group, capacity_factor
         ),
-        preprocessing=preprocessing or Preprocessing(),
+        preprocessing=_checked_preprocessing(preprocessing),
         max_batch_size=max_batch_size,
         warmup_batches=batches,
         class_names=check_names(class_names, model.output_shape[-1]),
         quantize_experts=quantize_experts,
-        card=dict(card or {}),
+        card=check_card(card),
     )
     require("tensorflow", "serving")
     if batches:
@@ -125,11 +128,26 @@ def saved_model(
     return pathlib.Path(directory, str(int(version)))
 
 
+def _checked_preprocessing(preprocessing):
+    if preprocessing is None:
+        return Preprocessing()
+    if not isinstance(preprocessing, Preprocessing):
+        raise ValueError(
+            "`preprocessing` must be a Preprocessing or None. Received: "
+            f"preprocessing={preprocessing!r}. Write "
+            "export.Preprocessing(test_crop=0.875)."
+        )
+    return preprocessing
+
+
 def _warmup_batches(warmup, max_batch_size):
     """Batch sizes of the warm-up requests, checked."""
     if isinstance(warmup, bool):
         return WARMUP_BATCHES if warmup else ()
-    batches = tuple(warmup)
+    try:
+        batches = tuple(warmup)
+    except TypeError:
+        batches = (warmup,)
     for batch in batches:
         check_sizes(warmup=batch)
         if batch > max_batch_size:
@@ -148,9 +166,10 @@ def _signatures(model, table, images_per_group, capacity_factor):
         images_per_group=images_per_group,
         capacity_factor=capacity_factor,
     )
+    table = table_pairs(table)
     signatures = make_signatures(table, **defaults)
     if head_of(model) is None or not has_classes(model):
-        asked = dict(table or {})
+        asked = dict(table)
         signatures = {
             name: x
             for name, x in signatures.items()

@@ -21,6 +21,18 @@ DIALS = (
     "batch_priority",
     "images_per_group",
 )
+CARD_NAMES = (
+    "name",
+    "model",
+    "params",
+    "image_size",
+    "num_classes",
+    "preprocessing",
+    "max_batch_size",
+    "quantize_experts",
+    "signatures",
+    "versions",
+)
 MAX_PIXELS = 2**25  # 100 MB of decoded RGB.
 
 
@@ -56,6 +68,12 @@ class Signature:
                 f"`input` must be one of {INPUTS}. "
                 f"Received: input={self.input!r}. The default is 'float'."
             )
+        for name in ("features", "batch_priority"):
+            if getattr(self, name) not in (True, False, None):
+                raise ValueError(
+                    f"`{name}` must be True or False. "
+                    f"Received: {name}={getattr(self, name)!r}."
+                )
 
     @property
     def routing(self):
@@ -175,6 +193,20 @@ class ConvertSettings:
         )
 
 
+def table_pairs(table):
+    """The pairs of name and settings of a table of signatures, checked."""
+    pairs = list(table.items() if isinstance(table, Mapping) else table or ())
+    for pair in pairs:
+        good = isinstance(pair, (tuple, list)) and len(pair) == 2
+        if not good or not isinstance(pair[1], (Mapping, Signature)):
+            raise ValueError(
+                "`signatures` must go from names to dicts of settings. "
+                f"Received: {pair!r}. Write for example "
+                "{'fast': dict(capacity_factor=0.5)}."
+            )
+    return pairs
+
+
 def make_signatures(table, **defaults):
     """The standard signatures and those of a user's table.
 
@@ -190,9 +222,8 @@ def make_signatures(table, **defaults):
         ValueError: If a name is there twice or is no name, or if a setting is
             unknown.
     """
-    pairs = table.items() if isinstance(table, Mapping) else table or ()
     signatures = dict(STANDARD)
-    for name, settings in pairs:
+    for name, settings in table_pairs(table):
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(
                 "The name of a signature must be a word of letters, digits and "
@@ -238,6 +269,8 @@ def check_names(class_names, num_classes):
     """The names of the classes as a tuple, checked; None without."""
     if class_names is None:
         return None
+    if isinstance(class_names, str):
+        class_names = [class_names]
     names = tuple(map(str, class_names))
     if len(names) != num_classes:
         raise ValueError(
@@ -245,6 +278,24 @@ def check_names(class_names, num_classes):
             f"classes. Received: {len(names)} names. Give all, or None."
         )
     return names
+
+
+def check_card(card):
+    """A model card's own entries as plain values, checked."""
+    card = dict(card or {})
+    for name in card:
+        if name in CARD_NAMES:
+            raise ValueError(
+                f"The model card tells {name!r} itself. Received: "
+                f"card={{{name!r}: {card[name]!r}}}. Choose another name."
+            )
+    try:
+        return json.loads(json.dumps(card, default=float))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`card` must hold what JSON takes. "
+            f"Received: card={card!r} ({error}). Use numbers and strings."
+        ) from error
 
 
 def check_choice(name, value, choices: tuple[Any, ...]):

@@ -33,12 +33,20 @@ def check_model(model):
             f"(B, H, W, 3), to one output. Received: inputs {shapes} and "
             f"{len(model.outputs)} outputs. Build it with its image size."
         )
-    head = head_of(model)
-    if head is not None and head.activation is not keras.activations.linear:
+    last = model.outputs[0]._keras_history.operation
+    activation = getattr(last, "activation", keras.activations.linear)
+    squashes = isinstance(last, keras.layers.Softmax)
+    if squashes or activation is not keras.activations.linear:
         raise ValueError(
             "`model` must give logits. Received: a last layer "
-            f"{head.name!r} with the activation {head.activation.__name__!r}. "
-            "Take a `Dense` without one, and a loss with from_logits=True."
+            f"{last.name!r}, a {type(last).__name__} with an activation. "
+            "End with a `Dense` without one, and train by a loss with "
+            "from_logits=True."
+        )
+    if len(model.output_shape) != 2:
+        raise ValueError(
+            "`model` must give one vector for each image. Received: outputs "
+            f"of shape {model.output_shape}. Pool them."
         )
 
 

@@ -1,4 +1,4 @@
-"""A thousand requests to an exported folder, three of four of them wrong.
+"""A thousand requests to an exported folder, most of them wrong.
 
     python run_hostile.py FOLDER
 
@@ -10,6 +10,7 @@ import json
 import pathlib
 import random
 import sys
+import zlib
 
 import numpy as np
 
@@ -60,6 +61,30 @@ def claims_to_be_huge(jpeg):
     return jpeg[:start] + b"\xff" * 4 + jpeg[start + 4 :]
 
 
+def png(width, height, before=b""):
+    """A PNG of black pixels, perhaps with a chunk before its head."""
+
+    def chunk(kind, content):
+        check = zlib.crc32(kind + content)
+        length = len(content).to_bytes(4, "big")
+        return length + kind + content + check.to_bytes(4, "big")
+
+    sides = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    head = chunk(b"IHDR", sides + bytes([8, 0, 0, 0, 0]))
+    pixels = zlib.compress(bytes((width + 1) * height))
+    before = chunk(b"abCd", before) if before else b""
+    return PNG + before + head + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+# Too many pixels, behind a chunk that claims few; two sides whose product has
+# more bits than a number; and a JPEG that is gone over again and again.
+BOMBS = [
+    png(9000, 9000, before=(8).to_bytes(4, "big") * 2),
+    PNG + b"\0\0\0\rIHDR" + b"\xff" * 8 + bytes(20),
+    JPEG + b"\xff\xda\0\0" * 500,
+]
+
+
 def wrong_bytes(draw, jpeg):
     """Files that are none, in a list or in no list."""
     files = [
@@ -86,6 +111,10 @@ def main(folder):
         for name, inputs in read_requests(folder)
         if name == "serve_jpeg"
     )
+    for name in ("serve_jpeg", "fast_jpeg"):
+        answer = served(name, image_bytes=[*BOMBS, jpeg])
+        assert (answer["class_id"][:-1] == -1).all()
+        assert answer["class_id"][-1] >= 0
     counts = {"requests": 0, "right": 0, "answered": 0, "refused": 0}
     for i in range(1000):
         counts["requests"] += 1

@@ -50,6 +50,15 @@ def model():
         ({"warmup": [1, 2000]}, "a batch of 2000 with max_batch_size=1024"),
         ({"class_names": ["a"]}, "each of the 10 classes. Received: 1 names"),
         ({"quantize_experts": "int4"}, "quantize_experts='int4'"),
+        ({"class_names": "abcdefghij"}, "Received: 1 names"),
+        ({"warmup": "8"}, "warmup='8'"),
+        ({"warmup": 8.5}, "warmup=8.5"),
+        ({"signatures": ["fast"]}, "must go from names to dicts"),
+        ({"signatures": {"fast": None}}, "must go from names to dicts"),
+        ({"signatures": {"x": {"features": "maybe"}}}, "features='maybe'"),
+        ({"preprocessing": {"mean": 0}}, r"preprocessing=\{'mean': 0\}"),
+        ({"card": {"params": 1}}, "tells 'params' itself"),
+        ({"card": {"a": object()}}, "must hold what JSON takes"),
     ],
 )
 def test_bad_arguments(model, tmp_path, arguments, words):
@@ -81,7 +90,15 @@ def test_models_that_have_no_graph_or_no_images(tmp_path):
     for model, words in (
         (keras.Sequential([keras.layers.Dense(3)]), "must be a built"),
         (flat, "one batch of RGB images"),
-        (keras.Model(image, soft), "the activation 'softmax'"),
+        (keras.Model(image, soft), "a Dense with an activation"),
+        (
+            keras.Model(image, keras.layers.Softmax()(pooled)),
+            "a Softmax with an activation",
+        ),
+        (
+            keras.Model(image, keras.layers.Conv2D(3, 1)(image)),
+            "one vector for each image",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             export.saved_model(model, tmp_path)
@@ -111,6 +128,16 @@ def test_a_folder_that_cannot_be(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="can be written to. Received"):
         export.saved_model(model, tmp_path / "file" / "served")
+
+
+def test_a_name_that_somebody_else_took_meanwhile(tmp_path):
+    for name, make in (("1", "mkdir"), ("a.onnx", "touch")):
+        with pytest.raises(FileExistsError, match="overwrites nothing"):
+            with new_path(tmp_path, name) as path:
+                getattr(path, make)()
+                getattr(tmp_path / name, make)()
+        assert [x.name for x in tmp_path.iterdir()] == [name]
+        (tmp_path / name).rmdir() if make == "mkdir" else None
 
 
 def test_what_fails_leaves_nothing(tmp_path):
