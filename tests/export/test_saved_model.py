@@ -136,7 +136,9 @@ def test_models_of_ones_own(make, tmp_path):
 @pytest.mark.slow
 def test_a_model_without_classes_gives_features(tmp_path):
     model = small.wild(
-        models.ViTMoE(16, 4, 32, 2, 4, 64, None, moe={"num_experts": 4})
+        models.ViTMoE(
+            16, 4, 32, 2, 4, 64, None, moe={"layers": [1], "num_experts": 4}
+        )
     )
     served = ServedModel(export.saved_model(model, tmp_path, warmup=False))
     assert set(served.signatures) == {
