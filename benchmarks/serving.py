@@ -83,50 +83,54 @@ def dial(run_dir, data_dir, rounds):
         test_crop=config["test_crop"],
     )  # fmt: skip
     batches = list(test.as_numpy_iterator())
-    rows = []
+    candidates = {}
     with tempfile.TemporaryDirectory() as folder:
         path = export.saved_model(model, folder, 1, signatures, warmup=False)
         served = ServedModel(path)
-        rows += positions(served, path, names, batches, rounds)
+        for name, label in names.items():
+            groups = 8 if name.startswith("grouped") else 1
+            candidates[label, groups] = (served, name, weights_of(path))
         for version, kind in ((2, "float16"), (3, "int8")):
             path = export.saved_model(
                 model, folder, version, warmup=False, quantize_experts=kind
             )
-            served = ServedModel(path)
-            names = {"serving_default": f"experts in {kind}"}
-            rows += positions(served, path, names, batches, rounds)
-    return [
-        {**common("dial", f"{config['dataset']}, {model.name}"), **row}
-        for row in rows
-    ]
+            candidates[f"experts in {kind}", 1] = (
+                ServedModel(path), "serving_default", weights_of(path),
+            )  # fmt: skip
+        rows = positions(candidates, batches, rounds)
+    name = f"{config['dataset']}, {model.name}"
+    return [{**common("dial", name), **row} for row in rows]
 
 
-def positions(served, path, names, batches, rounds):
-    """Accuracy and latency of some signatures of a folder."""
+def weights_of(folder):
+    """Bytes of an export's weights."""
+    return sum(x.stat().st_size for x in folder.glob("variables/*"))
+
+
+def positions(candidates, batches, rounds):
+    """Accuracy and latency of signatures of folders, in turn."""
     images = batches[0][0]
-    seconds = interleaved.measure(
-        {
-            name: functools.partial(served, name, images=images)
-            for name in names
-        },
-        rounds,
-    )
-    weights = sum(x.stat().st_size for x in path.glob("variables/*"))
+    calls = {
+        str(key): functools.partial(served, name, images=images)
+        for key, (served, name, _) in candidates.items()
+    }
+    seconds = interleaved.measure(calls, rounds)
+    baseline = seconds[str(("as trained", 1))]
     rows = []
-    for name, values in seconds.items():
+    for (label, groups), (served, name, size) in candidates.items():
+        values = seconds[str((label, groups))]
         right = sum(
-            (served(name, images=x)["class_id"] == y).sum() for x, y in batches
+            int((served(name, images=x)["class_id"] == y).sum())
+            for x, y in batches
         )
-        ratio = values / seconds["serving_default"]
-        grouped = name.startswith("grouped")
         rows.append(
             {
-                "candidate": names[name],
-                "images_per_group": 8 if grouped else 1,
+                "candidate": label,
+                "images_per_group": groups,
                 "batch": len(images),
-                **spread(values, ratio),
+                **spread(values, values / baseline),
                 "accuracy": round(right / sum(len(y) for _, y in batches), 4),
-                "weight_bytes": weights,
+                "weight_bytes": size,
                 "target": "",
             }
         )

@@ -103,6 +103,7 @@ def test_public_names():
         "load",
         "named_damage",
         "normalize",
+        "num_images",
         "preprocess",
         "read_images",
     ]
