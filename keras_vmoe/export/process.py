@@ -1,6 +1,6 @@
 """Exports run under the TensorFlow backend: here, or in a process of its own.
 
-    python -m keras_vmoe.export.process FORMAT MODEL SETTINGS OUT
+    python -m keras_vmoe.export.process FORMAT MODEL SETTINGS OUT [MODULE ...]
 
 is that process.
 """
@@ -50,7 +50,9 @@ def write(format, model, settings, path):
         models.save(model, folder / "model.keras")
         (folder / "settings.json").write_text(settings.to_json())
         files = (folder / "model.keras", folder / "settings.json", path)
-        _run_process([format, *map(str, files)])
+        layers = model._flatten_layers()
+        modules = {type(layer).__module__ for layer in layers}
+        _run_process([format, *map(str, files), *sorted(modules)])
 
 
 def _run_process(arguments):
@@ -94,12 +96,13 @@ def _settings(format, text):
 
 def main(arguments):
     """The process: prints an error as one line of JSON."""
-    format, model, settings, path = arguments
+    format, model, settings, path, *modules = arguments
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             settings = _settings(format, pathlib.Path(settings).read_text())
-            _writer(format)(_load(model), settings, pathlib.Path(path))
+            model = _load(model, modules)
+            _writer(format)(model, settings, pathlib.Path(path))
     except tuple(ERRORS.values()) as error:
         kinds = (kind for kind in ERRORS if isinstance(error, ERRORS[kind]))
         number = getattr(error, "errno", None)
@@ -110,9 +113,11 @@ def main(arguments):
     return 0
 
 
-def _load(path):
-    """The model, under TensorFlow."""
+def _load(path, modules):
+    """The model, under TensorFlow, after the modules of its layers."""
     try:
+        for module in modules:
+            importlib.import_module(module)
         return models.load(path, compile=False)
     except (AttributeError, TypeError, ValueError, ImportError) as error:
         raise ValueError(
