@@ -19,7 +19,7 @@ from keras_vmoe.export.variants import routed
 from keras_vmoe.models.cloning import clone_around
 
 LARGEST = 2**31  # Bytes of a file of either format.
-TOLERANCE = 1e-4  # Of a runtime's outputs, where the largest is 1.
+TOLERANCE = 1e-5  # Of a runtime's outputs, where the largest is 1.
 REQUIRED = {
     "onnx": ("tensorflow", "tf2onnx", "onnxruntime"),
     "litert": ("tensorflow", "ai_edge_litert"),

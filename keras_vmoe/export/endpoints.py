@@ -5,6 +5,7 @@ Runs under the TensorFlow backend, in the process of the export.
 Axes: B images in the batch, H and W height and width in pixels.
 """
 
+import keras
 import numpy as np
 
 from keras_vmoe.data.images import center_crop
@@ -78,12 +79,46 @@ def traced_model(model):
     """A function from images to the dict of what the model says of them."""
     tf = import_tensorflow()
     model = answering(model)
+    model = OutlinedModel(model.inputs, model.output)
 
     def call(images):
         return model(images, training=False)
 
     spec = tf.TensorSpec((None, *model.input_shape[1:]), tf.float32)
     return tf.function(call, input_signature=[spec], autograph=False)
+
+
+class OutlinedModel(keras.Model):
+    """A model whose layers are traced as functions of their own.
+
+    Those that do the same are stored once; see `compaction`.
+    """
+
+    def _run_through_graph(self, inputs, operation_fn=None, call_fn=None):
+        if call_fn is not None:  # Symbolic.
+            return super()._run_through_graph(inputs, call_fn=call_fn)
+        return super()._run_through_graph(
+            inputs, lambda op: outlined(op, operation_fn(op))
+        )
+
+
+def outlined(operation, call):
+    """A call as a function of its own, if it is one of a layer with weights.
+
+    Args:
+        operation: A Keras operation.
+        call: Function of tensors, its call.
+    """
+    tf = import_tensorflow()
+    is_layer = isinstance(operation, keras.Layer) and operation.weights
+    # Masks are told by attributes of tensors, which a function would lose.
+    if not is_layer or _makes_masks(operation):
+        return call
+    return tf.function(call, autograph=False)
+
+
+def _makes_masks(layer):
+    return type(layer).compute_mask is not keras.Layer.compute_mask
 
 
 def _endpoint(read, core, answer):
@@ -106,6 +141,7 @@ def _reader(kind, shape, settings):
     tf = import_tensorflow()
     spec = input_spec(kind, shape)
 
+    @tf.function(autograph=False)
     def read(inputs):
         # First of all: a wrong rank would abort the process in a kernel.
         inputs = tf.ensure_shape(inputs, spec.shape)

@@ -197,6 +197,7 @@ def write_version(model, settings, folder):
         folder: `pathlib.Path` that does not exist.
     """
     from keras_vmoe.export.card import write_card
+    from keras_vmoe.export.compaction import compact_version
     from keras_vmoe.export.endpoints import make_endpoints
     from keras_vmoe.export.warmup import write_warmup
 
@@ -212,6 +213,7 @@ def write_version(model, settings, folder):
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
     try:
         tf.saved_model.save(module, str(folder), endpoints, options)
+        compact_version(folder)
         write_card(folder, whole, settings)
         if settings.warmup_batches:
             write_warmup(folder, model.input_shape[1:], settings)

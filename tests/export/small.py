@@ -11,6 +11,7 @@ BATCHES = (0, 1, 3, 8, 17)
 
 
 def vit(**moe):
+    keras.utils.set_random_seed(0)
     return wild(
         models.ViTMoE(
             16, 4, 32, 2, 4, 64, 10,
@@ -20,6 +21,7 @@ def vit(**moe):
 
 
 def convnext():
+    keras.utils.set_random_seed(0)
     moe = {"layers": "last_2", "num_experts": 4}
     return wild(
         models.ConvNeXtMoE([1, 1], [16, 32], 10, image_size=16, moe=moe)
