@@ -33,7 +33,13 @@ def _as_tuple(match):
     return f"({sizes[0]},)" if len(sizes) == 1 else f"({', '.join(sizes)})"
 
 
-@pytest.mark.parametrize("name", MODULES)
+def _param(name):
+    """Those of exports start processes, and take seconds each."""
+    slow = name.startswith("keras_vmoe.export.")
+    return pytest.param(name, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("name", map(_param, MODULES))
 def test_examples(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

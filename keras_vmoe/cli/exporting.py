@@ -20,17 +20,23 @@ def export_model(settings, arguments):
     if settings.backend not in (None, keras.backend.backend()):
         restart(settings.backend, arguments)
     model, names = open_model(settings)
-    dials = {
+    common = {
         "images_per_group": settings.images_per_group,
         "capacity_factor": settings.capacity_factor,
         "quantize_experts": settings.quantize_experts,
+    }
+    dials = {
+        "num_selected_experts": settings.num_selected_experts,
+        "batch_priority": settings.batch_priority,
     }
     table = [_signature(text) for text in settings.signatures]
     if settings.format != "saved_model":
         _check_unused(settings)
         write = getattr(export, settings.format)
-        print(f"model: {write(model, settings.output, **dials)}")
+        path = write(model, settings.output, **common, **dials)
+        print(f"model: {path}")
         return
+    _check_dials(dials)
     classes = model.output_shape[-1]
     path = export.saved_model(
         model,
@@ -44,7 +50,7 @@ def export_model(settings, arguments):
         ),
         class_names=None if names == numbers(classes) else names,
         card=_card(settings.model),
-        **dials,
+        **common,
     )
     print(f"model: {path}")
 
@@ -63,6 +69,17 @@ def _check_unused(settings):
                 f"Only a SavedModel has {name}. Received: --{name} "
                 f"{getattr(settings, name)} with --format {settings.format}. "
                 "Leave it out."
+            )
+
+
+def _check_dials(dials):
+    """Raises if something is set that the signatures of a SavedModel set."""
+    for name, value in dials.items():
+        if value is not None:
+            raise ValueError(
+                f"A SavedModel has {name} for each signature. Received: "
+                f"--{name} {value} with --format saved_model. Write for "
+                f"example --signatures mine:{name}={str(value).lower()}."
             )
 
 

@@ -15,7 +15,8 @@ examples:
   keras-vmoe export runs/digits served/digits --version 2 --signatures \\
     fast:capacity_factor=0.5,batch_priority=true \\
     accurate:num_selected_experts=3,input=encoded
-  keras-vmoe export runs/digits digits.onnx --format onnx
+  keras-vmoe export runs/digits digits.onnx --format onnx \\
+    --capacity_factor 0.5 --batch_priority true
 """
 SERVE_CHECK_EPILOG = """examples:
   keras-vmoe serve-check served/digits
@@ -64,15 +65,15 @@ def export_parser(jsonargparse):
         default="saved_model",
         help="What to write.",
     )
-    parser.add_argument(
-        "--version", type=int, default=1, help="Version of a SavedModel."
-    )
-    parser.add_argument(
-        "--signatures",
-        nargs="*",
-        default=[],
-        help="Further positions of the routing dial, see below.",
-    )
+    _add_dials(parser)
+    _add_serving(parser)
+    add_classes(parser)
+    add_backend(parser)
+    return parser
+
+
+def _add_dials(parser):
+    """How the experts are used, in every format."""
     parser.add_argument(
         "--images_per_group",
         type=int | Literal["batch"],
@@ -86,10 +87,17 @@ def export_parser(jsonargparse):
         help="Room of the experts; default: that of the model.",
     )
     parser.add_argument(
-        "--max_batch_size",
-        type=int,
-        default=MAX_BATCH_SIZE,
-        help="Larger requests to a SavedModel are refused.",
+        "--num_selected_experts",
+        type=int | None,
+        default=None,
+        help="K of an ONNX or LiteRT file; default: that of the model.",
+    )
+    parser.add_argument(
+        "--batch_priority",
+        type=bool | None,
+        default=None,
+        help="Whether confident tokens are served first, in an ONNX or LiteRT "
+        "file; default: as in the model.",
     )
     parser.add_argument(
         "--quantize_experts",
@@ -97,15 +105,31 @@ def export_parser(jsonargparse):
         default=None,
         help="How the experts' kernels are stored.",
     )
+
+
+def _add_serving(parser):
+    """What a SavedModel has alone."""
+    parser.add_argument(
+        "--version", type=int, default=1, help="Version of a SavedModel."
+    )
+    parser.add_argument(
+        "--signatures",
+        nargs="*",
+        default=[],
+        help="Further positions of the routing dial, see below.",
+    )
+    parser.add_argument(
+        "--max_batch_size",
+        type=int,
+        default=MAX_BATCH_SIZE,
+        help="Larger requests to a SavedModel are refused.",
+    )
     parser.add_argument(
         "--warmup",
         type=bool | list[int],
         default=True,
         help="Whether to write warm-up requests, or their batch sizes.",
     )
-    add_classes(parser)
-    add_backend(parser)
-    return parser
 
 
 def serve_check_parser(jsonargparse):

@@ -41,6 +41,8 @@ class Check:
             answers to those of the model, relative to the largest number of
             these; None where there was no model.
         tolerance: The largest difference of an answer that agrees.
+
+    Example: see `check`.
     """
 
     folder: pathlib.Path
@@ -79,7 +81,17 @@ def check(directory, model=None, rounds=20):
 
     Example:
 
-    >>> check("served", model).agrees  # doctest: +SKIP
+    >>> from keras_vmoe.export import saved_model
+    >>> from keras_vmoe.models import ViTMoE
+    >>> model = ViTMoE(
+    ...     image_size=16, patch_size=4, hidden_dim=16, depth=2, num_heads=2,
+    ...     mlp_dim=32, num_classes=10,
+    ...     moe={"layers": [1], "num_experts": 4})
+    >>> path = saved_model(model, "served")
+    >>> checked = check("served", model)
+    >>> checked.agrees
+    True
+    >>> "serve_jpeg" in report(checked)
     True
     """
     folder = replay.newest_version(directory)
@@ -209,7 +221,10 @@ def report(checked):
         checked: A `Check`.
 
     Returns:
-        String of several lines.
+        String of several lines: sizes and the time of loading, then a row for
+        each request with its times in ms and its difference to the model.
+
+    Example: see `check`.
     """
     lines = [
         f"{checked.folder}: {checked.disk_bytes / 1e6:.2f} MB, of which "

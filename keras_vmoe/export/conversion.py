@@ -27,16 +27,16 @@ REQUIRED = {
 BATCHES = (1, 3)  # What a runtime is asked before a file gets its name.
 
 
-def convert(format, model, path, dials, quantize_experts, kinds):
+def convert(format, model, path, kinds, quantize_experts, **dials):
     """Writes a model as one file, which a runtime has agreed with.
 
     Args:
         format: `"onnx"` or `"litert"`.
         model: A Keras model.
         path: Where to write; ends in the format's suffix.
-        dials: Arguments of `models.set_routing`; None leaves one.
-        quantize_experts: One of `kinds` or None.
         kinds: What the format can quantize to.
+        quantize_experts: One of `kinds` or None.
+        **dials: Arguments of `models.set_routing`; None leaves one.
 
     Returns:
         `pathlib.Path` of the file.

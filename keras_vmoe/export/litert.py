@@ -50,15 +50,25 @@ def litert(
 
     Example:
 
-    >>> litert(model, "model.tflite")  # doctest: +SKIP
+    >>> from keras_vmoe.models import ViTMoE
+    >>> model = ViTMoE(
+    ...     image_size=16, patch_size=4, hidden_dim=16, depth=2, num_heads=2,
+    ...     mlp_dim=32, num_classes=10,
+    ...     moe={"layers": [1], "num_experts": 4})
+    >>> litert(model, "model.tflite").as_posix()
+    'model.tflite'
     """
-    dials = {
-        "images_per_group": images_per_group,
-        "capacity_factor": capacity_factor,
-        "num_selected_experts": num_selected_experts,
-        "batch_priority": batch_priority,
-    }
-    return convert("litert", model, path, dials, quantize_experts, ("int8",))
+    return convert(
+        "litert",
+        model,
+        path,
+        ("int8",),
+        quantize_experts,
+        images_per_group=images_per_group,
+        capacity_factor=capacity_factor,
+        num_selected_experts=num_selected_experts,
+        batch_priority=batch_priority,
+    )
 
 
 def write_litert(model, settings, path):

@@ -54,15 +54,25 @@ def onnx(
 
     Example:
 
-    >>> onnx(model, "model.onnx")  # doctest: +SKIP
+    >>> from keras_vmoe.models import ViTMoE
+    >>> model = ViTMoE(
+    ...     image_size=16, patch_size=4, hidden_dim=16, depth=2, num_heads=2,
+    ...     mlp_dim=32, num_classes=10,
+    ...     moe={"layers": [1], "num_experts": 4})
+    >>> onnx(model, "model.onnx").as_posix()
+    'model.onnx'
     """
-    dials = {
-        "images_per_group": images_per_group,
-        "capacity_factor": capacity_factor,
-        "num_selected_experts": num_selected_experts,
-        "batch_priority": batch_priority,
-    }
-    return convert("onnx", model, path, dials, quantize_experts, KINDS)
+    return convert(
+        "onnx",
+        model,
+        path,
+        KINDS,
+        quantize_experts,
+        images_per_group=images_per_group,
+        capacity_factor=capacity_factor,
+        num_selected_experts=num_selected_experts,
+        batch_priority=batch_priority,
+    )
 
 
 def write_onnx(model, settings, path):

@@ -83,10 +83,21 @@ class ServedModel:
         OSError: If TensorFlow is not installed or cannot load the folder.
         RefusedRequest: If TensorFlow refuses a request.
 
+    Runs on Linux, where TensorFlow's library has the name it is looked for.
+
     Example:
 
-    >>> served = ServedModel("served/1")  # doctest: +SKIP
-    >>> served("serving_default", images=images)  # doctest: +SKIP
+    >>> from keras_vmoe.export import saved_model
+    >>> from keras_vmoe.models import ViTMoE
+    >>> model = ViTMoE(
+    ...     image_size=16, patch_size=4, hidden_dim=16, depth=2, num_heads=2,
+    ...     mlp_dim=32, num_classes=10,
+    ...     moe={"layers": [1], "num_experts": 4})
+    >>> served = ServedModel(saved_model(model, "served"))
+    >>> images = np.zeros((3, 16, 16, 3), "float32")
+    >>> served("serving_default", images=images)["logits"].shape
+    (3, 10)
+    >>> served.close()
     """
 
     def __init__(self, folder):
@@ -107,10 +118,14 @@ class ServedModel:
             self.status,
         )
         self.tf.TF_DeleteSessionOptions(options)
-        self._check(OSError)
         content = buffer.contents
         content = ctypes.string_at(content.data, content.length)
         self.tf.TF_DeleteBuffer(buffer)
+        try:
+            self._check(OSError)
+        except OSError:
+            self.close()
+            raise
         self.meta_graph = _meta_graph(content)
         self.signatures = _signatures(self.meta_graph)
 
@@ -144,8 +159,9 @@ class ServedModel:
 
     def close(self):
         """Frees the weights."""
-        self.tf.TF_CloseSession(self.session, self.status)
-        self.tf.TF_DeleteSession(self.session, self.status)
+        if self.session:
+            self.tf.TF_CloseSession(self.session, self.status)
+            self.tf.TF_DeleteSession(self.session, self.status)
         self.tf.TF_DeleteGraph(self.graph)
         self.tf.TF_DeleteStatus(self.status)
 

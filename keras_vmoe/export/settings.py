@@ -53,6 +53,16 @@ class Signature:
             as in the model.
         images_per_group: Images that are routed together, or "batch"; None
             means that of the export.
+
+    Raises:
+        ValueError: If `input`, `features` or `batch_priority` is none of these.
+            Other dials are checked with the model, by `saved_model`.
+
+    Example:
+
+    >>> fast = Signature(capacity_factor=0.5, batch_priority=True)
+    >>> fast.routing
+    {'capacity_factor': 0.5, 'batch_priority': True}
     """
 
     input: Literal["float", "uint8", "encoded"] = "float"
@@ -102,6 +112,14 @@ class Preprocessing:
         test_crop: Share of the shorter side that the centre crop of encoded
             images keeps; None resizes whole images. See `data.load`.
         max_pixels: Encoded images of more pixels are not decoded.
+
+    Raises:
+        ValueError: If an attribute is out of its range.
+
+    Example:
+
+    >>> imagenet = Preprocessing(
+    ...     mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
     """
 
     mean: float | tuple[float, ...] = 127.5

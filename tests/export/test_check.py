@@ -8,6 +8,7 @@ from keras_vmoe import models
 from keras_vmoe.export.replay import newest_version
 from tests.commands import run
 from tests.export import small
+from tests.export import test_conversion
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +86,30 @@ def test_exports_of_the_command(folder):
         "--signatures", "a:features=true",
     )  # fmt: skip
     assert done.returncode == 1 and "Only a SavedModel has" in done.stderr
+    done = run("export", folder, folder / "x", "--num_selected_experts=1")
+    assert done.returncode == 1
+    assert "--signatures mine:num_selected_experts=1" in done.stderr
     done = run("export", folder, folder / "x", "--signatures", "a:input=[")
     assert done.returncode == 1 and "numbers, words" in done.stderr
 
 
 @pytest.mark.slow
 def test_a_file_by_the_command(folder, tmp_path):
-    done = run("export", folder, tmp_path / "a.tflite", "--format=litert")
+    path = tmp_path / "a.tflite"
+    done = run(
+        "export", folder, path, "--format=litert", "--num_selected_experts=1",
+        "--batch_priority=false", "--capacity_factor=0.5",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "a.tflite").stat().st_size > 1e5
+    model = small.alone(
+        models.load(folder / "model.keras"),
+        num_selected_experts=1,
+        batch_priority=False,
+        capacity_factor=0.5,
+    )
+    right = small.logits(model, small.images(3))
+    given = test_conversion.run(path, small.images(3))
+    np.testing.assert_allclose(given, right, atol=1e-5 * np.abs(right).max())
 
 
 @pytest.mark.slow

@@ -152,15 +152,29 @@ def test_what_fails_leaves_nothing(tmp_path):
     assert "No space left" in str(caught.value)
 
 
+def test_a_folder_of_somebody_else(model, tmp_path, monkeypatch):
+    def refuse(**kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(OSError, match="Permission denied\). Choose another"):
+        export.saved_model(model, tmp_path / "served")
+    assert not list((tmp_path / "served").iterdir())
+
+
 @pytest.mark.slow
-def test_a_full_disk(tmp_path):
-    """Files may not grow beyond 100 kB; the weights would."""
+@pytest.mark.parametrize("room", [100_000, 400_000])
+def test_a_full_disk(room, tmp_path):
+    """Files may not grow beyond it: the weights, or TensorFlow's graph, would.
+
+    (Under JAX and PyTorch the process that exports is the one that fails.)
+    """
     program = (
         "import resource, sys\n"
         "from keras_vmoe import export\n"
         "from tests.export import small\n"
         "model = small.MODELS['bpr']()\n"
-        "limit = (100_000, resource.RLIM_INFINITY)\n"
+        "limit = (int(sys.argv[2]), resource.RLIM_INFINITY)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, limit)\n"
         "try:\n"
         "    export.saved_model(model, sys.argv[1], warmup=False)\n"
@@ -168,7 +182,7 @@ def test_a_full_disk(tmp_path):
         "    print('REFUSED', error)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)],
+        [sys.executable, "-c", program, str(tmp_path), str(room)],
         capture_output=True,
         text=True,
     )
