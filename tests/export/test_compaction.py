@@ -1,6 +1,7 @@
 """Smaller graphs that do the same."""
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from keras_vmoe import export
@@ -34,13 +35,18 @@ def _step(i, x):
     return i + 1, x * 2.0
 
 
-def nodes(folder):
+def functions(folder):
+    """All functions of a SavedModel."""
     from tensorflow.core.protobuf import saved_model_pb2
 
     content = (folder / "saved_model.pb").read_bytes()
     (graph,) = saved_model_pb2.SavedModel.FromString(content).meta_graphs
-    functions = graph.graph_def.library.function
-    return max((list(f.node_def) for f in functions), key=len)
+    return graph.graph_def.library.function
+
+
+def nodes(folder):
+    """The nodes of its largest function."""
+    return max((list(f.node_def) for f in functions(folder)), key=len)
 
 
 def test_a_smaller_graph_does_the_same(tmp_path):
@@ -63,6 +69,38 @@ def test_a_smaller_graph_does_the_same(tmp_path):
     tf.saved_model.experimental.read_fingerprint(str(tmp_path))
 
 
+class Caller(tf.Module):
+    """Functions of which two do the same, and one nearly."""
+
+    def __init__(self):
+        super().__init__()
+        self.scales = [tf.Variable(x) for x in (2.0, 5.0)]
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 3), name="x")])
+    def __call__(self, x):
+        def times(scale, add):
+            return tf.function(lambda y: scale * y + add)
+
+        first, second = self.scales
+        for scale, add in ((first, 1.0), (second, 1.0), (second, 3.0)):
+            x = times(scale, add)(x)
+        return {"x": x}
+
+
+def test_equal_functions_are_one_and_others_are_not(tmp_path):
+    tf.saved_model.save(Caller(), str(tmp_path))
+    before = {f.signature.name: f for f in functions(tmp_path)}
+    compact_version(tmp_path)
+    after = [f.signature.name for f in functions(tmp_path)]
+    assert len(after) == len(before) - 1 and set(after) < set(before)
+    x = np.ones((2, 3), "float32")
+    right = 5 * (5 * (2 * x + 1) + 1) + 3
+    given = ServedModel(tmp_path)("serving_default", x=x)["x"]
+    python = tf.saved_model.load(str(tmp_path))(x)["x"]
+    assert np.array_equal(given, right) and np.array_equal(python, right)
+
+
+@pytest.mark.slow
 def test_many_positions_of_the_dial_take_little(tmp_path):
     """Twelve of them, with a small model of four MoE layers."""
     model = ViTMoE(

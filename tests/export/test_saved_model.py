@@ -135,6 +135,72 @@ def test_models_of_ones_own(make, tmp_path):
     assert served("features", images=images)["features"].shape[0] == 3
 
 
+@keras.saving.register_keras_serializable("tests")
+class Twice(keras.layers.Layer):
+    """A call with two outputs and arguments of its own, and a loop."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), name="scale")
+
+    def call(self, x, factor=1.0, other=None):
+        def step(i, y):
+            return i + 1, y * self.scale + factor
+
+        y = keras.ops.while_loop(lambda i, _: i < 3, step, (0, x))[1]
+        return y, y if other is None else y + other
+
+
+def stateful(x):
+    x = keras.layers.BatchNormalization()(x)
+    return keras.layers.Dropout(0.5)(x)
+
+
+def shared(x):
+    layer, dense = Twice(), keras.layers.Dense(16)
+    y, z = layer(dense(dense(x)))
+    return keras.layers.Concatenate()(layer(x, factor=2.0, other=y + z))
+
+
+def attention(x):
+    x = keras.layers.Reshape((16, 16))(x)
+    attention = keras.layers.MultiHeadAttention(2, 4)
+    x = attention(x, x) * keras.ops.reshape(keras.ops.arange(16) < 5, (16, 1))
+    x = keras.layers.LayerNormalization()(keras.layers.Masking()(x))
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    return keras.layers.Reshape((1, 1, 16))(x)
+
+
+def same_layers(x):
+    for _ in range(2):
+        x = x + layers.MoEMLP(num_experts=4, hidden_dim=32)(x)
+    return x
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("body", [stateful, shared, attention, same_layers])
+def test_any_layers(body, tmp_path):
+    """Layers are stored as functions, and equal ones once."""
+    if keras.backend.backend() != "tensorflow" and body is shared:
+        return  # A layer of a test module; `test_errors` has one to import.
+    images = keras.Input((16, 16, 3))
+    x = body(keras.layers.Conv2D(16, 4, strides=4)(images))
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    model = keras.Model(images, keras.layers.Dense(5)(x))
+    for weight in model.weights:
+        if weight.dtype == "float32":
+            noise = np.random.default_rng(0).uniform(0, 0.4, weight.shape)
+            weight.assign(keras.ops.convert_to_numpy(weight) + noise)
+    served = ServedModel(export.saved_model(model, tmp_path, warmup=False))
+    images = small.images(3)
+    right = small.logits(
+        models.set_routing(model, images_per_group=1)
+        if body is same_layers
+        else model,
+        images,
+    )
+    close(served("serving_default", images=images)["logits"], right)
+
+
 @pytest.mark.slow
 def test_a_model_without_classes_gives_features(tmp_path):
     model = small.wild(
