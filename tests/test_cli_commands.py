@@ -166,7 +166,8 @@ def test_progress_bars_in_a_terminal(trained, tmp_path):
     ):
         code, output = in_a_terminal(*arguments)
         assert code == 0, output
-        for step in (1, steps):
+        # Two steps may be over before the first would be shown.
+        for step in (1, steps)[steps == 2 :]:
             assert re.search(rf"{step}/{steps} ━", output), output
 
 

@@ -84,8 +84,8 @@ def check(directory, model=None, rounds=20):
     >>> from keras_vmoe.export import saved_model
     >>> from keras_vmoe.models import ViTMoE
     >>> model = ViTMoE(
-    ...     image_size=16, patch_size=4, hidden_dim=16, depth=2, num_heads=2,
-    ...     mlp_dim=32, num_classes=10,
+    ...     image_size=16, patch_size=4, hidden_dim=16, num_layers=2,
+    ...     num_heads=2, mlp_dim=32, num_classes=10,
     ...     moe={"layers": [1], "num_experts": 4})
     >>> path = saved_model(model, "served")
     >>> checked = check("served", model)

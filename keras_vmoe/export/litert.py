@@ -52,8 +52,8 @@ def litert(
 
     >>> from keras_vmoe.models import ViTMoE
     >>> model = ViTMoE(
-    ...     image_size=16, patch_size=4, hidden_dim=16, depth=2, num_heads=2,
-    ...     mlp_dim=32, num_classes=10,
+    ...     image_size=16, patch_size=4, hidden_dim=16, num_layers=2,
+    ...     num_heads=2, mlp_dim=32, num_classes=10,
     ...     moe={"layers": [1], "num_experts": 4})
     >>> litert(model, "model.tflite").as_posix()
     'model.tflite'

@@ -56,8 +56,8 @@ def onnx(
 
     >>> from keras_vmoe.models import ViTMoE
     >>> model = ViTMoE(
-    ...     image_size=16, patch_size=4, hidden_dim=16, depth=2, num_heads=2,
-    ...     mlp_dim=32, num_classes=10,
+    ...     image_size=16, patch_size=4, hidden_dim=16, num_layers=2,
+    ...     num_heads=2, mlp_dim=32, num_classes=10,
     ...     moe={"layers": [1], "num_experts": 4})
     >>> onnx(model, "model.onnx").as_posix()
     'model.onnx'

@@ -36,9 +36,8 @@ RUNS = [  # Other backends refuse it, see below.
 
 
 def shards_of(options):
-    """All numbers of shards, but two for what ViT has shown with all."""
-    is_other = options[0] == "convnext" and not {*options[1:]} <= {"--noise"}
-    return [2, 8] if is_other else SHARDS
+    """All numbers of shards, but two for what differs in one option."""
+    return SHARDS if len(options) == 1 else [2, 8]
 
 
 FOLDER = tempfile.TemporaryDirectory()
