@@ -83,7 +83,7 @@ def rename_arguments(function):
     """
     names = {}
     for i, argument in enumerate(function.signature.input_arg):
-        names[argument.name] = argument.name = f"x_{i}"
+        names[argument.name] = argument.name = f"argument_{i}"
         if i in function.arg_attr:
             function.arg_attr[i].attr.pop("_user_specified_name", None)
     for node in function.node_def:

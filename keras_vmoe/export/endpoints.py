@@ -111,10 +111,17 @@ def outlined(operation, call):
     """
     tf = import_tensorflow()
     is_layer = isinstance(operation, keras.Layer) and operation.weights
-    # Masks are told by attributes of tensors, which a function would lose.
     if not is_layer or _makes_masks(operation):
         return call
-    return tf.function(call, autograph=False)
+    function = tf.function(call, autograph=False)
+
+    def choose(*args, **kwargs):
+        # Masks are attributes of tensors, which a function would lose.
+        values = keras.tree.flatten((args, kwargs))
+        masked = any(hasattr(x, "_keras_mask") for x in values)
+        return (call if masked else function)(*args, **kwargs)
+
+    return choose
 
 
 def _makes_masks(layer):
@@ -131,7 +138,15 @@ def _endpoint(read, core, answer):
         count = tf.shape(images)[0]
         filling = tf.zeros((tf.cast(count == 0, tf.int32), *images.shape[1:]))
         outputs = core(tf.concat([images, filling], axis=0))
-        return answer({name: x[:count] for name, x in outputs.items()})
+        # Of a model that would not carry it along, as by its maxima, too.
+        good = tf.reduce_all(tf.math.is_finite(images), axis=(1, 2, 3))
+        nan = tf.constant(float("nan"))
+        return answer(
+            {
+                name: tf.where(good[:, None], x[:count], nan)
+                for name, x in outputs.items()
+            }
+        )
 
     return endpoint
 

@@ -242,7 +242,8 @@ def make_signatures(table, **defaults):
     """
     signatures = dict(STANDARD)
     for name, settings in table_pairs(table):
-        if not isinstance(name, str) or not name.isidentifier():
+        good = isinstance(name, str) and name.isidentifier()
+        if not good or name.startswith("__"):  # Those are TensorFlow's.
             raise ValueError(
                 "The name of a signature must be a word of letters, digits and "
                 f"underscores. Received: {name!r}. Write for example 'fast'."

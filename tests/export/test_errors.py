@@ -37,6 +37,7 @@ def model():
             "'fast' twice",
         ),
         ({"signatures": {"a b": {}}}, "Received: 'a b'"),
+        ({"signatures": {"__init": {}}}, "Received: '__init'"),
         (
             {"signatures": {"more": {"num_selected_experts": 5}}},
             r"num_selected_experts=5 with num_experts=4.*Signature 'more'",

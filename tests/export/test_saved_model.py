@@ -294,6 +294,19 @@ def test_neighbours_change_nothing(served):
         assert leak > 1e-3 if name == "crowded" else leak == 0, name
 
 
+@pytest.mark.slow
+def test_a_model_that_would_forget_a_nan(tmp_path):
+    images = keras.Input((16, 16, 3))
+    x = keras.layers.Conv2D(8, 3, activation="relu")(images)
+    x = keras.layers.GlobalMaxPooling2D()(x)
+    model = keras.Model(images, keras.layers.Dense(5)(x))
+    served = ServedModel(export.saved_model(model, tmp_path, warmup=False))
+    images = small.images(3)
+    images[1, 0, 0, 0] = np.nan
+    found = served("serving_default", images=images)["class_id"]
+    assert found[1] == -1 and min(found[0], found[2]) >= 0
+
+
 def test_a_bad_image_is_bad_alone(served, tmp_path):
     images = small.images(3)
     right = served("serving_default", images=images)
