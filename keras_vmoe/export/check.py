@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -19,6 +20,7 @@ from keras_vmoe.export.settings import Preprocessing
 from keras_vmoe.export.variants import answering
 from keras_vmoe.export.variants import routed
 from keras_vmoe.export.variants import with_small_experts
+from keras_vmoe.routing.groups import check_sizes
 
 # Of an answer, where the largest number is 1; and where layers compute in
 # 16 bits, which every program rounds in its own order.
@@ -94,13 +96,15 @@ def check(directory, model=None, rounds=20):
     >>> "serve_jpeg" in report(checked)
     True
     """
+    check_sizes(rounds=rounds)
+    if model is not None and not isinstance(model, keras.Model):
+        raise ValueError(
+            "`model` must be the Keras model that was exported, or None. "
+            f"Received: model={model!r}. Load it by `models.load`."
+        )
     folder = replay.newest_version(directory)
     facts, answers = _replayed(folder, rounds)
     differences = _differences(folder, model, answers)
-    halves = model is not None and any(
-        x.compute_dtype in ("float16", "bfloat16")
-        for x in model._flatten_layers()
-    )
     return Check(
         folder=folder,
         weight_bytes=_size(folder / "variables"),
@@ -117,8 +121,15 @@ def check(directory, model=None, rounds=20):
                 facts["requests"], differences, strict=True
             )
         ],
-        tolerance=HALF_TOLERANCE if halves else TOLERANCE,
+        tolerance=TOLERANCE if model is None else tolerance_of(model),
     )
+
+
+def tolerance_of(model):
+    """How far answers may be from a model's, where the largest is 1."""
+    dtypes = {x.compute_dtype for x in model._flatten_layers()}
+    halves = dtypes & {"float16", "bfloat16"}
+    return HALF_TOLERANCE if halves else TOLERANCE
 
 
 def _replayed(folder, rounds):
@@ -168,7 +179,7 @@ def _differences(folder, model, given):
         right = {k: ops.convert_to_numpy(x) for k, x in right.items()}
         answer = {k: x for k, x in given.items() if k.startswith(f"{i}/")}
         answer = {k.partition("/")[2]: x for k, x in answer.items()}
-        differences.append(_difference(answer, right))
+        differences.append(difference(answer, right))
     return differences
 
 
@@ -183,16 +194,29 @@ def _card(folder):
     return json.loads(path.read_text())
 
 
-def _difference(answer, right):
+def difference(answer, right):
     """The largest difference, where the largest right number is 1.
 
     An answer whose classes are not those of its own logits is infinitely far.
+
+    Args:
+        answer: Dict of arrays, the answer of a signature.
+        right: Dict of arrays, what the model says.
     """
     names = answer.keys() & right.keys()
+    for name in names:
+        if answer[name].shape != right[name].shape:
+            raise ValueError(
+                "The answers must have the shapes of the model's outputs. "
+                f"Received: {name} of shape {answer[name].shape} for "
+                f"{right[name].shape}. Give the model that was exported."
+            )
     if "logits" in names:
         best = answer["logits"].argmax(axis=-1)
         if not np.array_equal(answer["class_id"], best):
             return float("inf")
+        right = {**right, "probabilities": _softmax(right["logits"])}
+        names |= {"probabilities"}
     return max(
         float(
             np.abs(answer[name] - right[name]).max()
@@ -200,6 +224,11 @@ def _difference(answer, right):
         )
         for name in names
     )
+
+
+def _softmax(logits):
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
 
 
 def _images(kind, inputs, card):

@@ -32,9 +32,9 @@ def compact_version(folder):
         called.update(*map(_functions_of, graph.graph_def.node))
         library = graph.graph_def.library
         for function in library.function:
+            compact_function(function, stateful)
             if function.signature.name not in called:
                 rename_arguments(function)
-            compact_function(function, stateful)
         merge_functions(library, called)
     path.write_bytes(proto.SerializeToString(deterministic=True))
     fingerprinting_utils.write_fingerprint(str(folder))
@@ -79,7 +79,8 @@ def rename_arguments(function):
     """Gives the arguments of a function names that tell nothing, in place.
 
     Args:
-        function: A `FunctionDef`, which is called by others alone.
+        function: A `FunctionDef`, which is called by others alone, after
+            `compact_function`: its nodes have other names than these.
     """
     names = {}
     for i, argument in enumerate(function.signature.input_arg):

@@ -1,6 +1,5 @@
 """What exports to ONNX and LiteRT have in common."""
 
-import contextlib
 import pathlib
 
 import numpy as np
@@ -8,11 +7,13 @@ import numpy as np
 from keras_vmoe._extras import require
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export import process
+from keras_vmoe.export.errors import named_errors
 from keras_vmoe.export.files import new_path
 from keras_vmoe.export.settings import ConvertSettings
 from keras_vmoe.export.settings import Signature
-from keras_vmoe.export.settings import check_choice
+from keras_vmoe.export.settings import check_path
 from keras_vmoe.export.variants import check_model
+from keras_vmoe.export.variants import check_quantization
 from keras_vmoe.export.variants import default_dials
 from keras_vmoe.export.variants import has_classes
 from keras_vmoe.export.variants import routed
@@ -24,6 +25,7 @@ REQUIRED = {
     "onnx": ("tensorflow", "tf2onnx", "onnxruntime"),
     "litert": ("tensorflow", "ai_edge_litert"),
 }
+ADVICE = "Export it by `export.saved_model`, or try other routing."
 BATCHES = (1, 3)  # What a runtime is asked before a file gets its name.
 
 
@@ -41,6 +43,7 @@ def convert(format, model, path, kinds, quantize_experts, **dials):
     Returns:
         `pathlib.Path` of the file.
     """
+    check_path("path", path)
     path = pathlib.Path(path)
     suffix = {"onnx": ".onnx", "litert": ".tflite"}[format]
     if path.suffix != suffix:
@@ -48,7 +51,7 @@ def convert(format, model, path, kinds, quantize_experts, **dials):
             f"The file must end in {suffix!r}. Received: path={str(path)!r}."
         )
     check_model(model)
-    check_choice("quantize_experts", quantize_experts, kinds)
+    check_quantization(model, quantize_experts, kinds)
     size = sum(np.prod(x.shape) * 4 for x in model.weights)
     if size >= LARGEST:
         raise ValueError(
@@ -87,25 +90,6 @@ def one_output(model, core):
     return call
 
 
-@contextlib.contextmanager
-def named_errors(name):
-    """Errors of a converter or a runtime as one of ours, with its name.
-
-    Theirs are of many kinds, which have nothing in common.
-    """
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        reason = str(error).strip()[:500]
-        raise ValueError(
-            f"{name} must be able to run the model. Received: "
-            f"{type(error).__name__}: {reason} Export it by "
-            "`export.saved_model`, or try other routing."
-        ) from error
-
-
 def check_runtime(name, run, call, shape):
     """Raises unless a runtime says what the model says.
 
@@ -119,11 +103,10 @@ def check_runtime(name, run, call, shape):
     for batch in BATCHES:
         images = generator.uniform(-1, 1, (batch, *shape)).astype("float32")
         (right,) = (x.numpy() for x in call(images).values())
-        with named_errors(name):
+        with named_errors(name, ADVICE):
             difference = np.abs(run(images) - right).max()
         if not difference <= TOLERANCE * max(1, np.abs(right).max()):
             raise ValueError(
                 f"{name} must agree with the model. Received: outputs that "
-                f"differ by {difference:.1e}. Export it by "
-                "`export.saved_model`, or try other routing."
+                f"differ by {difference:.1e}. {ADVICE}"
             )

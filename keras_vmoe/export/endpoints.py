@@ -110,22 +110,32 @@ def outlined(operation, call):
         call: Function of tensors, its call.
     """
     tf = import_tensorflow()
-    is_layer = isinstance(operation, keras.Layer) and operation.weights
-    if not is_layer or _makes_masks(operation):
+    if not isinstance(operation, keras.Layer) or not operation.weights:
         return call
-    function = tf.function(call, autograph=False)
 
     def choose(*args, **kwargs):
-        # Masks are attributes of tensors, which a function would lose.
         values = keras.tree.flatten((args, kwargs))
-        masked = any(hasattr(x, "_keras_mask") for x in values)
-        return (call if masked else function)(*args, **kwargs)
+        tensors = [x for x in values if tf.is_tensor(x)]
+        masked = [_is_masked(tensors)]
+
+        @tf.function(autograph=False)
+        def function(*tensors):
+            rest = iter(tensors)
+            filled = [next(rest) if tf.is_tensor(x) else x for x in values]
+            same = keras.tree.pack_sequence_as((args, kwargs), filled)
+            outputs = call(*same[0], **same[1])
+            masked.append(_is_masked(keras.tree.flatten(outputs)))
+            return outputs
+
+        function.get_concrete_function(*tensors)
+        # Masks are attributes of tensors, which a function loses.
+        return call(*args, **kwargs) if any(masked) else function(*tensors)
 
     return choose
 
 
-def _makes_masks(layer):
-    return type(layer).compute_mask is not keras.Layer.compute_mask
+def _is_masked(values):
+    return any(hasattr(x, "_keras_mask") for x in values)
 
 
 def _endpoint(read, core, answer):

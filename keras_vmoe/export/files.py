@@ -24,6 +24,7 @@ def new_path(parent, name):
     """
     final = parent / name
     _check_new(final)
+    is_new = not parent.exists()
     try:
         parent.mkdir(parents=True, exist_ok=True)
         partial = pathlib.Path(
@@ -49,6 +50,9 @@ def new_path(parent, name):
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if is_new and not final.exists():
+            with contextlib.suppress(OSError):  # Others may use it by now.
+                parent.rmdir()
 
 
 def _check_new(path):

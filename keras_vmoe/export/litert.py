@@ -2,10 +2,11 @@
 
 from keras_vmoe._extras import require
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.export.conversion import ADVICE
 from keras_vmoe.export.conversion import check_runtime
 from keras_vmoe.export.conversion import convert
-from keras_vmoe.export.conversion import named_errors
 from keras_vmoe.export.conversion import one_output
+from keras_vmoe.export.errors import named_errors
 from keras_vmoe.export.variants import routed
 from keras_vmoe.export.variants import with_small_experts
 
@@ -93,7 +94,7 @@ def write_litert(model, settings, path):
         [call.get_concrete_function()], module
     )
     runtime = require("ai_edge_litert.interpreter", "litert")
-    with named_errors("LiteRT"):
+    with named_errors("LiteRT", ADVICE):
         path.write_bytes(converter.convert())
         interpreter = runtime.Interpreter(str(path))
     check_runtime(

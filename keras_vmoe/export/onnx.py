@@ -3,10 +3,11 @@
 import numpy as np
 
 from keras_vmoe._extras import require
+from keras_vmoe.export.conversion import ADVICE
 from keras_vmoe.export.conversion import check_runtime
 from keras_vmoe.export.conversion import convert
-from keras_vmoe.export.conversion import named_errors
 from keras_vmoe.export.conversion import one_output
+from keras_vmoe.export.errors import named_errors
 from keras_vmoe.export.quantization import KINDS
 from keras_vmoe.export.quantization import quantized
 from keras_vmoe.export.variants import moe_layers_of
@@ -92,7 +93,7 @@ def write_onnx(model, settings, path):
     runtime = require("onnxruntime", "onnx")
     model = routed(model, settings.signature.routing)
     call = one_output(model, traced_model(model))
-    with named_errors("ONNX Runtime"):
+    with named_errors("ONNX Runtime", ADVICE):
         proto, _ = tf2onnx.convert.from_function(
             call,
             input_signature=call.input_signature,
@@ -104,7 +105,7 @@ def write_onnx(model, settings, path):
         call = None
     _name(proto.graph)
     path.write_bytes(proto.SerializeToString())
-    with named_errors("ONNX Runtime"):
+    with named_errors("ONNX Runtime", ADVICE):
         session = runtime.InferenceSession(str(path))
     check_runtime(
         "ONNX Runtime",

@@ -18,6 +18,7 @@ import keras
 
 from keras_vmoe import models
 from keras_vmoe._extras import require
+from keras_vmoe.export.errors import shortened
 
 # Where a format is written: a module of this room, its settings and function.
 FORMATS = {
@@ -50,9 +51,16 @@ def write(format, model, settings, path):
         models.save(model, folder / "model.keras")
         (folder / "settings.json").write_text(settings.to_json())
         files = (folder / "model.keras", folder / "settings.json", path)
-        layers = model._flatten_layers()
-        modules = {type(layer).__module__ for layer in layers}
-        _run_process([format, *map(str, files), *sorted(modules)])
+        _run_process([format, *map(str, files), *sorted(_modules(model))])
+
+
+def _modules(model):
+    """Modules of all that is registered with Keras and stands in a model."""
+    config = model.to_json()
+    registered = keras.saving.get_custom_objects().items()
+    found = [x for name, x in registered if f'"{name}"' in config]
+    found += map(type, model._flatten_layers())
+    return {x.__module__ for x in found}
 
 
 def _run_process(arguments):
@@ -122,10 +130,11 @@ def _load(path, modules):
     except (AttributeError, TypeError, ValueError, ImportError) as error:
         raise ValueError(
             "The model must load under the TensorFlow backend in a new "
-            f"process. Received: {_cause(error)} Put layers of your own into "
-            "a module that can be imported (not the script itself), register "
-            "them by keras.saving.register_keras_serializable, and use "
-            "keras.ops in them."
+            f"process. Received: {_cause(error)} Put layers and functions of "
+            "your own into a module that can be imported (not the script "
+            "itself), register them by "
+            "keras.saving.register_keras_serializable, and use keras.ops in "
+            "them. In the place of a Lambda take such a layer."
         ) from error
 
 
@@ -133,7 +142,7 @@ def _cause(error):
     """The words of what an error began with, without what Keras adds."""
     while error.__cause__ is not None or error.__context__ is not None:
         error = error.__cause__ or error.__context__
-    return f"{type(error).__name__}: {str(error).strip()[:500]}"
+    return f"{type(error).__name__}: {shortened(error)}"
 
 
 if __name__ == "__main__":

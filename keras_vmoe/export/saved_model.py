@@ -1,20 +1,24 @@
 """`saved_model`: a folder that TF Serving loads."""
 
+import contextlib
 import pathlib
 
 from keras_vmoe._extras import require
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export import process
+from keras_vmoe.export.errors import named_errors
 from keras_vmoe.export.files import new_path
 from keras_vmoe.export.quantization import KINDS
 from keras_vmoe.export.settings import Preprocessing
 from keras_vmoe.export.settings import ServedSettings
+from keras_vmoe.export.settings import check_at_most
 from keras_vmoe.export.settings import check_card
-from keras_vmoe.export.settings import check_choice
 from keras_vmoe.export.settings import check_names
+from keras_vmoe.export.settings import check_path
 from keras_vmoe.export.settings import make_signatures
 from keras_vmoe.export.settings import table_pairs
 from keras_vmoe.export.variants import check_model
+from keras_vmoe.export.variants import check_quantization
 from keras_vmoe.export.variants import default_dials
 from keras_vmoe.export.variants import has_classes
 from keras_vmoe.export.variants import head_of
@@ -24,7 +28,13 @@ from keras_vmoe.models.cloning import clone_around
 from keras_vmoe.routing.groups import check_sizes
 
 WARMUP_BATCHES = (1, 8)
+MAX_RECORDS = 1000  # Of warm-up: with more TF Serving refuses the version.
 MAX_BATCH_SIZE = 1024
+LARGEST_BATCH, LARGEST_VERSION = 2**31 - 1, 2**63 - 1  # Integers of the server.
+ADVICE = (
+    "Use keras.ops in layers of your own, and no tables, whose state is not "
+    "made of weights."
+)
 
 
 def saved_model(
@@ -112,8 +122,11 @@ def saved_model(
     'served/1'
     """
     check_model(model)
+    check_path("directory", directory)
     check_sizes(version=version, max_batch_size=max_batch_size)
-    check_choice("quantize_experts", quantize_experts, KINDS)
+    check_at_most("version", version, LARGEST_VERSION)
+    check_at_most("max_batch_size", max_batch_size, LARGEST_BATCH)
+    check_quantization(model, quantize_experts, KINDS)
     batches = _warmup_batches(warmup, max_batch_size)
     model = clone_around(model)
     settings = ServedSettings(
@@ -126,6 +139,11 @@ def saved_model(
         class_names=check_names(class_names, model.output_shape[-1]),
         quantize_experts=quantize_experts,
         card=check_card(card),
+    )
+    check_at_most(
+        "the number of warm-up requests",
+        len(settings.signatures) * len(batches),
+        MAX_RECORDS,
     )
     require("tensorflow", "serving")
     if batches:
@@ -206,24 +224,41 @@ def write_version(model, settings, folder):
     from keras_vmoe.export.card import write_card
     from keras_vmoe.export.compaction import compact_version
     from keras_vmoe.export.endpoints import make_endpoints
+    from keras_vmoe.export.verification import verify_version
     from keras_vmoe.export.warmup import write_warmup
 
-    tf = import_tensorflow()
     whole = model
     if settings.quantize_experts is not None:
         model = with_small_experts(model, settings.quantize_experts)
-    endpoints = make_endpoints(model, settings)
+    with named_errors("TensorFlow", ADVICE):
+        endpoints = make_endpoints(model, settings)
+        _write_graph(folder, endpoints)
+    compact_version(folder)
+    verify_version(folder, model, endpoints, settings.signatures)
+    model._clear_losses()  # Those of the graph; layers are the user's own.
+    write_card(folder, whole, settings)
+    if settings.warmup_batches:
+        with _disk_errors():
+            write_warmup(folder, model.input_shape[1:], settings)
+
+
+def _write_graph(folder, endpoints):
+    tf = import_tensorflow()
     module = tf.Module()
     variables = (x for f in endpoints.values() for x in f.variables)
     module.weights = list({id(x): x for x in variables}.values())
     # Gradients of served functions would only take room.
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-    try:
+    with _disk_errors():
         tf.saved_model.save(module, str(folder), endpoints, options)
-        compact_version(folder)
-        write_card(folder, whole, settings)
-        if settings.warmup_batches:
-            write_warmup(folder, model.input_shape[1:], settings)
+
+
+@contextlib.contextmanager
+def _disk_errors():
+    """Errors of TensorFlow's files as those of Python's."""
+    tf = import_tensorflow()
+    try:
+        yield
     except tf.errors.OpError as error:
         raise OSError(
             "The version must be written whole. Received: an error of "

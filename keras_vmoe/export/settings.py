@@ -7,6 +7,9 @@ anything is written.
 import dataclasses
 import difflib
 import json
+import os
+import re
+from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import Any
 from typing import Literal
@@ -33,6 +36,7 @@ CARD_NAMES = (
     "signatures",
     "versions",
 )
+NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)  # Of a signature.
 MAX_PIXELS = 2**25  # 100 MB of decoded RGB.
 
 
@@ -78,11 +82,15 @@ class Signature:
                 f"`input` must be one of {INPUTS}. "
                 f"Received: input={self.input!r}. The default is 'float'."
             )
-        for name in ("features", "batch_priority"):
-            if getattr(self, name) not in (True, False, None):
+        for name, choices in (
+            ("features", (True, False)),
+            ("batch_priority", (True, False, None)),
+        ):
+            if not any(getattr(self, name) is x for x in choices):
                 raise ValueError(
                     f"`{name}` must be True or False. "
-                    f"Received: {name}={getattr(self, name)!r}."
+                    f"Received: {name}={getattr(self, name)!r}. "
+                    "Leave it out for the default."
                 )
 
     @property
@@ -213,6 +221,14 @@ class ConvertSettings:
 
 def table_pairs(table):
     """The pairs of name and settings of a table of signatures, checked."""
+    if isinstance(table, str) or not isinstance(
+        table, (Mapping, Iterable, type(None))
+    ):
+        raise ValueError(
+            "`signatures` must go from names to dicts of settings. "
+            f"Received: signatures={table!r}. Write for example "
+            "{'fast': dict(capacity_factor=0.5)}."
+        )
     pairs = list(table.items() if isinstance(table, Mapping) else table or ())
     for pair in pairs:
         good = isinstance(pair, (tuple, list)) and len(pair) == 2
@@ -242,17 +258,23 @@ def make_signatures(table, **defaults):
     """
     signatures = dict(STANDARD)
     for name, settings in table_pairs(table):
-        good = isinstance(name, str) and name.isidentifier()
-        if not good or name.startswith("__"):  # Those are TensorFlow's.
+        # Those with two underscores before them are TensorFlow's.
+        if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ValueError(
                 "The name of a signature must be a word of letters, digits and "
-                f"underscores. Received: {name!r}. Write for example 'fast'."
+                "underscores that begins with a letter. "
+                f"Received: {name!r}. Write for example 'fast'."
+            )
+        if name in STANDARD:
+            raise ValueError(
+                "Every signature must have a name of its own. "
+                f"Received: {name!r} twice, as {list(STANDARD)} are always "
+                "there. Choose another name."
             )
         if name in signatures:
             raise ValueError(
                 "Every signature must have a name of its own. "
-                f"Received: {name!r} twice; {list(STANDARD)} are always there. "
-                "Choose another name."
+                f"Received: {name!r} twice. Choose another name."
             )
         signatures[name] = _signature(name, settings)
     return {
@@ -288,19 +310,36 @@ def check_names(class_names, num_classes):
     """The names of the classes as a tuple, checked; None without."""
     if class_names is None:
         return None
-    if isinstance(class_names, str):
-        class_names = [class_names]
+    if isinstance(class_names, (str, Mapping)) or not isinstance(
+        class_names, Iterable
+    ):
+        raise ValueError(
+            "`class_names` must be a list of names in the order of the "
+            f"classes. Received: class_names={class_names!r}. Write for "
+            "example ['cat', 'dog']."
+        )
     names = tuple(map(str, class_names))
     if len(names) != num_classes:
         raise ValueError(
             f"`class_names` must have one name for each of the {num_classes} "
             f"classes. Received: {len(names)} names. Give all, or None."
         )
+    lines = [name.splitlines() for name in names]
+    if len({*names}) < len(names) or any(len(x) != 1 for x in lines):
+        raise ValueError(
+            "Class names must be lines of text that differ, and '' is that of "
+            f"no class. Received: class_names={names}. Rename some."
+        )
     return names
 
 
 def check_card(card):
     """A model card's own entries as plain values, checked."""
+    if card is not None and not isinstance(card, Mapping):
+        raise ValueError(
+            f"`card` must be a dict or None. Received: card={card!r}. "
+            "Write for example {'test_accuracy': 0.98}."
+        )
     card = dict(card or {})
     for name in card:
         if name in CARD_NAMES:
@@ -309,12 +348,30 @@ def check_card(card):
                 f"card={{{name!r}: {card[name]!r}}}. Choose another name."
             )
     try:
-        return json.loads(json.dumps(card, default=float))
+        return json.loads(json.dumps(card, default=float, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(
             "`card` must hold what JSON takes. "
             f"Received: card={card!r} ({error}). Use numbers and strings."
         ) from error
+
+
+def check_at_most(name, value, largest):
+    """Raises if a number is larger than what a server takes."""
+    if value > largest:
+        raise ValueError(
+            f"`{name}` must be at most {largest}. Received: {name}={value}. "
+            "Take a smaller one."
+        )
+
+
+def check_path(name, path):
+    """Raises unless this is a path."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(
+            f"`{name}` must be a path. Received: {name}={path!r}. "
+            "Write for example 'served/digits'."
+        )
 
 
 def check_choice(name, value, choices: tuple[Any, ...]):

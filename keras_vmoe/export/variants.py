@@ -1,19 +1,39 @@
 """The models that an export needs: other routing, features, small experts."""
 
+import os
+
 import keras
 
 from keras_vmoe import distribution
 from keras_vmoe import layers
 from keras_vmoe import models
 from keras_vmoe.export.quantization import QuantizedMLPExperts
+from keras_vmoe.export.settings import check_choice
 from keras_vmoe.models.cloning import clone_around
 from keras_vmoe.models.cloning import is_graph
 from keras_vmoe.models.cloning import set_part
 from keras_vmoe.models.cloning import share_parts
 
+ONE_BY_ONE = ("images_per_group", 1)  # As a dense model always answers.
+
+
+def check_quantization(model, kind, kinds):
+    """Raises unless the experts of a model can be stored so."""
+    check_choice("quantize_experts", kind, kinds)
+    if kind is not None and not moe_layers_of(model):
+        raise ValueError(
+            "Only experts are quantized. Received: "
+            f"quantize_experts={kind!r} with a dense model. Leave it out."
+        )
+
 
 def check_model(model):
     """Raises unless this is a built model from RGB images to logits."""
+    if isinstance(model, (str, os.PathLike)):
+        raise ValueError(
+            "`model` must be a Keras model. Received: the path "
+            f"{str(model)!r}. Load it by `models.load`."
+        )
     if distribution.num_processes() > 1:
         raise ValueError(
             "An export is made in one process. Received: "
@@ -68,9 +88,17 @@ def has_classes(model):
 
 def default_dials(model, **dials):
     """The dials that are set, for a model that routes; none for a dense one."""
-    if not moe_layers_of(model):
-        return {}
-    return {k: v for k, v in dials.items() if v is not None}
+    dials = {k: v for k, v in dials.items() if v is not None}
+    if moe_layers_of(model):
+        return dials
+    turned = {k: v for k, v in dials.items() if (k, v) != ONE_BY_ONE}
+    if turned:
+        raise ValueError(
+            "A dense model has nothing to route. Received: "
+            f"{', '.join(f'{k}={v!r}' for k, v in turned.items())} with "
+            f"{model.name!r}. Leave it out."
+        )
+    return {}
 
 
 def routed(model, dials):
@@ -137,9 +165,4 @@ def with_small_experts(model, kind):
         new.build(layer.get_build_config()["input_shape"])
         return new
 
-    if not moe_layers_of(model):
-        raise ValueError(
-            "Only experts are quantized. Received: "
-            f"quantize_experts={kind!r} with a dense model. Leave it out."
-        )
     return clone_around(model, change)

@@ -7,7 +7,6 @@ from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export.endpoints import INPUT_NAMES
 from keras_vmoe.export.replay import WARMUP
 
-MAX_RECORDS = 1000  # What TF Serving reads.
 SEED = 0
 
 
