@@ -1,7 +1,7 @@
 """Asks a running TF Serving for the classes of image files.
 
     python client.py digits seven.png three.png
-    python client.py digits *.jpg --grpc localhost:8500 --signature fast_jpeg
+    python client.py digits *.jpg --grpc localhost:8500 --signature accurate
     python client.py digits *.jpg --label canary
 
 By REST it needs Python alone; by gRPC `pip install 'keras_vmoe[serving]'`.
@@ -18,14 +18,27 @@ import urllib.request
 def main(arguments=None):
     """Prints the class of each file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("images", nargs="+")
-    parser.add_argument("--rest", default="http://localhost:8501")
+    parser.add_argument("model", help="Name under which it is served.")
+    parser.add_argument("images", nargs="+", help="JPEG or PNG files.")
+    parser.add_argument(
+        "--rest",
+        default="http://localhost:8501",
+        help="Address of the REST interface.",
+    )
     parser.add_argument("--grpc", help="host:port, instead of REST.")
-    parser.add_argument("--signature", default="serve_jpeg")
+    parser.add_argument(
+        "--signature",
+        default="serve_jpeg",
+        help="One that takes encoded images.",
+    )
     parser.add_argument("--label", help="Of a version, such as canary.")
     settings = parser.parse_args(arguments)
-    files = [pathlib.Path(name).read_bytes() for name in settings.images]
+    if "://" not in settings.rest:
+        settings.rest = f"http://{settings.rest}"
+    try:
+        files = [pathlib.Path(name).read_bytes() for name in settings.images]
+    except OSError as error:
+        raise SystemExit(f"{error.filename}: {error.strerror}") from error
     ask = by_grpc if settings.grpc else by_rest
     for name, answer in zip(settings.images, ask(settings, files), strict=True):
         print(f"{name}: {answer}")
@@ -74,7 +87,10 @@ def by_grpc(settings, files):
     request.inputs["image_bytes"].CopyFrom(tf.make_tensor_proto(files))
     with grpc.insecure_channel(settings.grpc) as channel:
         stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
-        outputs = stub.Predict(request, timeout=30).outputs
+        try:
+            outputs = stub.Predict(request, timeout=30).outputs
+        except grpc.RpcError as error:
+            raise SystemExit(f"refused: {error.details()}") from error
     values = {name: tf.make_ndarray(x) for name, x in outputs.items()}
     names = values.get("class_name", [b""] * len(files))
     return [

@@ -13,6 +13,7 @@ from keras_vmoe.cli.opening import open_model
 from keras_vmoe.cli.opening import restart
 from keras_vmoe.cli.opening import setting_of_run
 from keras_vmoe.export.saved_model import MAX_BATCH_SIZE
+from keras_vmoe.export.settings import MAX_PIXELS
 
 
 def export_model(settings, arguments):
@@ -37,6 +38,7 @@ def export_model(settings, arguments):
         print(f"model: {path}")
         return
     _check_dials(dials)
+    _check_folder(settings.output)
     classes = model.output_shape[-1]
     path = export.saved_model(
         model,
@@ -45,14 +47,35 @@ def export_model(settings, arguments):
         table,
         warmup=settings.warmup,
         max_batch_size=settings.max_batch_size,
-        preprocessing=export.Preprocessing(
-            test_crop=setting_of_run(settings.model, "test_crop")
-        ),
+        preprocessing=_preprocessing(settings),
         class_names=None if names == numbers(classes) else names,
         card=_card(settings.model),
         **common,
     )
     print(f"model: {path}")
+
+
+def _preprocessing(settings):
+    """What is set, and the crop of the run where none is."""
+    crop = settings.test_crop
+    if crop is None:
+        crop = setting_of_run(settings.model, "test_crop")
+    mean, std = (
+        tuple(x) if isinstance(x, list) else x
+        for x in (settings.mean, settings.std)
+    )
+    return export.Preprocessing(mean, std, crop, settings.max_pixels)
+
+
+def _check_folder(output):
+    """Raises if this is the name of a file of another format."""
+    formats = {".onnx": "onnx", ".tflite": "litert"}
+    suffix = pathlib.Path(output).suffix
+    if suffix in formats:
+        raise ValueError(
+            "A SavedModel is a folder of versions. Received: "
+            f"{output}. Write --format {formats[suffix]}, or another name."
+        )
 
 
 def _check_unused(settings):
@@ -63,6 +86,10 @@ def _check_unused(settings):
         ("warmup", True),
         ("max_batch_size", MAX_BATCH_SIZE),
         ("classes", None),
+        ("mean", 127.5),
+        ("std", 127.5),
+        ("test_crop", None),
+        ("max_pixels", MAX_PIXELS),
     ):
         if getattr(settings, name) != default:
             raise ValueError(
@@ -105,7 +132,7 @@ def serve_check(settings, arguments):
 def _signature(text):
     """`fast:capacity_factor=0.5,batch_priority=true` as name and settings."""
     name, colon, rest = text.partition(":")
-    pairs = [pair.partition("=") for pair in rest.split(",")]
+    pairs = [pair.partition("=") for pair in rest.split(",") if rest]
     if not colon or not all(key and value for key, _, value in pairs):
         raise ValueError(
             "A signature is written as NAME:SETTING=VALUE,SETTING=VALUE. "
@@ -131,6 +158,7 @@ def _card(model):
     if path.exists():
         accuracy = json.loads(path.read_text()).get("accuracy")
         card["test_accuracy"] = accuracy
+        card["test_accuracy_of"] = "the run, under the routing of training"
     for name in ("preset", "dataset"):
         value = setting_of_run(model, name)
         if value is not None:

@@ -5,16 +5,19 @@ from typing import Literal
 from keras_vmoe.cli.options import add_backend
 from keras_vmoe.cli.options import add_classes
 from keras_vmoe.export.saved_model import MAX_BATCH_SIZE
+from keras_vmoe.export.settings import MAX_PIXELS
 
 EXPORT_EPILOG = """A signature is NAME:SETTING=VALUE,SETTING=VALUE with the
 settings input (float, uint8 or encoded), features, capacity_factor,
-num_selected_experts, batch_priority and images_per_group.
+num_selected_experts, batch_priority and images_per_group, or NAME: alone.
 
 examples:
   keras-vmoe export runs/digits served/digits
   keras-vmoe export runs/digits served/digits --version 2 --signatures \\
     fast:capacity_factor=0.5,batch_priority=true \\
     accurate:num_selected_experts=3,input=encoded
+  keras-vmoe export model.keras served/mine --mean='[123.675,116.28,103.53]' \\
+    --std='[58.395,57.12,57.375]' --test_crop 0.875
   keras-vmoe export runs/digits digits.onnx --format onnx \\
     --capacity_factor 0.5 --batch_priority true
 """
@@ -115,6 +118,7 @@ def _add_serving(parser):
     parser.add_argument(
         "--signatures",
         nargs="*",
+        action="extend",
         default=[],
         help="Further positions of the routing dial, see below.",
     )
@@ -123,6 +127,31 @@ def _add_serving(parser):
         type=int,
         default=MAX_BATCH_SIZE,
         help="Larger requests to a SavedModel are refused.",
+    )
+    parser.add_argument(
+        "--mean",
+        type=float | list[float],
+        default=127.5,
+        help="What pixels of 0 to 255 are less, one number or three.",
+    )
+    parser.add_argument(
+        "--std",
+        type=float | list[float],
+        default=127.5,
+        help="And what the rest is divided by.",
+    )
+    parser.add_argument(
+        "--test_crop",
+        type=float | None,
+        default=None,
+        help="Share of the shorter side of files that is kept; default: that "
+        "of the run, or all.",
+    )
+    parser.add_argument(
+        "--max_pixels",
+        type=int,
+        default=MAX_PIXELS,
+        help="Files of more pixels are not decoded.",
     )
     parser.add_argument(
         "--warmup",
@@ -148,7 +177,8 @@ def serve_check_parser(jsonargparse):
         "--model",
         type=str | None,
         default=None,
-        help="Run folder or .keras file that was exported, to compare with.",
+        help="Run folder or .keras file that was exported, to compare with "
+        "(after its experts are quantized as those of the export).",
     )
     parser.add_argument(
         "--rounds", type=int, default=20, help="Answers for each time."

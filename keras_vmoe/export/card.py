@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import platform
 
@@ -11,6 +12,7 @@ from keras_vmoe import models
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export.variants import moe_layers_of
 from keras_vmoe.export.variants import routed
+from keras_vmoe.models.costs import places_of
 from keras_vmoe.version import __version__
 
 CARD = pathlib.Path("assets.extra", "model_card.json")
@@ -69,10 +71,13 @@ def _routing(layer):
     """What a MoE layer's router really does."""
     names = ("num_selected_experts", "capacity_factor", "batch_priority")
     found = {name: getattr(layer.router, name, None) for name in names}
+    tokens = math.prod(layer.get_build_config()["input_shape"][1:-1])
     return {
         "layer": layer.name,
         "router": type(layer.router).__name__,
         "num_experts": layer.num_experts,
         "images_per_group": layer.images_per_group,
         **{k: v for k, v in found.items() if v is not None},
+        # Rounded up, for a group: dials that round to the same do the same.
+        "places_per_image": places_of(layer, tokens),
     }

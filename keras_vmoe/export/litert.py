@@ -1,5 +1,8 @@
 """`litert`: one file for LiteRT, once TensorFlow Lite."""
 
+import pathlib
+import tempfile
+
 from keras_vmoe._extras import require
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export.conversion import ADVICE
@@ -7,6 +10,7 @@ from keras_vmoe.export.conversion import check_runtime
 from keras_vmoe.export.conversion import convert
 from keras_vmoe.export.conversion import one_output
 from keras_vmoe.export.errors import named_errors
+from keras_vmoe.export.saved_model import write_graph
 from keras_vmoe.export.variants import routed
 from keras_vmoe.export.variants import with_small_experts
 
@@ -24,7 +28,8 @@ def litert(
 
     The file takes `images` `(B, H, W, 3)` float32, normalised as in training,
     and gives `logits` `(B, classes)`, or `features` of a model without
-    classes. The batch is 1 until `resize_tensor_input` sets another. The file
+    classes, by its signature `serving_default`; the batch is 1 until
+    `resize_tensor_input` sets another. The file
     gets its name after LiteRT gave the model's outputs. See `saved_model` for
     what `images_per_group` means.
 
@@ -88,15 +93,15 @@ def write_litert(model, settings, path):
     model = routed(model, settings.signature.routing)
     core = traced_model(model)
     call = one_output(model, core)
-    module = tf.Module()
-    module.call = call
-    converter = tf.lite.TFLiteConverter.from_concrete_functions(
-        [call.get_concrete_function()], module
-    )
     runtime = require("ai_edge_litert.interpreter", "litert")
-    with named_errors("LiteRT", ADVICE):
-        path.write_bytes(converter.convert())
-        interpreter = runtime.Interpreter(str(path))
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        # From a folder, which alone gives inputs and outputs their names.
+        folder = pathlib.Path(temporary, "1")
+        write_graph(folder, {"serving_default": call.get_concrete_function()})
+        with named_errors("LiteRT", ADVICE):
+            converter = tf.lite.TFLiteConverter.from_saved_model(str(folder))
+            path.write_bytes(converter.convert())
+            interpreter = runtime.Interpreter(str(path))
     check_runtime(
         "LiteRT",
         lambda images: _run(interpreter, images),

@@ -232,7 +232,7 @@ def write_version(model, settings, folder):
         model = with_small_experts(model, settings.quantize_experts)
     with named_errors("TensorFlow", ADVICE):
         endpoints = make_endpoints(model, settings)
-        _write_graph(folder, endpoints)
+        write_graph(folder, endpoints)
     compact_version(folder)
     verify_version(folder, model, endpoints, settings.signatures)
     model._clear_losses()  # Those of the graph; layers are the user's own.
@@ -242,7 +242,13 @@ def write_version(model, settings, folder):
             write_warmup(folder, model.input_shape[1:], settings)
 
 
-def _write_graph(folder, endpoints):
+def write_graph(folder, endpoints):
+    """Writes functions and their variables as a SavedModel.
+
+    Args:
+        folder: `pathlib.Path` that does not exist.
+        endpoints: Dict from name to `tf.ConcreteFunction`.
+    """
     tf = import_tensorflow()
     module = tf.Module()
     variables = (x for f in endpoints.values() for x in f.variables)

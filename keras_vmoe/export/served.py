@@ -82,19 +82,19 @@ class ServedModel:
     Raises:
         OSError: If TensorFlow is not installed or cannot load the folder.
         RefusedRequest: If TensorFlow refuses a request.
+        ValueError: If there is no such signature, or no longer a model.
 
     Runs on Linux, where TensorFlow's library has the name it is looked for.
 
     Example:
 
+    >>> import keras
     >>> from keras_vmoe.export import saved_model
-    >>> from keras_vmoe.models import ViTMoE
-    >>> model = ViTMoE(
-    ...     image_size=16, patch_size=4, hidden_dim=16, num_layers=2,
-    ...     num_heads=2, mlp_dim=32, num_classes=10,
-    ...     moe={"layers": [1], "num_experts": 4})
+    >>> model = keras.Sequential(
+    ...     [keras.Input((8, 8, 3)), keras.layers.Flatten(),
+    ...      keras.layers.Dense(10)])
     >>> served = ServedModel(saved_model(model, "served"))
-    >>> images = np.zeros((3, 16, 16, 3), "float32")
+    >>> images = np.zeros((3, 8, 8, 3), "float32")
     >>> served("serving_default", images=images)["logits"].shape
     (3, 10)
     >>> served.close()
@@ -130,7 +130,7 @@ class ServedModel:
         self.signatures = _signatures(self.meta_graph)
 
     def __call__(self, signature, **inputs):
-        known, wanted = self.signatures[signature]
+        known, wanted = self._known(signature, inputs)
         infos = [known[name] for name in inputs]
         feeds = self._outputs(infos)
         fetches = self._outputs(wanted.values())
@@ -158,12 +158,30 @@ class ServedModel:
                 self.tf.TF_DeleteTensor(tensor)
 
     def close(self):
-        """Frees the weights."""
+        """Frees the weights; a closed model answers no more."""
         if self.session:
             self.tf.TF_CloseSession(self.session, self.status)
             self.tf.TF_DeleteSession(self.session, self.status)
-        self.tf.TF_DeleteGraph(self.graph)
-        self.tf.TF_DeleteStatus(self.status)
+        if self.graph:
+            self.tf.TF_DeleteGraph(self.graph)
+            self.tf.TF_DeleteStatus(self.status)
+        self.session = self.graph = None
+
+    def _known(self, signature, inputs):
+        """The inputs and outputs of a signature, if it can be asked this."""
+        if not self.session:
+            raise ValueError(
+                "A closed model answers no more. Received: a request for "
+                f"{signature!r}. Load the folder again."
+            )
+        known, wanted = self.signatures.get(signature, ({}, {}))
+        if not known or set(inputs) != set(known):
+            raise ValueError(
+                "A request must name a signature and its inputs. Received: "
+                f"{signature!r} with {sorted(inputs)}. There are "
+                f"{ {k: sorted(x) for k, (x, _) in self.signatures.items()} }."
+            )
+        return known, wanted
 
     def _check(self, error):
         if self.tf.TF_GetCode(self.status):
@@ -186,6 +204,13 @@ class ServedModel:
         dims = (ctypes.c_int64 * array.ndim)(*array.shape)
         strings = array.dtype == object
         names = {name: number for number, name in DTYPES.items()}
+        bytes_only = strings and all(isinstance(x, bytes) for x in array.flat)
+        if not bytes_only and array.dtype.name not in names:
+            raise RefusedRequest(
+                f"Inputs must be bytes or of {sorted(names)}. Received: "
+                f"{array.dtype.name} in an array of shape {array.shape}. "
+                "Convert them."
+            )
         dtype = STRING if strings else names[array.dtype.name]
         size = TSTRING_BYTES * array.size if strings else array.nbytes
         tensor = self.tf.TF_AllocateTensor(dtype, dims, array.ndim, size)

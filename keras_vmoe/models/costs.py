@@ -215,7 +215,7 @@ def _(layer, inputs, outputs):
 @work.register(layers.MoEMLP)
 def _(layer, inputs, outputs):
     num_tokens, features = math.prod(inputs.shape[1:-1]), inputs.shape[-1]
-    places = _places(layer, num_tokens)
+    places = places_of(layer, num_tokens)
     gate = num_tokens * sum(
         _size(w) for w in layer.router.gate_layer.weights if len(w.shape) > 1
     )
@@ -239,8 +239,13 @@ def _mlp_work(layer, positions):
     return Work(positions * kernels, positions * layer.hidden_dim)
 
 
-def _places(layer, num_tokens):
-    """Places in the experts' buffers per image, on average."""
+def places_of(layer, num_tokens):
+    """Places in the experts' buffers per image, on average.
+
+    Args:
+        layer: A `MoEMLP`.
+        num_tokens: Tokens of an image.
+    """
     router = layer.router
     if isinstance(router, layers.SoftRouter):
         return layer.num_experts * router.gate_layer.mu.shape[-1]

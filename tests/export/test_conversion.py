@@ -27,6 +27,8 @@ def run(path, images):
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(str(path))
+    signature = interpreter.get_signature_list()["serving_default"]
+    assert signature == {"inputs": ["images"], "outputs": ["logits"]}
     (inputs,) = interpreter.get_input_details()
     interpreter.resize_tensor_input(inputs["index"], images.shape)
     interpreter.allocate_tensors()
