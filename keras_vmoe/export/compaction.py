@@ -114,10 +114,9 @@ def merge_functions(library, called):
         function.signature.name = ""
         key = function.SerializeToString(deterministic=True)
         function.signature.name = name
-        if name in called:
-            found[key] = name
-        names[name] = found.setdefault(key, name)
-    kept = [functions[x] for x in names if x in called or x == names[x]]
+        first = found.setdefault(key, name)
+        names[name] = name if name in called else first
+    kept = [functions[x] for x in names if x == names[x]]
     library.ClearField("function")
     library.function.extend(kept)
 

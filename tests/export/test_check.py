@@ -1,5 +1,7 @@
 """The folder, replayed without Keras, and the commands."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -22,7 +24,8 @@ def folder(tmp_path_factory):
     (folder / "config.yaml").write_text("test_crop: 0.5\npreset: null\n")
     done = run(
         "export", folder, folder / "served", "--warmup=[2]", "--signatures",
-        "fast:capacity_factor=0.5,batch_priority=true",
+        "fast:capacity_factor=0.5,batch_priority=true", "--signatures",
+        "same:", "--mean=[1,2,3]", "--std=64", "--max_pixels=4096",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"model: {folder / 'served' / '1'}\n"
@@ -35,8 +38,23 @@ def test_serve_check(folder):
     )
     assert done.returncode == 0, done.stderr
     assert "of which weights" in done.stdout
-    for name in (*export.settings.STANDARD, "fast"):
+    for name in (*export.settings.STANDARD, "fast", "same"):
         assert f"\n{name} " in done.stdout
+
+
+def test_what_the_command_wrote_down(folder):
+    path = folder / "served" / "1" / "assets.extra" / "model_card.json"
+    card = json.loads(path.read_text())
+    assert card["preprocessing"] == {
+        "mean": [1, 2, 3], "std": 64, "test_crop": 0.5, "max_pixels": 4096,
+    }  # fmt: skip
+    assert "training" in card["test_accuracy_of"]
+    places = {
+        name: {x["places_per_image"] for x in signature["routing"]}
+        for name, signature in card["signatures"].items()
+    }
+    assert places["serving_default"] == places["same"] == {4 * 12}
+    assert places["fast"] == {4 * 8}  # 17 tokens, K=2: 4.25, to a multiple.
 
 
 def test_what_it_finds(folder):
@@ -44,7 +62,7 @@ def test_what_it_finds(folder):
     checked = export.check(folder / "served", model, rounds=2)
     assert checked.folder == folder / "served" / "1" and checked.agrees
     assert 0 < checked.weight_bytes < checked.disk_bytes
-    assert [x["batch"] for x in checked.requests] == [2] * 5
+    assert [x["batch"] for x in checked.requests] == [2] * 6
     for request in checked.requests:
         assert request["graph_bytes"] > 1e4 and request["ms"][1] > 0
         assert request["difference"] < 1e-5
@@ -62,6 +80,27 @@ def test_another_model_is_found_out(folder, tmp_path):
     )  # fmt: skip
     assert done.returncode == 1
     assert "must be those of the model" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"rounds": 0}, "rounds=0"),
+        ({"model": "model.keras"}, "Load it by `models.load`"),
+    ],
+)
+def test_bad_arguments(folder, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        export.check(folder / "served", **arguments)
+
+
+def test_a_model_of_another_size(folder):
+    other = models.ViTMoE(
+        16, 4, 32, 2, 4, 64, 7,
+        moe={"layers": [0, 1], "num_experts": 4, "num_selected_experts": 2},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"\(2, 10\) for \(2, 7\)"):
+        export.check(folder / "served", other, rounds=1)
 
 
 def test_the_newest_version(tmp_path):
@@ -91,6 +130,10 @@ def test_exports_of_the_command(folder):
     assert "--signatures mine:num_selected_experts=1" in done.stderr
     done = run("export", folder, folder / "x", "--signatures", "a:input=[")
     assert done.returncode == 1 and "numbers, words" in done.stderr
+    done = run("export", folder, folder / "x.onnx")
+    assert done.returncode == 1 and "--format onnx" in done.stderr
+    done = run("export", folder, folder / "x.onnx", "--format=onnx", "--std=2")
+    assert done.returncode == 1 and "Only a SavedModel has std" in done.stderr
 
 
 @pytest.mark.slow

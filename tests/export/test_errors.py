@@ -51,7 +51,22 @@ def model():
         ({"warmup": [1, 2000]}, "a batch of 2000 with max_batch_size=1024"),
         ({"class_names": ["a"]}, "each of the 10 classes. Received: 1 names"),
         ({"quantize_experts": "int4"}, "quantize_experts='int4'"),
-        ({"class_names": "abcdefghij"}, "Received: 1 names"),
+        ({"class_names": "abcdefghij"}, "must be a list of names"),
+        ({"class_names": {0: "a"}}, "must be a list of names"),
+        ({"class_names": 10}, "must be a list of names"),
+        ({"class_names": ["a\nb", *"bcdefghij"]}, "must be lines of text"),
+        ({"class_names": ["b", *"bcdefghij"[:9]]}, "must be lines of text"),
+        ({"class_names": ["", *"bcdefghij"]}, "must be lines of text"),
+        ({"signatures": 3}, "signatures=3"),
+        ({"signatures": "fast"}, "signatures='fast'"),
+        ({"signatures": {"_x": {}}}, "Received: '_x'"),
+        ({"signatures": {"x": {"features": 1}}}, "features=1"),
+        ({"version": 2**63}, "version=9223372036854775808"),
+        ({"max_batch_size": 2**31}, "must be at most 2147483647"),
+        ({"warmup": range(1, 252)}, "warm-up requests=1004"),
+        ({"directory": None}, "directory=None"),
+        ({"card": [1]}, r"card=\[1\]"),
+        ({"card": {"accuracy": float("nan")}}, "must hold what JSON takes"),
         ({"warmup": "8"}, "warmup='8'"),
         ({"warmup": 8.5}, "warmup=8.5"),
         ({"signatures": ["fast"]}, "must go from names to dicts"),
@@ -64,7 +79,9 @@ def model():
 )
 def test_bad_arguments(model, tmp_path, arguments, words):
     with pytest.raises(ValueError, match=words):
-        export.saved_model(model, tmp_path / "served", **arguments)
+        export.saved_model(
+            **{"model": model, "directory": tmp_path / "served", **arguments}
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -89,6 +106,7 @@ def test_models_that_have_no_graph_or_no_images(tmp_path):
     pooled = keras.layers.GlobalAveragePooling2D()(image)
     soft = keras.layers.Dense(3, activation="softmax")(pooled)
     for model, words in (
+        ("model.keras", "the path 'model.keras'. Load it"),
         (keras.Sequential([keras.layers.Dense(3)]), "must be a built"),
         (flat, "one batch of RGB images"),
         (keras.Model(image, soft), "a Dense with an activation"),
@@ -112,10 +130,15 @@ def test_dense_and_soft_models_have_no_such_dial(tmp_path):
             export.saved_model(
                 small.MODELS[kind](), tmp_path, signatures={"fast": small.FAST}
             )
-    with pytest.raises(ValueError, match="Only experts are quantized"):
-        export.saved_model(
-            small.MODELS["dense"](), tmp_path, quantize_experts="int8"
-        )
+    dense = small.MODELS["dense"]()
+    for arguments, words in (
+        ({"quantize_experts": "int8"}, "Only experts are quantized"),
+        ({"capacity_factor": 2.0}, "nothing to route.*capacity_factor=2.0"),
+        ({"images_per_group": 8}, "nothing to route.*images_per_group=8"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            export.saved_model(dense, tmp_path, **arguments)
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_version_is_overwritten(model, tmp_path):
@@ -158,9 +181,9 @@ def test_a_folder_of_somebody_else(model, tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr("tempfile.mkdtemp", refuse)
-    with pytest.raises(OSError, match="Permission denied\). Choose another"):
+    with pytest.raises(OSError, match=r"Permission denied\). Choose another"):
         export.saved_model(model, tmp_path / "served")
-    assert not list((tmp_path / "served").iterdir())
+    assert not list(tmp_path.glob("served*"))
 
 
 @pytest.mark.slow
@@ -216,6 +239,80 @@ def test_layers_of_ones_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_table_is_refused(tmp_path):
+    images = keras.Input((8, 8, 3))
+    mean = keras.layers.GlobalAveragePooling2D()(images)
+    x = keras.layers.IntegerLookup(vocabulary=[1, 2])(
+        keras.ops.cast(mean, "int64")
+    )
+    x = keras.layers.Flatten()(keras.layers.Embedding(4, 2)(x))
+    model = keras.Model(images, keras.layers.Dense(3)(x))
+    with pytest.raises(ValueError, match="and no tables"):
+        export.saved_model(model, tmp_path / "served")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_functions_of_ones_own(tmp_path, monkeypatch):
+    name = f"own_function_{keras.backend.backend()}"
+    (tmp_path / f"{name}.py").write_text(
+        "import keras\n\n"
+        "@keras.saving.register_keras_serializable('own')\n"
+        "def double(x):\n    return 2 * keras.ops.relu(x)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    images = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(4, 3, activation=__import__(name).double)(images)
+    x = keras.layers.Dense(3)(keras.layers.GlobalAveragePooling2D()(x))
+    model = keras.Model(images, x)
+    path = export.saved_model(model, tmp_path / "served", warmup=False)
+    served = export.served.ServedModel(path)
+    images = np.ones((2, 8, 8, 3), "float32")
+    np.testing.assert_allclose(
+        served("serving_default", images=images)["logits"],
+        small.logits(model, images),
+        atol=1e-6,
+    )
+
+
+@pytest.mark.slow
+def test_layers_that_tensorflow_cannot_trace(tmp_path, monkeypatch):
+    """They load, as they tell their shape, and fail in the graph."""
+    code = (
+        "if keras.backend.backend() == 'tensorflow':\n"
+        "            return keras.ops.convert_to_tensor(x.numpy())\n"
+        "        return x\n\n"
+        "    def compute_output_spec(self, x):\n"
+        "        return keras.KerasTensor(x.shape, x.dtype)"
+    )
+    model = own_model(tmp_path, monkeypatch, code)
+    with pytest.raises(ValueError, match="Use keras.ops in layers"):
+        export.saved_model(model, tmp_path / "served")
+    assert not list(tmp_path.glob("served*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="runs in its process"
+)
+def test_a_version_that_says_something_else_gets_no_name(tmp_path, monkeypatch):
+    """As if what makes graphs smaller had left something out."""
+    from keras_vmoe.export import compaction
+
+    def forget(graph, stateful):
+        compact(graph, stateful)
+        for node in graph.node_def:
+            if node.op == "Rsqrt":
+                node.op = "Sqrt"
+
+    compact = compaction.compact_function
+    monkeypatch.setattr(compaction, "compact_function", forget)
+    with pytest.raises(ValueError, match="must say what the model says"):
+        export.saved_model(small.MODELS["bpr"](), tmp_path / "served")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_layers_that_tensorflow_cannot_run(tmp_path, monkeypatch):
     if keras.backend.backend() == "tensorflow":
         return  # There nothing stands between the layer and TensorFlow.
@@ -227,4 +324,4 @@ def test_layers_that_tensorflow_cannot_run(tmp_path, monkeypatch):
     model = own_model(tmp_path, monkeypatch, code)
     with pytest.raises(ValueError, match="use keras.ops"):
         export.saved_model(model, tmp_path / "served")
-    assert not list((tmp_path / "served").iterdir())
+    assert not list(tmp_path.glob("served*"))

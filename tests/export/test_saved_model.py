@@ -170,14 +170,27 @@ def attention(x):
     return keras.layers.Reshape((1, 1, 16))(x)
 
 
+def nested_masks(x):
+    inputs = keras.Input((16, 16))
+    dense = keras.layers.Dense(16)(keras.layers.Masking()(inputs))
+    x = keras.layers.Reshape((16, 16))(x)
+    x = x * keras.ops.reshape(keras.ops.arange(16) < 5, (16, 1))
+    x = keras.Model(inputs, dense)(x)
+    x = keras.layers.MultiHeadAttention(2, 4)(x, x)
+    return keras.layers.Reshape((4, 4, 16))(x)
+
+
 def same_layers(x):
     for _ in range(2):
         x = x + layers.MoEMLP(num_experts=4, hidden_dim=32)(x)
     return x
 
 
+BODIES = [stateful, shared, attention, nested_masks, same_layers]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("body", [stateful, shared, attention, same_layers])
+@pytest.mark.parametrize("body", BODIES)
 def test_any_layers(body, tmp_path):
     """Layers are stored as functions, and equal ones once."""
     if keras.backend.backend() != "tensorflow" and body is shared:
@@ -321,6 +334,23 @@ def test_a_bad_image_is_bad_alone(served, tmp_path):
     files = [good, good[:90], b"", b"GIF89a" + bytes(20), huge, good]
     classes = served("serve_jpeg", image_bytes=files)["class_id"].tolist()
     assert classes[0] == classes[-1] >= 0 and classes[1:-1] == [-1] * 4
+
+
+def test_requests_without_a_sense(folder):
+    served = ServedModel(folder)
+    images = small.images(2)
+    for signature, inputs, words in (
+        ("nope", {"images": images}, "must name a signature"),
+        ("serving_default", {"image": images}, "must name a signature"),
+        ("serving_default", {"images": images.astype("uint16")}, "uint16"),
+        ("serve_jpeg", {"image_bytes": ["text"]}, "must be bytes"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            served(signature, **inputs)
+    served.close()
+    served.close()
+    with pytest.raises(ValueError, match="Load the folder again"):
+        served("serving_default", images=images)
 
 
 @pytest.mark.parametrize(
