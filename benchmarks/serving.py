@@ -17,6 +17,7 @@ multiply-adds times 1.15.
 
 import argparse
 import functools
+import json
 import pathlib
 import tempfile
 
@@ -72,7 +73,7 @@ def dial(run_dir, data_dir, rounds):
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     model = models.load(run_dir / "model.keras", compile=False)
     signatures = {"grouped": GROUPED}
-    names = {"serving_default": "as trained", "grouped": "as trained"}
+    names = {"serving_default": "own dials", "grouped": "own dials"}
     for i, (name, dials) in enumerate(DIAL.items()):
         signatures[f"alone_{i}"] = dials
         signatures[f"grouped_{i}"] = {**dials, **GROUPED}
@@ -89,13 +90,13 @@ def dial(run_dir, data_dir, rounds):
         served = ServedModel(path)
         for name, label in names.items():
             groups = 8 if name.startswith("grouped") else 1
-            candidates[label, groups] = (served, name, weights_of(path))
+            candidates[label, groups] = (served, name, path)
         for version, kind in ((2, "float16"), (3, "int8")):
             path = export.saved_model(
                 model, folder, version, warmup=False, quantize_experts=kind
             )
             candidates[f"experts in {kind}", 1] = (
-                ServedModel(path), "serving_default", weights_of(path),
+                ServedModel(path), "serving_default", path,
             )  # fmt: skip
         rows = positions(candidates, batches, rounds)
     name = f"{config['dataset']}, {model.name}"
@@ -107,6 +108,16 @@ def weights_of(folder):
     return sum(x.stat().st_size for x in folder.glob("variables/*"))
 
 
+def places_of(folder, signature):
+    """Places in the experts' buffers of a MoE layer, per image."""
+    card = json.loads((folder / "assets.extra/model_card.json").read_text())
+    places = {
+        x["places_per_image"] for x in card["signatures"][signature]["routing"]
+    }
+    (number,) = places  # The layers are alike.
+    return number
+
+
 def positions(candidates, batches, rounds):
     """Accuracy and latency of signatures of folders, in turn."""
     images = batches[0][0]
@@ -115,9 +126,9 @@ def positions(candidates, batches, rounds):
         for key, (served, name, _) in candidates.items()
     }
     seconds = interleaved.measure(calls, rounds)
-    baseline = seconds[str(("as trained", 1))]
+    baseline = seconds[str(("own dials", 1))]
     rows = []
-    for (label, groups), (served, name, size) in candidates.items():
+    for (label, groups), (served, name, folder) in candidates.items():
         values = seconds[str((label, groups))]
         right = sum(
             int((served(name, images=x)["class_id"] == y).sum())
@@ -130,7 +141,8 @@ def positions(candidates, batches, rounds):
                 "batch": len(images),
                 **spread(values, values / baseline),
                 "accuracy": round(right / sum(len(y) for _, y in batches), 4),
-                "weight_bytes": size,
+                "weight_bytes": weights_of(folder),
+                "places_per_image": places_of(folder, name),
                 "target": "",
             }
         )
@@ -173,6 +185,7 @@ def latency(sparse, dense, batches, rounds):
                     **spread(seconds[sparse], seconds[sparse] / seconds[dense]),
                     "accuracy": "",
                     "weight_bytes": "",
+                    "places_per_image": "",
                     "target": round(SLACK * flops[sparse] / flops[dense], 3),
                 }
             )
