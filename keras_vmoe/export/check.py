@@ -79,7 +79,8 @@ def check(directory, model=None, rounds=20):
 
     Raises:
         FileNotFoundError: If there is no SavedModel.
-        ValueError: If the folder has no warm-up requests, or cannot be loaded.
+        ValueError: If the folder has no warm-up requests, or cannot be loaded,
+            or if the model is none or one of other outputs.
 
     Example:
 
@@ -97,11 +98,7 @@ def check(directory, model=None, rounds=20):
     True
     """
     check_sizes(rounds=rounds)
-    if model is not None and not isinstance(model, keras.Model):
-        raise ValueError(
-            "`model` must be the Keras model that was exported, or None. "
-            f"Received: model={model!r}. Load it by `models.load`."
-        )
+    _check_is_model(model)
     folder = replay.newest_version(directory)
     facts, answers = _replayed(folder, rounds)
     differences = _differences(folder, model, answers)
@@ -113,16 +110,22 @@ def check(directory, model=None, rounds=20):
         load_seconds=facts["load_seconds"],
         requests=[
             {
-                **request,
-                "graph_bytes": facts["graph_bytes"][request["signature"]],
-                "difference": difference,
+                **x,
+                "graph_bytes": facts["graph_bytes"][x["signature"]],
+                "difference": found,
             }
-            for request, difference in zip(
-                facts["requests"], differences, strict=True
-            )
+            for x, found in zip(facts["requests"], differences, strict=True)
         ],
         tolerance=TOLERANCE if model is None else tolerance_of(model),
     )
+
+
+def _check_is_model(model):
+    if model is not None and not isinstance(model, keras.Model):
+        raise ValueError(
+            "`model` must be the Keras model that was exported, or None. "
+            f"Received: model={model!r}. Load it by `models.load`."
+        )
 
 
 def tolerance_of(model):

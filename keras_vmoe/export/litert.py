@@ -56,11 +56,10 @@ def litert(
 
     Example:
 
-    >>> from keras_vmoe.models import ViTMoE
-    >>> model = ViTMoE(
-    ...     image_size=16, patch_size=4, hidden_dim=16, num_layers=2,
-    ...     num_heads=2, mlp_dim=32, num_classes=10,
-    ...     moe={"layers": [1], "num_experts": 4})
+    >>> import keras
+    >>> model = keras.Sequential(
+    ...     [keras.Input((8, 8, 3)), keras.layers.Flatten(),
+    ...      keras.layers.Dense(10)])
     >>> litert(model, "model.tflite").as_posix()
     'model.tflite'
     """

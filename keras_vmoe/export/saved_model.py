@@ -103,7 +103,8 @@ def saved_model(
 
     Raises:
         ValueError: If the model, a signature or another argument does not fit,
-            before anything is written.
+            before anything is written; if TensorFlow cannot run the model, or
+            what it wrote does not say what the model says.
         FileExistsError: If the version exists.
         OSError: If the folder cannot be written.
         ImportError: If the extra `serving` is not installed.

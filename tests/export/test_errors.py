@@ -225,9 +225,7 @@ def own_model(tmp_path, monkeypatch, code):
     return keras.Model(images, keras.layers.Dense(10)(x))
 
 
-@pytest.mark.slow
-def test_layers_of_ones_own(tmp_path, monkeypatch):
-    model = own_model(tmp_path, monkeypatch, "return keras.ops.relu(x)")
+def check_export(model, tmp_path):
     path = export.saved_model(model, tmp_path / "served", warmup=False)
     served = export.served.ServedModel(path)
     images = np.ones((2, 8, 8, 3), "float32")
@@ -236,6 +234,12 @@ def test_layers_of_ones_own(tmp_path, monkeypatch):
         small.logits(model, images),
         atol=1e-6,
     )
+
+
+@pytest.mark.slow
+def test_layers_of_ones_own(tmp_path, monkeypatch):
+    model = own_model(tmp_path, monkeypatch, "return keras.ops.relu(x)")
+    check_export(model, tmp_path)
 
 
 @pytest.mark.slow
@@ -265,14 +269,7 @@ def test_functions_of_ones_own(tmp_path, monkeypatch):
     x = keras.layers.Conv2D(4, 3, activation=__import__(name).double)(images)
     x = keras.layers.Dense(3)(keras.layers.GlobalAveragePooling2D()(x))
     model = keras.Model(images, x)
-    path = export.saved_model(model, tmp_path / "served", warmup=False)
-    served = export.served.ServedModel(path)
-    images = np.ones((2, 8, 8, 3), "float32")
-    np.testing.assert_allclose(
-        served("serving_default", images=images)["logits"],
-        small.logits(model, images),
-        atol=1e-6,
-    )
+    check_export(model, tmp_path)
 
 
 @pytest.mark.slow
