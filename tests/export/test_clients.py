@@ -130,6 +130,17 @@ def test_by_grpc(served, files, capsys):
     assert capsys.readouterr().out.splitlines() == expected(served, files)
 
 
+def test_what_goes_wrong_is_one_line(files):
+    nobody = "127.0.0.1:1"
+    for arguments, words in (
+        (["none.png"], "none.png: No such file"),
+        ([*files, "--rest", nobody], f"^http://{nobody}: "),
+        ([*files, "--grpc", nobody], "^refused: "),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            client("digits", *arguments)
+
+
 def test_the_configuration_of_models():
     config = text_format.Parse(
         (FOLDER / "models.config").read_text(),
