@@ -1,5 +1,6 @@
 """`export` and `serve-check`."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -49,10 +50,11 @@ def export_model(settings, arguments):
         max_batch_size=settings.max_batch_size,
         preprocessing=_preprocessing(settings),
         class_names=None if names == numbers(classes) else names,
-        card=_card(settings.model),
+        card=_card(settings),
         **common,
     )
     print(f"model: {path}")
+    print(f"try it: keras-vmoe serve-check {path} --model {settings.model}")
 
 
 def _preprocessing(settings):
@@ -65,6 +67,16 @@ def _preprocessing(settings):
         for x in (settings.mean, settings.std)
     )
     return export.Preprocessing(mean, std, crop, settings.max_pixels)
+
+
+def _is_preprocessed_otherwise(settings):
+    """Whether images are not what they were where the run was tested."""
+    crop = setting_of_run(settings.model, "test_crop")
+    tested = export.Preprocessing(test_crop=crop)
+    given = dataclasses.replace(
+        _preprocessing(settings), max_pixels=tested.max_pixels
+    )
+    return given != tested
 
 
 def _check_folder(output):
@@ -122,10 +134,16 @@ def serve_check(settings, arguments):
     checked = export.check(settings.directory, model, settings.rounds)
     print(export.report(checked))
     if not checked.agrees:
+        wrong = {
+            x["signature"]
+            for x in checked.requests
+            if not x["difference"] <= checked.tolerance
+        }
         raise ValueError(
-            "The answers must be those of the model. Received: the differences "
-            "above, relative to the largest number. Give the model that was "
-            "exported."
+            "The answers must be those of the model, but for "
+            f"{checked.tolerance:.0e} of the largest number. Received: the "
+            f"differences above, too large for {', '.join(sorted(wrong))}. "
+            "Give the model that was exported."
         )
 
 
@@ -150,15 +168,17 @@ def _signature(text):
         ) from error
 
 
-def _card(model):
+def _card(settings):
     """What a run folder knows for the model card."""
-    path = pathlib.Path(model)
+    model, path = settings.model, pathlib.Path(settings.model)
     path = (path if path.is_dir() else path.parent) / "result.json"
     card = {}
-    if path.exists():
+    if path.exists() and not _is_preprocessed_otherwise(settings):
         accuracy = json.loads(path.read_text()).get("accuracy")
         card["test_accuracy"] = accuracy
-        card["test_accuracy_of"] = "the run, under the routing of training"
+        card["test_accuracy_of"] = (
+            "the run, under the routing of training, its experts not quantized"
+        )
     for name in ("preset", "dataset"):
         value = setting_of_run(model, name)
         if value is not None:

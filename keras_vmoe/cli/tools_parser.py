@@ -132,7 +132,8 @@ def _add_serving(parser):
         "--mean",
         type=float | list[float],
         default=127.5,
-        help="What pixels of 0 to 255 are less, one number or three.",
+        help="What pixels of 0 to 255 are less, one number or one for each "
+        "channel.",
     )
     parser.add_argument(
         "--std",
@@ -157,7 +158,8 @@ def _add_serving(parser):
         "--warmup",
         type=bool | list[int],
         default=True,
-        help="Whether to write warm-up requests, or their batch sizes.",
+        help="Whether to write warm-up requests, of batches of 1 and 8, or "
+        "their batch sizes.",
     )
 
 

@@ -10,6 +10,8 @@ import keras
 
 from keras_vmoe import models
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.export.variants import has_classes
+from keras_vmoe.export.variants import head_of
 from keras_vmoe.export.variants import moe_layers_of
 from keras_vmoe.export.variants import routed
 from keras_vmoe.models.costs import places_of
@@ -40,7 +42,7 @@ def make_card(model, settings):
     costs = {}
     for name, signature in settings.signatures.items():
         variant = routed(model, signature.routing)
-        cost = models.cost(variant)
+        cost = models.cost(_asked(variant, signature))
         costs[name] = {
             **dataclasses.asdict(signature),
             "routing": [_routing(layer) for layer in moe_layers_of(variant)],
@@ -53,6 +55,7 @@ def make_card(model, settings):
         **settings.card,
         "params": model.count_params(),
         "image_size": list(model.input_shape[1:3]),
+        "channels": model.input_shape[-1],
         "num_classes": getattr(model, "num_classes", model.output_shape[-1]),
         "preprocessing": dataclasses.asdict(settings.preprocessing),
         "max_batch_size": settings.max_batch_size,
@@ -65,6 +68,13 @@ def make_card(model, settings):
             "python": platform.python_version(),
         },
     }
+
+
+def _asked(model, signature):
+    """The part of a model that a signature runs."""
+    if not (signature.features and has_classes(model)):
+        return model
+    return keras.Model(model.inputs, head_of(model).input)
 
 
 def _routing(layer):

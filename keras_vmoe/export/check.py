@@ -178,7 +178,13 @@ def _differences(folder, model, given):
         signature = card["signatures"][name]
         dials = {k: signature[k] for k in DIALS if signature[k] is not None}
         images = _images(signature["input"], inputs, card)
-        right = answering(routed(model, dials))(images, training=False)
+        try:
+            right = answering(routed(model, dials))(images, training=False)
+        except ValueError as error:
+            raise ValueError(
+                "The model must be the one that was exported. Received: one "
+                f"that cannot do what the signature {name!r} does. ({error})"
+            ) from error
         right = {k: ops.convert_to_numpy(x) for k, x in right.items()}
         answer = {k: x for k, x in given.items() if k.startswith(f"{i}/")}
         answer = {k.partition("/")[2]: x for k, x in answer.items()}
@@ -243,7 +249,8 @@ def _images(kind, inputs, card):
     preprocessing = Preprocessing(**card["preprocessing"])
     if kind == "encoded":
         crop = preprocessing.test_crop
-        content = [decoded(x, card["image_size"], crop) for x in content]
+        shape = (*card["image_size"], card["channels"])
+        content = [decoded(x, shape, crop) for x in content]
     return normalized(np.asarray(content, "float32"), preprocessing)
 
 

@@ -77,7 +77,7 @@ def one_output(model, core):
         core: Function that `endpoints.traced_model` made of it.
 
     Returns:
-        A `tf.function` from `(B, H, W, 3)` to a dict of one entry.
+        A `tf.function` from `(B, H, W, C)` to a dict of one entry.
     """
     tf = import_tensorflow()
     name = "logits" if has_classes(model) else "features"
@@ -95,9 +95,9 @@ def check_runtime(name, run, call, shape):
 
     Args:
         name: Name of the runtime.
-        run: Function from `(B, H, W, 3)` to the outputs by the runtime.
+        run: Function from `(B, H, W, C)` to the outputs by the runtime.
         call: The function that was converted.
-        shape: `(H, W, 3)`.
+        shape: `(H, W, C)`.
     """
     generator = np.random.default_rng(0)
     for batch in BATCHES:

@@ -2,7 +2,7 @@
 
 Runs under the TensorFlow backend, in the process of the export.
 
-Axes: B images in the batch, H and W height and width in pixels.
+Axes: B images in the batch, H and W height and width in pixels, C channels.
 """
 
 import keras
@@ -65,7 +65,7 @@ def input_spec(kind, shape):
 
     Args:
         kind: `Signature.input`.
-        shape: `(H, W, 3)`.
+        shape: `(H, W, C)`.
     """
     tf = import_tensorflow()
     name = INPUT_NAMES[kind]
@@ -179,7 +179,7 @@ def _reader(kind, shape, settings):
         spec_of_one = tf.TensorSpec(shape, tf.float32)
         pixels = tf.map_fn(
             lambda content: decoded_or_nan(
-                content, shape[:2], settings.preprocessing
+                content, shape, settings.preprocessing
             ),
             inputs,
             fn_output_signature=spec_of_one,
@@ -208,7 +208,7 @@ def normalized(pixels, preprocessing):
     """Pixels on the scale of 0 to 255 as the model's input.
 
     Args:
-        pixels: `(B, H, W, 3)` float32 tensor or array.
+        pixels: `(B, H, W, C)` float32 tensor or array.
         preprocessing: A `Preprocessing`.
     """
     mean, std = (
@@ -218,7 +218,7 @@ def normalized(pixels, preprocessing):
     return pixels / std - mean / std  # In the order of `data.normalize`.
 
 
-def decoded_or_nan(content, size, preprocessing):
+def decoded_or_nan(content, shape, preprocessing):
     """The pixels of an encoded image; NaN where it cannot be decoded.
 
     A damaged file must not fail the request: a server may have put other
@@ -226,42 +226,44 @@ def decoded_or_nan(content, size, preprocessing):
 
     Args:
         content: Scalar string tensor, a JPEG or PNG file.
-        size: `(H, W)`.
+        shape: `(H, W, C)`; one channel is grey, three are RGB.
         preprocessing: A `Preprocessing`.
 
     Returns:
-        `(H, W, 3)` float32 tensor on the scale of 0 to 255.
+        `(H, W, C)` float32 tensor on the scale of 0 to 255.
     """
     tf = import_tensorflow()
 
     def decode(content):
         limit = preprocessing.max_pixels
         with tf.control_dependencies([_check_pixels(content, limit)]):
-            return decoded(tf.identity(content), size, preprocessing.test_crop)
+            return decoded(tf.identity(content), shape, preprocessing.test_crop)
 
     one = tf.data.Dataset.from_tensors(content)
     one = one.map(decode).ignore_errors()
-    nan = tf.data.Dataset.from_tensors(tf.fill((*size, 3), float("nan")))
+    nan = tf.data.Dataset.from_tensors(tf.fill(shape, float("nan")))
     return one.concatenate(nan).take(1).get_single_element()
 
 
-def decoded(content, size, test_crop):
+def decoded(content, shape, test_crop):
     """The pixels of an encoded image, as evaluation sees them.
 
     Args:
         content: Scalar string tensor, a JPEG or PNG file.
-        size: `(H, W)`.
+        shape: `(H, W, C)`; one channel is grey, three are RGB.
         test_crop: Share of the shorter side to keep, or None.
 
     Returns:
-        `(H, W, 3)` float32 tensor on the scale of 0 to 255.
+        `(H, W, C)` float32 tensor on the scale of 0 to 255.
     """
     tf = import_tensorflow()
-    image = tf.io.decode_image(content, 3, expand_animations=False)
-    image = tf.ensure_shape(image, (None, None, 3))
+    *size, channels = shape
+    image = tf.io.decode_image(content, channels, expand_animations=False)
+    image = tf.ensure_shape(image, (None, None, channels))
     if test_crop is not None:
         image = center_crop(image, size, test_crop)
-    return tf.cast(to_rgb(image, size), tf.float32)
+    pixels = to_rgb(image, tuple(size))[..., :channels]
+    return tf.cast(pixels, tf.float32)
 
 
 def _check_pixels(content, limit):

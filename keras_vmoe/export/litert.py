@@ -26,7 +26,7 @@ def litert(
 ):
     """Exports a model to LiteRT, from every backend.
 
-    The file takes `images` `(B, H, W, 3)` float32, normalised as in training,
+    The file takes `images` `(B, H, W, C)` float32, normalised as in training,
     and gives `logits` `(B, classes)`, or `features` of a model without
     classes, by its signature `serving_default`; the batch is 1 until
     `resize_tensor_input` sets another. The file

@@ -27,7 +27,7 @@ def onnx(
 ):
     """Exports a model to ONNX, from every backend.
 
-    The file takes `images` `(B, H, W, 3)` float32, normalised as in training,
+    The file takes `images` `(B, H, W, C)` float32, normalised as in training,
     with any B from 1 on, and gives `logits` `(B, classes)`, or `features` of a
     model without classes. It gets its name after ONNX Runtime gave the model's
     outputs. See `saved_model` for what `images_per_group` means.

@@ -1,14 +1,21 @@
 """`saved_model`: a folder that TF Serving loads."""
 
 import contextlib
+import json
 import pathlib
+import warnings
+
+import numpy as np
 
 from keras_vmoe._extras import require
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export import process
+from keras_vmoe.export.card import CARD
 from keras_vmoe.export.errors import named_errors
 from keras_vmoe.export.files import new_path
 from keras_vmoe.export.quantization import KINDS
+from keras_vmoe.export.replay import newest_version
+from keras_vmoe.export.settings import STANDARD
 from keras_vmoe.export.settings import Preprocessing
 from keras_vmoe.export.settings import ServedSettings
 from keras_vmoe.export.settings import check_at_most
@@ -16,7 +23,6 @@ from keras_vmoe.export.settings import check_card
 from keras_vmoe.export.settings import check_names
 from keras_vmoe.export.settings import check_path
 from keras_vmoe.export.settings import make_signatures
-from keras_vmoe.export.settings import table_pairs
 from keras_vmoe.export.variants import check_model
 from keras_vmoe.export.variants import check_quantization
 from keras_vmoe.export.variants import default_dials
@@ -59,11 +65,11 @@ def saved_model(
     of signatures, and so are layers and routings that do the same. These are
     always there:
 
-    - `serving_default`: `images` `(B, H, W, 3)` float32, normalised as in
+    - `serving_default`: `images` `(B, H, W, C)` float32, normalised as in
       training.
-    - `serve_images`: `images` `(B, H, W, 3)` uint8.
+    - `serve_images`: `images` `(B, H, W, C)` uint8.
     - `serve_jpeg`: `image_bytes` `(B,)`, JPEG or PNG files, decoded and resized
-      as in evaluation.
+      as in evaluation; where the images are RGB, or grey with C = 1.
     - `features`: `images` as `serving_default`; gives `features` `(B, D)`.
 
     The others give `logits` and `probabilities` `(B, classes)`, `class_id`
@@ -77,7 +83,7 @@ def saved_model(
     2024](https://arxiv.org/abs/2402.05526)).
 
     Args:
-        model: A functional or sequential Keras model from `(B, H, W, 3)` to
+        model: A functional or sequential Keras model from `(B, H, W, C)` to
             logits.
         directory: Folder of the versions; made if there is none.
         version: Integer of at least 1. An existing version is never touched.
@@ -134,7 +140,9 @@ def saved_model(
         signatures=_signatures(
             model, signatures, images_per_group, capacity_factor
         ),
-        preprocessing=_checked_preprocessing(preprocessing),
+        preprocessing=_checked_preprocessing(
+            preprocessing, model.input_shape[-1]
+        ),
         max_batch_size=max_batch_size,
         warmup_batches=batches,
         class_names=check_names(class_names, model.output_shape[-1]),
@@ -150,11 +158,12 @@ def saved_model(
     if batches:
         require("tensorflow_serving", "serving")
     with new_path(pathlib.Path(directory), str(int(version))) as folder:
+        _warn_of_missing(settings.signatures, pathlib.Path(directory))
         process.write("saved_model", model, settings, folder)
     return pathlib.Path(directory, str(int(version)))
 
 
-def _checked_preprocessing(preprocessing):
+def _checked_preprocessing(preprocessing, channels):
     if preprocessing is None:
         return Preprocessing()
     if not isinstance(preprocessing, Preprocessing):
@@ -163,6 +172,14 @@ def _checked_preprocessing(preprocessing):
             f"preprocessing={preprocessing!r}. Write "
             "export.Preprocessing(test_crop=0.875)."
         )
+    for name in ("mean", "std"):
+        value = getattr(preprocessing, name)
+        if np.size(value) not in (1, channels):
+            raise ValueError(
+                f"`{name}` must be one number, or one for each channel. "
+                f"Received: {name}={value} for images of {channels} channels. "
+                "Give one number."
+            )
     return preprocessing
 
 
@@ -192,26 +209,54 @@ def _signatures(model, table, images_per_group, capacity_factor):
         images_per_group=images_per_group,
         capacity_factor=capacity_factor,
     )
-    table = table_pairs(table)
     signatures = make_signatures(table, **defaults)
-    if head_of(model) is None or not has_classes(model):
-        asked = dict(table)
-        signatures = {
-            name: x
-            for name, x in signatures.items()
-            if name in asked or not x.features
-        }
-    for name, signature in signatures.items():
-        if signature.features and has_classes(model) and not head_of(model):
-            raise ValueError(
-                "Features are what the last `Dense` layer gets. Received: a "
-                f"model without one, for the signature {name!r}. Leave it out."
-            )
+    for name, signature in [*signatures.items()]:
+        lacking = _lacking(model, signature)
+        if lacking is not None and name in STANDARD:
+            del signatures[name]
+            continue
         try:
+            if lacking is not None:
+                raise ValueError(f"{lacking} Leave it out.")
             routed(model, signature.routing)
         except ValueError as error:
             raise ValueError(f"{error} (Signature {name!r}.)") from error
+    if not has_classes(model):  # The others say no more.
+        del signatures["features"]
     return signatures
+
+
+def _lacking(model, signature):
+    """Why a model of this kind cannot have a signature; None if it can."""
+    channels = model.input_shape[-1]
+    if signature.input == "encoded" and channels not in (1, 3):
+        return (
+            "Files are decoded to grey or RGB. Received: a model of images of "
+            f"{channels} channels."
+        )
+    if signature.features and has_classes(model) and head_of(model) is None:
+        return (
+            "Features are what the last `Dense` layer gets. Received: a model "
+            "without one."
+        )
+    return None
+
+
+def _warn_of_missing(signatures, directory):
+    """Warns if clients of the newest version would not be answered any more."""
+    try:
+        newest = newest_version(directory)
+        card = json.loads((newest / CARD).read_text())
+    except (FileNotFoundError, ValueError):  # Of the first, or another's.
+        return
+    missing = card.get("signatures", {}).keys() - signatures
+    if missing:
+        warnings.warn(
+            "A version should answer what the one before it does. Received: no "
+            f"signature {', '.join(map(repr, sorted(missing)))}, as version "
+            f"{newest.name} has. Give its `signatures` as well.",
+            stacklevel=3,
+        )
 
 
 def write_version(model, settings, folder):

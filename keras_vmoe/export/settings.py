@@ -29,6 +29,7 @@ CARD_NAMES = (
     "model",
     "params",
     "image_size",
+    "channels",
     "num_classes",
     "preprocessing",
     "max_batch_size",
@@ -45,8 +46,8 @@ class Signature:
     """One way to ask an exported model: what goes in, how it is routed.
 
     Attributes:
-        input: `"float"` for images `(B, H, W, 3)` normalised as in training,
-            `"uint8"` for pixels `(B, H, W, 3)`, `"encoded"` for the bytes
+        input: `"float"` for images `(B, H, W, C)` normalised as in training,
+            `"uint8"` for pixels `(B, H, W, C)`, `"encoded"` for the bytes
             `(B,)` of JPEG and PNG files of any size.
         features: Whether to answer with the features `(B, D)` before the head
             instead of classes.
@@ -115,8 +116,8 @@ class Preprocessing:
     The defaults are those of `data.preprocess`, with which this package trains.
 
     Attributes:
-        mean: Number or three of them, on the scale of 0 to 255.
-        std: Number or three of them, above 0, on the same scale.
+        mean: Number, or one for each channel, on the scale of 0 to 255.
+        std: Number, or one for each channel, above 0, on the same scale.
         test_crop: Share of the shorter side that the centre crop of encoded
             images keeps; None resizes whole images. See `data.load`.
         max_pixels: Encoded images of more pixels are not decoded.
@@ -139,21 +140,22 @@ class Preprocessing:
         for name in ("mean", "std"):
             value = getattr(self, name)
             values = value if isinstance(value, (list, tuple)) else (value,)
-            good = len(values) in (1, 3) and all(map(is_number, values))
+            good = len(values) > 0 and all(map(is_number, values))
             if not good or (name == "std" and min(values) <= 0):
                 words = "numbers above 0" if name == "std" else "numbers"
                 raise ValueError(
-                    f"`{name}` must be one or three {words}, on the scale of 0 "
-                    f"to 255. Received: {name}={value!r}. "
-                    "V-MoE has 127.5 for both."
+                    f"`{name}` must be {words} on the scale of 0 to 255, one "
+                    f"or one for each channel. Received: {name}={value!r}. "
+                    "Give those of training; this package trains with 127.5."
                 )
-            if len(values) == 3:
+            if isinstance(value, list):
                 object.__setattr__(self, name, tuple(values))
         crop = self.test_crop
         if crop is not None and not (is_number(crop) and 0 < crop <= 1):
             raise ValueError(
                 "`test_crop` must be a share in (0, 1] or None. "
-                f"Received: test_crop={crop!r}. ConvNeXt has 0.875."
+                f"Received: test_crop={crop!r}. Give that of the evaluation, "
+                "such as 0.875."
             )
         check_sizes(max_pixels=self.max_pixels)
 

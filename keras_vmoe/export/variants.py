@@ -28,7 +28,7 @@ def check_quantization(model, kind, kinds):
 
 
 def check_model(model):
-    """Raises unless this is a built model from RGB images to logits."""
+    """Raises unless this is a built model from images to logits."""
     if isinstance(model, (str, os.PathLike)):
         raise ValueError(
             "`model` must be a Keras model. Received: the path "
@@ -47,10 +47,10 @@ def check_model(model):
         )
     shapes = [tuple(x.shape[1:]) for x in model.inputs]
     one = len(shapes) == len(model.outputs) == 1 and len(shapes[0]) == 3
-    if not one or None in shapes[0] or shapes[0][-1] != 3:
+    if not one or None in shapes[0]:
         raise ValueError(
-            "`model` must go from one batch of RGB images of a known size, "
-            f"(B, H, W, 3), to one output. Received: inputs {shapes} and "
+            "`model` must go from one batch of images of a known size, "
+            f"(B, H, W, C), to one output. Received: inputs {shapes} and "
             f"{len(model.outputs)} outputs. Build it with its image size."
         )
     last = model.outputs[0]._keras_history.operation

@@ -15,7 +15,7 @@ def write_warmup(folder, shape, settings):
 
     Args:
         folder: `pathlib.Path` of a version.
-        shape: `(H, W, 3)` of the model's images.
+        shape: `(H, W, C)` of the model's images.
         settings: `ServedSettings`.
     """
     tf = import_tensorflow()
@@ -40,10 +40,10 @@ def example(kind, shape):
 
     Args:
         kind: `Signature.input`.
-        shape: `(B, H, W, 3)`.
+        shape: `(B, H, W, C)`.
 
     Returns:
-        Array `(B, H, W, 3)`, or `(B,)` of bytes.
+        Array `(B, H, W, C)`, or `(B,)` of bytes.
     """
     tf = import_tensorflow()
     pixels = np.random.default_rng(SEED).integers(0, 256, shape, "uint8")

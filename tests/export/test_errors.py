@@ -108,7 +108,7 @@ def test_models_that_have_no_graph_or_no_images(tmp_path):
     for model, words in (
         ("model.keras", "the path 'model.keras'. Load it"),
         (keras.Sequential([keras.layers.Dense(3)]), "must be a built"),
-        (flat, "one batch of RGB images"),
+        (flat, "one batch of images of a known size"),
         (keras.Model(image, soft), "a Dense with an activation"),
         (
             keras.Model(image, keras.layers.Softmax()(pooled)),

@@ -308,6 +308,36 @@ def test_neighbours_change_nothing(served):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels_than_rgb(channels, tmp_path):
+    images = keras.Input((16, 16, channels))
+    x = keras.layers.Conv2D(8, 4, 4)(images)
+    x = layers.MoEMLP(4, 16)(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    model = small.wild(keras.Model(images, keras.layers.Dense(10)(x)))
+    path = export.saved_model(model, tmp_path)
+    assert export.check(path, model, rounds=1).agrees
+    signatures = ServedModel(path).signatures
+    assert ("serve_jpeg" in signatures) == (channels == 1)
+    if channels == 4:
+        with pytest.raises(ValueError, match="Files are decoded to grey or"):
+            table = {"mine": {"input": "encoded"}}
+            export.saved_model(model, tmp_path, 2, signatures=table)
+    three = export.Preprocessing(mean=(1, 2, 3))
+    with pytest.raises(ValueError, match=f"images of {channels} channels"):
+        export.saved_model(model, tmp_path, 2, preprocessing=three)
+
+
+def test_a_version_that_lacks_a_signature(tmp_path):
+    model = small.MODELS["dense"]()
+    table = {"mine": {"input": "encoded"}}
+    export.saved_model(model, tmp_path, signatures=table, warmup=False)
+    words = "no signature 'mine', as version 1 has"
+    with pytest.warns(UserWarning, match=words):
+        export.saved_model(model, tmp_path, 2, warmup=False)
+
+
+@pytest.mark.slow
 def test_a_model_that_would_forget_a_nan(tmp_path):
     images = keras.Input((16, 16, 3))
     x = keras.layers.Conv2D(8, 3, activation="relu")(images)
