@@ -9,6 +9,7 @@ By REST it needs Python alone; by gRPC `pip install 'keras_vmoe[serving]'`.
 
 import argparse
 import base64
+import http.client
 import json
 import pathlib
 import urllib.error
@@ -66,6 +67,10 @@ def by_rest(settings, files):
         raise SystemExit(f"refused: {error.read().decode()}") from error
     except urllib.error.URLError as error:
         raise SystemExit(f"{settings.rest}: {error.reason}") from error
+    except (http.client.HTTPException, json.JSONDecodeError) as error:
+        raise SystemExit(f"{settings.rest}: no REST ({error!r})") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise SystemExit(f"{settings.signature} names no classes")
     return [
         describe(row["class_id"], row.get("class_name"), row["probabilities"])
         for row in rows
@@ -92,6 +97,8 @@ def by_grpc(settings, files):
         except grpc.RpcError as error:
             raise SystemExit(f"refused: {error.details()}") from error
     values = {name: tf.make_ndarray(x) for name, x in outputs.items()}
+    if "class_id" not in values:
+        raise SystemExit(f"{settings.signature} names no classes")
     names = values.get("class_name", [b""] * len(files))
     return [
         describe(int(i), name.decode(), probabilities)

@@ -151,9 +151,12 @@ def _signature(text):
     """`fast:capacity_factor=0.5,batch_priority=true` as name and settings."""
     name, colon, rest = text.partition(":")
     pairs = [pair.partition("=") for pair in rest.split(",") if rest]
-    if not colon or not all(key and value for key, _, value in pairs):
+    keys = [key for key, _, _ in pairs]
+    whole = all(key and value for key, _, value in pairs)
+    if not colon or not whole or len({*keys}) < len(keys):
         raise ValueError(
-            "A signature is written as NAME:SETTING=VALUE,SETTING=VALUE. "
+            "A signature is written as NAME:SETTING=VALUE,SETTING=VALUE, each "
+            "setting once. "
             f"Received: --signatures {text}. Write for example "
             "fast:capacity_factor=0.5,batch_priority=true."
         )

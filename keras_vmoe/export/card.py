@@ -18,6 +18,7 @@ from keras_vmoe.models.costs import places_of
 from keras_vmoe.version import __version__
 
 CARD = pathlib.Path("assets.extra", "model_card.json")
+LABELS = CARD.with_name("labels.txt")
 
 
 def write_card(folder, model, settings):
@@ -33,8 +34,8 @@ def write_card(folder, model, settings):
     card = make_card(model, settings)
     path.write_text(json.dumps(card, indent=2) + "\n")
     if settings.class_names is not None:
-        names = path.with_name("labels.txt")
-        names.write_text("".join(f"{x}\n" for x in settings.class_names))
+        names = "".join(f"{x}\n" for x in settings.class_names)
+        (folder / LABELS).write_text(names, "utf-8")
 
 
 def make_card(model, settings):

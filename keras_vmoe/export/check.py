@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,10 +14,14 @@ from keras import ops
 
 from keras_vmoe.export import replay
 from keras_vmoe.export.card import CARD
+from keras_vmoe.export.card import LABELS
 from keras_vmoe.export.endpoints import decoded
 from keras_vmoe.export.endpoints import normalized
+from keras_vmoe.export.errors import shortened
+from keras_vmoe.export.settings import CARD_NAMES
 from keras_vmoe.export.settings import DIALS
 from keras_vmoe.export.settings import Preprocessing
+from keras_vmoe.export.settings import check_path
 from keras_vmoe.export.variants import answering
 from keras_vmoe.export.variants import routed
 from keras_vmoe.export.variants import with_small_experts
@@ -97,6 +102,7 @@ def check(directory, model=None, rounds=20):
     >>> "serve_jpeg" in report(checked)
     True
     """
+    check_path("directory", directory)
     check_sizes(rounds=rounds)
     _check_is_model(model)
     folder = replay.newest_version(directory)
@@ -145,7 +151,7 @@ def _replayed(folder, rounds):
             command, capture_output=True, text=True
         )
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+            reason = shortened(_last_error(done.stderr))
             raise ValueError(
                 "TensorFlow must be able to load the folder and to answer its "
                 f"warm-up requests. Received: {folder}, and exit status "
@@ -159,6 +165,12 @@ def _replayed(folder, rounds):
             )
         with np.load(answers) as stored:
             return facts, dict(stored)
+
+
+def _last_error(text):
+    """The words of the error that ended a program; all where there is none."""
+    *_, words = re.split(r"^(?:\w+\.)*\w*(?:Error|Request): ", text, flags=re.M)
+    return words.strip()
 
 
 def _size(folder):
@@ -188,6 +200,8 @@ def _differences(folder, model, given):
         right = {k: ops.convert_to_numpy(x) for k, x in right.items()}
         answer = {k: x for k, x in given.items() if k.startswith(f"{i}/")}
         answer = {k.partition("/")[2]: x for k, x in answer.items()}
+        if "class_name" in answer:
+            right["class_name"] = _names(folder, answer["class_id"])
         differences.append(difference(answer, right))
     return differences
 
@@ -200,7 +214,24 @@ def _card(folder):
             "To compare with a model, an export must have its model card. "
             f"Received: {str(folder)!r} without {CARD}. Leave the model out."
         )
-    return json.loads(path.read_text())
+    try:
+        card = json.loads(path.read_text("utf-8"))
+        missing = {*CARD_NAMES} - card.keys()
+    except (ValueError, AttributeError) as error:
+        missing = error
+    if missing:
+        raise ValueError(
+            "To compare with a model, a model card must be whole. Received: "
+            f"{str(path)!r} ({missing}). Export it again, or leave the model "
+            "out."
+        )
+    return card
+
+
+def _names(folder, classes):
+    """The names of classes, those of images without one included."""
+    names = (folder / LABELS).read_text("utf-8").splitlines()
+    return np.array([*names, ""])[classes].astype(bytes)
 
 
 def difference(answer, right):
@@ -226,10 +257,11 @@ def difference(answer, right):
             return float("inf")
         right = {**right, "probabilities": _softmax(right["logits"])}
         names |= {"probabilities"}
-    return max(_distance(answer[name], right[name]) for name in names)
+    return max(distance(answer[name], right[name]) for name in names)
 
 
-def _distance(answer, right):
+def distance(answer, right):
+    """How far an array is from the right one, where its largest is 1."""
     if answer.dtype.kind in "OS":  # Names of classes.
         return 0.0 if np.array_equal(answer, right) else float("inf")
     scale = max(1, np.abs(right).max())

@@ -25,7 +25,10 @@ REQUIRED = {
     "onnx": ("tensorflow", "tf2onnx", "onnxruntime"),
     "litert": ("tensorflow", "ai_edge_litert"),
 }
-ADVICE = "Export it by `export.saved_model`, or try other routing."
+ADVICE = (
+    "Export it by `export.saved_model`, or try other routing or a model of "
+    "float32."
+)
 BATCHES = (1, 3)  # What a runtime is asked before a file gets its name.
 
 

@@ -23,7 +23,7 @@ INPUT_NAMES = {
 UNKNOWN = -1  # The class of an image without a finite answer.
 # What a PNG begins with; its sizes stand in the chunk that must come first.
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-JPEG_SCAN, MAX_SCANS = b"\xff\xda", 100
+JPEG_SCAN, USUAL_SCANS = b"\xff\xda", 10
 
 
 def make_endpoints(model, settings):
@@ -270,12 +270,17 @@ def _check_pixels(content, limit):
     """Fails unless this begins like a JPEG or PNG of at most so many pixels.
 
     Read from the file's head: a few bytes can ask for gigabytes of pixels. And
-    a JPEG may go over all of its pixels again and again, scan by scan.
+    a JPEG may go over all of its pixels again and again, scan by scan: one of
+    more scans than usual may have the fewer pixels.
     """
     tf = import_tensorflow()
 
     def of_jpeg():
-        return tf.cast(tf.image.extract_jpeg_shape(content), tf.int64)[:2]
+        sides = tf.cast(tf.image.extract_jpeg_shape(content), tf.int64)[:2]
+        scans = tf.size(tf.strings.split(content, JPEG_SCAN), tf.int64) - 1
+        # As often as it is gone over, in the usual number of scans.
+        times = tf.maximum(-(-scans // USUAL_SCANS), 1)
+        return tf.stack([sides[0], sides[1] * times])
 
     def of_png():
         head = tf.io.decode_raw(tf.strings.substr(content, 16, 8), tf.uint8)
@@ -283,8 +288,7 @@ def _check_pixels(content, limit):
         return tf.reduce_sum(numbers * [2**24, 2**16, 2**8, 1], axis=-1)
 
     is_png = tf.equal(tf.strings.substr(content, 0, len(PNG)), PNG)
-    scans = tf.size(tf.strings.split(content, JPEG_SCAN)) - 1
-    is_jpeg = tf.io.is_jpeg(content) & (scans <= MAX_SCANS)
+    is_jpeg = tf.io.is_jpeg(content)
     sides = tf.cond(is_png, of_png, of_jpeg)
     # Each side for itself as well: a product of two could overflow.
     fits = tf.reduce_all(sides <= limit) & (tf.reduce_prod(sides) <= limit)

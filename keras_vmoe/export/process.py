@@ -1,10 +1,12 @@
 """Exports run under the TensorFlow backend: here, or in a process of its own.
 
-    python -m keras_vmoe.export.process FORMAT MODEL SETTINGS OUT [MODULE ...]
+    python -m keras_vmoe.export.process FORMAT FOLDER OUT [MODULE ...]
 
-is that process.
+is that process. FOLDER has the model, the settings and what the model says;
+an error is written there.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -12,13 +14,20 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_vmoe import models
 from keras_vmoe._extras import require
+from keras_vmoe.export.check import distance
+from keras_vmoe.export.check import tolerance_of
 from keras_vmoe.export.errors import shortened
+from keras_vmoe.export.variants import answering
+from keras_vmoe.export.variants import routed
 
 # Where a format is written: a module of this room, its settings and function.
 FORMATS = {
@@ -26,6 +35,17 @@ FORMATS = {
     "onnx": ("onnx", "ConvertSettings", "write_onnx"),
     "litert": ("litert", "ConvertSettings", "write_litert"),
 }
+MODEL, SETTINGS = "model.keras", "settings.json"
+ANSWERS, ERROR = "answers.npz", "error.json"
+BATCH = 2  # Images that the model is asked on both sides.
+ROUNDING = 100  # How much more an accelerator rounds than a CPU.
+ADVICE = (
+    "Put layers and functions of your own into a module that can be imported "
+    "(not the script itself), register them by "
+    "keras.saving.register_keras_serializable, use keras.ops in them, and keep "
+    "what they know in weights or in their configuration. In the place of a "
+    "Lambda take such a layer."
+)
 ERRORS = {error.__name__: error for error in (ValueError, OSError, ImportError)}
 
 
@@ -39,19 +59,72 @@ def write(format, model, settings, path):
         path: `pathlib.Path` that does not exist.
 
     Raises:
-        ValueError: If the model cannot be built under TensorFlow.
+        ValueError: If the model cannot be built under TensorFlow, or says
+            something else there.
         OSError: If the disk is full.
     """
     require("tensorflow", "tensorflow")
+    settings = type(settings).from_json(settings.to_json())  # As the process.
     if keras.backend.backend() == "tensorflow":
         _writer(format)(model, settings, path)
         return
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         folder = pathlib.Path(folder)
-        models.save(model, folder / "model.keras")
-        (folder / "settings.json").write_text(settings.to_json())
-        files = (folder / "model.keras", folder / "settings.json", path)
-        _run_process([format, *map(str, files), *sorted(_modules(model))])
+        models.save(model, folder / MODEL)
+        (folder / SETTINGS).write_text(settings.to_json())
+        np.savez(folder / ANSWERS, **_answers(model, settings.routing))
+        modules = sorted(_modules(model))
+        _run_process([format, str(folder), str(path), *modules], folder)
+
+
+def _answers(model, dials):
+    """What the model says of a few images, the same on every backend.
+
+    Returns:
+        Dict of the outputs as arrays, and `tolerance`.
+    """
+    shape = (BATCH, *model.input_shape[1:])
+    images = np.random.default_rng(0).uniform(-1, 1, shape).astype("float32")
+    with _full_precision():
+        outputs = answering(routed(model, dials))(images, training=False)
+    tolerance = tolerance_of(model)
+    for x in outputs.values():
+        if "cpu" not in str(x.device).lower():
+            tolerance *= ROUNDING
+    arrays = {k: ops.convert_to_numpy(x) for k, x in outputs.items()}
+    return {**arrays, "tolerance": tolerance}
+
+
+@contextlib.contextmanager
+def _full_precision():
+    """Accelerators may round products of float32 to fewer bits."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        with jax.default_matmul_precision("float32"):
+            yield
+    elif keras.backend.backend() == "torch":
+        import torch
+
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    else:
+        yield
+
+
+def _check_reloaded(model, dials, right):
+    """Raises unless the model says here what it said on its backend."""
+    given = _answers(model, dials)
+    differences = [
+        distance(given[name], right[name])
+        for name in given.keys() & right
+        if name != "tolerance"
+    ]
+    if not max(differences) <= right["tolerance"]:
+        raise ValueError(
+            "The model must say under TensorFlow what it says here. Received: "
+            f"outputs that differ by {max(differences):.1e}. {ADVICE}"
+        )
 
 
 def _modules(model):
@@ -63,7 +136,7 @@ def _modules(model):
     return {x.__module__ for x in found}
 
 
-def _run_process(arguments):
+def _run_process(arguments, folder):
     """Runs `main` under the TensorFlow backend, and raises its errors here."""
     environment = {
         **os.environ,
@@ -72,15 +145,23 @@ def _run_process(arguments):
         "PYTHONPATH": os.pathsep.join(x or os.getcwd() for x in sys.path),
     }
     command = [sys.executable, "-m", "keras_vmoe.export.process", *arguments]
-    done = subprocess.run(  # noqa: S603
-        command, env=environment, capture_output=True, text=True
-    )
+    theirs, ours = os.pipe()  # It ends with this process.
+    try:
+        done = subprocess.run(  # noqa: S603
+            command,
+            env=environment,
+            stdin=theirs,
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
     if done.returncode == 0:
         return
-    lines = done.stdout.strip().splitlines()
     try:
-        error = json.loads(lines[-1])
-    except (IndexError, ValueError):
+        error = json.loads((folder / ERROR).read_text())
+    except (FileNotFoundError, ValueError):
         raise RuntimeError(
             "The export under TensorFlow must end well. Received: exit status "
             f"{done.returncode} and this:\n{done.stderr[-2000:]}"
@@ -103,22 +184,33 @@ def _settings(format, text):
 
 
 def main(arguments):
-    """The process: prints an error as one line of JSON."""
-    format, model, settings, path, *modules = arguments
+    """The process: writes an error as JSON."""
+    format, folder, path, *modules = arguments
+    folder = pathlib.Path(folder)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            settings = _settings(format, pathlib.Path(settings).read_text())
-            model = _load(model, modules)
+            settings = _settings(format, (folder / SETTINGS).read_text())
+            model = _load(folder / MODEL, modules)
+            with np.load(folder / ANSWERS) as right:
+                _check_reloaded(model, settings.routing, dict(right))
             _writer(format)(model, settings, pathlib.Path(path))
     except tuple(ERRORS.values()) as error:
         kinds = (kind for kind in ERRORS if isinstance(error, ERRORS[kind]))
         number = getattr(error, "errno", None)
         message = str(error) if number is None else error.strerror
         found = {"kind": next(kinds), "message": message, "errno": number}
-        print(json.dumps(found))
+        (folder / ERROR).write_text(json.dumps(found))
         return 1
     return 0
+
+
+def _end_with_parent():
+    """Ends this process when the other has, however that came."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
 
 
 def _load(path, modules):
@@ -127,14 +219,10 @@ def _load(path, modules):
         for module in modules:
             importlib.import_module(module)
         return models.load(path, compile=False)
-    except (AttributeError, TypeError, ValueError, ImportError) as error:
+    except Exception as error:
         raise ValueError(
             "The model must load under the TensorFlow backend in a new "
-            f"process. Received: {_cause(error)} Put layers and functions of "
-            "your own into a module that can be imported (not the script "
-            "itself), register them by "
-            "keras.saving.register_keras_serializable, and use keras.ops in "
-            "them. In the place of a Lambda take such a layer."
+            f"process. Received: {_cause(error)} {ADVICE}"
         ) from error
 
 

@@ -59,7 +59,13 @@ def read_requests(folder):
     requests = []
     for record in _records(path.read_bytes()):
         log = make()
-        log.ParseFromString(record)
+        try:
+            log.ParseFromString(record)
+        except Exception as error:  # Of protobuf, which is not imported here.
+            raise ValueError(
+                "Warm-up requests must be records of TF Serving. Received: "
+                f"{str(path)!r}, which is damaged ({error})."
+            ) from error
         request = log.predict_log.request
         inputs = {k: _values(x) for k, x in request.inputs.items()}
         requests.append((request.model_spec.signature_name, inputs))
@@ -70,6 +76,11 @@ def _records(content):
     """Records of a TFRecord file: length, checksum, bytes, checksum."""
     while content:
         length = int.from_bytes(content[:8], "little")
+        if len(content) < 16 + length:
+            raise ValueError(
+                "Warm-up requests must be whole. Received: a file that ends "
+                "within one."
+            )
         yield content[12 : 12 + length]
         content = content[16 + length :]
 

@@ -70,7 +70,8 @@ def saved_model(
     - `serve_images`: `images` `(B, H, W, C)` uint8.
     - `serve_jpeg`: `image_bytes` `(B,)`, JPEG or PNG files, decoded and resized
       as in evaluation; where the images are RGB, or grey with C = 1.
-    - `features`: `images` as `serving_default`; gives `features` `(B, D)`.
+    - `features`: `images` as `serving_default`; gives `features` `(B, D)`, what
+      the last layer gets, where that is a `Dense`.
 
     The others give `logits` and `probabilities` `(B, classes)`, `class_id`
     `(B,)` int64 and, with `class_names`, `class_name` `(B,)`. An image whose
@@ -94,8 +95,8 @@ def saved_model(
         images_per_group: Images that are routed together, or "batch".
         capacity_factor: Room of the experts while serving, or "dropless"; None
             means that of the model.
-        warmup: Whether to write warm-up requests, for batches of 1 and 8; or
-            their batch sizes.
+        warmup: Whether to write warm-up requests, for batches of 1 and 8 (or
+            `max_batch_size`, where that is less); or their batch sizes.
         preprocessing: A `Preprocessing`; None means that of this package.
         class_names: Optional name for each class.
         max_batch_size: Larger requests are refused.
@@ -134,7 +135,7 @@ def saved_model(
     check_at_most("version", version, LARGEST_VERSION)
     check_at_most("max_batch_size", max_batch_size, LARGEST_BATCH)
     check_quantization(model, quantize_experts, KINDS)
-    batches = _warmup_batches(warmup, max_batch_size)
+    batches = warmup_batches(warmup, max_batch_size)
     model = clone_around(model)
     settings = ServedSettings(
         signatures=_signatures(
@@ -183,10 +184,11 @@ def _checked_preprocessing(preprocessing, channels):
     return preprocessing
 
 
-def _warmup_batches(warmup, max_batch_size):
-    """Batch sizes of the warm-up requests, checked."""
+def warmup_batches(warmup, max_batch_size):
+    """Batch sizes of the warm-up requests, checked; see `saved_model`."""
     if isinstance(warmup, bool):
-        return WARMUP_BATCHES if warmup else ()
+        fitting = {min(x, max_batch_size) for x in WARMUP_BATCHES}
+        return tuple(sorted(fitting)) if warmup else ()
     try:
         batches = tuple(warmup)
     except TypeError:

@@ -11,10 +11,12 @@ import os
 import re
 from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Set
 from typing import Any
 from typing import Literal
 
 from keras_vmoe.routing.groups import check_sizes
+from keras_vmoe.routing.groups import is_integer
 from keras_vmoe.routing.groups import is_number
 
 INPUTS = ("float", "uint8", "encoded")
@@ -182,9 +184,14 @@ class ServedSettings:
     quantize_experts: str | None
     card: dict
 
+    @property
+    def routing(self):
+        """The dials of what is asked by default."""
+        return self.signatures["serving_default"].routing
+
     def to_json(self):
         """A string for `from_json`."""
-        return json.dumps(dataclasses.asdict(self))
+        return _to_json(self)
 
     @classmethod
     def from_json(cls, text):
@@ -208,9 +215,14 @@ class ConvertSettings:
     signature: Signature
     quantize_experts: str | None
 
+    @property
+    def routing(self):
+        """The dials of the file."""
+        return self.signature.routing
+
     def to_json(self):
         """A string for `from_json`."""
-        return json.dumps(dataclasses.asdict(self))
+        return _to_json(self)
 
     @classmethod
     def from_json(cls, text):
@@ -219,6 +231,13 @@ class ConvertSettings:
         return cls(
             Signature(**settings["signature"]), settings["quantize_experts"]
         )
+
+
+def _to_json(settings):
+    """Dataclasses as JSON, NumPy's numbers as plain ones."""
+    return json.dumps(
+        dataclasses.asdict(settings), default=lambda number: number.item()
+    )
 
 
 def table_pairs(table):
@@ -312,27 +331,37 @@ def check_names(class_names, num_classes):
     """The names of the classes as a tuple, checked; None without."""
     if class_names is None:
         return None
-    if isinstance(class_names, (str, Mapping)) or not isinstance(
-        class_names, Iterable
-    ):
+    unordered = (str, bytes, Mapping, Set)
+    good = isinstance(class_names, Iterable)
+    good = good and not isinstance(class_names, unordered)
+    names = tuple(class_names) if good else ()
+    if not good or not all(isinstance(x, str) or is_integer(x) for x in names):
         raise ValueError(
             "`class_names` must be a list of names in the order of the "
             f"classes. Received: class_names={class_names!r}. Write for "
             "example ['cat', 'dog']."
         )
-    names = tuple(map(str, class_names))
+    names = tuple(map(str, names))
     if len(names) != num_classes:
         raise ValueError(
             f"`class_names` must have one name for each of the {num_classes} "
             f"classes. Received: {len(names)} names. Give all, or None."
         )
-    lines = [name.splitlines() for name in names]
-    if len({*names}) < len(names) or any(len(x) != 1 for x in lines):
+    bad = any(
+        len(name.splitlines()) != 1 or any(map(_is_surrogate, name))
+        for name in names
+    )
+    if bad or len({*names}) < len(names):
         raise ValueError(
             "Class names must be lines of text that differ, and '' is that of "
             f"no class. Received: class_names={names}. Rename some."
         )
     return names
+
+
+def _is_surrogate(character):
+    """Whether this is half a character, which no encoding has."""
+    return "\ud800" <= character <= "\udfff"
 
 
 def check_card(card):
@@ -373,6 +402,12 @@ def check_path(name, path):
         raise ValueError(
             f"`{name}` must be a path. Received: {name}={path!r}. "
             "Write for example 'served/digits'."
+        )
+    if set("[\\") & set(os.fspath(path)):
+        raise ValueError(
+            f"`{name}` must be a path that TensorFlow reads as it is, not as a "
+            f"pattern. Received: {name}={str(path)!r}. Choose one without "
+            "'[' and '\\'."
         )
 
 

@@ -14,6 +14,16 @@ from keras_vmoe.models.cloning import is_graph
 from keras_vmoe.models.cloning import set_part
 from keras_vmoe.models.cloning import share_parts
 
+# Layers and operations that end a model in something else than logits.
+ACTIVATIONS = (
+    "Softmax",
+    "Sigmoid",
+    "ReLU",
+    "Relu",
+    "LeakyReLU",
+    "ELU",
+    "PReLU",
+)
 ONE_BY_ONE = ("images_per_group", 1)  # As a dense model always answers.
 
 
@@ -53,15 +63,26 @@ def check_model(model):
             f"(B, H, W, C), to one output. Received: inputs {shapes} and "
             f"{len(model.outputs)} outputs. Build it with its image size."
         )
-    last = model.outputs[0]._keras_history.operation
+    if not keras.backend.is_float_dtype(model.inputs[0].dtype):
+        raise ValueError(
+            "`model` must take images of floats. Received: inputs of type "
+            f"{model.inputs[0].dtype}. Build it from a `keras.Input` of "
+            "float32, whose pixels are Preprocessing(mean=0, std=1)."
+        )
+    last = last_of(model)
     activation = getattr(last, "activation", keras.activations.linear)
-    squashes = isinstance(last, keras.layers.Softmax)
+    squashes = type(last).__name__ in ACTIVATIONS
     if squashes or activation is not keras.activations.linear:
         raise ValueError(
             "`model` must give logits. Received: a last layer "
             f"{last.name!r}, a {type(last).__name__} with an activation. "
             "End with a `Dense` without one, and train by a loss with "
             "from_logits=True."
+        )
+    if not keras.backend.is_float_dtype(model.outputs[0].dtype):
+        raise ValueError(
+            "`model` must give logits. Received: outputs of type "
+            f"{model.outputs[0].dtype}. End with a `Dense`."
         )
     if len(model.output_shape) != 2:
         raise ValueError(
@@ -75,10 +96,33 @@ def moe_layers_of(model):
     return [x for x in model._flatten_layers() if isinstance(x, layers.MoEMLP)]
 
 
+def last_of(model):
+    """The operation that makes the outputs, inside of nested models too."""
+    last = _last_here(model)
+    return last_of(last) if is_graph(last) else last
+
+
+def _last_here(model):
+    """The last operation of a graph that changes more than types."""
+    operation, node, _ = model.outputs[0]._keras_history
+    while _changes_nothing(operation):
+        (tensor,) = operation._inbound_nodes[node].input_tensors
+        operation, node, _ = tensor._keras_history
+    return operation
+
+
+def _changes_nothing(operation):
+    linear = keras.activations.linear
+    return type(operation).__name__ in ("Cast", "Identity", "Dropout") or (
+        isinstance(operation, keras.layers.Activation)
+        and operation.activation is linear
+    )
+
+
 def head_of(model):
-    """The `Dense` layer that makes the logits; None without one."""
-    operation = model.outputs[0]._keras_history.operation
-    return operation if isinstance(operation, keras.layers.Dense) else None
+    """The `Dense` layer of this graph that makes the logits, or None."""
+    last = _last_here(model)
+    return last if isinstance(last, keras.layers.Dense) else None
 
 
 def has_classes(model):

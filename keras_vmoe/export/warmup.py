@@ -35,18 +35,19 @@ def write_warmup(folder, shape, settings):
                 writer.write(log.SerializeToString())
 
 
-def example(kind, shape):
+def example(kind, shape, seed=SEED):
     """Something to ask: images of noise, the same every time.
 
     Args:
         kind: `Signature.input`.
         shape: `(B, H, W, C)`.
+        seed: Integer; another one gives other images.
 
     Returns:
         Array `(B, H, W, C)`, or `(B,)` of bytes.
     """
     tf = import_tensorflow()
-    pixels = np.random.default_rng(SEED).integers(0, 256, shape, "uint8")
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, "uint8")
     if kind == "float":
         return (pixels / 127.5 - 1).astype("float32")
     if kind == "uint8":

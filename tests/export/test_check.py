@@ -1,6 +1,7 @@
 """The folder, replayed without Keras, and the commands."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -102,12 +103,34 @@ def test_another_model_is_found_out(folder, tmp_path):
     ("arguments", "words"),
     [
         ({"rounds": 0}, "rounds=0"),
+        ({"directory": 3}, "directory=3"),
         ({"model": "model.keras"}, "Load it by `models.load`"),
     ],
 )
 def test_bad_arguments(folder, arguments, words):
     with pytest.raises(ValueError, match=words):
-        export.check(folder / "served", **arguments)
+        export.check(**{"directory": folder / "served", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("labels.txt", b"".join(b"%d\n" % i for i in range(10)), None),
+        ("model_card.json", b"{", "a model card must be whole"),
+        ("model_card.json", b"{}", "a model card must be whole"),
+        ("tf_serving_warmup_requests", bytes(7), "ends within one"),
+        ("tf_serving_warmup_requests", b"\1" + bytes(16), "is damaged"),
+    ],
+)
+def test_what_is_damaged_is_named(folder, tmp_path, name, content, words):
+    shutil.copytree(folder / "served" / "1", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "assets.extra" / name).write_bytes(content)
+    model = models.load(folder / "model.keras")
+    if words is None:
+        assert not export.check(tmp_path, model, rounds=1).agrees
+        return
+    with pytest.raises(ValueError, match=words):
+        export.check(tmp_path, model, rounds=1)
 
 
 def test_a_model_of_another_size(folder):
@@ -117,6 +140,8 @@ def test_a_model_of_another_size(folder):
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"\(2, 10\) for \(2, 7\)"):
         export.check(folder / "served", other, rounds=1)
+    with pytest.raises(ValueError, match="cannot do what the signature 'fast'"):
+        export.check(folder / "served", small.vit(), rounds=1)
 
 
 def test_the_newest_version(tmp_path):
@@ -136,6 +161,11 @@ def test_exports_of_the_command(folder):
     done = run("export", folder, folder / "x", "--signatures", "fast=1")
     assert done.returncode == 1
     assert "NAME:SETTING=VALUE" in done.stderr
+    done = run(
+        "export", folder, folder / "x", "--signatures",
+        "a:capacity_factor=1,capacity_factor=2",
+    )  # fmt: skip
+    assert done.returncode == 1 and "each setting once" in done.stderr
     done = run(
         "export", folder, folder / "x.onnx", "--format=onnx",
         "--signatures", "a:features=true",

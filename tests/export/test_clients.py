@@ -10,7 +10,9 @@ import concurrent.futures
 import http.server
 import json
 import pathlib
+import re
 import runpy
+import socketserver
 import threading
 
 import grpc
@@ -24,6 +26,7 @@ from tensorflow_serving.apis import prediction_service_pb2_grpc
 from tensorflow_serving.config import model_server_config_pb2
 
 from keras_vmoe import export
+from keras_vmoe.export.saved_model import WARMUP_BATCHES
 from keras_vmoe.export.served import ServedModel
 from tests.export import small
 
@@ -139,6 +142,38 @@ def test_what_goes_wrong_is_one_line(files):
     ):
         with pytest.raises(SystemExit, match=words):
             client("digits", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"gRPC", "no REST"),
+        (b"HTTP/1.0 200 OK\r\n\r\n<html>", "no REST"),
+        (
+            b'HTTP/1.0 200 OK\r\n\r\n{"predictions": [[0.5, 1.5]]}',
+            "mine names no classes",
+        ),
+    ],
+)
+def test_answers_of_something_else(answer, words, files):
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self):
+            while self.rfile.readline().strip():
+                pass
+            self.wfile.write(answer)
+
+    server = socketserver.TCPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    place = f"127.0.0.1:{server.server_address[1]}"
+    with pytest.raises(SystemExit, match=words):
+        client("digits", *files, "--rest", place, "--signature", "mine")
+
+
+def test_batches_of_the_server_are_warmed_up():
+    config = (FOLDER / "batching_parameters.txt").read_text()
+    sizes = re.findall(r"^allowed_batch_sizes: (\d+)$", config, re.MULTILINE)
+    assert tuple(map(int, sizes)) == WARMUP_BATCHES
+    assert f"\nmax_batch_size {{ value: {sizes[-1]} }}\n" in config
 
 
 def test_the_configuration_of_models():

@@ -59,6 +59,11 @@ def test_the_runtime_agrees(kind, suffix, tmp_path):
     path = WRITERS[suffix](model, tmp_path / f"model.{suffix}")
     assert [x.name for x in tmp_path.iterdir()] == [path.name]
     check_file(path, model)
+    images, others = small.images(3), small.images(3, seed=1)
+    others[0], others[1] = images[0], np.nan
+    one, other = run(path, images), run(path, others)
+    np.testing.assert_array_equal(one[0], other[0])
+    assert np.isnan(other[1]).any() and np.isfinite(other[2]).all()
 
 
 @pytest.mark.slow

@@ -1,9 +1,13 @@
 """What cannot be exported is refused before anything is written."""
 
+import contextlib
 import errno
 import os
+import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import keras
 import numpy as np
@@ -11,6 +15,7 @@ import pytest
 
 from keras_vmoe import export
 from keras_vmoe.export.files import new_path
+from keras_vmoe.export.variants import head_of
 from tests.export import small
 
 OWN_LAYER = """
@@ -65,6 +70,11 @@ def model():
         ({"max_batch_size": 2**31}, "must be at most 2147483647"),
         ({"warmup": range(1, 252)}, "warm-up requests=1004"),
         ({"directory": None}, "directory=None"),
+        ({"directory": "runs[1]"}, "as a pattern"),
+        ({"class_names": {*"abcdefghij"}}, "must be a list of names"),
+        ({"class_names": b"abcdefghij"}, "must be a list of names"),
+        ({"class_names": [b"a", *"bcdefghij"]}, "must be a list of names"),
+        ({"class_names": ["\udcff", *"bcdefghij"]}, "must be lines of text"),
         ({"card": [1]}, r"card=\[1\]"),
         ({"card": {"accuracy": float("nan")}}, "must hold what JSON takes"),
         ({"warmup": "8"}, "warmup='8'"),
@@ -99,12 +109,27 @@ def test_bad_preprocessing(arguments, words):
         export.Preprocessing(**arguments)
 
 
+def flat_end(x):
+    """What changes no number, or only its type."""
+    x = keras.layers.Identity()(keras.ops.cast(x, "float32"))
+    return keras.layers.Activation("linear", dtype="float32")(x)
+
+
+def test_a_head_before_what_changes_nothing():
+    image = keras.Input((8, 8, 3))
+    head = keras.layers.Dense(3)
+    x = head(keras.layers.GlobalAveragePooling2D()(image))
+    assert head_of(keras.Model(image, flat_end(x))) is head
+    assert head_of(keras.Model(image, x / 2)) is None
+
+
 def test_models_that_have_no_graph_or_no_images(tmp_path):
     dense = keras.layers.Dense(3)
     flat = keras.Sequential([keras.Input((4,)), dense])
     image = keras.Input((8, 8, 3))
     pooled = keras.layers.GlobalAveragePooling2D()(image)
     soft = keras.layers.Dense(3, activation="softmax")(pooled)
+    pixels = keras.Input((8, 8, 3), dtype="uint8")
     for model, words in (
         ("model.keras", "the path 'model.keras'. Load it"),
         (keras.Sequential([keras.layers.Dense(3)]), "must be a built"),
@@ -113,6 +138,23 @@ def test_models_that_have_no_graph_or_no_images(tmp_path):
         (
             keras.Model(image, keras.layers.Softmax()(pooled)),
             "a Softmax with an activation",
+        ),
+        (
+            keras.Model(image, keras.ops.softmax(pooled)),
+            "a Softmax with an activation",
+        ),
+        (keras.Model(image, flat_end(soft)), "a Dense with an activation"),
+        (
+            keras.Sequential([image, keras.Model(image, soft)]),
+            "a Dense with an activation",
+        ),
+        (
+            keras.Model(image, keras.ops.cast(pooled, "int32")),
+            "outputs of type int32",
+        ),
+        (
+            keras.Model(pixels, flat_end(keras.ops.cast(pixels, "float32"))),
+            "inputs of type uint8",
         ),
         (
             keras.Model(image, keras.layers.Conv2D(3, 1)(image)),
@@ -310,15 +352,82 @@ def test_a_version_that_says_something_else_gets_no_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_layers_that_tensorflow_cannot_run(tmp_path, monkeypatch):
-    if keras.backend.backend() == "tensorflow":
-        return  # There nothing stands between the layer and TensorFlow.
+@pytest.mark.skipif(
+    keras.backend.backend() == "tensorflow",
+    reason="nothing stands between the layer and TensorFlow",
+)
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("raise KeyError('not here')", "KeyError: 'not here'.*use keras.ops"),
+        ("return 2 * x", "says here. Received: outputs that differ by"),
+    ],
+)
+def test_layers_that_differ_under_tensorflow(
+    code, words, tmp_path, monkeypatch
+):
     code = (
         "if keras.backend.backend() == 'tensorflow':\n"
-        "            raise TypeError('not here')\n"
+        "            print('Something to say.')\n"
+        f"            {code}\n"
         "        return x"
     )
     model = own_model(tmp_path, monkeypatch, code)
-    with pytest.raises(ValueError, match="use keras.ops"):
+    with pytest.raises(ValueError, match=words):
         export.saved_model(model, tmp_path / "served")
     assert not list(tmp_path.glob("served*"))
+
+
+@pytest.mark.slow
+def test_images_that_are_not_alone(tmp_path):
+    images = keras.Input((8, 8, 3))
+    x = keras.layers.GlobalAveragePooling2D()(images)
+    x = x - keras.ops.mean(x, axis=0, keepdims=True)
+    model = keras.Model(images, keras.layers.Dense(3)(x))
+    with pytest.raises(ValueError, match="must not depend on its batch mates"):
+        export.saved_model(model, tmp_path / "served")
+    assert not list(tmp_path.glob("served*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="runs in its process"
+)
+def test_images_that_have_no_answer(model, tmp_path):
+    few = export.Preprocessing(max_pixels=100)
+    with pytest.raises(ValueError, match="from 'serve_jpeg', of noise"):
+        export.saved_model(model, tmp_path / "served", preprocessing=few)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_killed_export_leaves_no_version(tmp_path):
+    """Nor, under other backends, its process of TensorFlow."""
+    program = (
+        "import sys\n"
+        "from keras_vmoe import export\n"
+        "from tests.export import small\n"
+        "export.saved_model(small.MODELS['bpr'](), sys.argv[1])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], start_new_session=True
+    )
+    while process.poll() is None and not [*tmp_path.glob(".*/1/variables/*")]:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert [x.name[:3] for x in tmp_path.iterdir()] == [".1."]
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and lives(process.pid):
+        time.sleep(0.1)
+    assert not lives(process.pid)
+
+
+def lives(session):
+    """Whether a process of a session is there, and is no zombie."""
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its = path.read_text().rpartition(")")[2].split()[:4]
+            if int(its) == session and state != "Z":
+                return True
+    return False

@@ -1,5 +1,6 @@
 """A SavedModel in TensorFlow's C API says what the model says."""
 
+import io
 import json
 import os
 import subprocess
@@ -14,13 +15,15 @@ from keras_vmoe import data
 from keras_vmoe import export
 from keras_vmoe import layers
 from keras_vmoe import models
+from keras_vmoe.export.endpoints import decoded_or_nan
+from keras_vmoe.export.saved_model import warmup_batches
 from keras_vmoe.export.served import RefusedRequest
 from keras_vmoe.export.served import ServedModel
 from tests.export import small
 
 SIGNATURES = {
     "fast": small.FAST,
-    "accurate": {"num_selected_experts": 3},
+    "accurate": {"num_selected_experts": np.int64(3)},
     "crowded": {"images_per_group": 8, "capacity_factor": 0.5},
     "fast_jpeg": {"input": "encoded", **small.FAST},
 }
@@ -335,6 +338,29 @@ def test_a_version_that_lacks_a_signature(tmp_path):
     words = "no signature 'mine', as version 1 has"
     with pytest.warns(UserWarning, match=words):
         export.saved_model(model, tmp_path, 2, warmup=False)
+
+
+def test_warm_up_is_not_refused():
+    assert warmup_batches(True, 4) == (1, 4)
+    assert warmup_batches(True, 1) == (1,)
+    assert warmup_batches(True, 1024) == (1, 8)
+    assert warmup_batches(False, 4) == ()
+
+
+def test_a_jpeg_is_gone_over_as_often_as_it_is_small():
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), "uint8")
+    file = io.BytesIO()
+    keras.utils.array_to_img(noise).save(file, "jpeg", progressive=True)
+    once = file.getvalue()
+    again = once[once.rindex(b"\xff\xda") : -2]  # Its last scan.
+    often = once[:-2] + 100 * again + once[-2:]
+    for content, room, is_decoded in (
+        (once, 1, True), (once, 0.99, False),
+        (often, 11, True), (often, 9, False),
+    ):  # fmt: skip
+        limit = export.Preprocessing(max_pixels=int(room * 64**2))
+        pixels = decoded_or_nan(tf.constant(content), (8, 8, 3), limit)
+        assert np.isfinite(pixels).all() == is_decoded
 
 
 @pytest.mark.slow
