@@ -28,19 +28,12 @@ def pytest_configure(config):
 
 
 def keep_compiled_programs(folder):
-    """Lets JAX find the programs of the last run: the next takes a third.
-
-    The processes that a test starts find them by the environment.
-    """
+    """Lets JAX find the programs of the last run: the next takes a third."""
     import jax
 
-    for name, value in (
-        ("jax_compilation_cache_dir", folder),
-        ("jax_persistent_cache_min_compile_time_secs", 0),
-        ("jax_persistent_cache_min_entry_size_bytes", -1),
-    ):
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,15 @@
 
 import keras
 import numpy as np
+import pytest
 
 from keras_vmoe import models
 
+# Under other backends the same process of TensorFlow would do the same.
+IN_TENSORFLOW = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="shown under TensorFlow, whose process the others start",
+)
 CLASSES = tuple("abcdefghij")
 FAST = {"capacity_factor": 0.5, "batch_priority": True}
 BATCHES = (0, 1, 3, 8, 17)

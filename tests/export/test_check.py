@@ -182,6 +182,7 @@ def test_exports_of_the_command(folder):
     assert done.returncode == 1 and "Only a SavedModel has std" in done.stderr
 
 
+@small.IN_TENSORFLOW
 @pytest.mark.slow
 def test_a_file_by_the_command(folder, tmp_path):
     path = tmp_path / "a.tflite"
@@ -201,6 +202,7 @@ def test_a_file_by_the_command(folder, tmp_path):
     np.testing.assert_allclose(given, right, atol=1e-5 * np.abs(right).max())
 
 
+@small.IN_TENSORFLOW
 @pytest.mark.slow
 def test_half_precision_and_features_are_checked(tmp_path):
     moe = {"layers": [1], "num_experts": 4}
@@ -221,6 +223,7 @@ def test_half_precision_and_features_are_checked(tmp_path):
         assert len(checked.requests) == 3
 
 
+@small.IN_TENSORFLOW
 @pytest.mark.slow
 def test_small_experts_are_checked_as_such(tmp_path):
     model = small.vit(num_experts=8, hidden_dim=256, num_selected_experts=2)
@@ -237,6 +240,7 @@ def test_small_experts_are_checked_as_such(tmp_path):
     assert sizes[None] - sizes["int8"] > 0.95 * kernels * 3 / 4
 
 
+@small.IN_TENSORFLOW
 @pytest.mark.slow
 def test_memory_of_the_loader(tmp_path):
     """At most 2.5 times the weights of 60 MB."""

@@ -31,7 +31,7 @@ from keras_vmoe.export.served import ServedModel
 from tests.export import small
 
 FOLDER = pathlib.Path(__file__).parents[2] / "examples" / "serving"
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, small.IN_TENSORFLOW]
 
 
 @pytest.fixture(scope="module")

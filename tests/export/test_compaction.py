@@ -13,6 +13,8 @@ from keras_vmoe.export.served import ServedModel
 from keras_vmoe.models import ViTMoE
 from tests.export import small
 
+pytestmark = small.IN_TENSORFLOW
+
 
 class Counter(tf.Module):
     """Constants and sizes over and over, a state, a loop, a dead end."""

@@ -284,6 +284,7 @@ def test_layers_of_ones_own(tmp_path, monkeypatch):
     check_export(model, tmp_path)
 
 
+@small.IN_TENSORFLOW
 @pytest.mark.slow
 def test_a_table_is_refused(tmp_path):
     images = keras.Input((8, 8, 3))
@@ -314,6 +315,7 @@ def test_functions_of_ones_own(tmp_path, monkeypatch):
     check_export(model, tmp_path)
 
 
+@small.IN_TENSORFLOW
 @pytest.mark.slow
 def test_layers_that_tensorflow_cannot_trace(tmp_path, monkeypatch):
     """They load, as they tell their shape, and fail in the graph."""
@@ -331,9 +333,7 @@ def test_layers_that_tensorflow_cannot_trace(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="runs in its process"
-)
+@small.IN_TENSORFLOW
 def test_a_version_that_says_something_else_gets_no_name(tmp_path, monkeypatch):
     """As if what makes graphs smaller had left something out."""
     from keras_vmoe.export import compaction
@@ -378,6 +378,7 @@ def test_layers_that_differ_under_tensorflow(
     assert not list(tmp_path.glob("served*"))
 
 
+@small.IN_TENSORFLOW
 @pytest.mark.slow
 def test_images_that_are_not_alone(tmp_path):
     images = keras.Input((8, 8, 3))
@@ -390,9 +391,7 @@ def test_images_that_are_not_alone(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="runs in its process"
-)
+@small.IN_TENSORFLOW
 def test_images_that_have_no_answer(model, tmp_path):
     few = export.Preprocessing(max_pixels=100)
     with pytest.raises(ValueError, match="from 'serve_jpeg', of noise"):

@@ -192,6 +192,7 @@ def same_layers(x):
 BODIES = [stateful, shared, attention, nested_masks, same_layers]
 
 
+@small.IN_TENSORFLOW
 @pytest.mark.slow
 @pytest.mark.parametrize("body", BODIES)
 def test_any_layers(body, tmp_path):
@@ -217,6 +218,7 @@ def test_any_layers(body, tmp_path):
     close(served("serving_default", images=images)["logits"], right)
 
 
+@small.IN_TENSORFLOW
 @pytest.mark.slow
 def test_a_model_without_classes_gives_features(tmp_path):
     model = small.wild(
@@ -310,6 +312,7 @@ def test_neighbours_change_nothing(served):
         assert leak > 1e-3 if name == "crowded" else leak == 0, name
 
 
+@small.IN_TENSORFLOW
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 4])
 def test_other_channels_than_rgb(channels, tmp_path):
@@ -331,6 +334,7 @@ def test_other_channels_than_rgb(channels, tmp_path):
         export.saved_model(model, tmp_path, 2, preprocessing=three)
 
 
+@small.IN_TENSORFLOW
 def test_a_version_that_lacks_a_signature(tmp_path):
     model = small.MODELS["dense"]()
     table = {"mine": {"input": "encoded"}}
@@ -363,6 +367,7 @@ def test_a_jpeg_is_gone_over_as_often_as_it_is_small():
         assert np.isfinite(pixels).all() == is_decoded
 
 
+@small.IN_TENSORFLOW
 @pytest.mark.slow
 def test_a_model_that_would_forget_a_nan(tmp_path):
     images = keras.Input((16, 16, 3))
@@ -491,6 +496,7 @@ def test_warmup_requests(folder):
     assert asked == [(name, batch) for name in names for batch in (1, 8)]
 
 
+@small.IN_TENSORFLOW
 @pytest.mark.slow
 def test_saved_model_cli(folder, tmp_path):
     command = [sys.executable, "-m", "tensorflow.python.tools.saved_model_cli"]
