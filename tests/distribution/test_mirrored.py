@@ -19,7 +19,6 @@ IS_TF = BACKEND == "tensorflow"
 CASES = [
     ("vit", 2),
     pytest.param("vit_clip", 2, marks=pytest.mark.slow),
-    pytest.param("vit", 4, marks=pytest.mark.slow),
     pytest.param("convnext", 2, marks=pytest.mark.slow),
     pytest.param("convnext", 4, marks=pytest.mark.slow),
 ]

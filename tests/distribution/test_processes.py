@@ -130,21 +130,21 @@ def test_a_process_dies_and_the_run_goes_on(tmp_path):
     """The other one stops with an error; fewer devices end the run."""
     run_dir = tmp_path / "run"
     board = ["--tensorboard", "true"]
-    first, second = train_on_two(run_dir, "--epochs", "30", *board)
+    first, second = train_on_two(run_dir, "--epochs", "12", *board)
     checkpoints = Checkpoints(run_dir / "checkpoints")
     while not checkpoints.epochs() and first.poll() is None:
         time.sleep(0.05)
     second.send_signal(signal.SIGKILL)
     assert re.search(LOST, error_within_a_minute(first))
     done = max(checkpoints.epochs())
-    assert done < 30 and not (run_dir / "result.json").exists()
+    assert done < 12 and not (run_dir / "result.json").exists()
 
     copy = tmp_path / "copy"
     shutil.copytree(run_dir, copy)
     shards = ["--distribution", "expert_parallel", "--expert_shards", "2"]
-    text = output_of(train(run_dir, "--epochs", "30", *shards))
+    text = output_of(train(run_dir, "--epochs", "12", *shards))
     assert "resumed after epoch" in text
-    text = output_of(train(copy, "--epochs", "30", devices=1))
+    text = output_of(train(copy, "--epochs", "12", devices=1))
     assert "resumed after epoch" in text
     mine, theirs = (models.load(x / "model.keras") for x in (run_dir, copy))
     for a, b in zip(mine.weights, theirs.weights, strict=True):
