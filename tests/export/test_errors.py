@@ -360,7 +360,7 @@ def test_a_version_that_says_something_else_gets_no_name(tmp_path, monkeypatch):
     ("code", "words"),
     [
         ("raise KeyError('not here')", "KeyError: 'not here'.*use keras.ops"),
-        ("return 2 * x", "says here. Received: outputs that differ by"),
+        ("return 2 * x", "its own backend. Received: outputs that differ by"),
     ],
 )
 def test_layers_that_differ_under_tensorflow(
