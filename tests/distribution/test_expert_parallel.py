@@ -25,9 +25,6 @@ OPTIONS = [
     ("vit", "--router", "expert_choice"),
     ("vit", "--router", "soft"),
     ("vit", "--shard_dense"),
-    ("convnext", "--router", "expert_choice"),
-    ("convnext", "--router", "soft"),
-    ("convnext", "--shard_dense"),
 ]
 RUNS = [  # Other backends refuse it, see below.
     pytest.param(options, marks=pytest.mark.slow)
