@@ -13,15 +13,15 @@ import numpy as np
 from keras import ops
 
 from keras_vmoe.export import replay
+from keras_vmoe.export.arguments import CARD_NAMES
+from keras_vmoe.export.arguments import check_path
 from keras_vmoe.export.card import CARD
 from keras_vmoe.export.card import LABELS
 from keras_vmoe.export.endpoints import decoded
 from keras_vmoe.export.endpoints import normalized
 from keras_vmoe.export.errors import shortened
-from keras_vmoe.export.settings import CARD_NAMES
 from keras_vmoe.export.settings import DIALS
 from keras_vmoe.export.settings import Preprocessing
-from keras_vmoe.export.settings import check_path
 from keras_vmoe.export.variants import answering
 from keras_vmoe.export.variants import routed
 from keras_vmoe.export.variants import with_small_experts

@@ -7,11 +7,11 @@ import numpy as np
 from keras_vmoe._extras import require
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export import process
+from keras_vmoe.export.arguments import check_path
 from keras_vmoe.export.errors import named_errors
 from keras_vmoe.export.files import new_path
 from keras_vmoe.export.settings import ConvertSettings
 from keras_vmoe.export.settings import Signature
-from keras_vmoe.export.settings import check_path
 from keras_vmoe.export.variants import check_model
 from keras_vmoe.export.variants import check_quantization
 from keras_vmoe.export.variants import default_dials

@@ -10,6 +10,10 @@ import numpy as np
 from keras_vmoe._extras import require
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export import process
+from keras_vmoe.export.arguments import check_at_most
+from keras_vmoe.export.arguments import check_card
+from keras_vmoe.export.arguments import check_names
+from keras_vmoe.export.arguments import check_path
 from keras_vmoe.export.card import CARD
 from keras_vmoe.export.errors import named_errors
 from keras_vmoe.export.files import new_path
@@ -18,10 +22,6 @@ from keras_vmoe.export.replay import newest_version
 from keras_vmoe.export.settings import STANDARD
 from keras_vmoe.export.settings import Preprocessing
 from keras_vmoe.export.settings import ServedSettings
-from keras_vmoe.export.settings import check_at_most
-from keras_vmoe.export.settings import check_card
-from keras_vmoe.export.settings import check_names
-from keras_vmoe.export.settings import check_path
 from keras_vmoe.export.settings import make_signatures
 from keras_vmoe.export.variants import check_model
 from keras_vmoe.export.variants import check_quantization

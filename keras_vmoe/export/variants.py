@@ -7,8 +7,8 @@ import keras
 from keras_vmoe import distribution
 from keras_vmoe import layers
 from keras_vmoe import models
+from keras_vmoe.export.arguments import check_choice
 from keras_vmoe.export.quantization import QuantizedMLPExperts
-from keras_vmoe.export.settings import check_choice
 from keras_vmoe.models.cloning import clone_around
 from keras_vmoe.models.cloning import is_graph
 from keras_vmoe.models.cloning import set_part
