@@ -28,9 +28,9 @@ def check_names(class_names, num_classes):
     """The names of the classes as a tuple, checked; None without."""
     if class_names is None:
         return None
-    unordered = (str, bytes, Mapping, Set)
+    other = (str, bytes, bytearray, memoryview, Mapping, Set)
     good = isinstance(class_names, Iterable)
-    good = good and not isinstance(class_names, unordered)
+    good = good and not isinstance(class_names, other)
     names = tuple(class_names) if good else ()
     if not good or not all(isinstance(x, str) or is_integer(x) for x in names):
         raise ValueError(

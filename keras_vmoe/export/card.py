@@ -10,8 +10,8 @@ import keras
 
 from keras_vmoe import models
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.export.variants import features_of
 from keras_vmoe.export.variants import has_classes
-from keras_vmoe.export.variants import head_of
 from keras_vmoe.export.variants import moe_layers_of
 from keras_vmoe.export.variants import routed
 from keras_vmoe.models.costs import places_of
@@ -75,7 +75,7 @@ def _asked(model, signature):
     """The part of a model that a signature runs."""
     if not (signature.features and has_classes(model)):
         return model
-    return keras.Model(model.inputs, head_of(model).input)
+    return keras.Model(model.inputs, features_of(model))
 
 
 def _routing(layer):

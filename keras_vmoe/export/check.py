@@ -201,7 +201,9 @@ def _differences(folder, model, given):
         answer = {k: x for k, x in given.items() if k.startswith(f"{i}/")}
         answer = {k.partition("/")[2]: x for k, x in answer.items()}
         if "class_name" in answer:
-            right["class_name"] = _names(folder, answer["class_id"])
+            right["class_name"] = _names(
+                folder, card["num_classes"], answer["class_id"]
+            )
         differences.append(difference(answer, right))
     return differences
 
@@ -228,9 +230,16 @@ def _card(folder):
     return card
 
 
-def _names(folder, classes):
+def _names(folder, num_classes, classes):
     """The names of classes, those of images without one included."""
-    names = (folder / LABELS).read_text("utf-8").splitlines()
+    path = folder / LABELS
+    names = path.read_text("utf-8").splitlines() if path.exists() else []
+    if len(names) != num_classes:
+        raise ValueError(
+            f"There must be a name for each of the {num_classes} classes. "
+            f"Received: {str(path)!r} with {len(names)}. Export it again, or "
+            "leave the model out."
+        )
     return np.array([*names, ""])[classes].astype(bytes)
 
 

@@ -124,13 +124,12 @@ def _full_precision():
         yield
 
 
-def _check_reloaded(model, dials, right):
+def _check_reloaded(given, right):
     """Raises unless the model says here what it said on its backend.
 
     A token whose choice hangs on the last bit may go to another expert here;
     but hardly one of every image.
     """
-    given = _answers(model, dials)
     tolerance = given.pop("tolerance")
     nearest = min(
         max(distance(given[name][i], right[name][i]) for name in given)
@@ -209,9 +208,9 @@ def main(arguments):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             settings = _settings(format, (folder / SETTINGS).read_text())
-            model = _load(folder / MODEL, modules)
+            model, given = _load(folder / MODEL, modules, settings.routing)
             with np.load(folder / ANSWERS) as right:
-                _check_reloaded(model, settings.routing, dict(right))
+                _check_reloaded(given, dict(right))
             _writer(format)(model, settings, pathlib.Path(path))
     except tuple(ERRORS.values()) as error:
         kinds = (kind for kind in ERRORS if isinstance(error, ERRORS[kind]))
@@ -230,12 +229,13 @@ def _end_with_parent():
     os._exit(1)
 
 
-def _load(path, modules):
-    """The model, under TensorFlow, after the modules of its layers."""
+def _load(path, modules, dials):
+    """The model, after the modules of its layers, and its answers here."""
     try:
         for module in modules:
             importlib.import_module(module)
-        return models.load(path, compile=False)
+        model = models.load(path, compile=False)
+        return model, _answers(model, dials)
     except Exception as error:
         raise ValueError(
             "The model must load under the TensorFlow backend in a new "

@@ -26,8 +26,8 @@ from keras_vmoe.export.settings import make_signatures
 from keras_vmoe.export.variants import check_model
 from keras_vmoe.export.variants import check_quantization
 from keras_vmoe.export.variants import default_dials
+from keras_vmoe.export.variants import features_of
 from keras_vmoe.export.variants import has_classes
-from keras_vmoe.export.variants import head_of
 from keras_vmoe.export.variants import routed
 from keras_vmoe.export.variants import with_small_experts
 from keras_vmoe.models.cloning import clone_around
@@ -236,7 +236,7 @@ def _lacking(model, signature):
             "Files are decoded to grey or RGB. Received: a model of images of "
             f"{channels} channels."
         )
-    if signature.features and has_classes(model) and head_of(model) is None:
+    if signature.features and has_classes(model) and features_of(model) is None:
         return (
             "Features are what the last `Dense` layer gets. Received: a model "
             "without one."
@@ -282,7 +282,7 @@ def write_version(model, settings, folder):
         endpoints = make_endpoints(model, settings)
         write_graph(folder, endpoints)
     compact_version(folder)
-    verify_version(folder, model, endpoints, settings.signatures)
+    verify_version(folder, model, endpoints, settings)
     model._clear_losses()  # Those of the graph; layers are the user's own.
     write_card(folder, whole, settings)
     if settings.warmup_batches:

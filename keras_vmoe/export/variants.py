@@ -98,17 +98,21 @@ def moe_layers_of(model):
 
 def last_of(model):
     """The operation that makes the outputs, inside of nested models too."""
-    last = _last_here(model)
+    last, _ = _last_here(model)
     return last_of(last) if is_graph(last) else last
 
 
 def _last_here(model):
-    """The last operation of a graph that changes more than types."""
+    """The last operation of a graph that changes more than types; its inputs.
+
+    Those of the call that counts here: a layer may be called elsewhere as well.
+    """
     operation, node, _ = model.outputs[0]._keras_history
-    while _changes_nothing(operation):
-        (tensor,) = operation._inbound_nodes[node].input_tensors
-        operation, node, _ = tensor._keras_history
-    return operation
+    while True:
+        inputs = operation._inbound_nodes[node].input_tensors
+        if not _changes_nothing(operation):
+            return operation, inputs
+        operation, node, _ = inputs[0]._keras_history
 
 
 def _changes_nothing(operation):
@@ -119,10 +123,10 @@ def _changes_nothing(operation):
     )
 
 
-def head_of(model):
-    """The `Dense` layer of this graph that makes the logits, or None."""
-    last = _last_here(model)
-    return last if isinstance(last, keras.layers.Dense) else None
+def features_of(model):
+    """What the `Dense` layer gets that makes the logits; None without one."""
+    last, inputs = _last_here(model)
+    return inputs[0] if isinstance(last, keras.layers.Dense) else None
 
 
 def has_classes(model):
@@ -178,13 +182,13 @@ def answering(model):
         A model from images to `features` `(B, D)`, where it has a head, and
         `logits` `(B, classes)`, where it has classes; float32.
     """
-    outputs, head = {}, head_of(model)
+    outputs, features = {}, features_of(model)
     if not has_classes(model):
         outputs["features"] = model.outputs[0]
     else:
         outputs["logits"] = model.outputs[0]
-        if head is not None:
-            outputs["features"] = head.input
+        if features is not None:
+            outputs["features"] = features
     outputs = {k: keras.ops.cast(x, "float32") for k, x in outputs.items()}
     return keras.Model(model.inputs[0], outputs)
 

@@ -14,7 +14,7 @@ OTHER_SEED = 1
 ADVICE = "Leave out layers that are random or count in evaluation."
 
 
-def verify_version(folder, model, endpoints, signatures):
+def verify_version(folder, model, endpoints, settings):
     """Raises unless every signature says what it said before it was written.
 
     And unless those that route every image alone say so whatever else is in
@@ -24,15 +24,17 @@ def verify_version(folder, model, endpoints, signatures):
         folder: `pathlib.Path` of the SavedModel.
         model: The model.
         endpoints: Dict from name to `tf.ConcreteFunction`, which was written.
-        signatures: Dict from name to `Signature`.
+        settings: `ServedSettings`.
     """
-    shape = (BATCH, *model.input_shape[1:])
+    batch = min(BATCH, settings.max_batch_size)
+    shape = (batch, *model.input_shape[1:])
     tolerance = tolerance_of(model)
     with named_errors("TensorFlow's loader", ADVICE):
         written = import_tensorflow().saved_model.load(str(folder)).signatures
-    for name, signature in signatures.items():
+    for name, signature in settings.signatures.items():
         images = example(signature.input, shape)
-        right = _answer(endpoints[name], signature, images)
+        with named_errors("TensorFlow", ADVICE):
+            right = _answer(endpoints[name], signature, images)
         _check_finite(name, right)
         with named_errors("TensorFlow's loader", ADVICE):
             given = _answer(written[name], signature, images)

@@ -116,6 +116,7 @@ def test_bad_arguments(folder, arguments, words):
     ("name", "content", "words"),
     [
         ("labels.txt", b"".join(b"%d\n" % i for i in range(10)), None),
+        ("labels.txt", b"a\n", "with 1. Export it again"),
         ("model_card.json", b"{", "a model card must be whole"),
         ("model_card.json", b"{}", "a model card must be whole"),
         ("tf_serving_warmup_requests", bytes(7), "ends within one"),

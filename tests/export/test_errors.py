@@ -15,7 +15,7 @@ import pytest
 
 from keras_vmoe import export
 from keras_vmoe.export.files import new_path
-from keras_vmoe.export.variants import head_of
+from keras_vmoe.export.variants import features_of
 from tests.export import small
 
 OWN_LAYER = """
@@ -117,10 +117,13 @@ def flat_end(x):
 
 def test_a_head_before_what_changes_nothing():
     image = keras.Input((8, 8, 3))
+    features = keras.layers.GlobalAveragePooling2D()(image)
     head = keras.layers.Dense(3)
-    x = head(keras.layers.GlobalAveragePooling2D()(image))
-    assert head_of(keras.Model(image, flat_end(x))) is head
-    assert head_of(keras.Model(image, x / 2)) is None
+    x = head(features)
+    again = head(x)
+    assert features_of(keras.Model(image, flat_end(x))) is features
+    assert features_of(keras.Model(image, again)) is x
+    assert features_of(keras.Model(image, x / 2)) is None
 
 
 def test_models_that_have_no_graph_or_no_images(tmp_path):
@@ -360,6 +363,10 @@ def test_a_version_that_says_something_else_gets_no_name(tmp_path, monkeypatch):
     ("code", "words"),
     [
         ("raise KeyError('not here')", "KeyError: 'not here'.*use keras.ops"),
+        (
+            "raise NotImplementedError('not here')",
+            "NotImplementedError: not here",
+        ),
         ("return 2 * x", "its own backend. Received: outputs that differ by"),
     ],
 )
