@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Set
@@ -100,7 +101,7 @@ def check_path(name, path):
             f"`{name}` must be a path. Received: {name}={path!r}. "
             "Write for example 'served/digits'."
         )
-    if set("[\\") & set(os.fspath(path)):
+    if set("[\\") & set(pathlib.PurePath(path).as_posix()):
         raise ValueError(
             f"`{name}` must be a path that TensorFlow reads as it is, not as a "
             f"pattern. Received: {name}={str(path)!r}. Choose one without "

@@ -2,8 +2,7 @@
 
     python -m keras_vmoe.export.process FORMAT FOLDER OUT [MODULE ...]
 
-is that process. FOLDER has the model, the settings and what the model says;
-an error is written there.
+is that process. FOLDER has the model, the settings and what the model says.
 """
 
 import contextlib
@@ -37,7 +36,8 @@ FORMATS = {
     "litert": ("litert", "ConvertSettings", "write_litert"),
 }
 MODEL, SETTINGS = "model.keras", "settings.json"
-ANSWERS, ERROR = "answers.npz", "error.json"
+ANSWERS = "answers.npz"
+ERROR = "keras_vmoe export: "  # Begins the line that tells one; disks are full.
 BATCH = 4  # Images that the model is asked on both sides.
 ROUNDING = 100  # How much more an accelerator rounds than a CPU.
 ADVICE = (
@@ -76,7 +76,7 @@ def write(format, model, settings, path):
         (folder / SETTINGS).write_text(settings.to_json())
         np.savez(folder / ANSWERS, **_answers(model, settings.routing))
         modules = sorted(_modules(model))
-        _run_process([format, str(folder), str(path), *modules], folder)
+        _run_process([format, str(folder), str(path), *modules])
 
 
 @contextlib.contextmanager
@@ -152,7 +152,7 @@ def _modules(model):
     return {x.__module__ for x in found}
 
 
-def _run_process(arguments, folder):
+def _run_process(arguments):
     """Runs `main` under the TensorFlow backend, and raises its errors here."""
     environment = {
         **os.environ,
@@ -175,13 +175,13 @@ def _run_process(arguments, folder):
         os.close(theirs)
     if done.returncode == 0:
         return
-    try:
-        error = json.loads((folder / ERROR).read_text())
-    except (FileNotFoundError, ValueError):
+    lines = [x for x in done.stdout.splitlines() if x.startswith(ERROR)]
+    if not lines:
         raise RuntimeError(
             "The export under TensorFlow must end well. Received: exit status "
             f"{done.returncode} and this:\n{done.stderr[-2000:]}"
-        ) from None
+        )
+    error = json.loads(lines[-1].removeprefix(ERROR))
     if error["errno"] is not None:
         raise OSError(error["errno"], error["message"])
     raise ERRORS[error["kind"]](error["message"])
@@ -200,7 +200,7 @@ def _settings(format, text):
 
 
 def main(arguments):
-    """The process: writes an error as JSON."""
+    """The process: prints an error as a line of JSON."""
     format, folder, path, *modules = arguments
     folder = pathlib.Path(folder)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -217,7 +217,7 @@ def main(arguments):
         number = getattr(error, "errno", None)
         message = str(error) if number is None else error.strerror
         found = {"kind": next(kinds), "message": message, "errno": number}
-        (folder / ERROR).write_text(json.dumps(found))
+        print(f"\n{ERROR}{json.dumps(found)}", flush=True)
         return 1
     return 0
 
