@@ -123,6 +123,7 @@ def test_a_head_before_what_changes_nothing():
     again = head(x)
     assert features_of(keras.Model(image, flat_end(x))) is features
     assert features_of(keras.Model(image, again)) is x
+    assert features_of(keras.Model(image, flat_end(again))) is x
     assert features_of(keras.Model(image, x / 2)) is None
 
 
