@@ -17,7 +17,9 @@ MATHEMATICS = {"routing", "losses"}
 MODELS = MATHEMATICS | {"distribution", "layers", "models"}
 ROOMS = {
     "version": set(),
+    "_checks": set(),
     "_extras": set(),
+    "_files": set(),
     "routing": set(),
     "losses": {"routing"},
     "distribution": set(),
@@ -33,7 +35,7 @@ ROOMS = {
 }
 # The front doors may use all.
 DOORS = {"__init__", "__main__", "cli"}
-EVERYWHERE = {"_extras", "version"}
+EVERYWHERE = {"_checks", "_extras", "_files", "version"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

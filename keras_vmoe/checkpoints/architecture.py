@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from keras_vmoe._checks import check_sizes
 from keras_vmoe.checkpoints.assignment import POSITIONS
 from keras_vmoe.checkpoints.sharded_index import read_index
-from keras_vmoe.routing.groups import check_sizes
 
 BLOCK = r"Encoder/encoderblock_(\d+)"
 

@@ -6,9 +6,9 @@ import keras
 
 from keras_vmoe import checkpoints
 from keras_vmoe import models
+from keras_vmoe._checks import check_sizes
 from keras_vmoe.cli.opening import restart
 from keras_vmoe.models.presets import find_preset
-from keras_vmoe.routing.groups import check_sizes
 
 
 def presets(settings, arguments):

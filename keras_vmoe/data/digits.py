@@ -14,18 +14,15 @@ This module imports TFDS; import it only where a dataset is opened.
 """
 
 import contextlib
-import errno
 import io
 import math
 import os
 import pathlib
 import random
-import shutil
-import tempfile
-import time
 
 import numpy as np
 
+from keras_vmoe import _files
 from keras_vmoe._extras import require
 
 tfds = require("tensorflow_datasets", "data")
@@ -130,29 +127,11 @@ def prepare(data_dir):
     target = pathlib.Path(data_dir) / NAME / VERSION
     if target.exists():
         return
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        workshop = tempfile.mkdtemp(prefix=f"incomplete.{NAME}.", dir=data_dir)
-    except OSError as error:
-        raise type(error)(
-            f"The folder for the dataset {NAME!r} must be writable. "
-            f"Received: data_dir={os.fspath(data_dir)!r} ({error}). "
-            "Pass another data_dir, or set XDG_CACHE_HOME."
-        ) from error
-    try:
-        _write(workshop)
-        _move(pathlib.Path(workshop) / NAME / VERSION, target)
-    finally:
-        shutil.rmtree(workshop, ignore_errors=True)
-    _sweep(data_dir)
-
-
-def _sweep(data_dir):
-    """Removes what killed processes left, but no work in progress."""
-    for leftover in pathlib.Path(data_dir).glob(f"incomplete.{NAME}.*"):
-        with contextlib.suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(leftover, ignore_errors=True)
+    with contextlib.suppress(FileExistsError):
+        # Another process may be faster; its dataset is as good as this one.
+        with _files.creating(target) as partial:
+            _write(partial.parent)
+            os.rename(partial.parent / NAME / VERSION, partial)
 
 
 def _write(data_dir):
@@ -169,12 +148,3 @@ def _write(data_dir):
             Digits(data_dir=data_dir).download_and_prepare()
     finally:
         random.setstate(state)
-
-
-def _move(source, target):
-    try:
-        os.rename(source, target)
-    except OSError as error:
-        # Another process was faster; its dataset is as good as this one.
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise

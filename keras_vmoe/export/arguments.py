@@ -6,9 +6,8 @@ import pathlib
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Set
-from typing import Any
 
-from keras_vmoe.routing.groups import is_integer
+from keras_vmoe._checks import is_integer
 
 CARD_NAMES = (
     "name",
@@ -106,13 +105,4 @@ def check_path(name, path):
             f"`{name}` must be a path that TensorFlow reads as it is, not as a "
             f"pattern. Received: {name}={str(path)!r}. Choose one without "
             "'[' and '\\'."
-        )
-
-
-def check_choice(name, value, choices: tuple[Any, ...]):
-    """Raises unless a value is one of the choices or None."""
-    if value is not None and value not in choices:
-        raise ValueError(
-            f"`{name}` must be one of {choices} or None. "
-            f"Received: {name}={value!r}. None changes nothing."
         )

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_vmoe._checks import check_sizes
 from keras_vmoe.export import replay
 from keras_vmoe.export.arguments import CARD_NAMES
 from keras_vmoe.export.arguments import check_path
@@ -25,7 +26,6 @@ from keras_vmoe.export.settings import Preprocessing
 from keras_vmoe.export.variants import answering
 from keras_vmoe.export.variants import routed
 from keras_vmoe.export.variants import with_small_experts
-from keras_vmoe.routing.groups import check_sizes
 
 # Of an answer, where the largest number is 1; and where layers compute in
 # 16 bits, which every program rounds in its own order.

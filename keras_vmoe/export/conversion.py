@@ -4,12 +4,12 @@ import pathlib
 
 import numpy as np
 
+from keras_vmoe import _files
 from keras_vmoe._extras import require
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export import process
 from keras_vmoe.export.arguments import check_path
 from keras_vmoe.export.errors import named_errors
-from keras_vmoe.export.files import new_path
 from keras_vmoe.export.settings import ConvertSettings
 from keras_vmoe.export.settings import Signature
 from keras_vmoe.export.variants import check_model
@@ -67,7 +67,7 @@ def convert(format, model, path, kinds, quantize_experts, **dials):
     dials = default_dials(model, **dials)
     routed(model, dials)  # Raises where the model cannot take a dial.
     settings = ConvertSettings(Signature(**dials), quantize_experts)
-    with new_path(path.parent, path.name) as partial:
+    with _files.creating(path) as partial:
         process.write(format, model, settings, partial)
     return path
 

@@ -7,6 +7,8 @@ import warnings
 
 import numpy as np
 
+from keras_vmoe import _files
+from keras_vmoe._checks import check_sizes
 from keras_vmoe._extras import require
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export import process
@@ -16,7 +18,6 @@ from keras_vmoe.export.arguments import check_names
 from keras_vmoe.export.arguments import check_path
 from keras_vmoe.export.card import CARD
 from keras_vmoe.export.errors import named_errors
-from keras_vmoe.export.files import new_path
 from keras_vmoe.export.quantization import KINDS
 from keras_vmoe.export.replay import newest_version
 from keras_vmoe.export.settings import STANDARD
@@ -31,7 +32,6 @@ from keras_vmoe.export.variants import has_classes
 from keras_vmoe.export.variants import routed
 from keras_vmoe.export.variants import with_small_experts
 from keras_vmoe.models.cloning import clone_around
-from keras_vmoe.routing.groups import check_sizes
 
 WARMUP_BATCHES = (1, 8)
 MAX_RECORDS = 1000  # Of warm-up: with more TF Serving refuses the version.
@@ -158,10 +158,11 @@ def saved_model(
     require("tensorflow", "serving")
     if batches:
         require("tensorflow_serving", "serving")
-    with new_path(pathlib.Path(directory), str(int(version))) as folder:
-        _warn_of_missing(settings.signatures, pathlib.Path(directory))
+    path = pathlib.Path(directory, str(int(version)))
+    with _files.creating(path) as folder:
+        _warn_of_missing(settings.signatures, path.parent)
         process.write("saved_model", model, settings, folder)
-    return pathlib.Path(directory, str(int(version)))
+    return path
 
 
 def _checked_preprocessing(preprocessing, channels):

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import Literal
 
-from keras_vmoe.routing.groups import check_sizes
-from keras_vmoe.routing.groups import is_number
+from keras_vmoe._checks import check_sizes
+from keras_vmoe._checks import is_number
 
 INPUTS = ("float", "uint8", "encoded")
 DIALS = (

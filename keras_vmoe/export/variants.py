@@ -7,7 +7,7 @@ import keras
 from keras_vmoe import distribution
 from keras_vmoe import layers
 from keras_vmoe import models
-from keras_vmoe.export.arguments import check_choice
+from keras_vmoe._checks import check_choice
 from keras_vmoe.export.quantization import QuantizedMLPExperts
 from keras_vmoe.models.cloning import clone_around
 from keras_vmoe.models.cloning import is_graph
@@ -29,7 +29,7 @@ ONE_BY_ONE = ("images_per_group", 1)  # As a dense model always answers.
 
 def check_quantization(model, kind, kinds):
     """Raises unless the experts of a model can be stored so."""
-    check_choice("quantize_experts", kind, kinds)
+    check_choice("quantize_experts", kind, (None, *kinds))
     if kind is not None and not moe_layers_of(model):
         raise ValueError(
             "Only experts are quantized. Received: "

@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 
+from keras_vmoe import _files
 from keras_vmoe._extras import require
 
 
@@ -43,12 +44,9 @@ def plot_history(history, routing, path):
     for axis in axes[2 + len(names) :]:
         axis.set_visible(False)
     path = pathlib.Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with _files.replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
-        return partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return path
 
 
 def load_heatmap(name, epochs):

@@ -5,11 +5,11 @@ from keras import ops
 
 from keras_vmoe import distribution
 from keras_vmoe import routing
+from keras_vmoe._checks import check_sizes
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.block_linear import block_linear
 from keras_vmoe.layers.stochastic import Dropout
-from keras_vmoe.routing.groups import check_sizes
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")

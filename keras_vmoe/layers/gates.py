@@ -11,9 +11,9 @@ import math
 import keras
 from keras import ops
 
+from keras_vmoe._checks import check_sizes
+from keras_vmoe._checks import is_number
 from keras_vmoe.routing.groups import check_capacity_factor
-from keras_vmoe.routing.groups import check_sizes
-from keras_vmoe.routing.groups import is_number
 
 
 class Gate(keras.layers.Layer):

@@ -2,10 +2,10 @@
 
 import keras
 
+from keras_vmoe._checks import check_sizes
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.stochastic import Dropout
-from keras_vmoe.routing.groups import check_sizes
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")

@@ -7,6 +7,8 @@ from keras import ops
 
 from keras_vmoe import distribution
 from keras_vmoe import routing
+from keras_vmoe._checks import check_sizes
+from keras_vmoe._checks import is_integer
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.experts import MLPExperts
@@ -14,8 +16,6 @@ from keras_vmoe.layers.mlp import MLP
 from keras_vmoe.layers.routers import OWNERS
 from keras_vmoe.layers.routers import Router
 from keras_vmoe.layers.top_k_router import TopKRouter
-from keras_vmoe.routing.groups import check_sizes
-from keras_vmoe.routing.groups import is_integer
 
 IMAGES_PER_GROUP = 8  # That of V-MoE.
 

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_vmoe.routing.groups import check_sizes
+from keras_vmoe._checks import check_sizes
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")

@@ -4,12 +4,12 @@ import keras
 from keras import ops
 
 from keras_vmoe import routing
+from keras_vmoe._checks import check_not_negative
 from keras_vmoe.layers.gates import get_gate
 from keras_vmoe.layers.statistics import RoutingStatistics
 from keras_vmoe.layers.stochastic import SavesSeedState
 from keras_vmoe.layers.stochastic import SeedGenerator
 from keras_vmoe.routing.groups import check_selection
-from keras_vmoe.routing.groups import is_number
 
 
 class Router(SavesSeedState, keras.layers.Layer):
@@ -174,26 +174,6 @@ def _mean(values):
     """Mean of a `(G,)` tensor; 0 for an empty batch."""
     count = ops.cast(ops.size(values), values.dtype)
     return ops.sum(values) / ops.maximum(count, 1.0)
-
-
-def check_not_negative(**settings):
-    """Raises unless all settings are finite numbers of at least 0."""
-    for name, value in settings.items():
-        if not is_number(value) or value < 0:
-            raise ValueError(
-                f"`{name}` must be a finite number and not negative. "
-                f"Received: {name}={value!r}. 0 turns it off."
-            )
-
-
-def check_flags(**settings):
-    """Raises unless all settings are True or False."""
-    for name, value in settings.items():
-        if not isinstance(value, bool):
-            raise ValueError(
-                f"`{name}` must be True or False. Received: {name}={value!r}. "
-                "The default is False."
-            )
 
 
 def places(group_size, num_tokens, num_experts, num_selected, capacity_factor):

@@ -5,9 +5,9 @@ from keras import ops
 
 from keras_vmoe import losses
 from keras_vmoe import routing
+from keras_vmoe._checks import check_flags
+from keras_vmoe._checks import check_not_negative
 from keras_vmoe.layers.routers import Router
-from keras_vmoe.layers.routers import check_flags
-from keras_vmoe.layers.routers import check_not_negative
 from keras_vmoe.layers.routers import places
 from keras_vmoe.routing.groups import check_capacity_factor
 from keras_vmoe.routing.groups import check_selection

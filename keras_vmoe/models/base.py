@@ -6,8 +6,8 @@ import inspect
 import keras
 
 from keras_vmoe import layers
-from keras_vmoe.routing.groups import is_integer
-from keras_vmoe.routing.groups import is_number
+from keras_vmoe._checks import is_integer
+from keras_vmoe._checks import is_number
 
 
 class MoEModel(keras.Model):
@@ -73,13 +73,3 @@ def image_pair(size):
             "Set for example `image_size=224`."
         )
     return tuple(pair)
-
-
-def check_rates(**rates):
-    """Raises unless all of these are probabilities below 1."""
-    for name, rate in rates.items():
-        if not is_number(rate) or not 0 <= rate < 1:
-            raise ValueError(
-                f"`{name}` must be a number of at least 0 and below 1. "
-                f"Received: {name}={rate!r}. 0 turns it off."
-            )

@@ -5,19 +5,19 @@ import itertools
 import keras
 
 from keras_vmoe import layers
+from keras_vmoe._checks import check_rates
+from keras_vmoe._checks import check_sizes
+from keras_vmoe._checks import is_integer
+from keras_vmoe._checks import is_number
 from keras_vmoe.layers.convnext import convnext_norm
 from keras_vmoe.layers.convnext import kernel_initializer
 from keras_vmoe.layers.convnext import patchify
 from keras_vmoe.models.base import MoEModel
 from keras_vmoe.models.base import check_layer_scale
-from keras_vmoe.models.base import check_rates
 from keras_vmoe.models.base import check_unknown
 from keras_vmoe.models.base import image_pair
 from keras_vmoe.models.moe import MoEConfig
 from keras_vmoe.models.placement import stage_blocks
-from keras_vmoe.routing.groups import check_sizes
-from keras_vmoe.routing.groups import is_integer
-from keras_vmoe.routing.groups import is_number
 
 NUM_SELECTED_EXPERTS = 1  # K of the Sweet Spot paper's ConvNeXt.
 

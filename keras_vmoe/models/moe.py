@@ -9,7 +9,7 @@ from typing import Literal
 import keras
 
 from keras_vmoe import layers as moe_layers
-from keras_vmoe.routing.groups import is_number
+from keras_vmoe._checks import is_number
 
 ROUTERS = {
     "bias_balanced": moe_layers.BiasBalancedRouter,

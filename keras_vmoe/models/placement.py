@@ -3,7 +3,7 @@
 import itertools
 import re
 
-from keras_vmoe.routing.groups import is_integer
+from keras_vmoe._checks import is_integer
 
 
 def moe_blocks(layers, num_layers, more_names=""):

@@ -1,19 +1,25 @@
 """Whole `.keras` files: written atomically, checked before they are read."""
 
+import math
 import pathlib
 import zipfile
 
 import keras
 
+from keras_vmoe import _files
 from keras_vmoe import distribution
+
+# What HDF5 and zip files take beside the numbers: one kilobyte per variable was
+# measured.
+SLACK, SLACK_PER_VARIABLE = 2**16, 2**12
 
 
 def save(model, path):
     """Saves a model so that `path` is always a whole file or none.
 
     The file is written beside `path` under another name and then renamed: a
-    full disk or a killed process leaves the file that was there before. Of
-    several processes all must call this, and the first writes.
+    full disk or a killed process leaves the file that was there before. In a
+    run of several processes all must call this, and the first writes.
 
     Args:
         model: A Keras model.
@@ -24,6 +30,7 @@ def save(model, path):
 
     Raises:
         ValueError: If `path` does not end in `.keras`.
+        OSError: If it cannot be written; what was there before is kept.
 
     Example:
 
@@ -34,15 +41,21 @@ def save(model, path):
         raise ValueError(
             f"A model file must end in '.keras'. Received: path={str(path)!r}."
         )
-    partial = path.with_name(f".{path.stem}.partial.keras")
     with distribution.gathered(distribution.variables_of(model)) as writes:
         if writes:
-            try:
+            with _files.replacing(path, size_of(model)) as partial:
                 model.save(partial)
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
     return path
+
+
+def size_of(model):
+    """Bytes that a file of a model and its optimizer takes, at the most."""
+    variables = distribution.variables_of(model)
+    numbers = sum(
+        math.prod(x.shape) * (8 if str(x.dtype).endswith("64") else 4)
+        for x in variables
+    )
+    return numbers + SLACK + SLACK_PER_VARIABLE * len(variables)
 
 
 def load(path, compile=True):

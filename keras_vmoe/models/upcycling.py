@@ -6,8 +6,8 @@ import keras
 import numpy as np
 
 from keras_vmoe import layers
-from keras_vmoe.layers.routers import check_flags
-from keras_vmoe.layers.routers import check_not_negative
+from keras_vmoe._checks import check_flags
+from keras_vmoe._checks import check_not_negative
 from keras_vmoe.models.base import MoEModel
 from keras_vmoe.models.moe import MoEConfig
 

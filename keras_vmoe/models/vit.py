@@ -3,15 +3,15 @@
 import keras
 
 from keras_vmoe import layers
+from keras_vmoe._checks import check_rates
+from keras_vmoe._checks import check_sizes
 from keras_vmoe.layers.patches import patch_grid
 from keras_vmoe.models.base import MoEModel
 from keras_vmoe.models.base import check_layer_scale
-from keras_vmoe.models.base import check_rates
 from keras_vmoe.models.base import check_unknown
 from keras_vmoe.models.base import image_pair
 from keras_vmoe.models.moe import MoEConfig
 from keras_vmoe.models.placement import moe_blocks
-from keras_vmoe.routing.groups import check_sizes
 
 NUM_SELECTED_EXPERTS = 2  # K of V-MoE.
 CHOICES = {

@@ -5,7 +5,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_vmoe.routing.groups import is_integer
+from keras_vmoe._checks import is_integer
 from keras_vmoe.routing.plans import check_capacity
 from keras_vmoe.routing.plans import experts_of_images
 from keras_vmoe.routing.rows import add_rows

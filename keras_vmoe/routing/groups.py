@@ -1,12 +1,14 @@
 """Groups of tokens that are routed together, and the room that experts have."""
 
 import math
-import numbers
 from fractions import Fraction
 from typing import Any
 from typing import NamedTuple
 
 from keras import ops
+
+from keras_vmoe._checks import is_integer
+from keras_vmoe._checks import is_number
 
 # Buffers are padded to whole multiples of this many places, as in V-MoE.
 CAPACITY_MULTIPLE = 4
@@ -79,27 +81,6 @@ def check_capacity_factor(capacity_factor):
             f"Received: capacity_factor={capacity_factor}. "
             "1.05 is V-MoE's choice for training."
         )
-
-
-def is_number(value):
-    """Whether a value is a finite number; bools are not."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return number and math.isfinite(value)
-
-
-def is_integer(value):
-    """Whether this is an integer of Python or numpy, and no bool."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def check_sizes(**sizes):
-    """Raises unless all of these are integers of at least 1."""
-    for name, size in sizes.items():
-        if not is_integer(size) or size < 1:
-            raise ValueError(
-                f"`{name}` must be an integer of at least 1. "
-                f"Received: {name}={size!r}. Set a positive number."
-            )
 
 
 def check_selection(num_experts, num_selected_experts):

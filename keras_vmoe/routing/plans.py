@@ -7,7 +7,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_vmoe.routing.groups import is_integer
+from keras_vmoe._checks import is_integer
 from keras_vmoe.routing.rows import take_rows
 
 

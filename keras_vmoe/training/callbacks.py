@@ -1,17 +1,19 @@
 """Callbacks for `fit`: routing in the logs, stopping on NaN, atomic files."""
 
+import csv
+import io
 import math
 import pathlib
 import warnings
 
 import keras
 
+from keras_vmoe import _files
 from keras_vmoe import distribution
 from keras_vmoe import inspection
+from keras_vmoe import models
+from keras_vmoe._checks import is_number
 from keras_vmoe._extras import require
-from keras_vmoe.routing.groups import is_number
-from keras_vmoe.training.files import save_model
-from keras_vmoe.training.files import write_csv
 
 
 class RoutingHistory(keras.callbacks.Callback):
@@ -279,7 +281,7 @@ class SaveModel(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         losses = [v for k, v in (logs or {}).items() if k.endswith("loss")]
         if all(map(math.isfinite, losses)) and is_finite(self.model):
-            save_model(self.model, self.path)
+            models.save(self.model, self.path)
 
 
 def is_finite(model):
@@ -327,7 +329,7 @@ class HistoryFile(keras.callbacks.Callback):
             row |= _columns(self.routing.epochs[-1])
         self.rows.append(row)
         if distribution.is_first_process():
-            write_csv(self.path, self.rows)
+            _files.write_text(self.path, _csv(self.rows))
 
 
 def _columns(layers):
@@ -340,3 +342,13 @@ def _columns(layers):
         for e, share in enumerate(layer["load_share"]):
             row[f"{name}/load_{e}"] = float(share)
     return row
+
+
+def _csv(rows):
+    """Dicts as CSV; the columns are all their keys, in order."""
+    text = io.StringIO(newline="")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

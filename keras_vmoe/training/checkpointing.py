@@ -7,12 +7,9 @@ import zlib
 
 import keras
 
+from keras_vmoe import _files
 from keras_vmoe import distribution
-from keras_vmoe.training.files import commit
-from keras_vmoe.training.files import named
-from keras_vmoe.training.files import reserve
-from keras_vmoe.training.files import size_of
-from keras_vmoe.training.files import write_file
+from keras_vmoe.models.saving import size_of
 
 NAME = "epoch_{:06d}"
 WEIGHTS, STATE = ".weights.h5", ".json"
@@ -62,17 +59,11 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / NAME.format(epoch)
         weights = path.with_suffix(WEIGHTS)
-        partial = self.folder / f".partial{WEIGHTS}"
-        with named(weights):
-            try:
-                reserve(self.folder, size_of(model))
-                model.save_weights(partial, overwrite=True)
-                checksum = _checksum(partial)
-                commit(partial, weights)
-            finally:
-                partial.unlink(missing_ok=True)
+        with _files.replacing(weights, size_of(model)) as partial:
+            model.save_weights(partial, overwrite=True)
+            checksum = _checksum(partial)
         state = {**state, "epoch": epoch, "crc32": checksum}
-        write_file(path.with_suffix(STATE), json.dumps(state))
+        _files.write_text(path.with_suffix(STATE), json.dumps(state))
         for old in self.epochs()[: -self.keep]:
             self._remove(old)
 

@@ -5,11 +5,11 @@ import math
 import typing
 from typing import Literal
 
+from keras_vmoe._checks import check_sizes
 from keras_vmoe.data import Augmentation
 from keras_vmoe.models import MoEConfig
 from keras_vmoe.models.presets import find_preset
 from keras_vmoe.routing.groups import check_capacity_factor
-from keras_vmoe.routing.groups import check_sizes
 
 DEFAULT_IMAGE_SIZE = 32
 DEFAULT_WARMUP = 1 / 12  # Of all steps, where no warm-up is set.

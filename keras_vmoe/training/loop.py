@@ -26,7 +26,6 @@ from keras_vmoe.training.batches import stream
 from keras_vmoe.training.checkpointing import Checkpoints
 from keras_vmoe.training.checkpointing import SaveCheckpoint
 from keras_vmoe.training.config import SHARED
-from keras_vmoe.training.files import save_model
 from keras_vmoe.training.initialization import freeze
 from keras_vmoe.training.initialization import initialize
 from keras_vmoe.training.run_folder import open_run
@@ -201,7 +200,7 @@ def _train(config, strategy):
     else:  # Stopped behind its last checkpoint.
         if config.ema:
             model.optimizer.finalize_variable_values(model.trainable_variables)
-        save_model(model, run_dir / "model.keras")
+        models.save(model, run_dir / "model.keras")
     with data.named_damage(*reads):
         test = evaluation.measure(model, test_data, routing=False)
     if first:

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_vmoe import distribution
-from keras_vmoe.routing.groups import is_number
+from keras_vmoe._checks import is_number
 
 EXPERTS = "/experts/"
 # Kernels of all layers and experts. Biases, norms, positions, the class token

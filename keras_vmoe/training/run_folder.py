@@ -7,9 +7,9 @@ import shutil
 
 import keras
 
+from keras_vmoe import _files
 from keras_vmoe import distribution
 from keras_vmoe._extras import require
-from keras_vmoe.training.files import write_file
 
 CONFIG, CLASSES = "config.yaml", "classes.json"
 RESULT = "result.json"
@@ -48,8 +48,9 @@ def open_run(config, class_names):
     run_dir.mkdir(parents=True, exist_ok=True)
     yaml = require("yaml", "cli")
     text = yaml.safe_dump(settings, sort_keys=False)
-    write_file(run_dir / CONFIG, text)  # First: what a stopped run is known by.
-    write_file(run_dir / CLASSES, json.dumps(class_names))
+    # First: what a stopped run is known by.
+    _files.write_text(run_dir / CONFIG, text)
+    _files.write_text(run_dir / CLASSES, json.dumps(class_names))
     return run_dir
 
 
@@ -73,7 +74,7 @@ def write_result(run_dir, test):
     """Marks a run as finished, which needs its checkpoints no more."""
     names = ("accuracy", "top5", "loss")
     result = {name: getattr(test, name) for name in names}
-    write_file(run_dir / RESULT, json.dumps(result))
+    _files.write_text(run_dir / RESULT, json.dumps(result))
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
 
 
@@ -125,4 +126,5 @@ def _flat(settings, prefix=""):
 
 def _is_empty(folder):
     """Whether nothing but half-written files of ours is in the folder."""
-    return all(path.name.endswith(".partial") for path in folder.iterdir())
+    names = (path.name for path in folder.iterdir())
+    return all(name.startswith(_files.PARTIAL) for name in names)

@@ -158,7 +158,7 @@ def test_the_newest_version(tmp_path):
 
 def test_exports_of_the_command(folder):
     done = run("export", folder, folder / "served")
-    assert done.returncode == 1 and "overwrites nothing" in done.stderr
+    assert done.returncode == 1 and "Nothing is overwritten" in done.stderr
     done = run("export", folder, folder / "x", "--signatures", "fast=1")
     assert done.returncode == 1
     assert "NAME:SETTING=VALUE" in done.stderr

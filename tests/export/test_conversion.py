@@ -101,7 +101,7 @@ def test_bad_arguments(name, arguments, words, tmp_path):
 def test_no_file_is_overwritten(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_text("mine")
-    with pytest.raises(FileExistsError, match="overwrites nothing"):
+    with pytest.raises(FileExistsError, match="Nothing is overwritten"):
         export.onnx(small.MODELS["bpr"](), path)
     assert path.read_text() == "mine"
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from keras_vmoe import export
-from keras_vmoe.export.files import new_path
+from keras_vmoe._files import creating
 from keras_vmoe.export.variants import features_of
 from tests.export import small
 
@@ -189,7 +189,7 @@ def test_dense_and_soft_models_have_no_such_dial(tmp_path):
 
 def test_no_version_is_overwritten(model, tmp_path):
     (tmp_path / "1").mkdir()
-    with pytest.raises(FileExistsError, match="overwrites nothing"):
+    with pytest.raises(FileExistsError, match="Nothing is overwritten"):
         export.saved_model(model, tmp_path)
     assert not list((tmp_path / "1").iterdir())
 
@@ -202,8 +202,8 @@ def test_a_folder_that_cannot_be(model, tmp_path):
 
 def test_a_name_that_somebody_else_took_meanwhile(tmp_path):
     for name, make in (("1", "mkdir"), ("a.onnx", "touch")):
-        with pytest.raises(FileExistsError, match="overwrites nothing"):
-            with new_path(tmp_path, name) as path:
+        with pytest.raises(FileExistsError, match="Nothing is overwritten"):
+            with creating(tmp_path / name) as path:
                 getattr(path, make)()
                 getattr(tmp_path / name, make)()
         assert [x.name for x in tmp_path.iterdir()] == [name]
@@ -211,13 +211,13 @@ def test_a_name_that_somebody_else_took_meanwhile(tmp_path):
 
 
 def test_what_fails_leaves_nothing(tmp_path):
-    with pytest.raises(KeyError), new_path(tmp_path, "1") as path:
+    with pytest.raises(KeyError), creating(tmp_path / "1") as path:
         path.mkdir()
         (path / "half").write_text("x")
         raise KeyError
     assert not list(tmp_path.iterdir())
     with pytest.raises(OSError, match="must be written whole") as caught:
-        with new_path(tmp_path, "1"):
+        with creating(tmp_path / "1"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert "No space left" in str(caught.value)
 

@@ -8,9 +8,10 @@ import sys
 import pytest
 import yaml
 
+from keras_vmoe import _files
 from keras_vmoe import models
 from keras_vmoe import training
-from keras_vmoe.training import files
+from keras_vmoe.models import saving
 from keras_vmoe.training.run_folder import settings_of
 from tests.models.definitions import tiny
 from tests.training.test_resume import assert_same
@@ -69,16 +70,16 @@ def test_a_run_goes_on_when_there_is_space_again(tmp_path, cache):
 
 def test_a_model_that_does_not_fit_leaves_the_last(tmp_path, monkeypatch):
     model, path = tiny(moe=None), tmp_path / "model.keras"
-    files.save_model(model, path)
+    models.save(model, path)
     good = path.read_bytes()
 
     def full(file, size):
         assert size > 4 * model.count_params()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "_allocate", full)
+    monkeypatch.setattr(_files, "_allocate", full)
     with pytest.raises(OSError, match="model.keras .*No space left.*again"):
-        files.save_model(model, path)
+        models.save(model, path)
     assert path.read_bytes() == good
     assert [x.name for x in tmp_path.iterdir()] == ["model.keras"]
 
@@ -96,16 +97,16 @@ def test_space_is_set_aside_and_freed(tmp_path, monkeypatch, can):
         unlink(path, missing_ok=missing_ok)
 
     monkeypatch.setattr(pathlib.Path, "unlink", seen)
-    files.reserve(tmp_path, 3_000_000)
+    _files.reserve(tmp_path, 3_000_000)
     assert sizes == [3_000_000] and not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_cannot_set_space_aside(tmp_path, monkeypatch):
     def unable(file, size):
-        raise OSError(files.UNABLE[0], "Invalid argument")
+        raise OSError(_files.UNABLE[0], "Invalid argument")
 
-    monkeypatch.setattr(files, "_allocate", unable)
-    files.reserve(tmp_path, 10)
+    monkeypatch.setattr(_files, "_allocate", unable)
+    _files.reserve(tmp_path, 10)
     assert not list(tmp_path.iterdir())
 
 
@@ -116,7 +117,7 @@ def test_a_model_takes_no_more_than_is_reserved(tmp_path):
     models.save(model, tmp_path / "model.keras")
     model.save_weights(tmp_path / "model.weights.h5")
     for path in tmp_path.iterdir():
-        assert path.stat().st_size < files.size_of(model)
+        assert path.stat().st_size < saving.size_of(model)
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -134,6 +135,6 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(pathlib.Path, "replace", renamed)
-    files.write_file(path, "{}")
+    _files.write_text(path, "{}")
     file, folder = path.stat().st_ino, tmp_path.stat().st_ino
     assert events == [file, (file, path), folder]

@@ -1,0 +1,87 @@
+"""Checks of arguments: what was expected, what was received, how to mend it."""
+
+import difflib
+import math
+import numbers
+
+
+def is_number(value):
+    """Whether a value is a finite number; bools are not."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def is_integer(value):
+    """Whether this is an integer of Python or NumPy, and no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_sizes(**sizes):
+    """Raises unless all of these are integers of at least 1."""
+    for name, size in sizes.items():
+        if not is_integer(size) or size < 1:
+            raise ValueError(
+                f"`{name}` must be an integer of at least 1. "
+                f"Received: {name}={size!r}."
+            )
+
+
+def check_not_negative(**settings):
+    """Raises unless all of these are finite numbers of at least 0."""
+    for name, value in settings.items():
+        if not is_number(value) or value < 0:
+            raise ValueError(
+                f"`{name}` must be a finite number and not negative. "
+                f"Received: {name}={value!r}. 0 turns it off."
+            )
+
+
+def check_rates(**rates):
+    """Raises unless all of these are probabilities below 1."""
+    for name, rate in rates.items():
+        if not is_number(rate) or not 0 <= rate < 1:
+            raise ValueError(
+                f"`{name}` must be a number of at least 0 and below 1. "
+                f"Received: {name}={rate!r}. 0 turns it off."
+            )
+
+
+def check_flags(**settings):
+    """Raises unless all of these are True or False."""
+    for name, value in settings.items():
+        if not isinstance(value, bool):
+            raise ValueError(
+                f"`{name}` must be True or False. Received: {name}={value!r}."
+            )
+
+
+def check_choice(name, value, choices):
+    """Raises unless a value is one of the choices."""
+    if value not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {list(choices)}. "
+            f"Received: {name}={value!r}.{nearest(value, choices)}"
+        )
+
+
+def check_keys(what, given, known):
+    """Raises unless all keys of a dict are known.
+
+    Args:
+        what: What takes the keys, for the message.
+        given: Dict.
+        known: Iterable of strings.
+    """
+    known = list(known)
+    for key in given:
+        if key not in known:
+            raise ValueError(
+                f"{what} takes the keys {known}. "
+                f"Received: {key}={given[key]!r}.{nearest(key, known)}"
+            )
+
+
+def nearest(name, known):
+    """`" Did you mean 'x'?"`, or nothing where no known name is like it."""
+    near = difflib.get_close_matches(str(name), list(map(str, known)), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

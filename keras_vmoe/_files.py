@@ -1,0 +1,196 @@
+"""Files and folders that appear under their name whole, or not at all."""
+
+import contextlib
+import errno
+import glob
+import os
+import pathlib
+import shutil
+import tempfile
+import time
+
+PARTIAL = ".partial."  # What the names of half-written files begin with.
+STALE_SECONDS = 24 * 3600  # Nobody writes for so long.
+# Where a file system cannot set space aside: it is then found out by writing.
+UNABLE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def write_text(path, text):
+    """Writes a text file, atomically.
+
+    Args:
+        path: `pathlib.Path` to write.
+        text: String.
+
+    Raises:
+        OSError: If it cannot be written; what was there before is kept.
+    """
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
+
+
+@contextlib.contextmanager
+def replacing(path, size=0):
+    """A name to write a file under, which then takes the place of another.
+
+    A killed process, a full disk or a loss of power leaves the file that was
+    there before.
+
+    Args:
+        path: `pathlib.Path` of the file.
+        size: Bytes that must fit on the disk before anything is written.
+
+    Yields:
+        `pathlib.Path` with the suffixes of `path`.
+
+    Raises:
+        OSError: If writing raises one, or h5py its RuntimeError.
+    """
+    partial = path.with_name(PARTIAL + path.name)
+    try:
+        reserve(path.parent, size)
+        yield partial
+        _to_disk(partial)
+        partial.replace(path)
+        if os.name != "nt":  # Where a folder cannot be opened.
+            _to_disk(path.parent)
+    except (OSError, RuntimeError) as error:
+        raise OSError(
+            f"A file must be written whole. Received: {path} ({error}). What "
+            "was there before is kept; free some space and run the command "
+            "again."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def creating(path):
+    """A name to write a new file or folder under, which is then renamed.
+
+    Args:
+        path: `pathlib.Path` that must not exist; its parent is made.
+
+    Yields:
+        `pathlib.Path` of the same name in a scratch folder beside it.
+
+    Raises:
+        FileExistsError: If the path exists.
+        OSError: If nothing can be written there.
+    """
+    _check_new(path)
+    with scratch(path.parent, path.name) as folder:
+        try:
+            yield folder / path.name
+            _check_new(path)  # Others may have been faster.
+            os.rename(folder / path.name, path)
+        except OSError as error:
+            if error.errno is None:  # It says all already.
+                raise
+            _check_new(path)
+            raise OSError(
+                "A file or folder must be written whole. Received: "
+                f"{str(path)!r} ({error.strerror}), of which nothing is left. "
+                "Free space on the disk, or choose another place."
+            ) from error
+
+
+@contextlib.contextmanager
+def scratch(parent, name):
+    """A folder to work in, which goes with all that it still holds.
+
+    Those that killed processes left for the same name a day ago go as well.
+
+    Args:
+        parent: `pathlib.Path` of the folder around it; made if there is none.
+        name: What it is for.
+
+    Yields:
+        `pathlib.Path` of the folder.
+
+    Raises:
+        OSError: If `parent` cannot be written to.
+    """
+    is_new = not parent.exists()
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(dir=parent, prefix=f"{PARTIAL}{name}.")
+    except OSError as error:
+        _remove_empty(parent, is_new)
+        raise type(error)(
+            "The folder must be one that can be written to. Received: "
+            f"{str(parent)!r} ({error.strerror}). Choose another one."
+        ) from error
+    try:
+        yield pathlib.Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _remove_stale(parent, name)
+        _remove_empty(parent, is_new)
+
+
+def reserve(folder, size):
+    """Raises unless a file of a size fits into a folder, before it is written.
+
+    HDF5 cannot be refused space half-way: it prints hundreds of errors and
+    crashes the process when it closes the file.
+
+    Args:
+        folder: `pathlib.Path`.
+        size: Bytes.
+
+    Raises:
+        OSError: If the disk is full, or the file larger than is allowed.
+    """
+    if not size:
+        return
+    path = folder / f"{PARTIAL}space"
+    try:
+        with open(path, "wb") as file:
+            _allocate(file, size)
+    except OSError as error:
+        if error.errno not in UNABLE:
+            raise
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _allocate(file, size):
+    """Gives a file its blocks, by writing them where nothing else can."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    for start in range(0, size, 2**20):
+        file.write(bytes(min(2**20, size - start)))
+
+
+def _to_disk(path):
+    """Waits until a file or folder is on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_stale(parent, name):
+    for leftover in parent.glob(f"{glob.escape(PARTIAL + name)}.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _remove_empty(folder, is_new):
+    """Removes a folder of ours in which nothing came to be."""
+    if is_new:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _check_new(path):
+    """Raises if something has this name."""
+    if path.exists():
+        raise FileExistsError(
+            "Nothing is overwritten. Received: "
+            f"{str(path)!r}, which exists. Choose another version or name."
+        )
