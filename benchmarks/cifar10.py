@@ -65,8 +65,8 @@ def make_model(family, variant, num_classes=10):
             pooling="gap", moe=VARIANTS[variant], **shared,
         )  # fmt: skip
     return models.ConvNeXtMoE(
-        depths=(2, 2, 2), dims=(16, 32, 64), patch_size=2, layer_scale=None,
-        moe=VARIANTS[variant], **shared,
+        depths=(2, 2, 2), dims=(16, 32, 64), patch_size=2,
+        layer_scale_init_value=None, moe=VARIANTS[variant], **shared,
     )  # fmt: skip
 
 

@@ -152,7 +152,7 @@ def counted(name, blocks, devices, shards, shard_dense):
         "experts": experts / shards,
     }
     exchanged = 4 * layers * buffer
-    compute = 3 * 2 * cost.flops * IMAGES / 1e12
+    compute = 3 * 2 * cost.macs * IMAGES / 1e12
     row = {
         "model": name,
         "blocks": blocks,

@@ -160,7 +160,7 @@ def latency(sparse, dense, batches, rounds):
                 models.set_routing(model, images_per_group=1)
                 if name == sparse
                 else model
-            ).flops
+            ).macs
             path = export.saved_model(model, folder, version, warmup=False)
             served[name] = ServedModel(path)
             shape = model.input_shape[1:]

@@ -8,6 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_vmoe.models.base import MoEModel
+from keras_vmoe.models.base import Options
 from tests.gradients import compiled
 from tests.gradients import weight_gradients
 
@@ -89,7 +91,10 @@ def check_config(case):
     """The config names every argument, with its value, and makes a twin."""
     layer = case.make()
     config = layer.get_config()
-    missing = set(arguments_of(case.layer)) - set(config)
+    names = set(arguments_of(case.layer))
+    if issubclass(case.layer, MoEModel):
+        names |= set(Options.__annotations__)
+    missing = names - set(config)
     assert not missing, f"get_config() lacks {missing}"
     for name, value in case.arguments.items():
         assert hasattr(layer, name), f"{name} is not an attribute"

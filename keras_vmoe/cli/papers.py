@@ -31,7 +31,7 @@ def presets(settings, arguments):
             preset.paper_params or "",
             f"{cost.active_params / 1e6:.1f}",
             preset.paper_active or "",
-            f"{cost.flops / 1e9:.1f}",
+            f"{cost.macs / 1e9:.1f}",
             preset.paper_gflops or "",
         )
         print(_PRESET_LINE.format(*row), flush=True)

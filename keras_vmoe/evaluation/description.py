@@ -47,5 +47,5 @@ def cost_lines(cost):
     return [
         f"parameters: {cost.params / 1e6:.2f} million, "
         f"{cost.active_params / 1e6:.2f} million active per token",
-        f"multiply-adds per image: {cost.flops / 1e6:,.1f} million",
+        f"multiply-adds per image: {cost.macs / 1e6:,.1f} million",
     ]

@@ -14,7 +14,7 @@ from keras_vmoe.export.variants import features_of
 from keras_vmoe.export.variants import has_classes
 from keras_vmoe.export.variants import moe_layers_of
 from keras_vmoe.export.variants import routed
-from keras_vmoe.models.costs import places_of
+from keras_vmoe.models.costs import slots_of
 from keras_vmoe.version import __version__
 
 CARD = pathlib.Path("assets.extra", "model_card.json")
@@ -47,7 +47,7 @@ def make_card(model, settings):
         costs[name] = {
             **dataclasses.asdict(signature),
             "routing": [_routing(layer) for layer in moe_layers_of(variant)],
-            "multiply_adds_per_image": cost.flops,
+            "multiply_adds_per_image": cost.macs,
             "active_params": cost.active_params,
         }
     return {
@@ -90,5 +90,5 @@ def _routing(layer):
         "images_per_group": layer.images_per_group,
         **{k: v for k, v in found.items() if v is not None},
         # Rounded up, for a group: dials that round to the same do the same.
-        "places_per_image": places_of(layer, tokens),
+        "places_per_image": slots_of(layer, tokens),
     }

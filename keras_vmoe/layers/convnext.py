@@ -11,7 +11,9 @@ def kernel_initializer():
     return keras.initializers.TruncatedNormal(stddev=0.02)
 
 
-def convnext_block(x, mlp, name, drop_path=0.0, layer_scale=1e-6):
+def convnext_block(
+    x, mlp, name, drop_path_rate=0.0, layer_scale_init_value=1e-6
+):
     """A ConvNeXt block around any MLP.
 
     A depthwise 7 x 7 convolution, a norm and the MLP on one residual branch. A
@@ -22,8 +24,9 @@ def convnext_block(x, mlp, name, drop_path=0.0, layer_scale=1e-6):
         mlp: Layer from `(B, H, W, D)` to the same shape, such as `layers.MLP`
             or `layers.MoEMLP`, whose tokens are then the H * W positions.
         name: Prefix of the layers' names.
-        drop_path: Probability of dropping the branch of an image.
-        layer_scale: Starting value of the layer scale; None leaves it out.
+        drop_path_rate: Probability of dropping the branch of an image.
+        layer_scale_init_value: Initial value of the layer scale; None leaves
+            it out.
 
     Returns:
         `(B, H, W, D)` symbolic tensor.
@@ -48,10 +51,12 @@ def convnext_block(x, mlp, name, drop_path=0.0, layer_scale=1e-6):
         name=f"{name}_conv",
     )(x)
     y = mlp(convnext_norm(f"{name}_norm", dtype)(y))
-    if layer_scale is not None:
-        y = LayerScale(layer_scale, dtype=dtype, name=f"{name}_scale")(y)
-    if drop_path:
-        y = DropPath(drop_path, dtype=dtype, name=f"{name}_drop")(y)
+    if layer_scale_init_value is not None:
+        y = LayerScale(
+            layer_scale_init_value, dtype=dtype, name=f"{name}_scale"
+        )(y)
+    if drop_path_rate:
+        y = DropPath(drop_path_rate, dtype=dtype, name=f"{name}_drop")(y)
     return keras.layers.Add(dtype=dtype, name=f"{name}_add")([x, y])
 
 

@@ -9,7 +9,13 @@ from keras_vmoe.layers.stochastic import LayerScale
 
 
 def encoder_block(
-    x, mlp, num_heads, name, dropout=0.0, drop_path=0.0, layer_scale=None
+    x,
+    mlp,
+    num_heads,
+    name,
+    dropout=0.0,
+    drop_path_rate=0.0,
+    layer_scale_init_value=None,
 ):
     """A pre-norm transformer block around any MLP.
 
@@ -23,9 +29,10 @@ def encoder_block(
             `layers.MoEMLP`.
         num_heads: Heads of the attention; must divide D.
         name: Prefix of the layers' names.
-        dropout: Dropout rate behind the attention.
-        drop_path: Probability of dropping a residual branch of an image.
-        layer_scale: Starting value of the layer scale; None leaves it out.
+        dropout: Dropout rate after the attention.
+        drop_path_rate: Probability of dropping a residual branch of an image.
+        layer_scale_init_value: Initial value of the layer scale; None leaves
+            it out.
 
     Returns:
         `(B, N, D)` symbolic tensor.
@@ -52,11 +59,13 @@ def encoder_block(
         y = layer(norm(x))
         if dropout and part == "attention":
             y = Dropout(dropout, dtype=dtype, name=f"{name}_{part}_dropout")(y)
-        if layer_scale is not None:
+        if layer_scale_init_value is not None:
             scale = f"{name}_{part}_scale"
-            y = LayerScale(layer_scale, dtype=dtype, name=scale)(y)
-        if drop_path:
-            y = DropPath(drop_path, dtype=dtype, name=f"{name}_{part}_drop")(y)
+            y = LayerScale(layer_scale_init_value, dtype=dtype, name=scale)(y)
+        if drop_path_rate:
+            y = DropPath(
+                drop_path_rate, dtype=dtype, name=f"{name}_{part}_drop"
+            )(y)
         return keras.layers.Add(dtype=dtype, name=f"{name}_{part}_add")([x, y])
 
     attention = SelfAttention(num_heads, dtype=dtype, name=f"{name}_attention")

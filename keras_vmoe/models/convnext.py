@@ -1,11 +1,11 @@
 """ConvNeXtMoE: ConvNeXt with the sparse MoE layers of the Sweet Spot paper."""
 
 import itertools
+from typing import Unpack
 
 import keras
 
 from keras_vmoe import layers
-from keras_vmoe._checks import check_rates
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
 from keras_vmoe._checks import is_number
@@ -13,8 +13,8 @@ from keras_vmoe.layers.convnext import convnext_norm
 from keras_vmoe.layers.convnext import kernel_initializer
 from keras_vmoe.layers.convnext import patchify
 from keras_vmoe.models.base import MoEModel
-from keras_vmoe.models.base import check_layer_scale
-from keras_vmoe.models.base import check_unknown
+from keras_vmoe.models.base import Options
+from keras_vmoe.models.base import complete
 from keras_vmoe.models.base import image_pair
 from keras_vmoe.models.moe import MoEConfig
 from keras_vmoe.models.placement import stage_blocks
@@ -40,7 +40,7 @@ class ConvNeXtMoE(MoEModel):
         num_classes: Classes; None leaves the head out, and the model returns
             features `(B, D)`.
         isotropic: Whether the model has one stage at 1/`patch_size` of the
-            resolution, like a ViT, without norm behind the stem.
+            resolution, like a ViT, without a norm after the stem.
         image_size: Side of the images in pixels, or `(height, width)`.
         patch_size: Side of the stem's patches; None means 4, or 16 if
             isotropic.
@@ -49,17 +49,19 @@ class ConvNeXtMoE(MoEModel):
             attributes, such as `layers` (`"every_2"`, `"stage"`, `"last_3"`,
             `"last_2"` or block indices; see `models.stage_blocks`),
             `num_experts`, `mlp_ratio` (that of the experts). K is 1 unless set.
-        drop_path: Probability of dropping a residual branch of an image in the
-            last block; it rises linearly from 0 in the first.
-        layer_scale: Starting value of the layer scale; None leaves it out, as
-            the authors do in isotropic models.
+        drop_path_rate: Stochastic depth: probability of dropping a residual
+            branch of an image in the last block. It rises linearly from 0 in
+            the first block.
+        layer_scale_init_value: Initial value of the layer scale; None leaves
+            it out, as the authors do in isotropic models.
         activation: Activation of the MLPs and experts; see `layers.MLP`.
+        channels: Channels of the images.
         dtype: Dtype policy of the layers, such as `"mixed_bfloat16"`. None
             means the global one.
         name: Name of the model.
 
     Call arguments:
-        images: `(B, H, W, 3)` float tensor, channels last.
+        images: `(B, H, W, channels)` float tensor.
         training: Whether to route with noise and add auxiliary losses.
 
     Returns:
@@ -82,7 +84,8 @@ class ConvNeXtMoE(MoEModel):
         [Liu et al., 2022](https://arxiv.org/abs/2201.03545), section 2, 3.3
         for isotropic models;
         [Videau et al., 2024](https://arxiv.org/abs/2411.18322) for the MoE.
-        Ours starts the MLPs with Glorot's values, not with a deviation of 0.02.
+        Our MLPs start from Glorot's initializer, theirs from a standard
+        deviation of 0.02.
     """
 
     def __init__(
@@ -95,21 +98,18 @@ class ConvNeXtMoE(MoEModel):
         patch_size=None,
         mlp_ratio=4,
         moe=None,
-        drop_path=0.0,
-        layer_scale=1e-6,
-        activation="gelu",
-        dtype=None,
-        name="convnext_moe",
-        **kwargs,
+        **options: Unpack[Options],
     ):
-        check_unknown(ConvNeXtMoE, kwargs)
-        dtype = dtype or keras.config.dtype_policy()
-        policy = keras.dtype_policies.get(dtype).name
+        options = complete(
+            ConvNeXtMoE,
+            options,
+            layer_scale_init_value=1e-6,
+            activation="gelu",
+            name="convnext_moe",
+        )
         moe = None if moe is None else MoEConfig.from_dict(moe)
         stages = _stages(depths, dims, isotropic)
         check_sizes(num_classes=1 if num_classes is None else num_classes)
-        check_rates(drop_path=drop_path)
-        check_layer_scale(layer_scale)
         _check_ratio(mlp_ratio)
         side = patch_size
         if patch_size is None:
@@ -117,74 +117,55 @@ class ConvNeXtMoE(MoEModel):
         check_sizes(patch_size=side)
         _check_image(image_size, side * 2 ** (len(stages) - 1))
 
-        images = keras.Input((*image_pair(image_size), 3), name="images")
+        policy = options.dtype
+        shape = (*image_pair(image_size), options.channels)
+        images = keras.Input(shape, name="images")
         x = patchify(stages[0][1], side, "stem", policy)(images)
         if not isotropic:
             x = convnext_norm("stem_norm", policy)(x)
-        mlps = _mlps(stages, mlp_ratio, moe, activation, policy)
-        x = _blocks(x, stages, mlps, drop_path, layer_scale, policy)
+        mlps = _mlps(stages, mlp_ratio, moe, options)
+        x = _blocks(x, stages, mlps, options)
         x = _head(x, num_classes, policy)
-        super().__init__(images, x, name=name, **kwargs)
-
-        self.depths = _plain(depths)
-        self.dims = _plain(dims)
-        self.num_classes = num_classes
-        self.isotropic = isotropic
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.mlp_ratio = mlp_ratio
-        self.moe = moe
-        self.drop_path = drop_path
-        self.layer_scale = layer_scale
-        self.activation = activation
-        self.layers_dtype = policy
-
-    def get_config(self):
-        return {
-            "depths": self.depths,
-            "dims": self.dims,
-            "num_classes": self.num_classes,
-            "isotropic": self.isotropic,
-            "image_size": self.image_size,
-            "patch_size": self.patch_size,
-            "mlp_ratio": self.mlp_ratio,
-            "moe": None if self.moe is None else self.moe.to_dict(),
-            "drop_path": self.drop_path,
-            "layer_scale": self.layer_scale,
-            "activation": self.activation,
-            "dtype": self.layers_dtype,
-            "name": self.name,
-            "trainable": self.trainable,
+        arguments = {
+            "depths": _plain(depths),
+            "dims": _plain(dims),
+            "num_classes": num_classes,
+            "isotropic": isotropic,
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "mlp_ratio": mlp_ratio,
+            "moe": moe,
         }
+        super().__init__(images, x, {**arguments, **vars(options)})
 
 
-def _blocks(x, stages, mlps, drop_path, layer_scale, policy):
+def _blocks(x, stages, mlps, options):
     """All stages, with the downsampling between them."""
     number = itertools.count()
     last = max(1, len(mlps) - 1)
     for stage, (depth, features) in enumerate(stages):
         if stage:
             name = f"downsample_{stage}"
-            x = convnext_norm(f"{name}_norm", policy)(x)
-            x = patchify(features, 2, name, policy)(x)
+            x = convnext_norm(f"{name}_norm", options.dtype)(x)
+            x = patchify(features, 2, name, options.dtype)(x)
         for i in itertools.islice(number, depth):
             x = layers.convnext_block(
                 x,
                 mlps[i],
                 name=f"block_{i}",
-                drop_path=drop_path * i / last,
-                layer_scale=layer_scale,
+                drop_path_rate=options.drop_path_rate * i / last,
+                layer_scale_init_value=options.layer_scale_init_value,
             )
     return x
 
 
-def _mlps(stages, mlp_ratio, moe, activation, policy):
+def _mlps(stages, mlp_ratio, moe, options):
     """One MLP or MoE layer for each block."""
     sparse = ()
     if moe is not None:
         sparse = stage_blocks(moe.layers, [depth for depth, _ in stages])
     features = [size for depth, size in stages for _ in range(depth)]
-    arguments = {"activation": activation, "dtype": policy}
+    arguments = {"activation": options.activation, "dtype": options.dtype}
     mlps = []
     for i, size in enumerate(features):
         hidden_dim = round(mlp_ratio * size)

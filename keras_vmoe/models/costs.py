@@ -22,17 +22,17 @@ class Cost:
         params: Parameters.
         active_params: Parameters that work on one token: of the experts of a
             MoE layer, as many as a token visits on average.
-        flops: Multiply-adds of matrix products and convolutions per image, the
-            papers' unit, at the model's capacity factors, places that may stay
-            empty included.
-        activation_bytes: What all layers make of one image, in their compute
+        macs: Multiply-adds of matrix products and convolutions per image, the
+            papers' "FLOPs", at the model's capacity factors, empty slots
+            included.
+        activation_bytes: Outputs of all layers for one image in their compute
             dtype, buffers and hidden features of experts included: an estimate
             of what a training step keeps per image.
     """
 
     params: int
     active_params: int
-    flops: int
+    macs: int
     activation_bytes: int
 
 
@@ -41,7 +41,7 @@ class Work(typing.NamedTuple):
 
     Attributes:
         multiply_adds: Those of matrix products and convolutions.
-        values: Numbers that it makes beside its output.
+        values: Numbers that it makes besides its output.
     """
 
     multiply_adds: int = 0
@@ -69,7 +69,7 @@ def cost(model):
 
     >>> from keras_vmoe.models import ConvNeXtMoE
     >>> cost(ConvNeXtMoE(depths=[1], dims=[8], num_classes=10, image_size=8))
-    Cost(params=1490, active_params=1490, flops=5232, activation_bytes=1512)
+    Cost(params=1490, active_params=1490, macs=5232, activation_bytes=1512)
 
     Reference:
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 3.
@@ -90,19 +90,15 @@ def cost(model):
         keras.KerasTensor((1, *shape), dtype=tensor.dtype)
         for shape, tensor in zip(shapes, model.inputs, strict=True)
     ]
-    done = []
-    _walk(graph, inputs if len(inputs) > 1 else inputs[0], done)
+    calls = []
+    _walk(graph, inputs if len(inputs) > 1 else inputs[0], calls)
     params = model.count_params()
-    idle = sum(
-        _idle_params(layer)
-        for layer in model._flatten_layers()
-        if isinstance(layer, layers.MoEMLP)
-    )
+    sparse = {layer for layer, *_ in calls if isinstance(layer, layers.MoEMLP)}
     return Cost(
         params=params,
-        active_params=round(params - idle),
-        flops=round(sum(work.multiply_adds for work, _ in done)),
-        activation_bytes=round(sum(work.values * size for work, size in done)),
+        active_params=round(params - sum(map(_idle_params, sparse))),
+        macs=round(sum(work.multiply_adds for _, work, _ in calls)),
+        activation_bytes=round(sum(w.values * size for _, w, size in calls)),
     )
 
 
@@ -113,15 +109,15 @@ def _graph(model):
     return model if hasattr(model, "_run_through_graph") else None
 
 
-def _walk(model, inputs, done):
-    """Appends `(work, bytes per value)` of every call of a layer."""
+def _walk(model, inputs, calls):
+    """Appends `(layer, work, bytes per value)` of every call of a layer."""
 
     def spec(operation):
         return functools.partial(visit, operation)
 
     def visit(operation, *args, **kwargs):
         if _graph(operation) is not None:
-            return _walk(_graph(operation), args[0], done)
+            return _walk(_graph(operation), args[0], calls)
         outputs = operation.compute_output_spec(*args, **kwargs)
         if isinstance(operation, keras.layers.InputLayer):
             return outputs
@@ -129,7 +125,8 @@ def _walk(model, inputs, done):
         found = work(operation, args[0], flat[0])
         values = found.values + sum(math.prod(x.shape) for x in flat)
         size = keras.backend.standardize_dtype(flat[0].dtype)
-        done.append((found._replace(values=values), _itemsize(size)))
+        found = found._replace(values=values)
+        calls.append((operation, found, _itemsize(size)))
         return outputs
 
     return model._run_through_graph(inputs, operation_fn=spec)
@@ -215,21 +212,26 @@ def _(layer, inputs, outputs):
 @work.register(layers.MoEMLP)
 def _(layer, inputs, outputs):
     num_tokens, features = math.prod(inputs.shape[1:-1]), inputs.shape[-1]
-    places = places_of(layer, num_tokens)
-    gate = num_tokens * sum(
-        _size(w) for w in layer.router.gate_layer.weights if len(w.shape) > 1
-    )
-    multiply_adds = gate + 2 * places * features * layer.hidden_dim
-    values = places * (2 * features + layer.hidden_dim)
+    slots = slots_of(layer, num_tokens)
+    gate = num_tokens * _matrices(layer.router.gate_layer)
+    # Every matrix of an expert is applied once to each of its slots.
+    bank = slots * _matrices(layer.experts, axis=1) / layer.num_experts
+    multiply_adds = gate + bank
+    values = slots * (2 * features + layer.hidden_dim)
     if isinstance(layer.router, layers.SoftRouter):
         # Every slot is a mixture of all tokens, and every token of all slots.
-        multiply_adds += 2 * num_tokens * places * features
-        values += 2 * num_tokens * places
+        multiply_adds += 2 * num_tokens * slots * features
+        values += 2 * num_tokens * slots
     if isinstance(layer, layers.SharedExpertMoEMLP):
         shared = _mlp_work(layer.shared_expert, num_tokens)
         multiply_adds += shared.multiply_adds
         values += shared.values
     return Work(multiply_adds, values)
+
+
+def _matrices(layer, axis=0):
+    """Values of a layer's variables that are matrices from an axis on."""
+    return sum(_size(w) for w in layer.weights if len(w.shape) > axis + 1)
 
 
 def _mlp_work(layer, positions):
@@ -239,8 +241,8 @@ def _mlp_work(layer, positions):
     return Work(positions * kernels, positions * layer.hidden_dim)
 
 
-def places_of(layer, num_tokens):
-    """Places in the experts' buffers per image, on average.
+def slots_of(layer, num_tokens):
+    """Slots in the experts' buffers per image, on average.
 
     Args:
         layer: A `MoEMLP`.

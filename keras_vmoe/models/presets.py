@@ -153,7 +153,7 @@ def _dense_presets():
             "num_layers": 12,
             "num_heads": num_heads,
             "mlp_dim": 4 * dim,
-            "layer_scale": 1e-4,
+            "layer_scale_init_value": 1e-4,
             "activation": "gelu",
         }
         yield Preset(
@@ -166,7 +166,7 @@ def _dense_presets():
             "depths": depths,
             "dims": dims,
             "isotropic": isotropic,
-            "layer_scale": None if isotropic else 1e-6,
+            "layer_scale_init_value": None if isotropic else 1e-6,
         }
         yield Preset(
             name, ConvNeXtMoE, arguments, CONVNEXT,
@@ -226,26 +226,29 @@ def presets():
     return {name: preset.description for name, preset in PRESETS.items()}
 
 
-def from_preset(name, **overrides) -> MoEModel:
-    """Makes a model of the papers, with fresh weights.
+def from_preset(name, load_weights=False, **overrides) -> MoEModel:
+    """Makes a model of the papers.
 
-    Drop path is a part of a recipe and 0 here. V-MoE's presets are the models
-    that the paper counts, with an extra layer before the head; the released
-    ones have none: set `representation_size=None` for their weights, or take
-    `checkpoints.vmoe_config`.
+    Stochastic depth belongs to a recipe and is 0 here. V-MoE's presets are the
+    models that the paper counts, with an extra layer before the head; the
+    released ones have none: set `representation_size=None` for their weights,
+    or take `checkpoints.vmoe_config`.
 
     Args:
         name: One of `presets()`.
+        load_weights: Must be False: weights are initialized at random. The
+            package hosts none; those that others released are read by
+            `keras_vmoe.checkpoints`.
         **overrides: Other arguments of the model, such as `num_classes`,
-            `image_size`, `drop_path`, `dtype` or `name`. A dict for `moe`
-            changes only the settings that it names; None takes the experts out.
+            `image_size`, `drop_path_rate` or `dtype`. A dict for `moe` changes
+            only the settings that it names; None takes the experts out.
 
     Returns:
         A `ViTMoE` or `ConvNeXtMoE`.
 
     Raises:
         ValueError: If the preset is unknown; the message lists the nearest
-            names.
+            names. If weights are asked for.
         TypeError: If an argument is unknown.
 
     Example:
@@ -256,6 +259,12 @@ def from_preset(name, **overrides) -> MoEModel:
     2.0
     """
     preset = find_preset(name)
+    if load_weights:
+        raise ValueError(
+            "No weights of presets are hosted. "
+            f"Received: load_weights={load_weights!r}. Load released ones into "
+            "the model with `keras_vmoe.checkpoints`."
+        )
     arguments = {**preset.arguments, "num_classes": preset.num_classes}
     moe = preset.moe
     if "moe" in overrides:

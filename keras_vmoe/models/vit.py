@@ -1,23 +1,24 @@
 """ViTMoE: the vision transformer with sparse MoE layers of V-MoE."""
 
+from typing import Unpack
+
 import keras
 
 from keras_vmoe import layers
+from keras_vmoe._checks import check_choice
 from keras_vmoe._checks import check_rates
 from keras_vmoe._checks import check_sizes
 from keras_vmoe.layers.patches import patch_grid
 from keras_vmoe.models.base import MoEModel
-from keras_vmoe.models.base import check_layer_scale
-from keras_vmoe.models.base import check_unknown
+from keras_vmoe.models.base import Options
+from keras_vmoe.models.base import complete
 from keras_vmoe.models.base import image_pair
 from keras_vmoe.models.moe import MoEConfig
 from keras_vmoe.models.placement import moe_blocks
 
 NUM_SELECTED_EXPERTS = 2  # K of V-MoE.
-CHOICES = {
-    "pooling": ("token", "gap", "map"),
-    "position_embedding": ("learned", "sincos2d"),
-}
+POOLINGS = ("token", "gap", "map")
+POSITION_EMBEDDINGS = ("learned", "sincos2d")
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -30,8 +31,9 @@ class ViTMoE(MoEModel):
     branches included, is the output of `block_<i>_mlp_add`.
 
     Defaults are V-MoE's: pre-norm blocks, LayerNorm epsilon 1e-6, gelu in its
-    tanh approximation, learned positions added behind the class token, a head
-    that starts at 0. Logits are float32 under every dtype policy.
+    tanh approximation, learned positions added after the class token is
+    prepended, a head initialized to 0. Logits are float32 under every dtype
+    policy.
 
     Args:
         image_size: Side of the images in pixels, or `(height, width)`.
@@ -50,20 +52,22 @@ class ViTMoE(MoEModel):
         moe: None for the dense twin, or a dict of `models.MoEConfig`'s
             attributes, such as `layers`, `num_experts`, `router`,
             `num_selected_experts`, `capacity_factor`, `images_per_group`.
-        dropout: Dropout rate behind the positions, the attention and in the
-            MLPs and experts, in `[0, 1)`.
-        drop_path: Probability of dropping a residual branch of an image in the
-            last block; it rises linearly from 0 in the first, which is all
-            there is of a model of one block.
-        layer_scale: Starting value of the layer scale of DeiT III; None leaves
-            it out.
+        dropout: Dropout rate after the position embeddings and attention, and
+            inside the MLPs and experts, in `[0, 1)`.
+        drop_path_rate: Stochastic depth: probability of dropping a residual
+            branch of an image in the last block. It rises linearly from 0 in
+            the first block.
+        layer_scale_init_value: Initial value of DeiT III's layer scale; None
+            leaves it out.
         activation: Activation of the MLPs and experts; see `layers.MLP`.
+        channels: Channels of the images.
         dtype: Dtype policy of the layers, such as `"mixed_bfloat16"`. None
             means the global one.
         name: Name of the model.
 
     Call arguments:
-        images: `(B, H, W, 3)` float tensor, by convention in `[-1, 1]`.
+        images: `(B, H, W, channels)` float tensor, by convention in
+            `[-1, 1]`.
         training: Whether to route with noise and add auxiliary losses.
 
     Returns:
@@ -102,18 +106,16 @@ class ViTMoE(MoEModel):
         position_embedding="learned",
         moe=None,
         dropout=0.0,
-        drop_path=0.0,
-        layer_scale=None,
-        activation="gelu_tanh",
-        dtype=None,
-        name="vit_moe",
-        **kwargs,
+        **options: Unpack[Options],
     ):
-        check_unknown(ViTMoE, kwargs)
-        dtype = dtype or keras.config.dtype_policy()
-        policy = keras.dtype_policies.get(dtype).name
+        options = complete(
+            ViTMoE, options, activation="gelu_tanh", name="vit_moe"
+        )
         moe = None if moe is None else MoEConfig.from_dict(moe)
-        _check_choices(pooling=pooling, position_embedding=position_embedding)
+        check_choice("pooling", pooling, POOLINGS)
+        check_choice(
+            "position_embedding", position_embedding, POSITION_EMBEDDINGS
+        )
         check_sizes(
             patch_size=patch_size,
             hidden_dim=hidden_dim,
@@ -123,65 +125,39 @@ class ViTMoE(MoEModel):
             num_classes=1 if num_classes is None else num_classes,
             representation_size=representation_size or 1,
         )
-        check_rates(dropout=dropout, drop_path=drop_path)
-        check_layer_scale(layer_scale)
-        images = keras.Input((*image_pair(image_size), 3), name="images")
+        check_rates(dropout=dropout)
+        policy = options.dtype
+        shape = (*image_pair(image_size), options.channels)
+        images = keras.Input(shape, name="images")
         x = layers.PatchEmbedding(
             hidden_dim, patch_size, dtype=policy, name="embedding"
         )(images)
-        grid = patch_grid(images.shape[1:3], patch_size)
+        grid = patch_grid(shape[:2], patch_size)
         x = _positions(x, pooling, position_embedding, grid, dropout, policy)
-        mlps = _mlps(
-            num_layers, hidden_dim, mlp_dim, moe, activation, dropout, policy
-        )
-        x = _encoder(x, mlps, num_heads, dropout, drop_path, layer_scale)
-        x = _pooling(pooling, num_heads, mlp_dim, activation, policy)(x)
+        mlps = _mlps(num_layers, hidden_dim, mlp_dim, moe, dropout, options)
+        x = _encoder(x, list(mlps), num_heads, dropout, options)
+        x = _pooling(pooling, num_heads, mlp_dim, options)(x)
         x = _head(x, representation_size, num_classes, policy)
-        super().__init__(images, x, name=name, **kwargs)
-
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.hidden_dim = hidden_dim
-        self.num_layers = num_layers
-        self.num_heads = num_heads
-        self.mlp_dim = mlp_dim
-        self.num_classes = num_classes
-        self.pooling = pooling
-        self.representation_size = representation_size
-        self.position_embedding = position_embedding
-        self.moe = moe
-        self.dropout = dropout
-        self.drop_path = drop_path
-        self.layer_scale = layer_scale
-        self.activation = activation
-        self.layers_dtype = policy
-
-    def get_config(self):
-        return {
-            "image_size": self.image_size,
-            "patch_size": self.patch_size,
-            "hidden_dim": self.hidden_dim,
-            "num_layers": self.num_layers,
-            "num_heads": self.num_heads,
-            "mlp_dim": self.mlp_dim,
-            "num_classes": self.num_classes,
-            "pooling": self.pooling,
-            "representation_size": self.representation_size,
-            "position_embedding": self.position_embedding,
-            "moe": None if self.moe is None else self.moe.to_dict(),
-            "dropout": self.dropout,
-            "drop_path": self.drop_path,
-            "layer_scale": self.layer_scale,
-            "activation": self.activation,
-            "dtype": self.layers_dtype,
-            "name": self.name,
-            "trainable": self.trainable,
+        arguments = {
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "hidden_dim": hidden_dim,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "mlp_dim": mlp_dim,
+            "num_classes": num_classes,
+            "pooling": pooling,
+            "representation_size": representation_size,
+            "position_embedding": position_embedding,
+            "moe": moe,
+            "dropout": dropout,
         }
+        super().__init__(images, x, {**arguments, **vars(options)})
 
 
-def _encoder(x, mlps, num_heads, dropout, drop_path, layer_scale):
-    """The encoder blocks and the norm behind them."""
-    mlps = list(mlps)
+def _encoder(x, mlps, num_heads, dropout, options):
+    """The encoder blocks and the norm after them."""
+    last = max(1, len(mlps) - 1)
     for i, mlp in enumerate(mlps):
         x = layers.encoder_block(
             x,
@@ -189,18 +165,22 @@ def _encoder(x, mlps, num_heads, dropout, drop_path, layer_scale):
             num_heads,
             name=f"block_{i}",
             dropout=dropout,
-            drop_path=drop_path * i / max(1, len(mlps) - 1),
-            layer_scale=layer_scale,
+            drop_path_rate=options.drop_path_rate * i / last,
+            layer_scale_init_value=options.layer_scale_init_value,
         )
-    policy = mlps[-1].dtype_policy.name
     return keras.layers.LayerNormalization(
-        epsilon=1e-6, dtype=policy, name="norm"
+        epsilon=1e-6, dtype=options.dtype, name="norm"
     )(x)
 
 
-def _mlps(num_layers, hidden_dim, mlp_dim, moe, activation, dropout, policy):
+def _mlps(num_layers, hidden_dim, mlp_dim, moe, dropout, options):
     """One MLP or MoE layer for each block."""
     sparse = () if moe is None else moe_blocks(moe.layers, num_layers)
+    arguments = {
+        "activation": options.activation,
+        "dropout": dropout,
+        "dtype": options.dtype,
+    }
     for i in range(num_layers):
         if i in sparse:
             yield moe.make_layer(
@@ -209,27 +189,20 @@ def _mlps(num_layers, hidden_dim, mlp_dim, moe, activation, dropout, policy):
                 mlp_dim,
                 f"block_{i}_moe",
                 num_selected_experts=NUM_SELECTED_EXPERTS,
-                activation=activation,
-                dropout=dropout,
-                dtype=policy,
+                **arguments,
             )
         else:
-            yield layers.MLP(
-                mlp_dim,
-                activation=activation,
-                dropout=dropout,
-                dtype=policy,
-                name=f"block_{i}_mlp",
-            )
+            yield layers.MLP(mlp_dim, name=f"block_{i}_mlp", **arguments)
 
 
-def _pooling(pooling, num_heads, mlp_dim, activation, policy):
+def _pooling(pooling, num_heads, mlp_dim, options):
+    policy = options.dtype
     if pooling == "token":
         return layers.TokenPooling(dtype=policy, name="pooling")
     if pooling == "gap":
         return keras.layers.GlobalAveragePooling1D(dtype=policy, name="pooling")
     return layers.AttentionPooling(
-        num_heads, mlp_dim, activation, dtype=policy, name="pooling"
+        num_heads, mlp_dim, options.activation, dtype=policy, name="pooling"
     )
 
 
@@ -261,13 +234,3 @@ def _head(x, representation_size, num_classes, policy):
     return keras.layers.Dense(
         num_classes, kernel_initializer="zeros", dtype="float32", name="head"
     )(x)
-
-
-def _check_choices(**names):
-    for name, value in names.items():
-        choices = CHOICES[name]
-        if value not in choices:
-            raise ValueError(
-                f"`{name}` must be one of {choices}. "
-                f"Received: {name}={value!r}. The default is {choices[0]!r}."
-            )

@@ -139,7 +139,7 @@ def test_what_is_no_number_changes_nothing(loaded, bias):
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
-        ({"layer_scale": 0.1}, "block_0_attention_scale/scale"),
+        ({"layer_scale_init_value": 0.1}, "block_0_attention_scale/scale"),
         ({"moe": {"shared_hidden_dim": 4}}, "shared_expert"),
         ({"moe": {"router": "bias_balanced"}}, "router/bias"),
     ],

@@ -472,7 +472,7 @@ def test_the_model_card(folder, model):
         flops["fast"]
         == models.cost(
             models.set_routing(model, images_per_group=1, **small.FAST)
-        ).flops
+        ).macs
     )
     labels = (folder / "assets.extra/labels.txt").read_text().split()
     assert tuple(labels) == small.CLASSES

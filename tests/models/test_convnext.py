@@ -65,8 +65,8 @@ CASES = [
         isotropic=True,
         patch_size=8,
         mlp_ratio=3,
-        drop_path=0.2,
-        layer_scale=None,
+        drop_path_rate=0.2,
+        layer_scale_init_value=None,
         activation="gelu_tanh",
         name="other",
     ),
@@ -158,7 +158,12 @@ def branch_slowly(model, block, x):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("isotropic", [False, True])
 def test_the_definition(isotropic, batch):
-    sizes = {"depths": 2, "dims": 12, "patch_size": 4, "layer_scale": None}
+    sizes = {
+        "depths": 2,
+        "dims": 12,
+        "patch_size": 4,
+        "layer_scale_init_value": None,
+    }
     moe = {"num_experts": 3, "layers": [1], "images_per_group": 2,
            "capacity_factor": 0.7, "batch_priority": True}  # fmt: skip
     model = tiny(isotropic=isotropic, moe=moe, **(sizes if isotropic else {}))
@@ -175,7 +180,7 @@ def test_the_definition(isotropic, batch):
 
 
 def test_names():
-    names = [layer.name for layer in tiny(drop_path=0.1).layers]
+    names = [layer.name for layer in tiny(drop_path_rate=0.1).layers]
     assert names[:3] == ["images", "stem", "stem_norm"]
     assert names[-3:] == ["pooling", "norm", "head"]
     block = [name for name in names if name.startswith("block_3")]
@@ -211,7 +216,7 @@ def test_the_dial():
 
 
 def test_a_training_step():
-    model = tiny(drop_path=0.1)
+    model = tiny(drop_path_rate=0.1)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(0.1), loss)
     images = np.random.default_rng(0).normal(size=(4, 16, 16, 3))
@@ -254,11 +259,11 @@ def test_placement(placement, depths, blocks):
         ({"image_size": 20}, "divisible by 8, the stride of the last stage. "
          "Received: image_size=20"),
         ({"mlp_ratio": 0}, "mlp_ratio=0"),
-        ({"drop_path": 1.0}, "drop_path=1.0"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate=1.0"),
         ({"num_classes": 0}, "num_classes=0"),
         ({"patch_size": 0}, "patch_size=0"),
-        ({"drop_path": "0.1"}, "drop_path='0.1'"),
-        ({"layer_scale": -1}, "layer_scale=-1"),
+        ({"drop_path_rate": "0.1"}, "drop_path_rate='0.1'"),
+        ({"layer_scale_init_value": -1}, "layer_scale_init_value=-1"),
         ({"depths": None}, "depths=.None"),
         ({"moe": {"mlp_ratio": "2"}}, "mlp_ratio='2'"),
         ({"moe": {"layers": "last_3"}}, r"one of \['last_1', 'last_2'\], "
@@ -276,7 +281,9 @@ def test_bad_arguments(arguments, words):
 
 def test_block_takes_any_mlp():
     x = keras.Input((4, 4, 8))
-    y = layers.convnext_block(x, layers.MoEMLP(2, 8), "block", layer_scale=None)
+    y = layers.convnext_block(
+        x, layers.MoEMLP(2, 8), "block", layer_scale_init_value=None
+    )
     assert y.shape == (None, 4, 4, 8)
 
 
@@ -289,3 +296,9 @@ def test_arrays_as_sizes_can_be_saved(tmp_path):
     model = tiny(depths=np.array([1, 1]), dims=np.array([8, 8]), moe=None)
     model.save(tmp_path / "m.keras")
     assert keras.saving.load_model(tmp_path / "m.keras").depths == [1, 1]
+
+
+def test_images_of_any_number_of_channels():
+    model = tiny(channels=1)
+    assert model(np.zeros((2, 16, 16, 1), "float32")).shape == (2, 10)
+    assert type(model).from_config(model.get_config()).channels == 1

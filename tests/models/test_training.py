@@ -52,7 +52,7 @@ def resumed(tmp_path_factory):
     """A noisy run, saved after 2 epochs; its losses and those of its heir."""
     keras.utils.set_random_seed(0)
     path = tmp_path_factory.mktemp("run") / "model.keras"
-    model = compile(small(num_layers=2, dropout=0.1, drop_path=0.2))
+    model = compile(small(num_layers=2, dropout=0.1, drop_path_rate=0.2))
     start = weights_of(model)
     first = fit(model, epochs=2)
     model.save(path)

@@ -112,7 +112,7 @@ def test_gradients_reach_all_experts(kind):
         size = 16
         model = models.ConvNeXtMoE(
             depths=(1, 3), dims=(8, 12), num_classes=10, image_size=size,
-            layer_scale=0.1,
+            layer_scale_init_value=0.1,
         )  # fmt: skip
     randomize(model.get_layer("head"))
     generator = np.random.default_rng(0)

@@ -27,7 +27,7 @@ def kind(path):
 
 def one_step(optimizer, **compile_arguments):
     """Weights before and after a step with these gradients: all ones."""
-    model = randomize(tiny(layer_scale=0.1))
+    model = randomize(tiny(layer_scale_init_value=0.1))
     before = {w.path: float64(w) for w in model.trainable_weights}
     optimizer.build(model.trainable_weights)
     gradients = [ops.ones(w.shape) for w in model.trainable_weights]
