@@ -8,6 +8,8 @@ import json
 import os
 import re
 
+from tests import devices
+
 parser = argparse.ArgumentParser()
 parser.add_argument("family", choices=["vit", "convnext"])
 parser.add_argument(
@@ -19,10 +21,8 @@ parser.add_argument("--shard_dense", action="store_true")
 parser.add_argument("--devices", type=int, default=8)
 parser.add_argument("--save", help="Folder of .keras files.")
 arguments = parser.parse_args()
-os.environ["XLA_FLAGS"] = (  # Read when JAX is imported.
-    f"--xla_force_host_platform_device_count={arguments.devices} "
-    "--xla_backend_optimization_level=0"
-)
+# Read when JAX is imported.
+os.environ["XLA_FLAGS"] = devices.flags(arguments.devices)
 
 import jax  # noqa: E402
 import keras  # noqa: E402

@@ -9,11 +9,10 @@ import os
 import pathlib
 import sys
 
+from tests import devices
+
 address, index, folder = sys.argv[1:4]
-os.environ["XLA_FLAGS"] = (  # Read when JAX is imported.
-    "--xla_force_host_platform_device_count=2 "
-    "--xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = devices.flags(2)  # Read when JAX is imported.
 
 from keras_vmoe import distribution  # noqa: E402
 from keras_vmoe import models  # noqa: E402

@@ -157,7 +157,7 @@ def test_what_does_not_divide(arguments, words):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not IS_JAX, reason="others refuse")
+@pytest.mark.backends("jax")
 @pytest.mark.parametrize("family", ["vit", "convnext"])
 def test_saved_models_load_on_one_device(family):
     run(family)

@@ -19,6 +19,7 @@ from keras_vmoe import distribution
 from keras_vmoe import models
 from keras_vmoe.distribution import processes
 from keras_vmoe.training.checkpointing import Checkpoints
+from tests import devices
 
 BACKEND = keras.backend.backend()
 IS_JAX = BACKEND == "jax"
@@ -32,12 +33,8 @@ SMALL = """
 """.split()
 
 
-def start(arguments, devices, **environment):
+def start(arguments, count, **environment):
     """A process with virtual devices, that compiles more than it computes."""
-    flags = (
-        f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0"
-    )
     return subprocess.Popen(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
@@ -46,7 +43,7 @@ def start(arguments, devices, **environment):
         text=True,
         env={
             **os.environ,
-            "XLA_FLAGS": flags,
+            "XLA_FLAGS": devices.flags(count),
             "TF_CPP_MIN_LOG_LEVEL": "3",
             **environment,
         },
@@ -59,10 +56,10 @@ def free_address():
         return f"localhost:{server.getsockname()[1]}"
 
 
-def train(run_dir, *arguments, devices=8):
+def train(run_dir, *arguments, count=8):
     """`keras-vmoe train` in one process."""
     command = ["keras_vmoe.cli", "train", "--run_dir", str(run_dir), *SMALL]
-    return start([*command, *arguments], devices)
+    return start([*command, *arguments], count)
 
 
 def train_on_two(run_dir, *arguments, others=()):
@@ -70,7 +67,7 @@ def train_on_two(run_dir, *arguments, others=()):
     common = ["--job_addresses", free_address(), "--num_processes", "2"]
     common += ["--distribution", "expert_parallel", *arguments]
     return [
-        train(run_dir, *common, "--process_id", i, *more, devices=4)
+        train(run_dir, *common, "--process_id", i, *more, count=4)
         for i, more in (("0", ()), ("1", others))
     ]
 
@@ -81,7 +78,7 @@ def output_of(process, status=0):
     return out + err
 
 
-@pytest.mark.skipif(not IS_JAX, reason="others refuse, see below")
+@pytest.mark.backends("jax")
 def test_the_arithmetic_is_that_of_one_process(tmp_path):
     address, results = free_address(), {}
     for count in (1, 2):
@@ -125,7 +122,7 @@ def error_within_a_minute(process):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not IS_JAX, reason="others refuse, see below")
+@pytest.mark.backends("jax")
 def test_a_process_dies_and_the_run_goes_on(tmp_path):
     """The other one stops with an error; fewer devices end the run."""
     run_dir = tmp_path / "run"
@@ -144,7 +141,7 @@ def test_a_process_dies_and_the_run_goes_on(tmp_path):
     shards = ["--distribution", "expert_parallel", "--expert_shards", "2"]
     text = output_of(train(run_dir, "--epochs", "12", *shards))
     assert "resumed after epoch" in text
-    text = output_of(train(copy, "--epochs", "12", devices=1))
+    text = output_of(train(copy, "--epochs", "12", count=1))
     assert "resumed after epoch" in text
     mine, theirs = (models.load(x / "model.keras") for x in (run_dir, copy))
     for a, b in zip(mine.weights, theirs.weights, strict=True):
@@ -152,7 +149,7 @@ def test_a_process_dies_and_the_run_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not IS_JAX, reason="others refuse, see below")
+@pytest.mark.backends("jax")
 def test_the_first_process_dies(tmp_path):
     """The one that all others talk to."""
     run_dir = tmp_path / "run"
@@ -176,7 +173,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not IS_JAX, reason="others refuse, see below")
+@pytest.mark.backends("jax")
 def test_an_error_in_one_process_ends_all(tmp_path):
     (tmp_path / "fails.py").write_text(ONE_FAILS)
     flags = ["--job_addresses", free_address(), "--num_processes", "2"]
@@ -197,7 +194,7 @@ def test_an_error_in_one_process_ends_all(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not IS_JAX, reason="others refuse, see below")
+@pytest.mark.backends("jax")
 def test_the_command_reads_where_the_others_are(tmp_path):
     """From Keras's variables, without a flag."""
     command = ["keras_vmoe.cli", "train", "--run_dir", str(tmp_path / "run")]
@@ -219,7 +216,7 @@ def test_the_command_reads_where_the_others_are(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not IS_JAX, reason="others refuse, see below")
+@pytest.mark.backends("jax")
 def test_a_stopped_run_goes_on_in_two_processes(tmp_path):
     address = free_address()
     command = ["tests.distribution.run_two", address]
@@ -238,7 +235,7 @@ def test_a_stopped_run_goes_on_in_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not IS_JAX, reason="others refuse, see below")
+@pytest.mark.backends("jax")
 def test_another_configuration_in_one_process(tmp_path):
     processes = train_on_two(tmp_path / "run", others=["--weight_decay", "0.1"])
     for process in processes:

@@ -18,6 +18,8 @@ from tests.training.test_resume import assert_same
 from tests.training.test_resume import config_of
 from tests.training.test_resume import stop_after
 
+pytestmark = pytest.mark.backends("jax")
+
 # A disk that is full behind the n-th byte of every file.
 SCRIPT = """
 import resource, sys

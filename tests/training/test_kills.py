@@ -22,6 +22,8 @@ from keras_vmoe.training.checkpointing import Checkpoints
 from tests.training.test_resume import EXACT
 from tests.training.test_resume import config_of
 
+pytestmark = pytest.mark.backends("jax")
+
 KILLS = 20 if EXACT else 3
 EPOCHS = 60 if EXACT else 20  # A process lives for few of them.
 SCRIPT = """
