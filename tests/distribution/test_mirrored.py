@@ -15,12 +15,7 @@ import pytest
 from keras_vmoe import distribution
 
 BACKEND = keras.backend.backend()
-CASES = [
-    ("vit", 2),
-    pytest.param("vit_clip", 2, marks=pytest.mark.slow),
-    pytest.param("convnext", 2, marks=pytest.mark.slow),
-    pytest.param("convnext", 4, marks=pytest.mark.slow),
-]
+CASES = [("vit", 2), ("vit_clip", 2), ("convnext", 2), ("convnext", 4)]
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -43,6 +38,7 @@ def run(family, devices):
     return json.loads(python("-m", name, family, str(devices)))
 
 
+@pytest.mark.slow
 @pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize(("family", "devices"), CASES)
 def test_the_arithmetic_is_that_of_one_device(family, devices):
@@ -57,6 +53,7 @@ def test_the_arithmetic_is_that_of_one_device(family, devices):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize(("family", "devices"), CASES)
 def test_every_replica_has_noise_of_its_own(family, devices):
@@ -65,10 +62,9 @@ def test_every_replica_has_noise_of_its_own(family, devices):
         assert len({json.dumps(draw) for draw in draws}) == devices
 
 
+@pytest.mark.slow
 @pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize(
-    "family", ["vit", pytest.param("convnext", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("family", ["vit", "convnext"])
 def test_xla_compiles_the_training_step(family):
     assert run(family, 1)["compiles"]
 
@@ -97,6 +93,7 @@ print(json.dumps([
 """
 
 
+@pytest.mark.slow
 @pytest.mark.backends("tensorflow")
 def test_a_replica_trains_on_whole_groups():
     """Two replicas of six images: groups of four would be torn."""
