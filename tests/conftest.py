@@ -9,6 +9,8 @@ from tests import devices
 # that a test starts inherit them.
 os.environ["XLA_FLAGS"] = devices.flags()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Small tensors, and a worker per core: PyTorch needs no threads of its own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The programs that JAX compiled are kept, for the other worker, for processes
 # that a test starts, and for the next run.
@@ -33,7 +35,11 @@ LONGEST = [
     "distribution/test_resumed.py",
     "distribution/test_mirrored.py",
     "training/test_resume.py",
+    "training/test_recipes.py",
+    "training/test_files.py",
+    "training/test_settings.py",
     "layers/test_every_layer.py",
+    "test_docstrings.py",
 ]
 
 
