@@ -31,21 +31,27 @@ check-quickstart:  ## The quickstart, and that it reaches its accuracy.
 	awk '/^test accuracy:/ { print; good = $$3 >= 0.97 } END { exit !good }' \
 		build/quickstart.log
 
-# A process per core compiles its own tests; files stay together.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# A process per core; files stay together, in the order of tests/conftest.py.
+# What belongs to one backend, or to none, the others leave out.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-# The data room is tf.data under every backend: its tests run once.
 .PHONY: test
 test: $(VENV)/.test  ## The fast tests, on all three backends.
 	KERAS_BACKEND=jax $(PYTEST) -m "not slow"
-	KERAS_BACKEND=tensorflow $(PYTEST) -m "not slow" --ignore tests/data
-	KERAS_BACKEND=torch $(PYTEST) -m "not slow" --ignore tests/data
+	KERAS_BACKEND=tensorflow $(PYTEST) -m "not slow"
+	KERAS_BACKEND=torch $(PYTEST) -m "not slow"
 
 .PHONY: test-slow
 test-slow: $(VENV)/.test  ## The exhaustive tests, on all three backends.
 	KERAS_BACKEND=jax $(PYTEST) -m slow
-	KERAS_BACKEND=tensorflow $(PYTEST) -m slow --ignore tests/data
-	KERAS_BACKEND=torch $(PYTEST) -m slow --ignore tests/data
+	KERAS_BACKEND=tensorflow $(PYTEST) -m slow
+	KERAS_BACKEND=torch $(PYTEST) -m slow
+
+KILLS ?= 60
+.PHONY: test-kills
+test-kills: $(VENV)/.test  ## Kills a run as often as KILLS says; CI: 8 times.
+	KERAS_BACKEND=jax KILLS=$(KILLS) $(BIN)/python -m pytest -q \
+		tests/training/test_kills.py
 
 .PHONY: lint
 lint: $(VENV)/.test  ## Style, and that every file compiles.

@@ -1,39 +1,74 @@
 """What holds for all tests: four CPU devices, one seed, one dtype policy."""
 
 import os
+import pathlib
 
-# Read when the backend starts, so before Keras is imported anywhere. A test
-# compiles much and computes little: without LLVM's optimisations the suite
-# takes less than half the time. To test the optimised programs, set
-# XLA_FLAGS=--xla_backend_optimization_level=3.
-flags = os.environ.get("XLA_FLAGS", "")
-for name, value in (
-    ("xla_force_host_platform_device_count", 4),
-    ("xla_backend_optimization_level", 0),
-):
-    if name not in flags:
-        flags += f" --{name}={value}"
-os.environ["XLA_FLAGS"] = flags
+from tests import devices
+
+# Read when the backend starts, so before Keras is imported anywhere; processes
+# that a test starts inherit them.
+os.environ["XLA_FLAGS"] = devices.flags()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Small tensors, and a worker per core: PyTorch needs no threads of its own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The programs that JAX compiled are kept, for the other worker, for processes
+# that a test starts, and for the next run.
+CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
+for name, value in {
+    "JAX_COMPILATION_CACHE_DIR": CACHE,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": -1,
+}.items():
+    os.environ.setdefault(name, str(value))
 
 import keras  # noqa: E402
 import pytest  # noqa: E402
 
+BACKEND = keras.backend.backend()
+TESTS = pathlib.Path(__file__).parent
+# Those that take longest start first, or one core waits for the other's.
+LONGEST = [
+    "training/test_kills.py",
+    "distribution/test_expert_parallel.py",
+    "distribution/test_processes.py",
+    "distribution/test_resumed.py",
+    "distribution/test_mirrored.py",
+    "training/test_resume.py",
+    "training/test_recipes.py",
+    "training/test_files.py",
+    "training/test_settings.py",
+    "layers/test_every_layer.py",
+    "test_docstrings.py",
+]
+
 
 def pytest_configure(config):
-    if keras.backend.backend() == "jax" and hasattr(config, "cache"):
-        keep_compiled_programs(str(config.cache.mkdir("jax")))
     # A warning that our own code causes is a bug.
     config.addinivalue_line("filterwarnings", r"error:::keras_vmoe(\..*)?$")
 
 
-def keep_compiled_programs(folder):
-    """Lets JAX find the programs of the last run: the next takes a third."""
-    import jax
+def pytest_collection_modifyitems(config, items):
+    """Leaves to other backends what is theirs, and puts long files first."""
+    kept = [item for item in items if BACKEND in backends_of(item)]
+    left = [item for item in items if BACKEND not in backends_of(item)]
+    if left:
+        config.hook.pytest_deselected(items=left)
+    items[:] = sorted(kept, key=rank)
 
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+def backends_of(item):
+    """Those that a test runs on."""
+    if item.path.is_relative_to(TESTS / "data"):
+        return ("jax",)  # tf.data under every backend.
+    marker = item.get_closest_marker("backends")
+    return marker.args if marker else (BACKEND,)
+
+
+def rank(item):
+    """Where a test's file stands in the order."""
+    name = item.path.relative_to(TESTS).as_posix()
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,9 @@ from tests.commands import run
 from tests.commands import write_folder
 from tests.golden.models import FOLDER
 
+# `test_cli.py` trains and predicts on every backend.
+pytestmark = pytest.mark.backends("jax")
+
 
 @pytest.mark.slow
 def test_fine_tuning_of_a_reference_checkpoint(tmp_path):

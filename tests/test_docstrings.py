@@ -34,9 +34,11 @@ def _as_tuple(match):
 
 
 def _param(name):
-    """Those of exports start processes, and take seconds each."""
-    slow = name.startswith("keras_vmoe.export.")
-    return pytest.param(name, marks=[pytest.mark.slow] if slow else [])
+    """Those of exports start processes of TensorFlow, and take seconds each."""
+    if not name.startswith("keras_vmoe.export."):
+        return name
+    marks = [pytest.mark.slow, pytest.mark.backends("tensorflow")]
+    return pytest.param(name, marks=marks)
 
 
 @pytest.mark.parametrize("name", [_param(name) for name in MODULES])

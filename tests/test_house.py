@@ -36,7 +36,8 @@ ROOMS = {
 # The front doors may use all.
 DOORS = {"__init__", "__main__", "cli"}
 EVERYWHERE = {"_checks", "_extras", "_files", "version"}
-FILES = sorted(ROOT.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text()) for path in ROOT.rglob("*.py")}
+once = pytest.mark.backends("jax")
 
 
 def room_of(path):
@@ -60,38 +61,54 @@ def imported_rooms(tree):
     return {part[1] for part in parts if part[0] == "keras_vmoe" and part[1:]}
 
 
-def ids(path):
-    return str(path.relative_to(ROOT))
+def places(found):
+    """Where things were found, in words: `(path, what)` of each."""
+    return "\n".join(
+        f"{path.relative_to(ROOT)}: {what}" for path, what in found
+    )
 
 
-@pytest.mark.parametrize("path", FILES, ids=ids)
-def test_no_room_imports_from_above(path):
-    room = room_of(path)
-    if room in DOORS:
-        return
-    assert room in ROOMS, f"{room} is not in the plan of the house"
-    imported = imported_rooms(ast.parse(path.read_text()))
-    wrong = imported - ROOMS[room] - EVERYWHERE - {room}
-    assert not wrong, f"{ids(path)} imports {sorted(wrong)}"
-
-
-@pytest.mark.parametrize("path", FILES, ids=ids)
-def test_every_public_name_has_a_docstring(path):
-    tree = ast.parse(path.read_text())
-    assert ast.get_docstring(tree), "the module has none"
-    for node in tree.body:
-        if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+@once
+def test_no_room_imports_from_above():
+    wrong = []
+    for path, tree in TREES.items():
+        room = room_of(path)
+        if room in DOORS:
             continue
-        if not node.name.startswith("_"):
-            assert ast.get_docstring(node), node.name
+        assert room in ROOMS, f"{room} is not in the plan of the house"
+        above = imported_rooms(tree) - ROOMS[room] - EVERYWHERE - {room}
+        wrong += [(path, f"imports {name}") for name in sorted(above)]
+    assert not wrong, places(wrong)
 
 
-@pytest.mark.parametrize("path", FILES, ids=ids)
-def test_no_assert_on_user_input(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        assert not isinstance(node, ast.Assert), f"line {node.lineno}"
+@once
+def test_every_public_name_has_a_docstring():
+    wrong = []
+    for path, tree in TREES.items():
+        nodes = [
+            node
+            for node in tree.body
+            if isinstance(node, ast.ClassDef | ast.FunctionDef)
+            and not node.name.startswith("_")
+        ]
+        for node in [tree, *nodes]:
+            if not ast.get_docstring(node):
+                wrong.append((path, getattr(node, "name", "the module")))
+    assert not wrong, places(wrong)
 
 
+@once
+def test_no_assert_on_user_input():
+    wrong = [
+        (path, f"line {node.lineno}")
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assert)
+    ]
+    assert not wrong, places(wrong)
+
+
+@once
 def test_public_lists_are_whole():
     for name in keras_vmoe.__all__:
         module = getattr(keras_vmoe, name)

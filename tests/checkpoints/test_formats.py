@@ -17,6 +17,9 @@ from tests.harness import randomize
 from tests.models.definitions import images_of
 from tests.models.definitions import tiny
 
+# Files; `test_vmoe.py` assigns what they hold on every backend.
+pytestmark = pytest.mark.backends("jax")
+
 
 def arrays_of(model):
     weights = vmoe_weights(model)

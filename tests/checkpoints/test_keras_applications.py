@@ -8,6 +8,8 @@ from keras_vmoe import checkpoints
 from keras_vmoe import models
 from tests.harness import randomize
 
+pytestmark = pytest.mark.backends("jax")
+
 
 def theirs(**arguments):
     """A `ConvNeXtTiny` of Keras for 32 x 32 pixels, with random weights."""

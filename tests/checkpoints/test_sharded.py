@@ -16,6 +16,9 @@ from keras_vmoe.models import ViTMoE
 from tests.checkpoints import writer
 from tests.golden.models import FOLDER
 
+# Files; `test_vmoe.py` assigns what they hold on every backend.
+pytestmark = pytest.mark.backends("jax")
+
 PREFIX = FOLDER / "vit_checkpoint" / "ckpt_1"
 
 

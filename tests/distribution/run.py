@@ -1,12 +1,30 @@
-"""Trains small models on virtual devices; prints what came out as JSON.
+"""Trains small models on eight virtual devices; prints JSON, case by case.
 
-KERAS_BACKEND=jax python -m tests.distribution.run vit 0 data 4 [--noise]
+KERAS_BACKEND=jax python -m tests.distribution.run \\
+    "vit 0 data 4" "vit 0 4 --noise"
 """
 
 import argparse
 import json
 import os
 import re
+import sys
+
+from tests import devices
+
+DEVICES = 8
+os.environ["XLA_FLAGS"] = devices.flags(DEVICES)  # Read when JAX is imported.
+
+import jax  # noqa: E402
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+from keras.src.backend.jax import trainer  # noqa: E402
+
+from keras_vmoe import distribution  # noqa: E402
+from keras_vmoe import models  # noqa: E402
+from keras_vmoe import routing  # noqa: E402
+
+BATCH, STEPS, EXPERTS = 16, 4, 8
 
 parser = argparse.ArgumentParser()
 parser.add_argument("family", choices=["vit", "convnext"])
@@ -16,26 +34,10 @@ parser.add_argument(
 parser.add_argument("--noise", action="store_true")
 parser.add_argument("--router", default="top_k")
 parser.add_argument("--shard_dense", action="store_true")
-parser.add_argument("--devices", type=int, default=8)
 parser.add_argument("--save", help="Folder of .keras files.")
-arguments = parser.parse_args()
-os.environ["XLA_FLAGS"] = (  # Read when JAX is imported.
-    f"--xla_force_host_platform_device_count={arguments.devices} "
-    "--xla_backend_optimization_level=0"
-)
-
-import jax  # noqa: E402
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-
-from keras_vmoe import distribution  # noqa: E402
-from keras_vmoe import models  # noqa: E402
-from keras_vmoe import routing  # noqa: E402
-
-BATCH, STEPS, EXPERTS = 16, 5, 8
 
 
-def make_model():
+def make_model(arguments):
     """A tiny model with two MoE layers, in groups of two images."""
     keras.utils.set_random_seed(0)
     moe = {
@@ -69,7 +71,7 @@ def make_model():
     return model
 
 
-def parallel_of(shards):
+def parallel_of(arguments, shards):
     """A distribution by its name on the command line."""
     if shards == "0":
         return None
@@ -80,10 +82,11 @@ def parallel_of(shards):
     )
 
 
-def train(shards):
+def train(arguments, shards):
     """Losses and weights of a few steps, and where they lie."""
-    keras.distribution.set_distribution(parallel_of(shards))
-    model = make_model()
+    keras.distribution.set_distribution(parallel_of(arguments, shards))
+    model = make_model(arguments)
+    steps = noted_steps()
     images = np.random.default_rng(0).normal(size=(STEPS * BATCH, 8, 8, 3))
     images = images.astype("float32")
     labels = np.arange(len(images)) % 4
@@ -108,8 +111,8 @@ def train(shards):
             "slots": share_of(model.optimizer.variables),
             "dense": dense_share(model),
         }
-        hlo = compiled_step(model, images[:BATCH], labels[:BATCH])
-        result["collectives"] = collectives(hlo)
+        (step,) = steps
+        result["collectives"] = collectives(step.as_text())
         result["buffer_bytes"] = buffer_bytes(model)
     return result
 
@@ -139,26 +142,26 @@ def on_one_device(variable):
     return shard.size / np.prod(variable.shape)
 
 
-def compiled_step(model, images, labels):
-    """The compiled training step, as text."""
-    layout = keras.distribution.distribution().get_data_layout
-    data = [
-        keras.distribution.distribute_tensor(
-            jax.numpy.array(x), layout(x.shape)
-        )
-        for x in (images, labels)
-    ]
-    state = [
-        [x.value for x in variables]
-        for variables in (
-            model.trainable_variables,
-            model.non_trainable_variables,
-            model.optimizer.variables,
-            model.metrics_variables,
-        )
-    ]
-    step = jax.jit(model.train_step)
-    return step.lower(state, data).compile().as_text()
+def noted_steps():
+    """A list that gets the next model's compiled training step.
+
+    `fit` itself runs what is looked at here.
+    """
+    found = []
+
+    def jit(function, **options):
+        function = jax.jit(function, **options)
+
+        def call(*arguments):
+            if not found:
+                found.append(function.lower(*arguments).compile())
+            return found[0](*arguments)
+
+        trainer.jit = jax.jit
+        return call
+
+    trainer.jit = jit
+    return found
 
 
 def collectives(hlo):
@@ -181,12 +184,22 @@ def buffer_bytes(model):
     """Bytes of the buffers of each MoE layer, on one device."""
     sizes = []
     for layer in model.moe_layers:
-        images = np.zeros((BATCH, *layer.input.shape[1:]), "float32")
-        groups = routing.group_tokens(images, layer.images_per_group)
-        buffers = layer.plan(images).dispatch(groups.tokens)
-        size = 4 * int(np.prod(buffers.shape))
-        sizes.append(size // arguments.devices)
+        shape = (BATCH, *layer.input.shape[1:])
+        buffers = jax.eval_shape(
+            lambda images, layer=layer: layer.plan(images).dispatch(
+                routing.group_tokens(images, layer.images_per_group).tokens
+            ),
+            jax.ShapeDtypeStruct(shape, "float32"),
+        )
+        sizes.append(4 * int(np.prod(buffers.shape)) // DEVICES)
     return sizes
 
 
-print(json.dumps({shards: train(shards) for shards in arguments.shards}))
+def main():
+    for case in sys.argv[1:]:
+        arguments = parser.parse_args(case.split())
+        results = {x: train(arguments, x) for x in arguments.shards}
+        print(json.dumps(results))
+
+
+main()

@@ -8,12 +8,12 @@ import json
 import os
 import sys
 
+from tests import devices
+
 address, count, index, folder = sys.argv[1:5]
 COUNT, INDEX, DEVICES = int(count), int(index), 8
-os.environ["XLA_FLAGS"] = (  # Read when JAX is imported.
-    f"--xla_force_host_platform_device_count={DEVICES // COUNT} "
-    "--xla_backend_optimization_level=0"
-)
+# Read when JAX is imported.
+os.environ["XLA_FLAGS"] = devices.flags(DEVICES // COUNT)
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402

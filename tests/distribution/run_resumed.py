@@ -12,13 +12,12 @@ import sys
 
 import keras
 
+from tests import devices
+
 IS_JAX = keras.backend.backend() == "jax"
 DEVICES = 8 if IS_JAX else 2
 if IS_JAX:  # Read when JAX counts its devices; much is compiled here.
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={DEVICES} "
-        "--xla_backend_optimization_level=0"
-    )
+    os.environ["XLA_FLAGS"] = devices.flags(DEVICES)
 else:
     import tensorflow as tf
 

@@ -9,11 +9,10 @@ import os
 import pathlib
 import sys
 
+from tests import devices
+
 address, index, folder = sys.argv[1:4]
-os.environ["XLA_FLAGS"] = (  # Read when JAX is imported.
-    "--xla_force_host_platform_device_count=2 "
-    "--xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = devices.flags(2)  # Read when JAX is imported.
 
 from keras_vmoe import distribution  # noqa: E402
 from keras_vmoe import models  # noqa: E402
@@ -39,15 +38,26 @@ def stop(*_):
     raise Stop
 
 
-def train(name):
+def train(name, **changes):
     """A run: its losses, of training and validation."""
-    run = dataclasses.replace(RUN, run_dir=str(pathlib.Path(folder) / name))
+    run_dir = str(pathlib.Path(folder) / name)
+    run = dataclasses.replace(RUN, run_dir=run_dir, **changes)
     rows = history(training.train(run).run_dir)
     return [[float(row[x]) for x in ("loss", "val_loss")] for row in rows]
 
 
+def refused():
+    """What is said of another configuration in one process."""
+    try:
+        train("refused", weight_decay=0.1 if index == "1" else 0.3)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def main():
     distribution.initialize(address, 2, int(index))
+    words = refused()
     whole = train("whole")
     save = training.callbacks.SaveModel.on_epoch_end
     training.callbacks.SaveModel.on_epoch_end = stop
@@ -55,7 +65,8 @@ def main():
         train("stopped")
     except Stop:
         training.callbacks.SaveModel.on_epoch_end = save
-    print(json.dumps({"whole": whole, "resumed": train("stopped")}))
+    found = {"refused": words, "whole": whole, "resumed": train("stopped")}
+    print(json.dumps(found))
 
 
 main()

@@ -15,13 +15,7 @@ import pytest
 from keras_vmoe import distribution
 
 BACKEND = keras.backend.backend()
-IS_TF = BACKEND == "tensorflow"
-CASES = [
-    ("vit", 2),
-    pytest.param("vit_clip", 2, marks=pytest.mark.slow),
-    pytest.param("convnext", 2, marks=pytest.mark.slow),
-    pytest.param("convnext", 4, marks=pytest.mark.slow),
-]
+CASES = [("vit", 2), ("vit_clip", 2), ("convnext", 2), ("convnext", 4)]
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -44,7 +38,8 @@ def run(family, devices):
     return json.loads(python("-m", name, family, str(devices)))
 
 
-@pytest.mark.skipif(not IS_TF, reason="others refuse, see below")
+@pytest.mark.slow
+@pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize(("family", "devices"), CASES)
 def test_the_arithmetic_is_that_of_one_device(family, devices):
     """Losses, auxiliary losses, metrics, and by SGD's steps the gradients."""
@@ -58,7 +53,8 @@ def test_the_arithmetic_is_that_of_one_device(family, devices):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
-@pytest.mark.skipif(not IS_TF, reason="others refuse, see below")
+@pytest.mark.slow
+@pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize(("family", "devices"), CASES)
 def test_every_replica_has_noise_of_its_own(family, devices):
     for draws in run(family, devices)["noise"]:
@@ -66,10 +62,9 @@ def test_every_replica_has_noise_of_its_own(family, devices):
         assert len({json.dumps(draw) for draw in draws}) == devices
 
 
-@pytest.mark.skipif(not IS_TF, reason="others refuse, see below")
-@pytest.mark.parametrize(
-    "family", ["vit", pytest.param("convnext", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("family", ["vit", "convnext"])
 def test_xla_compiles_the_training_step(family):
     assert run(family, 1)["compiles"]
 
@@ -98,7 +93,8 @@ print(json.dumps([
 """
 
 
-@pytest.mark.skipif(not IS_TF, reason="others have no replicas")
+@pytest.mark.slow
+@pytest.mark.backends("tensorflow")
 def test_a_replica_trains_on_whole_groups():
     """Two replicas of six images: groups of four would be torn."""
     torn, one_group, *good = json.loads(python("-c", FIT))
@@ -130,7 +126,7 @@ CANNOT = "with an unsupported type (<class 'tensorflow.python.distribute"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not IS_TF, reason="TensorFlow's")
+@pytest.mark.backends("tensorflow")
 def test_keras_cannot_fit_with_several_workers():
     """Why `resolve` has no such name. Should this fail, Keras may have it."""
     port = random.randrange(20000, 30000)
@@ -172,7 +168,7 @@ def test_one_device_needs_no_strategy(monkeypatch):
     assert distribution.num_replicas(None) == 1
 
 
-@pytest.mark.skipif(not IS_TF, reason="others have no such name")
+@pytest.mark.backends("tensorflow")
 def test_no_tpu():
     with pytest.raises(RuntimeError, match="must find a TPU. Received"):
         distribution.resolve("tpu")

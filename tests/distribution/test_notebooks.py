@@ -7,6 +7,8 @@ import pathlib
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
+pytestmark = pytest.mark.backends("jax")
+
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 JAX = "vmoe_expert_parallel_jax.ipynb"
 TENSORFLOW = "convnext_moe_tpu_tensorflow.ipynb"

@@ -8,8 +8,6 @@ from keras_vmoe import distribution
 from keras_vmoe import layers
 from keras_vmoe.distribution import prediction
 
-IS_JAX = keras.backend.backend() == "jax"
-
 
 def model_of(*images_per_group):
     """Layers whose experts are too small for all tokens of a group."""
@@ -35,7 +33,7 @@ def calls(monkeypatch):
     return found
 
 
-@pytest.mark.skipif(not IS_JAX, reason="tf.distribute: see test_mirrored")
+@pytest.mark.backends("jax")
 @pytest.mark.parametrize(
     ("groups", "images", "expected"),
     [

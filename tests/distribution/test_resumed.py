@@ -14,7 +14,8 @@ import pytest
 
 BACKEND = keras.backend.backend()
 ROOT = pathlib.Path(__file__).parents[2]
-# Others have one device, and `tests/training/test_resume.py`.
+# PyTorch has one device, and `tests/training/test_resume.py`.
+pytestmark = [pytest.mark.slow, pytest.mark.backends("jax", "tensorflow")]
 ENDS = {
     "jax": [
         "whole, data parallel",
@@ -41,7 +42,6 @@ def runs():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("end", ENDS)
 def test_it_ends_as_one_device_would(end):
     """Losses, validation of an uneven split, weights and the test."""
@@ -54,8 +54,6 @@ def test_it_ends_as_one_device_would(end):
     assert len(losses) == 2 and losses[0] != losses[1]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not ENDS, reason="one device takes any batch")
 def test_a_batch_without_whole_groups():
     devices = 8 if BACKEND == "jax" else 2
     words = f"batch_size=12 for {devices} devices, 4 images in a group"

@@ -8,8 +8,11 @@ import pathlib
 import subprocess
 import sys
 
-import keras
 import pytest
+
+from tests import devices
+
+pytestmark = pytest.mark.backends("jax")
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -43,10 +46,10 @@ def test_experts_and_tokens_leave_the_island_where_they_must(scaling):
 def test_no_figure_beyond_a_slice(scaling):
     v5e = scaling.MACHINES["TPU v5e"]
     sums = {"dense": 1e9, "experts": 1e9}
-    for devices in (256, 512):
-        near, far = scaling.sent(v5e, devices, 32, 1e9, sums)
+    for count in (256, 512):
+        near, far = scaling.sent(v5e, count, 32, 1e9, sums)
         figure = scaling.ratio(v5e, near, far, 1.0)
-        assert (figure is None) == (devices == 512)
+        assert (figure is None) == (count == 512)
 
 
 @pytest.mark.parametrize("name", ["scaling", "scaling_compiled"])
@@ -58,17 +61,13 @@ def test_tables_say_what_made_them(name):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    keras.backend.backend() != "jax", reason="ExpertParallel is JAX's"
-)
 def test_a_step_on_256_devices():
-    flag = "--xla_force_host_platform_device_count=256"
     done = subprocess.run(
         [sys.executable, "benchmarks/scaling.py", "--one", "2"],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "XLA_FLAGS": flag},
+        env={**os.environ, "XLA_FLAGS": devices.flags(256)},
     )
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout.splitlines()[-1])

@@ -1,6 +1,9 @@
 import numpy as np
+import pytest
 
 from keras_vmoe import inspection
+
+pytestmark = pytest.mark.backends("jax")
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

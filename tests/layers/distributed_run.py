@@ -7,9 +7,10 @@ import json
 import os
 import sys
 
+from tests import devices
+
 DEVICES = int(sys.argv[1])
-flag = f"--xla_force_host_platform_device_count={DEVICES}"
-os.environ["XLA_FLAGS"] = flag  # Read when JAX is imported.
+os.environ["XLA_FLAGS"] = devices.flags(DEVICES)  # Read when JAX is imported.
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
@@ -33,9 +34,9 @@ def make_model():
 
 def make_distributed_model():
     if keras.backend.backend() == "jax":
-        devices = keras.distribution.list_devices()
-        assert len(devices) == DEVICES
-        parallel = keras.distribution.DataParallel(devices=devices)
+        found = keras.distribution.list_devices()
+        assert len(found) == DEVICES
+        parallel = keras.distribution.DataParallel(devices=found)
         keras.distribution.set_distribution(parallel)
         return make_model()
     import tensorflow as tf

@@ -10,6 +10,8 @@ from keras_vmoe import routing
 from keras_vmoe.models.presets import PRESETS
 from tests.models.definitions import tiny
 
+pytestmark = pytest.mark.backends("jax")
+
 # The paper's totals seem to leave the gates out: these two agree then, and the
 # other rows agree either way.
 WITHOUT_GATES = ("convnext_b_e8_last2", "vit_b16_e8_every2")
@@ -233,6 +235,7 @@ def test_unknown_sizes():
         models.cost(model)
 
 
+@pytest.mark.backends("jax", "tensorflow", "torch")
 def test_models_without_weights_leave_nothing_behind():
     with models.without_weights():
         model = tiny()

@@ -18,6 +18,8 @@ from tests.training.test_resume import assert_same
 from tests.training.test_resume import config_of
 from tests.training.test_resume import stop_after
 
+pytestmark = pytest.mark.backends("jax")
+
 # A disk that is full behind the n-th byte of every file.
 SCRIPT = """
 import resource, sys
@@ -42,7 +44,9 @@ def run_on_a_full_disk(config, limit, file):
     )
 
 
-@pytest.mark.parametrize("limit", [20_000, 200_000])
+@pytest.mark.parametrize(
+    "limit", [pytest.param(20_000, marks=pytest.mark.slow), 200_000]
+)
 def test_a_full_disk_is_one_message(result, config, limit, tmp_path):
     """And no crash of HDF5, which cannot be stopped half-way."""
     done = run_on_a_full_disk(config, limit, tmp_path / "config.yaml")
@@ -55,6 +59,7 @@ def test_a_full_disk_is_one_message(result, config, limit, tmp_path):
                      "checkpoints"}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_when_there_is_space_again(tmp_path, cache):
     whole = training.train(config_of(tmp_path / "whole", cache))
     config = config_of(tmp_path / "run", cache)

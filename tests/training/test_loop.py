@@ -101,6 +101,7 @@ def folder(tmp_path):
     return root
 
 
+@pytest.mark.backends("jax")
 def test_damaged_images_are_named_or_skipped(config, folder):
     config = dataclasses.replace(
         config, dataset="image_folder", data_dir=str(folder), batch_size=4,
@@ -116,6 +117,7 @@ def test_damaged_images_are_named_or_skipped(config, folder):
     assert len(history(result.run_dir)) == 2
 
 
+@pytest.mark.backends("jax")
 def test_logs_for_tensorboard(config):
     result = training.train(dataclasses.replace(config, tensorboard=True))
     files = {

@@ -15,6 +15,8 @@ from keras_vmoe.training.recipes import find_recipe
 from tests.training.small import SMALL
 from tests.training.small import history
 
+pytestmark = pytest.mark.backends("jax")
+
 # What a recipe does unless its table says otherwise.
 PLAIN = dict(
     schedule="cosine", final_learning_rate=0.0, head_bias=0.0,

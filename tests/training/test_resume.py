@@ -79,13 +79,8 @@ def die_at(monkeypatch, number):
 # Where files stand is the same on all backends: one of them tries all.
 MOMENTS = (5,)
 if EXACT:
-    slow = (1, 3, 4, 6, 7, 8, 10, 11, 12, 14, 15, 17, 18)
-    MOMENTS = (
-        2,
-        5,
-        9,
-        *(pytest.param(n, marks=pytest.mark.slow) for n in slow),
-    )
+    slow = (1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 14, 15, 17, 18)
+    MOMENTS += tuple(pytest.param(n, marks=pytest.mark.slow) for n in slow)
 
 
 @pytest.mark.parametrize("number", MOMENTS)
