@@ -13,6 +13,7 @@ from keras_vmoe.cli.opening import numbers
 from keras_vmoe.cli.opening import open_model
 from keras_vmoe.cli.opening import restart
 from keras_vmoe.cli.opening import setting_of_run
+from keras_vmoe.distribution import _processes
 
 
 def train(settings, arguments):
@@ -26,7 +27,7 @@ def train(settings, arguments):
     distribution.initialize(
         settings.job_addresses, settings.num_processes, settings.process_id
     )
-    first = distribution.is_first_process()
+    first = _processes.is_first_process()
     if first:
         print(f"backend: {keras.backend.backend()}", flush=True)
     if settings.dry_run:

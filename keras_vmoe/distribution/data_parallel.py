@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_vmoe.distribution.processes import check_agreement
+from keras_vmoe.distribution._processes import check_agreement
 
 UNKNOWN = -2  # What tf.data says of a length that it cannot tell.
 

@@ -6,7 +6,7 @@ import math
 import keras
 import numpy as np
 
-from keras_vmoe.distribution.strategies import num_replicas
+from keras_vmoe.distribution._replicas import num_replicas
 
 
 def predict(model, images, multiple=None):

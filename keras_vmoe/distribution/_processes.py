@@ -5,6 +5,7 @@ writing a file, asks `is_first_process`.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import secrets
@@ -12,6 +13,8 @@ import secrets
 import keras
 import numpy as np
 from keras.src.utils.rng_utils import get_random_seed  # Not exported.
+
+from keras_vmoe.version import __version__
 
 # Seconds until the other processes learn that one is gone, or has ended with an
 # error; JAX's 100 and 300 would be more than a minute.
@@ -123,6 +126,16 @@ def is_first_process():
     return process_id() == 0
 
 
+def versions():
+    """The versions of all that decides what a process computes."""
+    backend = keras.backend.backend()
+    return {
+        "keras_vmoe": __version__,
+        "keras": keras.__version__,
+        backend: importlib.import_module(backend).__version__,
+    }
+
+
 def check_agreement(what, **values):
     """Raises in all processes unless all of them have the same values.
 
@@ -153,11 +166,6 @@ def check_agreement(what, **values):
             f"Received: {'; '.join(different)}. Start all of them with the "
             "same command and the same version, and a run folder that all see."
         )
-
-
-def smallest(number):
-    """The smallest of all processes' integers."""
-    return min(values["number"] for values in _gather({"number": number}))
 
 
 def _gather(values):
