@@ -14,6 +14,7 @@ from keras_vmoe.cli.opening import open_model
 from keras_vmoe.cli.opening import restart
 from keras_vmoe.cli.opening import setting_of_run
 from keras_vmoe.distribution import _processes
+from keras_vmoe.evaluation import _description
 
 
 def train(settings, arguments):
@@ -52,7 +53,7 @@ def predict(settings, arguments):
     images = data.read_images(settings.images, size, test_crop)
     if settings.dry_run:
         resolved = _resolved(settings, test_crop=test_crop)
-        print(evaluation.describe(model, resolved, len(images), 1))
+        print(_description.describe(model, resolved, len(images), 1))
         return
     shows = sys.stdout.isatty()
     found = evaluation.classify(model, images, names, settings.top, shows)
@@ -75,7 +76,7 @@ def evaluate(settings, arguments):
         resolved = _resolved(settings, test_crop=test_crop)
         count = data.num_images(*reads)
         size = settings.batch_size
-        print(evaluation.describe(model, resolved, count, size))
+        print(_description.describe(model, resolved, count, size))
         return
     images = data.load(
         settings.dataset,

@@ -14,6 +14,7 @@ from keras_vmoe import models
 from keras_vmoe._checks import is_number
 from keras_vmoe._extras import require
 from keras_vmoe.distribution import _processes
+from keras_vmoe.inspection import _plots
 
 
 class RoutingHistory(keras.callbacks.Callback):
@@ -201,7 +202,7 @@ class RoutingTensorBoard(keras.callbacks.Callback):
                 summary.scalar(name, value)
             for name in layers:
                 loads = [layers[name] for layers in self.epochs]
-                picture = inspection.load_heatmap(name, loads)
+                picture = _plots.load_heatmap(name, loads)
                 summary.image(f"{name}/load", picture[None])
         self.writer.flush()
 

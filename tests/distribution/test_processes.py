@@ -165,7 +165,8 @@ def test_the_first_process_dies(tmp_path):
 
 ONE_FAILS = """
 import sys
-from keras_vmoe import cli, distribution, training
+from keras_vmoe import cli, training
+from keras_vmoe.distribution import _processes
 def train(config):
     if _processes.process_id() == 1:
         raise ValueError("only here")
