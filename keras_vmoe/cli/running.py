@@ -13,6 +13,8 @@ from keras_vmoe.cli.opening import numbers
 from keras_vmoe.cli.opening import open_model
 from keras_vmoe.cli.opening import restart
 from keras_vmoe.cli.opening import setting_of_run
+from keras_vmoe.data import _corruption
+from keras_vmoe.data.schema import num_images
 from keras_vmoe.distribution import _processes
 from keras_vmoe.evaluation import _description
 
@@ -74,7 +76,7 @@ def evaluate(settings, arguments):
     reads = (settings.dataset, settings.split, settings.data_dir)
     if settings.dry_run:
         resolved = _resolved(settings, test_crop=test_crop)
-        count = data.num_images(*reads)
+        count = num_images(*reads)
         size = settings.batch_size
         print(_description.describe(model, resolved, count, size))
         return
@@ -90,7 +92,9 @@ def evaluate(settings, arguments):
         skip_corrupt=settings.skip_corrupt,
     )
     splits = [] if settings.skip_corrupt else [settings.split]
-    with data.named_damage(settings.dataset, splits, settings.data_dir):
+    with _corruption.named_corruption(
+        settings.dataset, splits, settings.data_dir
+    ):
         measured = evaluation.measure(model, images, sys.stdout.isatty())
     print(evaluation.report(measured, names))
 

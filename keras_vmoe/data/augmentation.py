@@ -84,6 +84,17 @@ class Augmentation:
                 f"The default is {getattr(type(self), name)}."
             )
 
+    def check_channels(self, channels):
+        """Raises if an augmentation of colours is to change other images."""
+        names = ("rand_augment", "three_augment", "color_jitter")
+        of_colors = [name for name in names if getattr(self, name)]
+        if of_colors and channels != 3:
+            raise ValueError(
+                f"{', '.join(of_colors)} must be given RGB images. "
+                f"Received: channels={channels}. Leave them out, or load the "
+                "images with channels=3."
+            )
+
     @property
     def mixes(self):
         """Whether labels are mixed, and so must be one-hot."""
@@ -100,8 +111,8 @@ def make_change(augmentation):
 
     Returns:
         None if nothing is to be changed, else a function from `(image, seed)`
-        to an image: `(H, W, 3)` pixels in [0, 255], of a static shape, and
-        `(2,)` int64, of which the result is a function. Images come back as
+        to an image: `(H, W, channels)` pixels in [0, 255], of a static shape,
+        and `(2,)` int64, of which the result is a function. Images come back as
         uint8. The same for equal settings, so that it is traced once, in
         however many pipelines.
     """
@@ -133,9 +144,9 @@ def make_mix(augmentation):
 
     Returns:
         None if nothing is to be mixed, else a function from `(images, labels,
-        seed)` to `(images, labels)`: `(B, H, W, 3)` pixels in [0, 255], uint8
-        or float32; one-hot labels `(B, classes)` float32; `(2,)` int64. Images
-        come back as float32. The same for equal settings.
+        seed)` to `(images, labels)`: `(B, H, W, channels)` pixels in [0, 255],
+        uint8 or float32; one-hot labels `(B, classes)` float32; `(2,)` int64.
+        Images come back as float32. The same for equal settings.
     """
     tf = import_tensorflow()
     mixers = []
@@ -158,42 +169,6 @@ def make_mix(augmentation):
         )
 
     return mix
-
-
-@functools.cache
-def make_augment(augmentation):
-    """Makes the function that changes a batch of decoded images and mixes it.
-
-    A pipeline does the first to images one by one, before they are a batch.
-
-    Args:
-        augmentation: An `Augmentation`; crops are made elsewhere, while images
-            are decoded.
-
-    Returns:
-        None if nothing is to be done, else a function as `make_mix` returns.
-        Labels are one-hot if they are mixed.
-    """
-    tf = import_tensorflow()
-    change, mix = make_change(augmentation), make_mix(augmentation)
-    if change is None and mix is None:
-        return None
-
-    @tf.function(autograph=False, reduce_retracing=True)
-    def augment(images, labels, seed):
-        seeds = tf.random.split(tf.cast(seed, tf.int64), 2)
-        if change is not None:
-            each = tf.random.split(seeds[0], tf.shape(images)[0])
-            images = tf.map_fn(
-                lambda x: change(*x),
-                (images, each),
-                fn_output_signature=tf.TensorSpec(images.shape[1:], tf.uint8),
-            )
-        if mix is not None:
-            images, labels = mix(images, labels, seeds[1])
-        return tf.cast(images, tf.float32), labels
-
-    return augment
 
 
 def _stages(settings):

@@ -205,13 +205,13 @@ def erase(probability, image, chance, area, ratio, row, column, noise):
     area = between(area, *ERASED_AREA)
     limit = -math.log(ERASED_RATIO)
     ratio = tf.exp(between(ratio, -limit, limit))
-    height, width, _ = image.shape
+    height, width, channels = image.shape
     top, bottom = span(row, tf.sqrt(area * ratio), height)
     left, right = span(column, tf.sqrt(area / ratio), width)
 
     def erased():
         seed = tf.cast(tf.stack([noise, 0.0]) * 2**24, tf.int32)
-        shape = tf.stack([bottom - top, right - left, 3])
+        shape = tf.stack([bottom - top, right - left, channels])
         filling = tf.random.stateless_normal(shape, seed, GREY, GREY)
         rows = image[top:bottom]
         rows = [rows[:, :left], rounded(filling), rows[:, right:]]

@@ -22,7 +22,7 @@ from keras_vmoe.data.images import decode_and_crop
 from keras_vmoe.data.images import normalize
 from keras_vmoe.data.images import random_crop
 from keras_vmoe.data.images import resize_by_area
-from keras_vmoe.data.images import to_rgb
+from keras_vmoe.data.images import to_channels
 from keras_vmoe.data.schema import Schema
 from keras_vmoe.data.tensorflow_runtime import checked
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
@@ -41,6 +41,7 @@ class Pipeline:
     num_examples: int
     num_classes: int
     size: tuple[int, int]
+    channels: int
     seed: int
     is_one_epoch: bool
     augmentation: Augmentation
@@ -114,7 +115,7 @@ class Pipeline:
         """Whether the copies of an image are decoded together.
 
         Not where each has a window of its own, where some are left out, and
-        where damage is to be named one by one.
+        where corrupt images are named one by one.
         """
         return (
             self.augmentation.repeats > 1
@@ -190,7 +191,7 @@ class Pipeline:
             one = tf.data.Dataset.from_tensors((example, number))
             good = one.map(self._image).ignore_errors()
             good = good.map(lambda *decoded: (*decoded, name, True))
-            black = tf.zeros((*self.size, 3), spec.dtype)
+            black = tf.zeros(spec.shape, spec.dtype)
             bad = (black, label, number, name, False)
             return good.concatenate(tf.data.Dataset.from_tensors(bad)).take(1)
 
@@ -251,7 +252,7 @@ class Pipeline:
         return image, tf.cast(example[self.schema.label], tf.int64), number
 
     def _with_pixels(self, example, number=None):
-        """An example whose image is decoded to RGB pixels of the right size.
+        """An example whose image is decoded to pixels of the right size.
 
         Args:
             example: A stored example.
@@ -268,7 +269,8 @@ class Pipeline:
         if self.test_crop is not None:
             image = center_crop(image, self.size, self.test_crop)
         resize = resize_by_area if self.is_training else None
-        return example | {self.schema.image: to_rgb(image, self.size, resize)}
+        image = to_channels(image, self.size, self.channels, resize)
+        return example | {self.schema.image: image}
 
     def _finished(self, images, labels, numbers):
         """A batch as the model gets it: checked, mixed, normalised."""

@@ -27,6 +27,7 @@ def open_builder(name, data_dir=None):
         OSError: The folder or the dataset in it cannot be read.
     """
     import_tfds()
+    from google.protobuf import json_format
     from tensorflow_datasets.core import read_only_builder
     from tensorflow_datasets.core import registered
 
@@ -50,9 +51,12 @@ def open_builder(name, data_dir=None):
         )
     except registered.DatasetNotFoundError:
         raise _not_found(name, data_dir) from None
-    except Exception as error:  # Whatever TFDS trips over in broken files.
+    except (
+        *(AttributeError, LookupError, OSError, TypeError, ValueError),
+        json_format.Error,
+    ) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise _damaged(name, data_dir, reason) from error
+        raise _broken(name, data_dir, reason) from error
 
 
 def _check_name(name, data_dir):
@@ -77,7 +81,7 @@ def _check_folder(data_dir):
         ) from error
 
 
-def _damaged(name, data_dir, reason):
+def _broken(name, data_dir, reason):
     return OSError(
         "The files of a dataset must be complete and readable. "
         f"Received: name={name!r}, data_dir={data_dir!r} ({reason}). "
@@ -93,7 +97,7 @@ def _not_found(name, data_dir):
     for file in folder.rglob("dataset_info.json"):
         # TFDS takes a dataset without its features for none at all.
         if not (file.parent / "features.json").exists():
-            return _damaged(name, data_dir, "features.json is missing")
+            return _broken(name, data_dir, "features.json is missing")
     # Without the community's, whose list is on the network.
     registered = tfds.list_builders(with_community_datasets=False)
     prepared = prepared_datasets(data_dir)

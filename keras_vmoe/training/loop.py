@@ -15,6 +15,7 @@ from keras_vmoe import evaluation
 from keras_vmoe import inspection
 from keras_vmoe import models
 from keras_vmoe._extras import require
+from keras_vmoe.data import _corruption
 from keras_vmoe.distribution import _processes
 from keras_vmoe.models.presets import find_preset
 from keras_vmoe.training import callbacks
@@ -184,7 +185,7 @@ def _train(config, strategy):
             checkpoints, lambda: _to_lists(history.rows, routing.epochs)
         )
         verbose = 1 if sys.stdout.isatty() else 2
-        with data.named_damage(*reads):
+        with _corruption.named_corruption(*reads):
             model.fit(
                 stream(
                     config, info, state["epoch"] * steps, train_data, strategy
@@ -202,7 +203,7 @@ def _train(config, strategy):
         if config.ema:
             model.optimizer.finalize_variable_values(model.trainable_variables)
         models.save(model, run_dir / "model.keras")
-    with data.named_damage(*reads):
+    with _corruption.named_corruption(*reads):
         test = evaluation.measure(model, test_data, routing=False)
     if first:
         curves = {

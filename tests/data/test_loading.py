@@ -10,6 +10,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from keras_vmoe import data
+from keras_vmoe.data import schema
 from keras_vmoe.data.schema import read_schema
 
 LABELS = np.arange(48) % 5  # Of `grey`, in the order of its files.
@@ -253,7 +254,7 @@ def test_published_figures(name, folder):
 
 
 def test_info(data_dir):
-    assert data.info("grey", data_dir) == data.DatasetInfo(
+    assert data.info("grey", data_dir) == schema.DatasetInfo(
         name="grey",
         num_classes=5,
         class_names=("0", "1", "2", "3", "4"),
