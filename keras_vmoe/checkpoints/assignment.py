@@ -115,48 +115,30 @@ def head_of(model):
     return None if model.num_classes is None else model.get_layer("head")
 
 
-def fit_positions(arrays, name, grid, has_token):
-    """Arrays whose position embedding fits another resolution.
+def fit_positions(embedding, model):
+    """Resizes a position embedding to the resolution of a `ViTMoE`.
 
     Args:
-        arrays: Dict from name to array.
-        name: Name of the position embedding.
-        grid: `(rows, columns)` of the model's patches.
-        has_token: Whether the embedding of a class token stands first.
-
-    Returns:
-        Dict of arrays. A square grid is assumed of the checkpoint; the shape of
-        its arrays does not tell.
-    """
-    rows, columns = grid
-    embedding = arrays.get(name)
-    if np.ndim(embedding) != 3 or embedding.shape[0] != 1:
-        return arrays
-    prefix = 1 if has_token else 0
-    num_patches = embedding.shape[1] - prefix
-    side = round(max(0, num_patches) ** 0.5)
-    if num_patches == rows * columns or side < 1 or side**2 != num_patches:
-        return arrays  # It fits, or the shapes are compared and reported.
-    table = np.asarray(embedding[0, prefix:], "float32")
-    table = zoom(table.reshape(side, side, -1), grid)
-    table = table.reshape(rows * columns, -1)
-    token = np.asarray(embedding[0, :prefix], "float32")
-    return {**arrays, name: np.concatenate([token, table])[None]}
-
-
-def fit_table(embedding, model):
-    """A position embedding at the resolution of a `ViTMoE`.
-
-    Args:
-        embedding: `(1, N, D)` array.
+        embedding: `(1, N, D)` array of a square grid of patches, behind the
+            class token if the model has one.
         model: A `ViTMoE` with learned positions.
 
     Returns:
-        `(1, N, D)` array with the model's N, where the patches form a square.
+        `(1, N, D)` array with the model's N; the embedding itself if it fits
+        already, or is of no square grid, which `assign` then reports.
     """
-    grid = patch_grid(image_pair(model.image_size), model.patch_size)
-    has_token = model.pooling == "token"
-    return fit_positions({"": embedding}, "", grid, has_token)[""]
+    rows, columns = patch_grid(image_pair(model.image_size), model.patch_size)
+    if np.ndim(embedding) != 3 or embedding.shape[0] != 1:
+        return embedding
+    prefix = 1 if model.pooling == "token" else 0
+    num_patches = embedding.shape[1] - prefix
+    side = round(max(0, num_patches) ** 0.5)
+    if num_patches == rows * columns or side < 1 or side**2 != num_patches:
+        return embedding
+    embedding = np.asarray(embedding[0], "float32")
+    table = embedding[prefix:].reshape(side, side, -1)
+    table = zoom(table, (rows, columns)).reshape(rows * columns, -1)
+    return np.concatenate([embedding[:prefix], table])[None]
 
 
 def zoom(image, size):
@@ -208,3 +190,8 @@ def check_model(model, kinds):
 def kernel_bias(name, layer):
     """The two weights of a dense or convolution layer, by name."""
     return {f"{name}/kernel": layer.kernel, f"{name}/bias": layer.bias}
+
+
+def scale_bias(name, layer):
+    """The two weights of a layer normalization, by name."""
+    return {f"{name}/scale": layer.gamma, f"{name}/bias": layer.beta}

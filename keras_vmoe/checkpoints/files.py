@@ -9,9 +9,17 @@ import numpy as np
 
 from keras_vmoe._extras import require
 
+MAX_COMPRESSION = 1040  # Of zeros by deflate: a little less.
+# What libraries raise for corrupt files.
+CORRUPT = (
+    ArithmeticError, AttributeError, EOFError, LookupError,
+    NotImplementedError, OSError, RuntimeError, SyntaxError, TypeError,
+    ValueError,
+)  # fmt: skip
+
 
 class CheckpointError(ValueError):
-    """A checkpoint file is damaged, or not what it is taken for."""
+    """A checkpoint is truncated, corrupt or of another format."""
 
 
 @contextlib.contextmanager
@@ -109,7 +117,7 @@ class Reader:
             raise self.error("the file ends early")
         return data
 
-    def skip(self, length):
+    def advance(self, length):
         """Passes over `length` bytes."""
         self.check_left(length)
         self._file.seek(self._file.tell() + length)
@@ -158,6 +166,11 @@ class Reader:
         kind = self._number(">b")
         self.check_left(length)
         return kind, length
+
+    def integer(self):
+        """The unsigned integer that starts here."""
+        formats = {0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q"}
+        return self._header("size", 0x00, 0x7F, formats)
 
     def _header(self, what, small, mask, formats):
         code = self.read(1)[0]

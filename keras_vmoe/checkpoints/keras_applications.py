@@ -12,6 +12,7 @@ from keras_vmoe.checkpoints.assignment import check_model
 from keras_vmoe.checkpoints.assignment import fit_head
 from keras_vmoe.checkpoints.assignment import head_of
 from keras_vmoe.checkpoints.assignment import kernel_bias
+from keras_vmoe.checkpoints.assignment import scale_bias
 from keras_vmoe.models.convnext import ConvNeXtMoE
 
 MEND = (
@@ -81,7 +82,7 @@ def _weights(model):
     names = {layer.name for layer in model.layers}
     norms = [name for name in names if name.endswith("norm")]
     for name in norms:
-        weights |= _norm(name, model.get_layer(name))
+        weights |= scale_bias(name, model.get_layer(name))
     for name in names:
         if re.fullmatch(r"downsample_\d", name):
             weights |= kernel_bias(name, model.get_layer(name))
@@ -159,7 +160,7 @@ def _our_name(name, numbers):
 def _arrays(name, layer):
     """The arrays of one of Keras's layers."""
     if isinstance(layer, keras.layers.LayerNormalization):
-        variables = _norm(name, layer)
+        variables = scale_bias(name, layer)
     elif isinstance(layer, (keras.layers.Dense, keras.layers.Conv2D)):
         variables = kernel_bias(name, layer)
     elif name.endswith("_scale"):
@@ -172,7 +173,3 @@ def _arrays(name, layer):
         kernel = arrays[f"{name}/kernel"]
         arrays[f"{name}/kernel"] = kernel.swapaxes(2, 3)
     return arrays
-
-
-def _norm(name, layer):
-    return {f"{name}/scale": layer.gamma, f"{name}/bias": layer.beta}
