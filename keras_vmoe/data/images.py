@@ -16,13 +16,10 @@ from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 
 
 def normalize(images):
-    """Maps pixels from [0, 255] to the model's input range [-1, 1].
-
-    The range is V-MoE's: `x / 127.5 - 1`.
+    """Maps pixels from [0, 255] to [-1, 1], as V-MoE: `x / 127.5 - 1`.
 
     Args:
-        images: Array or tensor of any shape and number type, with pixels on
-            the scale 0 to 255.
+        images: Array or tensor of any shape and dtype, pixels in [0, 255].
 
     Returns:
         float32 of the same shape: a TensorFlow tensor for a TensorFlow tensor
@@ -212,13 +209,6 @@ def resize_by_area(image, size):
     as wide; on photographs that shrink by 1 to 4 the two differ by a PSNR of
     34 to 60 dB. Where no side shrinks there is nothing to be antialiased, and
     plain bilinear gives the same pixels in a quarter of the time.
-
-    Args:
-        image: `(H, W, channels)` tensor.
-        size: Pair `(height, width)`, in pixels.
-
-    Returns:
-        float32 `(height, width, channels)`.
     """
     tf = import_tensorflow()
     sides = tf.shape(image)[:2]
@@ -273,10 +263,7 @@ def random_crop(image, padding, seed):
         image: `(H, W, channels)` tensor with a static shape.
         padding: Integer, pixels added on each side. All `2 * padding + 1`
             offsets per side are equally likely.
-        seed: Pair of integers; the same pair gives the same crop.
-
-    Returns:
-        Tensor of the shape and type of `image`.
+        seed: Pair of integers, of which the crop is a function.
     """
     tf = import_tensorflow()
     padded = tf.pad(image, [[padding, padding], [padding, padding], [0, 0]])
@@ -347,11 +334,8 @@ def center_crop(image, size, share):
 
     Args:
         image: `(H, W, channels)` tensor.
-        size: Pair `(height, width)` of the result's ratio.
+        size: Pair `(height, width)`, whose ratio the crop has.
         share: Share of the largest such window to keep, in (0, 1].
-
-    Returns:
-        `(h, w, channels)` tensor with `h / w` as in `size`.
     """
     tf = import_tensorflow()
     sides = tf.cast(tf.shape(image)[:2], tf.float32)

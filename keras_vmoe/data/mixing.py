@@ -1,4 +1,4 @@
-"""What mixes images and labels of a batch: MixUp and CutMix.
+"""MixUp and CutMix, which mix the images and labels of a batch.
 
 Axes: B images in the batch, H and W height and width in pixels.
 """

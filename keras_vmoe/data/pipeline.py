@@ -53,15 +53,9 @@ class Pipeline:
     cache: bool = False
 
     def examples(self, shuffle_buffer=1):
-        """Stored examples, each with a random number of its own.
+        """Stored examples, each with a random number: `(example, number)`.
 
         In training they are shuffled, and repeated where the augmentation is.
-
-        Args:
-            shuffle_buffer: Examples to draw from.
-
-        Returns:
-            A `tf.data.Dataset` of `(example, number)`.
         """
         tf = import_tensorflow()
         dataset = self._read()
@@ -82,10 +76,7 @@ class Pipeline:
             dataset = dataset.flat_map(
                 lambda x: tf.data.Dataset.from_tensors(x).repeat(repeats)
             )
-            dataset = dataset.take(self.num_examples)
-            dataset = dataset.apply(
-                tf.data.experimental.assert_cardinality(self.num_examples)
-            )
+            dataset = _cut(dataset, self.num_examples)
         # A function of the seed, the example's place in the epoch, and how
         # many epochs went before; which crop does not depend on threads.
         numbers = tf.data.Dataset.random(
@@ -95,10 +86,7 @@ class Pipeline:
             return tf.data.Dataset.zip(dataset, numbers)
         # Each pass of an epoch draws others, as the numbers go on.
         dataset = tf.data.Dataset.zip(dataset.repeat(), numbers)
-        dataset = dataset.filter(self._is_drawn).take(self.num_examples)
-        return dataset.apply(
-            tf.data.experimental.assert_cardinality(self.num_examples)
-        )
+        return _cut(dataset.filter(self._is_drawn), self.num_examples)
 
     def _is_drawn(self, example, number):
         """Whether an example is used, by its class's weight."""
@@ -125,16 +113,7 @@ class Pipeline:
         )
 
     def batches(self, examples, batch_size, drop_remainder):
-        """Batches for a model.
-
-        Args:
-            examples: What `examples` returns.
-            batch_size: B.
-            drop_remainder: Whether to drop a last batch that is not full.
-
-        Returns:
-            A `tf.data.Dataset` of `(images, labels)`.
-        """
+        """Batches `(images, labels)` of what `examples` returns."""
         tf = import_tensorflow()
         if self.skip_corrupt:
             dataset = self.decoded(examples).filter(_is_readable())
@@ -142,11 +121,7 @@ class Pipeline:
                 image, label, number
             ))  # fmt: skip
             if self.is_training:  # Others take the place of corrupt ones.
-                length = examples.cardinality()
-                dataset = dataset.repeat().take(length)
-                dataset = dataset.apply(
-                    tf.data.experimental.assert_cardinality(length)
-                )
+                dataset = _cut(dataset.repeat(), examples.cardinality())
         else:
             dataset = examples.map(self._image, tf.data.AUTOTUNE)
         dataset = dataset.batch(batch_size, drop_remainder=drop_remainder)
@@ -179,8 +154,8 @@ class Pipeline:
             examples: What `examples` returns, with `skip_corrupt`.
 
         Returns:
-            A `tf.data.Dataset` of `(image, label, number, name, is_good)`; the
-            image is black if it is not good.
+            A `tf.data.Dataset` of `(image, label, number, name, is_good)`; a
+            corrupt image is black.
         """
         tf = import_tensorflow()
         spec = examples.map(self._image).element_spec[0]
@@ -252,12 +227,7 @@ class Pipeline:
         return image, tf.cast(example[self.schema.label], tf.int64), number
 
     def _with_pixels(self, example, number=None):
-        """An example whose image is decoded to pixels of the right size.
-
-        Args:
-            example: A stored example.
-            number: Number of which the window of a random crop is a function.
-        """
+        """An example whose image is decoded to pixels of the right size."""
         image = example[self.schema.image]
         feature = self.builder.info.features[self.schema.image]
         area = self.augmentation.crop_area
@@ -314,23 +284,22 @@ def _traced(function, *inputs):
     return function(*inputs)
 
 
+def _cut(dataset, length):
+    """The first examples of a dataset that has at least so many."""
+    tf = import_tensorflow()
+    length_is_known = tf.data.experimental.assert_cardinality(length)
+    return dataset.take(length).apply(length_is_known)
+
+
 def seed_of_epoch(seed, epoch):
-    """A seed for one epoch, below 2**31.
-
-    Args:
-        seed: Non-negative integer of the whole training.
-        epoch: Non-negative integer.
-
-    Returns:
-        An integer.
-    """
+    """A seed below 2**31 for one epoch of a training with a seed."""
     state = np.random.SeedSequence([seed, epoch]).generate_state(1)
     return int(state[0] >> 1)
 
 
 @functools.cache
 def _is_readable():
-    """Whether an image is good; warns of each that is not, once a process."""
+    """A filter of good images, which warns of each other, once a process."""
     tf = import_tensorflow()
     skipped = set()  # A training opens its datasets anew for every epoch.
 
@@ -356,7 +325,7 @@ def _is_readable():
 
 @contextlib.contextmanager
 def _without_tfds_warnings():
-    """Keeps back what TFDS has to say about things done on purpose.
+    """Suppresses TFDS's warnings of what is done on purpose.
 
     It warns that an ordered dataset is shuffled, and blames its own use of a
     deprecated property on the user.

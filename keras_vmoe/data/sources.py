@@ -8,16 +8,7 @@ from keras_vmoe.data.tensorflow_runtime import import_tfds
 
 
 def open_builder(name, data_dir=None):
-    """Opens a prepared TFDS dataset, from its files alone.
-
-    The dataset's own code need not be installed or registered.
-
-    Args:
-        name: String, `"name"`, `"name/config"` or `"name:version"`;
-            `"digits"` is written first if it is missing. `"image_folder"` is
-            the folder `data_dir` itself.
-        data_dir: Folder of TFDS datasets; None is the folder of TFDS, or for
-            `"digits"` the user's cache.
+    """Opens a prepared dataset from its files alone; see `data.load`.
 
     Returns:
         A `tfds.core.DatasetBuilder`, or an `ImageFolder`.

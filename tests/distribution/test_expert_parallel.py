@@ -137,7 +137,7 @@ except ValueError as error:
         ("'data', images=12", "a batch of 12 for 8 devices"),
         ("2, images=8", "4 groups for 8 devices"),
         ("2, images=24", "12 groups for 8 devices"),
-        ("4, moe=False", "none of whose variables is an expert's"),
+        ("4, moe=False", "and a model without experts"),
         ("3", "divisor of the number of devices, 8. Received"),
         ("4, capacity=None", "dropless routing in 'mo_emlp/experts'"),
     ]
