@@ -16,11 +16,11 @@ BLOCK = r"Encoder/encoderblock_(\d+)"
 
 
 def vmoe_config(arrays, image_size=None):
-    """Finds the arguments of the `ViTMoE` that a checkpoint belongs to.
+    """Infers the arguments of `ViTMoE` from the shapes of a checkpoint.
 
-    Shapes tell all but what has no weights: how many experts a token selects
-    (V-MoE: 2, as `ViTMoE` assumes), the capacity factor, the order of service,
-    and whether the tokens choose or the experts. Set those in the result.
+    What has no weights is not known: the number of selected experts (V-MoE: 2,
+    the default), the capacity factor, batch priority, and whether tokens or
+    experts choose. Set those in the result.
 
     Args:
         arrays: Path of a checkpoint, as of `checkpoints.read` (of a sharded one

@@ -1,4 +1,4 @@
-"""Arrays of a checkpoint to the weights of a model: all of them or none."""
+"""Assigns the arrays of a checkpoint to a model: all of them or none."""
 
 import warnings
 
@@ -78,15 +78,12 @@ def _list(items):
 
 
 def fit_head(arrays, head):
-    """Arrays whose head is a new one, where the model's has other classes.
+    """Arrays with a newly initialised head where the classes differ.
 
     Args:
         arrays: Dict from name to numpy array.
-        head: The model's head, a built dense layer; None if it has none.
-
-    Returns:
-        Dict of arrays: without a head if the model has none, or with the values
-        at the start of a new one if its number of classes is another.
+        head: The model's head, a built dense layer. Without one (None) the
+            arrays are returned without a head.
     """
     kernel, bias = (arrays.get(name) for name in HEAD)
     if kernel is None or bias is None:
@@ -99,7 +96,7 @@ def fit_head(arrays, head):
         return arrays  # It fits, or the shapes are compared and reported.
     warnings.warn(
         f"The head of the checkpoint has {len(bias)} classes and that of the "
-        f"model {num_classes}: the model's starts anew.",
+        f"model {num_classes}: the model's is initialised anew.",
         stacklevel=4,
     )
     fresh = (

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_vmoe._keras import all_layers
 from keras_vmoe.checkpoints.assignment import HEAD
 from keras_vmoe.checkpoints.assignment import assign
 from keras_vmoe.checkpoints.assignment import check_model
@@ -24,13 +25,12 @@ MEND = (
 def load_keras_applications(model, keras_model):
     """Assigns the weights of a `keras.applications` ConvNeXt to a dense twin.
 
-    With the same images both then give the same logits. A `keras.applications`
-    model with `include_preprocessing=True` takes pixels from 0 to 255 and
-    normalises them itself; ours takes normalised images:
-    `(pixels / 255 - mean) / std` with mean (0.485, 0.456, 0.406) and std
-    (0.229, 0.224, 0.225). A head of another number of classes, or that is not
-    there, starts anew, with a warning. For a MoE model call `models.upcycle` on
-    the twin.
+    For the same images both then give the same logits. A `keras.applications`
+    model with `include_preprocessing=True` normalises pixels in [0, 255]
+    itself; ours takes normalised images: `(pixels / 255 - mean) / std` with
+    mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225). A head that is
+    missing or has other classes is initialised anew, with a warning. For an MoE
+    model call `models.upcycle` on the twin.
 
     Args:
         model: A `ConvNeXtMoE` with `moe=None` and the same depths and dims.
@@ -123,7 +123,7 @@ def _keras_arrays(keras_model):
     """Arrays of a Keras ConvNeXt by our names."""
     found = [
         layer
-        for layer in keras_model._flatten_layers(include_self=False)
+        for layer in all_layers(keras_model)
         if layer.weights and not hasattr(layer, "layers")
     ]
     numbers = _block_numbers(found)

@@ -23,10 +23,10 @@ from keras_vmoe.models.vit import ViTMoE
 def load_vmoe(model, arrays):
     """Assigns a checkpoint of the reference program to a model.
 
-    Everything is checked before the first assignment, so that a model is
-    either loaded whole or left as it was. Learned positions of another
-    resolution are resized, as bilinear zoom. A head of another number of
-    classes starts anew, with a warning; a model without head takes none.
+    Everything is checked before the first assignment: a model is either loaded
+    completely or left unchanged. Learned positions of another resolution are
+    resized bilinearly. A head of another number of classes is initialised anew,
+    with a warning; a model without a head takes none.
 
     Args:
         model: A `ViTMoE` of the same architecture; `checkpoints.vmoe_config`

@@ -12,8 +12,8 @@ import secrets
 
 import keras
 import numpy as np
-from keras.src.utils.rng_utils import get_random_seed  # Not exported.
 
+from keras_vmoe._keras import get_random_seed
 from keras_vmoe.version import __version__
 
 # Seconds until the other processes learn that one is gone, or has ended with an

@@ -6,6 +6,7 @@ import math
 import keras
 import numpy as np
 
+from keras_vmoe._keras import all_layers
 from keras_vmoe.distribution._replicas import num_replicas
 
 
@@ -55,7 +56,7 @@ def _images_together(model, batch_size):
     """The smallest number of images that holds whole groups of each layer."""
     groups = [
         layer.images_per_group
-        for layer in model._flatten_layers()
+        for layer in all_layers(model)
         if hasattr(layer, "router")
     ]
     if None in groups:  # All of the batch: nothing that could be filled up.

@@ -1,6 +1,7 @@
 """Routing statistics of any model with MoE layers."""
 
 from keras_vmoe import layers
+from keras_vmoe._keras import all_layers
 
 
 def routing_statistics(model):
@@ -48,7 +49,7 @@ def moe_layers(model):
     `<name>_1`, and so on.
     """
     found = {}
-    for layer in model._flatten_layers():
+    for layer in all_layers(model):
         if isinstance(layer, layers.MoEMLP):
             same = [name for name in found if found[name].name == layer.name]
             suffix = f"_{len(same)}" if same else ""
