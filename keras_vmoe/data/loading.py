@@ -117,20 +117,18 @@ def load(
         batch_size=batch_size, shuffle_buffer=shuffle_buffer, channels=channels
     )
     _check_seeds(seed=seed, epoch=0 if epoch is None else epoch)
-    augmentation = _check_augmentation(augmentation, training)
-    augmentation.check_channels(channels)
+    augmentation = _check_augmentation(augmentation, training, channels)
     _check_test_crop(test_crop)
-    drop_remainder = training if drop_remainder is None else drop_remainder
-
+    if drop_remainder is None:
+        drop_remainder = training
     builder = open_builder(name, data_dir)
     schema = read_schema(name, builder.info)
     num_classes = resolve_num_classes(name, schema, num_classes)
     class_weights = _check_weights(class_weights, num_classes, training)
+    least = batch_size if drop_remainder else 1
     split, num_examples = _part_of(
-        name, builder, split, shard, training, skip_corrupt
+        name, builder, split, shard, training, skip_corrupt, least
     )
-    if num_examples < (batch_size if drop_remainder else 1):
-        raise _no_batch(name, split, num_examples, batch_size)
     pipeline = Pipeline(
         builder=builder,
         schema=schema,
@@ -153,8 +151,8 @@ def load(
     return pipeline.batches(examples, batch_size, bool(drop_remainder))
 
 
-def _part_of(name, builder, split, shard, training, skip_corrupt):
-    """The part of a split that is read, and how many examples it has."""
+def _part_of(name, builder, split, shard, training, skip_corrupt, least):
+    """The part of a split that is read, and its number of examples."""
     num_examples = count_examples(name, builder, split)
     if skip_corrupt:
         split = skip_corrupt_records(builder, split)
@@ -162,7 +160,15 @@ def _part_of(name, builder, split, shard, training, skip_corrupt):
         split = _shard_of(split, shard, training)
     if skip_corrupt or shard is not None:
         num_examples = count_examples(name, builder, split)
-    if num_examples and not isinstance(builder, ImageFolder):
+    if num_examples < least:
+        raise ValueError(
+            "A split must hold at least one batch; in training, or with "
+            "drop_remainder=True, a full one. "
+            f"Received: split={split!r} of name={name!r} with {num_examples} "
+            f"of at least {least} examples. "
+            "Choose a larger split or a smaller batch_size."
+        )
+    if not isinstance(builder, ImageFolder):
         check_files(builder, split, counts=not skip_corrupt)
     return split, num_examples
 
@@ -184,7 +190,7 @@ def _shard_of(split, shard, training):
     return parts[index]
 
 
-def _check_augmentation(augmentation, training):
+def _check_augmentation(augmentation, training, channels):
     """The augmentation of the training images, nothing in evaluation."""
     if augmentation is not None and not isinstance(augmentation, Augmentation):
         raise ValueError(
@@ -192,7 +198,10 @@ def _check_augmentation(augmentation, training):
             f"Received: augmentation={augmentation!r}. "
             "Write data.Augmentation(flip=True)."
         )
-    return augmentation if augmentation and training else Augmentation()
+    if not training or augmentation is None:
+        return Augmentation()
+    augmentation.check_channels(channels)
+    return augmentation
 
 
 def _check_weights(weights, num_classes, training):
@@ -230,13 +239,3 @@ def _check_seeds(**seeds):
                 f"`{name}` must be an integer of at least 0. "
                 f"Received: {name}={seed!r}."
             )
-
-
-def _no_batch(name, split, num_examples, batch_size):
-    return ValueError(
-        "A split must hold at least one batch; in training, or with "
-        "drop_remainder=True, a full one. "
-        f"Received: split={split!r} of name={name!r} with {num_examples} "
-        f"examples, batch_size={batch_size}. "
-        "Choose a larger split or a smaller batch_size."
-    )
