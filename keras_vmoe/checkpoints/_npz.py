@@ -58,7 +58,7 @@ def _name(name):
 
 
 def _check_member(archive, member):
-    """Raises if a member is no array, or claims more than it can hold."""
+    """Raises unless a member is an array that its bytes can hold."""
     most = MAX_COMPRESSION * max(1, member.compress_size)
     if member.file_size > most:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Files of checkpoints: local or remote, whole or refused."""
+"""Files of checkpoints, local or remote: read completely or refused."""
 
 import contextlib
 import os
@@ -75,9 +75,8 @@ def _missing(path):
 class Reader:
     """Reads bytes and MessagePack headers, never beyond the end of the file.
 
-    Arrays of a checkpoint are read straight to where they belong. A MessagePack
-    library hands out copies of them: a checkpoint of one large array would take
-    three times its size.
+    Arrays are read directly into their memory. A MessagePack library returns
+    copies: a checkpoint of one large array would take three times its size.
 
     Attributes:
         path: Name of the file, for messages.

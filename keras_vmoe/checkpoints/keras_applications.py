@@ -41,7 +41,7 @@ def load_keras_applications(model, keras_model):
         The model.
 
     Raises:
-        TypeError: If `model` is no ConvNeXtMoE.
+        TypeError: If `model` is not a ConvNeXtMoE.
         ValueError: If the weights do not fit; the message lists all of them.
 
     Example:

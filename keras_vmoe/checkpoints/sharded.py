@@ -138,7 +138,7 @@ def _scan(reader, by_number, entries):
         dtype = None if name is None else entries[name].dtype
         for _ in range(reader.array_header()):
             if reader.array_header() != 2:
-                raise reader.error("a chunk is no pair")
+                raise reader.error("a chunk is not a pair")
             count = reader.array_header()
             pieces = [_piece(reader, dtype) for _ in range(count)]
             slices = _read_slices(reader)
@@ -164,7 +164,7 @@ def _piece(reader, dtype):
     good = dtype is not None and length == size * dtype.itemsize
     if not good or position + length != end:
         raise reader.error(
-            f"{length} bytes stand for {size} elements of {name!r}"
+            f"{length} bytes cannot be {size} elements of {name!r}"
         )
     reader.advance(length)
     return position, size

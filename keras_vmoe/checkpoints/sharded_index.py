@@ -1,4 +1,4 @@
-"""The index of a sharded checkpoint: names, shapes and places of arrays."""
+"""The index of a sharded checkpoint: names, shapes and shards of arrays."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ class Entry:
     """What the index says of one array.
 
     Attributes:
-        number: Its place in the sorted index.
+        number: Its position in the sorted index.
         shape: Its shape.
         dtype: Its numpy dtype.
         shards: Dict from slices, a tuple of `(start, stop)` per axis, to the
@@ -143,7 +143,7 @@ def _entry(msgpack, reader, name, number, leaf, shard_count):
     """Checks and decodes a leaf of the index."""
     name = "/".join(name)
     if getattr(leaf, "code", None) != INDEX_INFO:
-        raise reader.error(f"{name} is no array but {_describe(leaf)}")
+        raise reader.error(f"{name} is not an array but {_describe(leaf)}")
     try:
         aval, slices, shards = msgpack.unpackb(leaf.data)
         shape, dtype, *_ = msgpack.unpackb(aval)

@@ -39,7 +39,7 @@ def load_vmoe(model, arrays):
         The model.
 
     Raises:
-        TypeError: If `model` is no ViTMoE, or `arrays` neither path nor dict.
+        TypeError: If `model` is not a ViTMoE, or `arrays` not a path or dict.
         ValueError: If arrays are missing, left over, or of another shape; the
             message lists all of them. `CheckpointError` for corrupt files.
         FileNotFoundError: If a file is missing.

@@ -21,7 +21,7 @@ from keras_vmoe.data.sources import open_builder
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.data.tensorflow_runtime import import_tfds
 
-# A TFRecord is: length (8 bytes), its checksum (4), data, checksum (4).
+# A TFRecord is length (8 bytes), its checksum (4), data, checksum (4).
 _RECORD_OVERHEAD = 8 + 4 + 4
 _BATCH = 256  # Records at a time, where all are read.
 

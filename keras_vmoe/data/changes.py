@@ -64,7 +64,7 @@ def rand_augment_operations():
     tf = import_tensorflow()
 
     def factor(strength, sign):
-        # Beyond the end of the range there is no less than this.
+        # Never less, even beyond the end of the range.
         return tf.maximum(1 + ENHANCEMENT * strength * sign, 1 - ENHANCEMENT)
 
     def solarize(image, strength, sign):

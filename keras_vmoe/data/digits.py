@@ -83,7 +83,7 @@ def to_grey(counts):
 
 def split_indices(labels):
     """Sorted indices by split: random within each class, always the same."""
-    # Not `default_rng`: NumPy keeps only RandomState's stream for ever.
+    # Not `default_rng`: NumPy guarantees only RandomState's stream.
     generator = np.random.RandomState(0)
     parts = {"train": [], "validation": [], "test": []}
     for label in np.unique(labels):
@@ -121,14 +121,14 @@ def prepare(data_dir):
 
 
 def _write(data_dir):
-    # TFDS asks for it only when it writes, with an error that names no mend.
+    # TFDS needs it only to write, with an error that names no remedy.
     require("importlib_resources", "data")
-    # TFDS names its folders with Python's `random`. A program must draw the
-    # same numbers whether or not the digits were there before it.
+    # TFDS names its folders with Python's `random`, whose state must not depend
+    # on whether the digits were there.
     state = random.getstate()
     try:
         with contextlib.ExitStack() as silence:
-            # TFDS reports at length on both streams, for two seconds of work.
+            # TFDS reports at length on both streams.
             silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
             silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
             Digits(data_dir=data_dir).download_and_prepare()

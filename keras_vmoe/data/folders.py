@@ -1,7 +1,7 @@
 """Folders of images as a dataset: `folder/split/class/image.jpg`.
 
-TFDS's `ImageFolder` knows what is there; it can neither slice a split nor
-repeat an order, so that reading is done here.
+TFDS's `ImageFolder` lists the files; it can neither slice a split nor repeat
+an order, so that they are read here.
 """
 
 import os
@@ -64,7 +64,7 @@ class ImageFolder:
         Args:
             split: String, with TFDS's slices and sums.
             seed: Optional integer, shuffles the whole split.
-            reshuffles: Whether every pass has an order of its own.
+            reshuffles: Whether every pass has another order.
         """
         tf = import_tensorflow()
         paths, labels = self.files(split)

@@ -1,4 +1,4 @@
-"""From decoded pixels to the model's input; the one place that defines it.
+"""From decoded pixels to the model's input.
 
 Axes: B images in the batch, H and W height and width in pixels.
 """
@@ -49,9 +49,9 @@ def preprocess(image, image_size, channels=3):
     (bilinear with antialiasing, the sides independently: the aspect ratio is
     not kept) and normalised to [-1, 1].
 
-    The number type tells the scale of the pixels, as in `tf.image`: uint8 and
-    other integers 0 to 255, uint16 0 to 65535, floats 0 to 1. Floats beyond
-    that are refused rather than guessed at.
+    The dtype gives the scale of the pixels, as in `tf.image`: uint8 and other
+    integers 0 to 255, uint16 0 to 65535, floats 0 to 1. Floats beyond that are
+    refused.
 
     Args:
         image: `(H, W, C)` array or tensor with 1 (grey), 2 (grey and alpha), 3
@@ -65,7 +65,7 @@ def preprocess(image, image_size, channels=3):
         float32 TensorFlow tensor `(height, width, channels)` in [-1, 1].
 
     Raises:
-        ValueError: The shape, the number type, a pixel's value or
+        ValueError: The shape, the dtype, a pixel's value or
             `image_size` is not one of the above. Inside `tf.data` a wrong
             value is a `tf.errors.InvalidArgumentError` with the same words.
 
@@ -147,7 +147,6 @@ def _read_image(path, size, test_crop, channels):
             f"Received: path={path!r}. Check its spelling and its folder."
         ) from error
     except (OSError, tf.errors.InvalidArgumentError) as error:
-        # TensorFlow's own words would name its kernels and tensors.
         reason = getattr(error, "strerror", None) or "it holds no image"
         raise OSError(
             "An image file must be a readable PNG, JPEG, BMP or GIF. "
@@ -178,8 +177,8 @@ def to_channels(image, size, channels=3, resize=None):
     converts = channels in (1, 3) and stored in (1, 2, 3, 4)
     if stored is None or not (converts or stored == channels):
         raise ValueError(
-            "An image must have the shape (H, W, C), with 1 to 4 channels for "
-            "grey or RGB, or else as many as are asked for. "
+            "An image must have the shape (H, W, C): 1 to 4 channels for grey "
+            "or RGB, otherwise exactly `channels`. "
             f"Received: image.shape={tuple(image.shape)}, channels={channels}. "
             "Set `channels`; batches go to `normalize`."
         )
@@ -224,7 +223,7 @@ def resize_by_area(image, size):
 
 
 def _to_pixels(image):
-    """Maps any number type to the scale 0 to 255, uint8 or float32."""
+    """Maps pixels of any dtype to the scale 0 to 255, uint8 or float32."""
     tf = import_tensorflow()
     if image.dtype == tf.uint8:
         return image
@@ -244,7 +243,7 @@ def _to_pixels(image):
 def _checked_pixels(image, highest):
     tf = import_tensorflow()
     pixels = tf.cast(image, tf.float32)
-    slack = 5e-4 * highest  # For floats that were rounded on their way.
+    slack = 5e-4 * highest  # For rounding errors of floats.
     # Compared so that NaN fails.
     inside = (pixels >= -slack) & (pixels <= highest + slack)
     message = (

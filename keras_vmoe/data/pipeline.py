@@ -33,7 +33,7 @@ STRIDE = 15_485_863  # A prime.
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """What all stages need to know; see the arguments of `data.load`."""
+    """The settings of all stages; see the arguments of `data.load`."""
 
     builder: Any
     schema: Schema
@@ -77,8 +77,8 @@ class Pipeline:
                 lambda x: tf.data.Dataset.from_tensors(x).repeat(repeats)
             )
             dataset = _cut(dataset, self.num_examples)
-        # A function of the seed, the example's place in the epoch, and how
-        # many epochs went before; which crop does not depend on threads.
+        # A function of the seed, the epoch and the example's position in it:
+        # crops do not depend on threads.
         numbers = tf.data.Dataset.random(
             self.seed, rerandomize_each_iteration=not self.is_one_epoch
         )
@@ -102,8 +102,8 @@ class Pipeline:
     def _decodes_once(self):
         """Whether the copies of an image are decoded together.
 
-        Not where each has a window of its own, where some are left out, and
-        where corrupt images are named one by one.
+        Not if each has its own random crop, some are left out, or corrupt
+        images are named one by one.
         """
         return (
             self.augmentation.repeats > 1
@@ -212,7 +212,7 @@ class Pipeline:
             )
 
     def _image(self, example, number):
-        """From a stored example to an image, changed at random, and a label."""
+        """From a stored example to an augmented image, a label, the number."""
         tf = import_tensorflow()
         if not self._decodes_once:
             example = self._with_pixels(example, number)
@@ -243,7 +243,7 @@ class Pipeline:
         return example | {self.schema.image: image}
 
     def _finished(self, images, labels, numbers):
-        """A batch as the model gets it: checked, mixed, normalised."""
+        """A batch for the model: checked, mixed, normalised."""
         tf = import_tensorflow()
         labels = self._checked_labels(labels)
         mix = make_mix(self.augmentation)
@@ -301,7 +301,7 @@ def seed_of_epoch(seed, epoch):
 def _is_readable():
     """A filter of good images, which warns of each other, once a process."""
     tf = import_tensorflow()
-    skipped = set()  # A training opens its datasets anew for every epoch.
+    skipped = set()  # Training reopens its datasets every epoch.
 
     def warn(name):
         if name not in skipped:

@@ -1,4 +1,4 @@
-"""What a dataset holds: its image, its label, its classes and its splits."""
+"""Images, labels, classes and splits of a dataset."""
 
 import dataclasses
 import operator
@@ -7,8 +7,8 @@ from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.sources import open_builder
 from keras_vmoe.data.tensorflow_runtime import import_tfds
 
-# What TFDS raises for splits that it cannot read; AttributeError is for one
-# that is no string.
+# What TFDS raises for splits that it cannot read; AttributeError if it is not a
+# string.
 _SPLIT_ERRORS = (
     KeyError,
     ValueError,

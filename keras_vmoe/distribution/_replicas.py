@@ -21,12 +21,12 @@ def check_batch(batch_size, images_per_group, replicas, processes=1):
         batch_size: Images of a step, on all devices of all processes.
         images_per_group: Images that are routed together; 1 without experts.
         replicas: Parts that a batch is cut into.
-        processes: Processes that read as many images each.
+        processes: Processes that read equal parts of it.
     """
     parts = math.lcm(replicas * images_per_group, processes)
     if batch_size % parts:
         raise ValueError(
-            "A batch must hold as many whole groups of images for each device. "
+            "Each device must get the same number of whole groups of images. "
             f"Received: batch_size={batch_size} for {replicas} devices, "
             f"{images_per_group} images in a group, {processes} processes. "
             f"Choose a multiple of {parts}, or a smaller images_per_group."

@@ -1,4 +1,4 @@
-"""What an evaluation or a prediction would do, before it does it."""
+"""The plan of an evaluation or prediction, as text."""
 
 from keras_vmoe import models
 from keras_vmoe._extras import require

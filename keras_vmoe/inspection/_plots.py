@@ -101,7 +101,7 @@ def _load(figure, axis, name, epochs):
         aspect="auto",
         interpolation="nearest",
         origin="lower",
-        vmin=0,  # One scale for all layers: twice an even load at the most.
+        vmin=0,  # The same scale for all layers, up to twice an even load.
         vmax=2 / num_experts,
         extent=(0.5, len(epochs) + 0.5, -0.5, num_experts - 0.5),
     )

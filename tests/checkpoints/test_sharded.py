@@ -230,7 +230,7 @@ def index_with(good, **changes):
         ({"shard_count": 10**12}, "no index"),
         ({"shard_count": "../../x"}, "no index"),
         ({"shard_count": 1}, "in shards"),
-        ({"index": {"a": 3}}, "a is no array but int"),
+        ({"index": {"a": 3}}, "a is not an array but int"),
         ({"index": {"a": msgpack.ExtType(77, b"x")}}, "extension of type 77"),
         ({"index": {"a": msgpack.ExtType(8, b"\xc1")}}, "entry of a cannot"),
         ({"index": {1: msgpack.ExtType(8, b"")}}, "a name is 1, not a plain"),
