@@ -1,9 +1,9 @@
 """Opens datasets that are on disk already; nothing here downloads."""
 
-import difflib
 import os
 import pathlib
 
+from keras_vmoe._checks import nearest
 from keras_vmoe.data.tensorflow_runtime import import_tfds
 
 
@@ -86,7 +86,7 @@ def _not_found(name, data_dir):
     tfds = import_tfds()
     folder = pathlib.Path(_dataset_folder(str(name), data_dir))
     for file in folder.rglob("dataset_info.json"):
-        # TFDS takes a dataset without its features for none at all.
+        # To TFDS a dataset without its features is none.
         if not (file.parent / "features.json").exists():
             return _broken(name, data_dir, "features.json is missing")
     # Without the community's, whose list is on the network.
@@ -99,20 +99,18 @@ def _not_found(name, data_dir):
     base_name = str(name).partition(":")[0].partition("/")[0]
     if base_name in registered:
         return ValueError(
-            "The dataset must be prepared before it is loaded; nothing is "
-            f"downloaded silently. {received}Pass the folder that holds it as "
-            "data_dir, or prepare it once with: "
+            "The dataset must be prepared before it is loaded. "
+            f"{received}Pass its folder as data_dir, or prepare it once with: "
             "import tensorflow_datasets as tfds; "
             f"tfds.builder({name!r}, data_dir={data_dir!r})"
             ".download_and_prepare()"
         )
     known = {"digits", "image_folder", *registered}
     known.update(n.partition(":")[0] for n in prepared)
-    nearest = difflib.get_close_matches(base_name, sorted(known))
     return ValueError(
         'The dataset must be "digits" or one known to TFDS. '
-        f"{received}Nearest known names: {nearest}. A new one is prepared "
-        "once with: tfds.builder(name, data_dir=...).download_and_prepare()"
+        f"{received.strip()}{nearest(base_name, sorted(known))} Prepare a new "
+        "one with: tfds.builder(name, data_dir=...).download_and_prepare()"
     )
 
 
