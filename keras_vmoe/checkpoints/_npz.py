@@ -1,5 +1,6 @@
 """The `.npz` checkpoints of the original vision transformers (augreg)."""
 
+import io
 import math
 import re
 import zipfile
@@ -67,14 +68,12 @@ def _check_member(archive, member):
         )
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
-        length = int.from_bytes(
-            file.read(2 if version == (1, 0) else 4), "little"
-        )
+        start = file.read(2 if version == (1, 0) else 4)
+        length = int.from_bytes(start, "little")
         if length > MAX_HEADER:
             raise ValueError(f"{member.filename} has a head of {length} bytes")
-    with archive.open(member) as file:
-        np.lib.format.read_magic(file)
-        shape, _, dtype = READ_HEADER[version](file)
+        header = io.BytesIO(start + file.read(length))
+    shape, _, dtype = READ_HEADER[version](header)
     size = math.prod(shape) * dtype.itemsize
     is_plain = dtype.kind in "biufcV" and dtype.itemsize
     if not is_plain or size > member.file_size:

@@ -7,11 +7,11 @@ import math
 import numpy as np
 
 from keras_vmoe._extras import require
+from keras_vmoe.checkpoints.files import CORRUPT
 from keras_vmoe.checkpoints.files import open_checkpoint
 from keras_vmoe.checkpoints.sharded_index import DTYPES
 from keras_vmoe.checkpoints.sharded_index import bounds_of
 from keras_vmoe.checkpoints.sharded_index import read_index
-from keras_vmoe.checkpoints.sharded_index import unpack_errors
 
 CHUNKS_KEY = "__msgpack_array_chunk_a87ca2__"
 NDARRAY, SLICES = 1, 6  # Types of MessagePack extensions.
@@ -179,5 +179,5 @@ def _read_slices(reader):
     data = reader.read(length)
     try:
         return [tuple(msgpack.unpackb(one)) for one in msgpack.unpackb(data)]
-    except unpack_errors(msgpack) as error:
+    except CORRUPT as error:
         raise reader.error(f"a slice cannot be read: {error}") from error

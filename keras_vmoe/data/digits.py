@@ -31,7 +31,6 @@ NAME = "digits"
 VERSION = "1.0.0"
 _TEST_SHARE = 0.2
 _VALIDATION_SHARE = 0.1
-_STALE_SECONDS = 3600  # Writing takes about two.
 
 
 class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):

@@ -40,21 +40,13 @@ class DatasetInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
-    """Where a dataset keeps what image classification needs.
+    """Where a dataset keeps what image classification needs."""
 
-    Attributes:
-        image: String, key of the image feature.
-        label: String, key of the label feature.
-        channels: Integer, channels of the stored images.
-        is_encoded: Boolean, whether images are stored as PNG or JPEG.
-        num_classes: Integer, or None where the dataset does not say.
-    """
-
-    image: str
-    label: str
+    image: str  # Key of the feature.
+    label: str  # Key of the feature.
     channels: int
-    is_encoded: bool
-    num_classes: int | None
+    is_encoded: bool  # Whether images are stored as PNG or JPEG.
+    num_classes: int | None  # None where the dataset does not say.
 
 
 def info(name, data_dir=None):
