@@ -72,8 +72,9 @@ def augment(augmentation, images, labels):
     """One batch, changed by the draws of a fixed seed."""
     change, mix = make_change(augmentation), make_mix(augmentation)
     if change is not None:
-        pairs = enumerate(images)
-        images = np.stack([change(x, [i, 3]).numpy() for i, x in pairs])
+        seeds = (tf.constant([i, 3], tf.int64) for i in range(len(images)))
+        changed = map(change, tf.constant(images), seeds)
+        images = np.stack([image.numpy() for image in changed])
     if mix is not None:
         images, labels = (x.numpy() for x in mix(images, labels, [0, 3]))
     return images, labels

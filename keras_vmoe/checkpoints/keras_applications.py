@@ -78,28 +78,19 @@ def load_keras_applications(model, keras_model):
 
 def _weights(model):
     """Weights of a dense ConvNeXtMoE by name."""
-    weights = kernel_bias("stem", model.get_layer("stem"))
-    names = {layer.name for layer in model.layers}
-    norms = [name for name in names if name.endswith("norm")]
-    for name in norms:
-        weights |= scale_bias(name, model.get_layer(name))
-    for name in names:
-        if re.fullmatch(r"downsample_\d", name):
-            weights |= kernel_bias(name, model.get_layer(name))
-    for name in names:
-        match = re.fullmatch(r"(block_\d+)_conv", name)
-        if not match:
-            continue
-        block = match[1]
-        conv, mlp = (model.get_layer(f"{block}_{x}") for x in ("conv", "mlp"))
-        weights |= kernel_bias(f"{block}_conv", conv)
-        weights |= kernel_bias(f"{block}_hidden", mlp.hidden_dense)
-        weights |= kernel_bias(f"{block}_output", mlp.output_dense)
-        if f"{block}_scale" in names:
-            scale = model.get_layer(f"{block}_scale").scale
-            weights[f"{block}_scale"] = scale
-    if model.num_classes is not None:
-        weights |= kernel_bias("head", model.get_layer("head"))
+    weights = {}
+    for layer in model.layers:
+        name = layer.name
+        if name.endswith("norm"):
+            weights |= scale_bias(name, layer)
+        elif name.endswith("_scale"):
+            weights[name] = layer.scale
+        elif name.endswith("_mlp"):
+            block = name.removesuffix("_mlp")
+            weights |= kernel_bias(f"{block}_hidden", layer.hidden_dense)
+            weights |= kernel_bias(f"{block}_output", layer.output_dense)
+        elif re.fullmatch(r"stem|head|downsample_\d|block_\d+_conv", name):
+            weights |= kernel_bias(name, layer)
     return weights
 
 
