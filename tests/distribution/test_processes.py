@@ -102,7 +102,7 @@ def test_the_arithmetic_is_that_of_one_process(tmp_path):
     for name in ("losses", "accuracy", "test", "load"):
         np.testing.assert_allclose(two[name], one[name], atol=1e-5)
     for words in (two["errors"], two["dense"]):
-        assert "a short one they would wait" in words["short"]
+        assert "a short one would deadlock them" in words["short"]
         assert "number: 1 in process 0, 2 in process 1" in words["unequal"]
         assert "a dataset of unknown cardinality" in words["unknown"]
         for name in ("arrays", "generator"):
