@@ -1,4 +1,4 @@
-"""Classes with probabilities."""
+"""Class probabilities of images."""
 
 from typing import NamedTuple
 
@@ -23,8 +23,8 @@ class Prediction(NamedTuple):
 def classify(model, images, class_names, top=3, verbose=0):
     """The most probable classes of each image.
 
-    Images are predicted one by one: in a MoE layer the images of a group
-    compete for the experts, and an answer must not depend on the others.
+    Images are predicted one by one: in an MoE layer the images of a group
+    compete for the experts, and a prediction must not depend on other images.
 
     Args:
         model: A model from images to logits `(B, num_classes)`.
