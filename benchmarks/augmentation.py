@@ -27,7 +27,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_vmoe import data
-from keras_vmoe.data.augmentation import make_augment
+from keras_vmoe.data.augmentation import make_change
+from keras_vmoe.data.augmentation import make_mix
 from keras_vmoe.training import recipes
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "augmentation.csv"
@@ -114,6 +115,26 @@ def pipelines(folder):
         )
         for name, x in augmentations.items()
     }  # fmt: skip
+
+
+def make_augment(augmentation):
+    """Changes the images of a batch one by one, and then mixes them."""
+    change, mix = make_change(augmentation), make_mix(augmentation)
+
+    def augment(images, labels, seed):
+        seeds = tf.random.split(tf.cast(seed, tf.int64), 2)
+        if change is not None:
+            each = tf.random.split(seeds[0], tf.shape(images)[0])
+            images = tf.map_fn(
+                lambda x: change(*x),
+                (images, each),
+                fn_output_signature=tf.TensorSpec(images.shape[1:], tf.uint8),
+            )
+        if mix is not None:
+            images, labels = mix(images, labels, seeds[1])
+        return tf.cast(images, tf.float32), labels
+
+    return augment
 
 
 def stages():

@@ -11,7 +11,8 @@ import tensorflow as tf
 from sklearn import datasets
 
 from keras_vmoe import data
-from keras_vmoe.data.augmentation import make_augment
+from keras_vmoe.data.augmentation import make_change
+from keras_vmoe.data.augmentation import make_mix
 from keras_vmoe.training.recipes import RECIPES
 
 matplotlib.use("Agg")
@@ -69,11 +70,14 @@ def photographs():
 
 def augment(augmentation, images, labels):
     """One batch, changed by the draws of a fixed seed."""
-    change = make_augment(augmentation)
-    if change is None:
-        return images, labels
-    images, labels = change(images, labels, [0, 3])
-    return images.numpy(), labels.numpy()
+    change, mix = make_change(augmentation), make_mix(augmentation)
+    if change is not None:
+        seeds = (tf.constant([i, 3], tf.int64) for i in range(len(images)))
+        changed = map(change, tf.constant(images), seeds)
+        images = np.stack([image.numpy() for image in changed])
+    if mix is not None:
+        images, labels = (x.numpy() for x in mix(images, labels, [0, 3]))
+    return images, labels
 
 
 if __name__ == "__main__":

@@ -54,10 +54,10 @@ def test_fine_tuning_of_a_reference_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_record_is_named(trained, tmp_path):
+def test_a_corrupt_record_is_named(trained, tmp_path):
     """A bit is flipped in a TFRecord, behind what is checked at the start."""
     data.info("digits", str(tmp_path))  # Writes it.
-    damaged = {}
+    corrupt = {}
     for split, number in (("train", 7), ("test", 3)):
         (path,) = tmp_path.rglob(f"digits-{split}.tfrecord*")
         records = [x.numpy() for x in tf.data.TFRecordDataset(str(path))]
@@ -65,14 +65,14 @@ def test_a_damaged_record_is_named(trained, tmp_path):
         content = bytearray(path.read_bytes())
         content[place + 12 + len(records[number]) // 2] ^= 1
         path.write_bytes(content)
-        damaged[split] = f"{path}, record {number}"
+        corrupt[split] = f"{path}, record {number}"
     data_dir = f"--data_dir={tmp_path}"
     run_dir = f"--run_dir={tmp_path / 'run'}"
     done = run("train", *SMALL, data_dir, run_dir)
-    assert done.returncode == 1 and damaged["train"] in done.stderr
+    assert done.returncode == 1 and corrupt["train"] in done.stderr
     arguments = ("evaluate", trained[0], "digits", data_dir)
     done = run(*arguments)
-    assert done.returncode == 1 and damaged["test"] in done.stderr
+    assert done.returncode == 1 and corrupt["test"] in done.stderr
     with pytest.warns(UserWarning, match="record 3 of"):
         done = run(*arguments, "--skip-corrupt")
     assert done.returncode == 0 and "images: 363" in done.stdout
@@ -211,13 +211,13 @@ def test_evaluate_refuses_other_classes(trained, tmp_path):
     assert "a model of 10 classes for the 2 of 'image_folder'" in done.stderr
 
 
-def test_evaluate_names_or_skips_a_damaged_image(trained, tmp_path):
+def test_evaluate_names_or_skips_a_corrupt_image(trained, tmp_path):
     data_dir = write_folder(tmp_path, "abcdefghij")
     path = tmp_path / "test" / "c" / "0.jpg"
     path.write_bytes(path.read_bytes()[:150])
     done = run("evaluate", trained[0], "image_folder", data_dir)
     assert done.returncode == 1
-    assert f"Received: {path}, which is damaged" in done.stderr
+    assert f"Received: {path}, which is corrupt" in done.stderr
     with pytest.warns(UserWarning, match="cannot be decoded"):
         # Bare, and not taken for the value of what stands behind it.
         done = run("evaluate", "--skip-corrupt", trained[0], "image_folder",

@@ -20,6 +20,7 @@ ROOMS = {
     "_checks": set(),
     "_extras": set(),
     "_files": set(),
+    "_keras": set(),
     "routing": set(),
     "losses": {"routing"},
     "distribution": set(),
@@ -35,7 +36,7 @@ ROOMS = {
 }
 # The front doors may use all.
 DOORS = {"__init__", "__main__", "cli"}
-EVERYWHERE = {"_checks", "_extras", "_files", "version"}
+EVERYWHERE = {"_checks", "_extras", "_files", "_keras", "version"}
 TREES = {path: ast.parse(path.read_text()) for path in ROOT.rglob("*.py")}
 once = pytest.mark.backends("jax")
 

@@ -8,21 +8,24 @@ import numpy as np
 
 from keras_vmoe._checks import check_sizes
 from keras_vmoe.checkpoints.assignment import POSITIONS
+from keras_vmoe.checkpoints.reading import read
+from keras_vmoe.checkpoints.reading import reader_of
 from keras_vmoe.checkpoints.sharded_index import read_index
 
 BLOCK = r"Encoder/encoderblock_(\d+)"
 
 
 def vmoe_config(arrays, image_size=None):
-    """Finds the arguments of the `ViTMoE` that a checkpoint belongs to.
+    """Infers the arguments of `ViTMoE` from the shapes of a checkpoint.
 
-    Shapes tell all but what has no weights: how many experts a token selects
-    (V-MoE: 2, as `ViTMoE` assumes), the capacity factor, the order of service,
-    and whether the tokens choose or the experts. Set those in the result.
+    What has no weights is not known: the number of selected experts (V-MoE: 2,
+    the default), the capacity factor, batch priority, and whether tokens or
+    experts choose. Set those in the result.
 
     Args:
-        arrays: Prefix of a sharded checkpoint, of which only the index is read,
-            or a dict from the reference's names to arrays.
+        arrays: Path of a checkpoint, as of `checkpoints.read` (of a sharded one
+            only the index is read), or a dict from the reference's names to
+            arrays.
         image_size: Side of the images in pixels. None means that of the
             position embedding, or 224 where there is none.
 
@@ -31,7 +34,7 @@ def vmoe_config(arrays, image_size=None):
 
     Raises:
         ValueError: If the arrays are none of a V-MoE, or contradict each other.
-        FileNotFoundError, CheckpointError, ImportError: As `read_vmoe`.
+        FileNotFoundError, CheckpointError, ImportError: As `read`.
 
     Example:
 
@@ -41,13 +44,14 @@ def vmoe_config(arrays, image_size=None):
     if image_size is not None:
         check_sizes(image_size=image_size)
     if isinstance(arrays, (str, os.PathLike)):
-        entries = read_index(arrays).entries
+        sharded = reader_of(arrays) is None
+        entries = read_index(arrays).entries if sharded else read(arrays)
         shapes = {name: entry.shape for name, entry in entries.items()}
     elif isinstance(arrays, Mapping):
         shapes = {name: np.shape(array) for name, array in arrays.items()}
     else:
         raise TypeError(
-            "`arrays` must be the prefix of a checkpoint or a dict from names "
+            "`arrays` must be the path of a checkpoint or a dict from names "
             f"to arrays. Received: arrays={arrays!r}."
         )
     shapes = {name: tuple(shape) for name, shape in shapes.items()}

@@ -1,4 +1,4 @@
-"""Arrays of a checkpoint to the weights of a model: all of them or none."""
+"""Assigns the arrays of a checkpoint to a model: all of them or none."""
 
 import warnings
 
@@ -78,15 +78,12 @@ def _list(items):
 
 
 def fit_head(arrays, head):
-    """Arrays whose head is a new one, where the model's has other classes.
+    """Arrays with a newly initialised head where the classes differ.
 
     Args:
         arrays: Dict from name to numpy array.
-        head: The model's head, a built dense layer; None if it has none.
-
-    Returns:
-        Dict of arrays: without a head if the model has none, or with the values
-        at the start of a new one if its number of classes is another.
+        head: The model's head, a built dense layer. Without one (None) the
+            arrays are returned without a head.
     """
     kernel, bias = (arrays.get(name) for name in HEAD)
     if kernel is None or bias is None:
@@ -99,7 +96,7 @@ def fit_head(arrays, head):
         return arrays  # It fits, or the shapes are compared and reported.
     warnings.warn(
         f"The head of the checkpoint has {len(bias)} classes and that of the "
-        f"model {num_classes}: the model's starts anew.",
+        f"model {num_classes}: the model's is initialised anew.",
         stacklevel=4,
     )
     fresh = (
@@ -115,52 +112,34 @@ def head_of(model):
     return None if model.num_classes is None else model.get_layer("head")
 
 
-def fit_positions(arrays, name, grid, has_token):
-    """Arrays whose position embedding fits another resolution.
+def fit_positions(embedding, model):
+    """Resizes a position embedding to the resolution of a `ViTMoE`.
 
     Args:
-        arrays: Dict from name to array.
-        name: Name of the position embedding.
-        grid: `(rows, columns)` of the model's patches.
-        has_token: Whether the embedding of a class token stands first.
-
-    Returns:
-        Dict of arrays. A square grid is assumed of the checkpoint; the shape of
-        its arrays does not tell.
-    """
-    rows, columns = grid
-    embedding = arrays.get(name)
-    if np.ndim(embedding) != 3 or embedding.shape[0] != 1:
-        return arrays
-    prefix = 1 if has_token else 0
-    num_patches = embedding.shape[1] - prefix
-    side = round(max(0, num_patches) ** 0.5)
-    if num_patches == rows * columns or side < 1 or side**2 != num_patches:
-        return arrays  # It fits, or the shapes are compared and reported.
-    table = np.asarray(embedding[0, prefix:], "float32")
-    table = zoom(table.reshape(side, side, -1), grid)
-    table = table.reshape(rows * columns, -1)
-    token = np.asarray(embedding[0, :prefix], "float32")
-    return {**arrays, name: np.concatenate([token, table])[None]}
-
-
-def fit_table(embedding, model):
-    """A position embedding at the resolution of a `ViTMoE`.
-
-    Args:
-        embedding: `(1, N, D)` array.
+        embedding: `(1, N, D)` array of a square grid of patches, behind the
+            class token if the model has one.
         model: A `ViTMoE` with learned positions.
 
     Returns:
-        `(1, N, D)` array with the model's N, where the patches form a square.
+        `(1, N, D)` array with the model's N; the embedding itself if it fits
+        already, or is of no square grid, which `assign` then reports.
     """
-    grid = patch_grid(image_pair(model.image_size), model.patch_size)
-    has_token = model.pooling == "token"
-    return fit_positions({"": embedding}, "", grid, has_token)[""]
+    rows, columns = patch_grid(image_pair(model.image_size), model.patch_size)
+    if np.ndim(embedding) != 3 or embedding.shape[0] != 1:
+        return embedding
+    prefix = 1 if model.pooling == "token" else 0
+    num_patches = embedding.shape[1] - prefix
+    side = round(max(0, num_patches) ** 0.5)
+    if num_patches == rows * columns or side < 1 or side**2 != num_patches:
+        return embedding
+    embedding = np.asarray(embedding[0], "float32")
+    table = embedding[prefix:].reshape(side, side, -1)
+    table = zoom(table, (rows, columns)).reshape(rows * columns, -1)
+    return np.concatenate([embedding[:prefix], table])[None]
 
 
 def zoom(image, size):
-    """Bilinear zoom; the corners stay where they are.
+    """Bilinear zoom with fixed corners.
 
     Args:
         image: `(rows, columns, features)` array.
@@ -180,18 +159,17 @@ def zoom(image, size):
         [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929), section
         3.2; the authors' program calls `scipy.ndimage.zoom` of order 1.
     """
-    for axis, count in enumerate(size):
-        last = image.shape[axis] - 1
-        place = np.linspace(0, last, count)
-        low = np.minimum(place.astype(int), max(0, last - 1))
-        high = np.minimum(low + 1, last)
-        shape = [1, 1, 1]
-        shape[axis] = count
-        share = (place - low).reshape(shape).astype(image.dtype)
-        image = (1 - share) * np.take(image, low, axis) + share * np.take(
-            image, high, axis
-        )
-    return image
+    rows, columns = (
+        _hats(old, new) for old, new in zip(image.shape, size, strict=False)
+    )
+    zoomed = np.einsum("ir,jc,rcd->ijd", rows, columns, image)
+    return zoomed.astype(image.dtype)
+
+
+def _hats(old, new):
+    """The weights of linear interpolation, `(new, old)`."""
+    points = np.linspace(0, old - 1, new)[:, None]
+    return np.maximum(0, 1 - np.abs(points - np.arange(old)))
 
 
 def check_model(model, kinds):
@@ -208,3 +186,8 @@ def check_model(model, kinds):
 def kernel_bias(name, layer):
     """The two weights of a dense or convolution layer, by name."""
     return {f"{name}/kernel": layer.kernel, f"{name}/bias": layer.bias}
+
+
+def scale_bias(name, layer):
+    """The two weights of a layer normalization, by name."""
+    return {f"{name}/scale": layer.gamma, f"{name}/bias": layer.beta}

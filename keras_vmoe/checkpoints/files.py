@@ -1,4 +1,4 @@
-"""Files of checkpoints: local or remote, whole or refused."""
+"""Files of checkpoints, local or remote: read completely or refused."""
 
 import contextlib
 import os
@@ -9,9 +9,17 @@ import numpy as np
 
 from keras_vmoe._extras import require
 
+MAX_COMPRESSION = 1040  # Of zeros by deflate: a little less.
+# What libraries raise for corrupt files.
+CORRUPT = (
+    ArithmeticError, AttributeError, EOFError, LookupError,
+    NotImplementedError, OSError, RuntimeError, SyntaxError, TypeError,
+    ValueError,
+)  # fmt: skip
+
 
 class CheckpointError(ValueError):
-    """A checkpoint file is damaged, or not what it is taken for."""
+    """A checkpoint is truncated, corrupt or of another format."""
 
 
 @contextlib.contextmanager
@@ -67,9 +75,8 @@ def _missing(path):
 class Reader:
     """Reads bytes and MessagePack headers, never beyond the end of the file.
 
-    Arrays of a checkpoint are read straight to where they belong. A MessagePack
-    library hands out copies of them: a checkpoint of one large array would take
-    three times its size.
+    Arrays are read directly into their memory. A MessagePack library returns
+    copies: a checkpoint of one large array would take three times its size.
 
     Attributes:
         path: Name of the file, for messages.
@@ -109,7 +116,7 @@ class Reader:
             raise self.error("the file ends early")
         return data
 
-    def skip(self, length):
+    def advance(self, length):
         """Passes over `length` bytes."""
         self.check_left(length)
         self._file.seek(self._file.tell() + length)
@@ -158,6 +165,11 @@ class Reader:
         kind = self._number(">b")
         self.check_left(length)
         return kind, length
+
+    def integer(self):
+        """The unsigned integer that starts here."""
+        formats = {0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q"}
+        return self._header("size", 0x00, 0x7F, formats)
 
     def _header(self, what, small, mask, formats):
         code = self.read(1)[0]

@@ -6,12 +6,14 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_vmoe._keras import all_layers
 from keras_vmoe.checkpoints.assignment import HEAD
 from keras_vmoe.checkpoints.assignment import assign
 from keras_vmoe.checkpoints.assignment import check_model
 from keras_vmoe.checkpoints.assignment import fit_head
 from keras_vmoe.checkpoints.assignment import head_of
 from keras_vmoe.checkpoints.assignment import kernel_bias
+from keras_vmoe.checkpoints.assignment import scale_bias
 from keras_vmoe.models.convnext import ConvNeXtMoE
 
 MEND = (
@@ -23,13 +25,12 @@ MEND = (
 def load_keras_applications(model, keras_model):
     """Assigns the weights of a `keras.applications` ConvNeXt to a dense twin.
 
-    With the same images both then give the same logits. A `keras.applications`
-    model with `include_preprocessing=True` takes pixels from 0 to 255 and
-    normalises them itself; ours takes normalised images:
-    `(pixels / 255 - mean) / std` with mean (0.485, 0.456, 0.406) and std
-    (0.229, 0.224, 0.225). A head of another number of classes, or that is not
-    there, starts anew, with a warning. For a MoE model call `models.upcycle` on
-    the twin.
+    For the same images both then give the same logits. A `keras.applications`
+    model with `include_preprocessing=True` normalises pixels in [0, 255]
+    itself; ours takes normalised images: `(pixels / 255 - mean) / std` with
+    mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225). A head that is
+    missing or has other classes is initialised anew, with a warning. For an MoE
+    model call `models.upcycle` on the twin.
 
     Args:
         model: A `ConvNeXtMoE` with `moe=None` and the same depths and dims.
@@ -40,7 +41,7 @@ def load_keras_applications(model, keras_model):
         The model.
 
     Raises:
-        TypeError: If `model` is no ConvNeXtMoE.
+        TypeError: If `model` is not a ConvNeXtMoE.
         ValueError: If the weights do not fit; the message lists all of them.
 
     Example:
@@ -77,28 +78,19 @@ def load_keras_applications(model, keras_model):
 
 def _weights(model):
     """Weights of a dense ConvNeXtMoE by name."""
-    weights = kernel_bias("stem", model.get_layer("stem"))
-    names = {layer.name for layer in model.layers}
-    norms = [name for name in names if name.endswith("norm")]
-    for name in norms:
-        weights |= _norm(name, model.get_layer(name))
-    for name in names:
-        if re.fullmatch(r"downsample_\d", name):
-            weights |= kernel_bias(name, model.get_layer(name))
-    for name in names:
-        match = re.fullmatch(r"(block_\d+)_conv", name)
-        if not match:
-            continue
-        block = match[1]
-        conv, mlp = (model.get_layer(f"{block}_{x}") for x in ("conv", "mlp"))
-        weights |= kernel_bias(f"{block}_conv", conv)
-        weights |= kernel_bias(f"{block}_hidden", mlp.hidden_dense)
-        weights |= kernel_bias(f"{block}_output", mlp.output_dense)
-        if f"{block}_scale" in names:
-            scale = model.get_layer(f"{block}_scale").scale
-            weights[f"{block}_scale"] = scale
-    if model.num_classes is not None:
-        weights |= kernel_bias("head", model.get_layer("head"))
+    weights = {}
+    for layer in model.layers:
+        name = layer.name
+        if name.endswith("norm"):
+            weights |= scale_bias(name, layer)
+        elif name.endswith("_scale"):
+            weights[name] = layer.scale
+        elif name.endswith("_mlp"):
+            block = name.removesuffix("_mlp")
+            weights |= kernel_bias(f"{block}_hidden", layer.hidden_dense)
+            weights |= kernel_bias(f"{block}_output", layer.output_dense)
+        elif re.fullmatch(r"stem|head|downsample_\d|block_\d+_conv", name):
+            weights |= kernel_bias(name, layer)
     return weights
 
 
@@ -122,7 +114,7 @@ def _keras_arrays(keras_model):
     """Arrays of a Keras ConvNeXt by our names."""
     found = [
         layer
-        for layer in keras_model._flatten_layers(include_self=False)
+        for layer in all_layers(keras_model)
         if layer.weights and not hasattr(layer, "layers")
     ]
     numbers = _block_numbers(found)
@@ -159,7 +151,7 @@ def _our_name(name, numbers):
 def _arrays(name, layer):
     """The arrays of one of Keras's layers."""
     if isinstance(layer, keras.layers.LayerNormalization):
-        variables = _norm(name, layer)
+        variables = scale_bias(name, layer)
     elif isinstance(layer, (keras.layers.Dense, keras.layers.Conv2D)):
         variables = kernel_bias(name, layer)
     elif name.endswith("_scale"):
@@ -172,7 +164,3 @@ def _arrays(name, layer):
         kernel = arrays[f"{name}/kernel"]
         arrays[f"{name}/kernel"] = kernel.swapaxes(2, 3)
     return arrays
-
-
-def _norm(name, layer):
-    return {f"{name}/scale": layer.gamma, f"{name}/bias": layer.beta}

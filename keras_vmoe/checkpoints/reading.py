@@ -1,34 +1,112 @@
-"""One function for all formats of ViT checkpoints."""
+"""Checkpoints of ViTs in any known format, told apart by what they hold."""
 
+import os
 import pathlib
 
-from keras_vmoe.checkpoints.orbax import read_orbax
+from keras_vmoe.checkpoints._npz import read_npz
+from keras_vmoe.checkpoints._orbax import holds_orbax
+from keras_vmoe.checkpoints._orbax import read_orbax
+from keras_vmoe.checkpoints.files import CheckpointError
 from keras_vmoe.checkpoints.sharded import read_vmoe
-from keras_vmoe.checkpoints.vit_npz import read_vit_npz
+from keras_vmoe.checkpoints.vmoe import load_vmoe
+
+ZIP = b"PK\x03\x04"  # A `.npz` file begins with it.
+
+
+def load(model, path, progress=None):
+    """Assigns a pretrained checkpoint of any known format to a model.
+
+    Args:
+        model: A `ViTMoE` of the same architecture, which
+            `checkpoints.vmoe_config` finds. `models.upcycle` makes an MoE model
+            of a dense one.
+        path: As of `read`.
+        progress: As of `read`.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError, ValueError: As `load_vmoe`.
+        FileNotFoundError, CheckpointError, ImportError: As `read`.
+
+    Example:
+
+    >>> load(model, "ViT-B_16.npz")  # doctest: +SKIP
+    """
+    return load_vmoe(model, read(path, progress))
 
 
 def read(path, progress=None):
-    """Reads a checkpoint of a ViT or V-MoE in any of the formats known here.
+    """Reads a checkpoint of a ViT or V-MoE in any known format.
 
     Args:
-        path: A `.npz` file (`read_vit_npz`), the folder of an Orbax checkpoint
-            (`read_orbax`), or the prefix of a sharded one (`read_vmoe`).
+        path: Prefix of a sharded checkpoint of V-MoE (`PREFIX.index`), the
+            folder of an Orbax checkpoint of the same program (one step, or the
+            training state in it), or a `.npz` file of a ViT (augreg).
         progress: Optional function of `(bytes so far, bytes in all)`, called
             while a sharded checkpoint is read.
 
     Returns:
-        Dict from the V-MoE program's names to numpy arrays.
+        Dict from V-MoE's names to numpy arrays. Of a training state only the
+        parameters are returned.
 
     Raises:
-        FileNotFoundError, CheckpointError, ImportError: As the functions named
-            above.
+        FileNotFoundError: If there is nothing of this name.
+        CheckpointError: If a file is truncated, corrupt or of another format.
+        ImportError: If a library is missing that the format needs.
 
     Example:
 
     >>> arrays = read("checkpoints/vmoe_b16")  # doctest: +SKIP
+
+    Reference:
+        https://github.com/google-research/vmoe, `vmoe/checkpoints`;
+        [Steiner et al., 2021](https://arxiv.org/abs/2106.10270) for `.npz`.
     """
-    if str(path).endswith(".npz"):
-        return read_vit_npz(path)
-    if "://" not in str(path) and pathlib.Path(path).is_dir():
-        return read_orbax(path)
-    return read_vmoe(path, progress)
+    reader = reader_of(path)
+    return reader(pathlib.Path(path)) if reader else read_vmoe(path, progress)
+
+
+def reader_of(path):
+    """What reads a local folder or file; None for sharded checkpoints."""
+    if "://" in os.fspath(path):
+        return None
+    path = pathlib.Path(path)
+    if path.is_dir():
+        _check_folder(path)
+        return read_orbax
+    if path.suffix == ".npz" or _begins_with(path, ZIP):
+        return read_npz
+    if path.is_file() and path.suffix != ".index":
+        raise _unknown(path)
+    return None
+
+
+def _begins_with(path, magic):
+    if not path.is_file() or path.suffix == ".keras":
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _check_folder(folder):
+    """Raises unless the folder is that of an Orbax checkpoint."""
+    prefixes = sorted(str(x.with_suffix("")) for x in folder.glob("*.index"))
+    if prefixes:
+        raise CheckpointError(
+            "A sharded checkpoint is named by its prefix. "
+            f"Received: the folder {folder}, which holds {prefixes}. Name one "
+            "of them."
+        )
+    if not holds_orbax(folder):
+        raise _unknown(folder)
+
+
+def _unknown(path):
+    return CheckpointError(
+        "A checkpoint must be the prefix of a sharded one of V-MoE, the folder "
+        "of one of Orbax, or a .npz file of a ViT. "
+        f"Received: {path}, which is none of these. Use models.load for .keras "
+        "files."
+    )

@@ -7,15 +7,15 @@ import math
 import numpy as np
 
 from keras_vmoe._extras import require
+from keras_vmoe.checkpoints.files import CORRUPT
 from keras_vmoe.checkpoints.files import open_checkpoint
 from keras_vmoe.checkpoints.sharded_index import DTYPES
 from keras_vmoe.checkpoints.sharded_index import bounds_of
 from keras_vmoe.checkpoints.sharded_index import read_index
-from keras_vmoe.checkpoints.sharded_index import unpack_errors
 
 CHUNKS_KEY = "__msgpack_array_chunk_a87ca2__"
 NDARRAY, SLICES = 1, 6  # Types of MessagePack extensions.
-HEADER = 4096  # Bytes that the place of a chunk takes at most.
+HEADER = 4096  # Bytes that the bounds of a chunk take at most.
 
 
 def read_vmoe(prefix, progress=None):
@@ -37,7 +37,7 @@ def read_vmoe(prefix, progress=None):
 
     Raises:
         FileNotFoundError: If the index or a shard is missing.
-        CheckpointError: If a file is cut short, damaged or of another kind.
+        CheckpointError: If a file is truncated, corrupt or of another kind.
         ImportError: If msgpack is missing, or TensorFlow for a remote path.
 
     Example:
@@ -48,99 +48,89 @@ def read_vmoe(prefix, progress=None):
         https://github.com/google-research/vmoe, `vmoe/checkpoints`.
     """
     index = read_index(prefix)
+    total, done = sum(x.nbytes for x in index.entries.values()), 0
     arrays = {}
-    total = sum(entry.nbytes for entry in index.entries.values())
-    with _Shards(index, progress, total) as shards:
+    with contextlib.ExitStack() as stack:
         # An index may claim any size. No array is made before the files have
         # shown that they hold all the bytes.
-        plan = shards.plan()
-        for name, chunks in plan.items():
+        for name, chunks in _plan(index, stack).items():
             entry = index.entries[name]
-            array = np.empty(entry.shape, entry.dtype)
+            array = arrays[name] = np.empty(entry.shape, entry.dtype)
             for chunk in chunks:
-                shards.read_chunk(chunk, array)
-            arrays[name] = array
+                done += _read_chunk(chunk, array)
+                if progress:
+                    progress(done, total)
     return arrays
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A part of an array in a shard: where its pieces stand in the file."""
+    """A part of an array in a shard: where its pieces are in the file."""
 
-    shard: int
+    reader: object
     bounds: tuple
     pieces: list  # `(position, number of elements)` of each.
 
 
-class _Shards:
-    """The open data files of a checkpoint."""
+def _plan(index, stack):
+    """Finds all chunks of all arrays, without reading their bytes."""
+    entries = index.entries
+    by_number = {entry.number: name for name, entry in entries.items()}
+    found = {name: {} for name in entries}
+    shards = {s for entry in entries.values() for s in entry.shards.values()}
+    readers = {
+        shard: stack.enter_context(open_checkpoint(index.shard_path(shard)))
+        for shard in sorted(shards)
+    }
+    for shard, reader in readers.items():
+        for name, slices, pieces in _scan(reader, by_number, entries):
+            bounds = bounds_of(slices, entries[name].shape)
+            chunk = Chunk(reader, bounds, pieces)
+            is_here = entries[name].shards.get(bounds) == shard
+            _check_chunk(name, chunk, is_here)
+            found[name][bounds] = chunk
+    for name, chunks in found.items():
+        for bounds, shard in entries[name].shards.items():
+            if bounds not in chunks and math.prod(entries[name].shape):
+                raise readers[shard].error(
+                    f"the part {bounds} of {name} is missing"
+                )
+    return {name: list(chunks.values()) for name, chunks in found.items()}
 
-    def __init__(self, index, progress, total):
-        self._index = index
-        self._progress = progress or (lambda done, total: None)
-        self._done, self._total = 0, total
-        self._stack, self._readers = None, {}
 
-    def __enter__(self):
-        self._stack = contextlib.ExitStack()
-        return self
+def _check_chunk(name, chunk, is_here):
+    """Raises unless the index expects this chunk, of this size, here."""
+    sides = [stop - start for start, stop in chunk.bounds or ()]
+    count = sum(count for _, count in chunk.pieces)
+    if not is_here or count != math.prod(sides):
+        raise chunk.reader.error(
+            f"the part {chunk.bounds} of {name} is not what the index expects"
+        )
 
-    def __exit__(self, *error):
-        return self._stack.__exit__(*error)
 
-    def plan(self):
-        """Finds all chunks of all arrays, without reading their bytes."""
-        entries = self._index.entries
-        by_number = {entry.number: name for name, entry in entries.items()}
-        found = {name: {} for name in entries}
-        shards = {
-            s for entry in entries.values() for s in entry.shards.values()
-        }
-        for shard in sorted(shards):
-            path = self._index.shard_path(shard)
-            reader = self._stack.enter_context(open_checkpoint(path))
-            self._readers[shard] = reader
-            for number, slices, pieces in _scan(reader, by_number, entries):
-                name = by_number.get(number)
-                if name is None:  # Not a parameter.
-                    continue
-                bounds = bounds_of(slices, entries[name].shape)
-                chunk = Chunk(shard, bounds, pieces)
-                _check_chunk(reader, name, entries[name], chunk)
-                found[name][bounds] = chunk
-        for name, chunks in found.items():
-            for bounds, shard in entries[name].shards.items():
-                if bounds not in chunks and math.prod(entries[name].shape):
-                    raise self._readers[shard].error(
-                        f"the part {bounds} of {name} is missing"
-                    )
-        return {name: list(chunks.values()) for name, chunks in found.items()}
-
-    def read_chunk(self, chunk, array):
-        """Reads a chunk into its part of an array."""
-        reader = self._readers[chunk.shard]
-        # The ellipsis makes a view of a scalar, too.
-        part = array[*(slice(*bounds) for bounds in chunk.bounds), ...]
-        # Parts of whole rows are read in place.
-        direct = part.flags.c_contiguous
-        flat = part.reshape(-1) if direct else np.empty(part.size, part.dtype)
-        start = 0
-        for position, size in chunk.pieces:
-            reader.seek(position)
-            reader.read_into(flat[start : start + size])
-            start += size
-        if not direct:
-            part[...] = flat.reshape(part.shape)
-        self._done += flat.nbytes
-        self._progress(self._done, self._total)
+def _read_chunk(chunk, array):
+    """Reads a chunk into its part of an array, and returns its bytes."""
+    # The ellipsis makes a view of a scalar, too.
+    part = array[*(slice(*bounds) for bounds in chunk.bounds), ...]
+    # Parts of whole rows are read in place.
+    direct = part.flags.c_contiguous
+    flat = part.reshape(-1) if direct else np.empty(part.size, part.dtype)
+    start = 0
+    for position, size in chunk.pieces:
+        chunk.reader.seek(position)
+        chunk.reader.read_into(flat[start : start + size])
+        start += size
+    if not direct:
+        part[...] = flat.reshape(part.shape)
+    return flat.nbytes
 
 
 def _scan(reader, by_number, entries):
-    """Number, slices and pieces of all chunks in a shard."""
+    """Name, slices and pieces of all parameters' chunks in a shard."""
     for _ in range(reader.map_header()):
         key = reader.string()
         if key == CHUNKS_KEY:
-            reader.skip(1)  # True.
+            reader.advance(1)  # True.
             continue
         if not key.isdecimal() or len(key) > 9:
             raise reader.error(f"the number of an array is {key!r}")
@@ -148,10 +138,12 @@ def _scan(reader, by_number, entries):
         dtype = None if name is None else entries[name].dtype
         for _ in range(reader.array_header()):
             if reader.array_header() != 2:
-                raise reader.error("a chunk is no pair")
+                raise reader.error("a chunk is not a pair")
             count = reader.array_header()
             pieces = [_piece(reader, dtype) for _ in range(count)]
-            yield int(key), _read_slices(reader), pieces
+            slices = _read_slices(reader)
+            if name is not None:
+                yield name, slices, pieces
 
 
 def _piece(reader, dtype):
@@ -162,7 +154,7 @@ def _piece(reader, dtype):
         raise reader.error(f"an array is an extension of type {kind}")
     if reader.array_header() != 3 or reader.array_header() != 1:
         raise reader.error("a piece of an array is not flat")
-    size = _integer(reader)
+    size = reader.integer()
     name = reader.string()
     length = reader.bytes_header()
     if dtype is not None and DTYPES.get(name) != dtype:
@@ -172,21 +164,10 @@ def _piece(reader, dtype):
     good = dtype is not None and length == size * dtype.itemsize
     if not good or position + length != end:
         raise reader.error(
-            f"{length} bytes stand for {size} elements of {name!r}"
+            f"{length} bytes cannot be {size} elements of {name!r}"
         )
-    reader.skip(length)
+    reader.advance(length)
     return position, size
-
-
-def _integer(reader):
-    """The unsigned integer that starts here."""
-    code = reader.read(1)[0]
-    if code < 0x80:
-        return code
-    lengths = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}
-    if code not in lengths:
-        raise reader.error(f"a size should start, not a byte {code:#04x}")
-    return int.from_bytes(reader.read(lengths[code]), "big")
 
 
 def _read_slices(reader):
@@ -194,20 +175,9 @@ def _read_slices(reader):
     msgpack = require("msgpack", "checkpoints")
     kind, length = reader.extension_header()
     if kind != SLICES or length > HEADER:
-        raise reader.error("the place of a chunk is missing")
+        raise reader.error("the bounds of a chunk are missing")
     data = reader.read(length)
     try:
         return [tuple(msgpack.unpackb(one)) for one in msgpack.unpackb(data)]
-    except unpack_errors(msgpack) as error:
+    except CORRUPT as error:
         raise reader.error(f"a slice cannot be read: {error}") from error
-
-
-def _check_chunk(reader, name, entry, chunk):
-    """Raises unless the index expects this chunk, of this size, here."""
-    expected = entry.shards.get(chunk.bounds) == chunk.shard
-    sides = [stop - start for start, stop in chunk.bounds or ()]
-    count = sum(count for _, count in chunk.pieces)
-    if not expected or count != math.prod(sides):
-        raise reader.error(
-            f"the part {chunk.bounds} of {name} is not what the index expects"
-        )

@@ -1,4 +1,4 @@
-"""The index of a sharded checkpoint: names, shapes and places of arrays."""
+"""The index of a sharded checkpoint: names, shapes and shards of arrays."""
 
 import dataclasses
 import math
@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from keras_vmoe._extras import require
+from keras_vmoe.checkpoints.files import CORRUPT
 from keras_vmoe.checkpoints.files import open_checkpoint
 
 VERSIONS = (None, "20220622")
@@ -27,7 +28,7 @@ class Entry:
     """What the index says of one array.
 
     Attributes:
-        number: Its place in the sorted index.
+        number: Its position in the sorted index.
         shape: Its shape.
         dtype: Its numpy dtype.
         shards: Dict from slices, a tuple of `(start, stop)` per axis, to the
@@ -71,7 +72,14 @@ def read_index(prefix):
     msgpack = require("msgpack", "checkpoints")
     prefix = str(prefix).removesuffix(".index")
     with open_checkpoint(f"{prefix}.index") as reader:
-        content = _unpack(msgpack, reader, reader.read(reader.size))
+        try:
+            content = msgpack.unpackb(
+                reader.read(reader.size), strict_map_key=False
+            )
+        except CORRUPT as error:
+            raise reader.error(
+                f"MessagePack cannot be read: {type(error).__name__} {error}"
+            ) from error
         content = content if isinstance(content, dict) else {}
         count, tree = content.get("shard_count"), content.get("index")
         if not isinstance(tree, dict) or not _is_count(count):
@@ -105,23 +113,6 @@ def _parameters(entries):
     return inside or entries
 
 
-def _unpack(msgpack, reader, data):
-    try:
-        return msgpack.unpackb(data, raw=False, strict_map_key=False)
-    except unpack_errors(msgpack) as error:
-        raise reader.error(
-            f"MessagePack cannot be read: {type(error).__name__} {error}"
-        ) from error
-
-
-def unpack_errors(msgpack):
-    """What bytes that are no MessagePack, or hold other things, raise."""
-    return (
-        AttributeError, LookupError, TypeError, ValueError,
-        msgpack.UnpackException,
-    )  # fmt: skip
-
-
 def _flatten(reader, tree):
     """Leaves of nested maps by tuples of keys; no recursion, so no overflow."""
     leaves, nodes = {}, [((), tree)]
@@ -143,7 +134,7 @@ def _entry(msgpack, reader, name, number, leaf, shard_count):
     """Checks and decodes a leaf of the index."""
     name = "/".join(name)
     if getattr(leaf, "code", None) != INDEX_INFO:
-        raise reader.error(f"{name} is no array but {_describe(leaf)}")
+        raise reader.error(f"{name} is not an array but {_describe(leaf)}")
     try:
         aval, slices, shards = msgpack.unpackb(leaf.data)
         shape, dtype, *_ = msgpack.unpackb(aval)
@@ -152,7 +143,7 @@ def _entry(msgpack, reader, name, number, leaf, shard_count):
             for part in slices
         ]
         dtype = dtype.decode() if isinstance(dtype, bytes) else dtype
-    except unpack_errors(msgpack) as error:
+    except CORRUPT as error:
         raise reader.error(
             f"the entry of {name} cannot be read: {error}"
         ) from error

@@ -9,9 +9,10 @@ from keras_vmoe.checkpoints.assignment import POSITIONS
 from keras_vmoe.checkpoints.assignment import assign
 from keras_vmoe.checkpoints.assignment import check_model
 from keras_vmoe.checkpoints.assignment import fit_head
-from keras_vmoe.checkpoints.assignment import fit_table
+from keras_vmoe.checkpoints.assignment import fit_positions
 from keras_vmoe.checkpoints.assignment import head_of
 from keras_vmoe.checkpoints.assignment import kernel_bias
+from keras_vmoe.checkpoints.assignment import scale_bias
 from keras_vmoe.checkpoints.sharded import read_vmoe
 from keras_vmoe.layers.gates import LinearGate
 from keras_vmoe.layers.gates import SoftGate
@@ -22,10 +23,10 @@ from keras_vmoe.models.vit import ViTMoE
 def load_vmoe(model, arrays):
     """Assigns a checkpoint of the reference program to a model.
 
-    Everything is checked before the first assignment, so that a model is
-    either loaded whole or left as it was. Learned positions of another
-    resolution are resized, as bilinear zoom. A head of another number of
-    classes starts anew, with a warning; a model without head takes none.
+    Everything is checked before the first assignment: a model is either loaded
+    completely or left unchanged. Learned positions of another resolution are
+    resized bilinearly. A head of another number of classes is initialised anew,
+    with a warning; a model without a head takes none.
 
     Args:
         model: A `ViTMoE` of the same architecture; `checkpoints.vmoe_config`
@@ -38,9 +39,9 @@ def load_vmoe(model, arrays):
         The model.
 
     Raises:
-        TypeError: If `model` is no ViTMoE, or `arrays` neither path nor dict.
+        TypeError: If `model` is not a ViTMoE, or `arrays` not a path or dict.
         ValueError: If arrays are missing, left over, or of another shape; the
-            message lists all of them. `CheckpointError` for damaged files.
+            message lists all of them. `CheckpointError` for corrupt files.
         FileNotFoundError: If a file is missing.
 
     Example:
@@ -64,7 +65,7 @@ def load_vmoe(model, arrays):
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
     arrays = fit_head(arrays, head_of(model))
     if model.position_embedding == "learned" and POSITIONS in arrays:
-        arrays[POSITIONS] = fit_table(arrays[POSITIONS], model)
+        arrays[POSITIONS] = fit_positions(arrays[POSITIONS], model)
     assign(model, weights, arrays)
     return model
 
@@ -82,7 +83,7 @@ def vmoe_weights(model):
     for i in range(model.num_layers):
         block = f"Encoder/encoderblock_{i}"
         weights |= _encoder_block(block, model, f"block_{i}")
-    weights |= _norm("Encoder/encoder_norm", model.get_layer("norm"))
+    weights |= scale_bias("Encoder/encoder_norm", model.get_layer("norm"))
     if model.pooling == "token":
         weights["cls"] = model.get_layer("class_token").token
     if model.pooling == "map":
@@ -100,11 +101,11 @@ def vmoe_weights(model):
 def _encoder_block(name, model, block):
     names = {layer.name for layer in model.layers}
     attention = model.get_layer(f"{block}_attention").attention
-    weights = _norm(
+    weights = scale_bias(
         f"{name}/LayerNorm_0", model.get_layer(f"{block}_attention_norm")
     )
     weights |= _attention(f"{name}/SelfAttention", attention)
-    weights |= _norm(
+    weights |= scale_bias(
         f"{name}/LayerNorm_1", model.get_layer(f"{block}_mlp_norm")
     )
     if f"{block}_moe" in names:
@@ -145,7 +146,7 @@ def _map_head(layer):
     return (
         {f"{name}/probe": layer.probe}
         | _attention(f"{name}/MultiHeadDotProductAttention", layer.attention)
-        | _norm(f"{name}/LayerNorm", layer.norm)
+        | scale_bias(f"{name}/LayerNorm", layer.norm)
         | _mlp(f"{name}/Mlp", layer.mlp)
     )
 
@@ -156,7 +157,3 @@ def _attention(name, layer):
     kinds = ("kernel", "bias")
     names = [f"{name}/{part}/{kind}" for part in parts for kind in kinds]
     return dict(zip(names, layer.weights, strict=True))
-
-
-def _norm(name, layer):
-    return {f"{name}/scale": layer.gamma, f"{name}/bias": layer.beta}

@@ -4,7 +4,6 @@ import os
 import sys
 import traceback
 
-from keras_vmoe import distribution
 from keras_vmoe import training
 from keras_vmoe._extras import require
 from keras_vmoe.cli.exporting import export_model
@@ -17,6 +16,7 @@ from keras_vmoe.cli.parser import recipe_of
 from keras_vmoe.cli.running import evaluate
 from keras_vmoe.cli.running import predict
 from keras_vmoe.cli.running import train
+from keras_vmoe.distribution import _processes
 
 COMMANDS = {
     "train": train,
@@ -60,7 +60,7 @@ def main(arguments=None):
         _leave_others()
         return 1
     except Exception:
-        if distribution.num_processes() > 1:
+        if _processes.num_processes() > 1:
             traceback.print_exc()
         _leave_others()
         raise
@@ -72,7 +72,7 @@ def _leave_others():
 
     JAX would wait for the others, which may wait for this one.
     """
-    if distribution.num_processes() > 1:
+    if _processes.num_processes() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

@@ -13,6 +13,10 @@ from keras_vmoe.cli.opening import numbers
 from keras_vmoe.cli.opening import open_model
 from keras_vmoe.cli.opening import restart
 from keras_vmoe.cli.opening import setting_of_run
+from keras_vmoe.data import _corruption
+from keras_vmoe.data.schema import num_images
+from keras_vmoe.distribution import _processes
+from keras_vmoe.evaluation import _description
 
 
 def train(settings, arguments):
@@ -26,7 +30,7 @@ def train(settings, arguments):
     distribution.initialize(
         settings.job_addresses, settings.num_processes, settings.process_id
     )
-    first = distribution.is_first_process()
+    first = _processes.is_first_process()
     if first:
         print(f"backend: {keras.backend.backend()}", flush=True)
     if settings.dry_run:
@@ -51,7 +55,7 @@ def predict(settings, arguments):
     images = data.read_images(settings.images, size, test_crop)
     if settings.dry_run:
         resolved = _resolved(settings, test_crop=test_crop)
-        print(evaluation.describe(model, resolved, len(images), 1))
+        print(_description.describe(model, resolved, len(images), 1))
         return
     shows = sys.stdout.isatty()
     found = evaluation.classify(model, images, names, settings.top, shows)
@@ -72,9 +76,9 @@ def evaluate(settings, arguments):
     reads = (settings.dataset, settings.split, settings.data_dir)
     if settings.dry_run:
         resolved = _resolved(settings, test_crop=test_crop)
-        count = data.num_images(*reads)
+        count = num_images(*reads)
         size = settings.batch_size
-        print(evaluation.describe(model, resolved, count, size))
+        print(_description.describe(model, resolved, count, size))
         return
     images = data.load(
         settings.dataset,
@@ -88,7 +92,9 @@ def evaluate(settings, arguments):
         skip_corrupt=settings.skip_corrupt,
     )
     splits = [] if settings.skip_corrupt else [settings.split]
-    with data.named_damage(settings.dataset, splits, settings.data_dir):
+    with _corruption.named_corruption(
+        settings.dataset, splits, settings.data_dir
+    ):
         measured = evaluation.measure(model, images, sys.stdout.isatty())
     print(evaluation.report(measured, names))
 

@@ -4,26 +4,20 @@ Importing this room needs neither TensorFlow nor TFDS; calling it needs the
 extra `data`: `pip install 'keras_vmoe[data]'`.
 """
 
+from keras_vmoe.data._corruption import find_corrupt
 from keras_vmoe.data.augmentation import Augmentation
-from keras_vmoe.data.damage import find_corrupt
-from keras_vmoe.data.damage import named_damage
 from keras_vmoe.data.images import normalize
 from keras_vmoe.data.images import preprocess
 from keras_vmoe.data.images import read_images
 from keras_vmoe.data.loading import load
-from keras_vmoe.data.schema import DatasetInfo
 from keras_vmoe.data.schema import info
-from keras_vmoe.data.schema import num_images
 
 __all__ = [
     "Augmentation",
-    "DatasetInfo",
     "find_corrupt",
     "info",
     "load",
-    "named_damage",
     "normalize",
-    "num_images",
     "preprocess",
     "read_images",
 ]

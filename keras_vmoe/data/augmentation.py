@@ -1,8 +1,8 @@
-"""Random changes to training images, inside tf.data.
+"""Augmentation of training images, inside tf.data.
 
-What is drawn is a function of a seed, and so an epoch can be repeated, read in
-parallel and entered in the middle. Images are changed one by one, right after
-they are decoded, and mixed by the batch.
+Random numbers are a function of a seed, so that an epoch can be repeated and
+read in parallel. Images are augmented one by one, right after decoding, and
+mixed by the batch.
 
 Axes: B images in the batch, H and W height and width in pixels.
 """
@@ -19,12 +19,12 @@ from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What happens to training images, in this order.
+    """Augmentation of training images, in this order.
 
     Attributes:
-        repeats: Copies of each image in an epoch's order, side by side, each
-            changed in a way of its own; an epoch then sees `1 / repeats` of
-            the images (repeated augmentation).
+        repeats: Copies of each image in an epoch, side by side and augmented
+            differently; an epoch then sees `1 / repeats` of the images
+            (repeated augmentation).
         crop_area: Share of the image's area that a random crop keeps, lowest
             and highest; its sides have a ratio of 3/4 to 4/3. null resizes the
             whole image.
@@ -34,13 +34,13 @@ class Augmentation:
         rand_augment: Magnitude of RandAugment, where 1 (often written 10) is
             the end of AutoAugment's ranges, up to 2; 0 leaves it out.
         rand_augment_layers: Operations of RandAugment per image.
-        three_augment: Whether each image is made grey, solarised or blurred.
+        three_augment: Whether to make each image grey, solarise or blur it.
         color_jitter: Largest change of brightness, contrast and saturation, as
             a share; 0 leaves it out.
         erasing: Probability of erasing a rectangle of an image.
         mixup: Alpha of MixUp; 0 leaves it out.
-        cutmix: Alpha of CutMix; 0 leaves it out. With both each batch gets one
-            of them, by chance.
+        cutmix: Alpha of CutMix; 0 leaves it out. With both, each batch gets
+            one of them at random.
     """
 
     repeats: int = 1
@@ -84,6 +84,17 @@ class Augmentation:
                 f"The default is {getattr(type(self), name)}."
             )
 
+    def check_channels(self, channels):
+        """Raises if an augmentation of colours is to change other images."""
+        names = ("rand_augment", "three_augment", "color_jitter")
+        of_colors = [name for name in names if getattr(self, name)]
+        if of_colors and channels != 3:
+            raise ValueError(
+                f"{', '.join(of_colors)} must be given RGB images. "
+                f"Received: channels={channels}. Leave them out, or load the "
+                "images with channels=3."
+            )
+
     @property
     def mixes(self):
         """Whether labels are mixed, and so must be one-hot."""
@@ -92,18 +103,11 @@ class Augmentation:
 
 @functools.cache
 def make_change(augmentation):
-    """Makes the function that changes one image.
+    """The function that augments one image, but for crops; or None.
 
-    Args:
-        augmentation: An `Augmentation`; crops are made elsewhere, while images
-            are decoded.
-
-    Returns:
-        None if nothing is to be changed, else a function from `(image, seed)`
-        to an image: `(H, W, 3)` pixels in [0, 255], of a static shape, and
-        `(2,)` int64, of which the result is a function. Images come back as
-        uint8. The same for equal settings, so that it is traced once, in
-        however many pipelines.
+    It maps `(H, W, channels)` pixels in [0, 255], of a static shape, and a
+    `(2,)` int64 seed to uint8 pixels. It is the same for equal settings, so
+    that it is traced once, in however many pipelines.
     """
     tf = import_tensorflow()
     stages = _stages(augmentation)
@@ -126,16 +130,11 @@ def make_change(augmentation):
 
 @functools.cache
 def make_mix(augmentation):
-    """Makes the function that mixes the images and labels of a batch.
+    """The function that mixes the images and labels of a batch; or None.
 
-    Args:
-        augmentation: An `Augmentation`.
-
-    Returns:
-        None if nothing is to be mixed, else a function from `(images, labels,
-        seed)` to `(images, labels)`: `(B, H, W, 3)` pixels in [0, 255], uint8
-        or float32; one-hot labels `(B, classes)` float32; `(2,)` int64. Images
-        come back as float32. The same for equal settings.
+    It maps `(B, H, W, channels)` pixels in [0, 255], one-hot float32 labels
+    `(B, classes)` and a `(2,)` int64 seed to float32 images and labels. It is
+    the same for equal settings.
     """
     tf = import_tensorflow()
     mixers = []
@@ -158,42 +157,6 @@ def make_mix(augmentation):
         )
 
     return mix
-
-
-@functools.cache
-def make_augment(augmentation):
-    """Makes the function that changes a batch of decoded images and mixes it.
-
-    A pipeline does the first to images one by one, before they are a batch.
-
-    Args:
-        augmentation: An `Augmentation`; crops are made elsewhere, while images
-            are decoded.
-
-    Returns:
-        None if nothing is to be done, else a function as `make_mix` returns.
-        Labels are one-hot if they are mixed.
-    """
-    tf = import_tensorflow()
-    change, mix = make_change(augmentation), make_mix(augmentation)
-    if change is None and mix is None:
-        return None
-
-    @tf.function(autograph=False, reduce_retracing=True)
-    def augment(images, labels, seed):
-        seeds = tf.random.split(tf.cast(seed, tf.int64), 2)
-        if change is not None:
-            each = tf.random.split(seeds[0], tf.shape(images)[0])
-            images = tf.map_fn(
-                lambda x: change(*x),
-                (images, each),
-                fn_output_signature=tf.TensorSpec(images.shape[1:], tf.uint8),
-            )
-        if mix is not None:
-            images, labels = mix(images, labels, seeds[1])
-        return tf.cast(images, tf.float32), labels
-
-    return augment
 
 
 def _stages(settings):

@@ -1,8 +1,8 @@
-"""What augmentation does to the pixels of one image.
+"""The operations of augmentation on the pixels of one image.
 
-Every function takes a uint8 image and numbers drawn from [0, 1), and does what
-these say: it draws nothing itself. Between two changes pixels are rounded, as
-in the papers' programs, which work on Pillow's images.
+Every function takes a uint8 image and the numbers that were drawn from [0, 1)
+for it. Pixels are rounded after each operation, as in the papers' code, which
+works on Pillow's images.
 
 Axes: H and W height and width in pixels.
 """
@@ -56,7 +56,7 @@ def rand_augment(magnitude, image, chance, spread, sign):
 
 
 def rand_augment_operations():
-    """RandAugment's operations on an image, in the ranges of AutoAugment.
+    """RandAugment's operations, in the ranges of AutoAugment.
 
     Each takes an image, a strength whose 1 is the end of its range, and a sign.
     The last one does nothing.
@@ -64,7 +64,7 @@ def rand_augment_operations():
     tf = import_tensorflow()
 
     def factor(strength, sign):
-        # Beyond the end of the range there is no less than this.
+        # Never less, even beyond the end of the range.
         return tf.maximum(1 + ENHANCEMENT * strength * sign, 1 - ENHANCEMENT)
 
     def solarize(image, strength, sign):
@@ -111,15 +111,12 @@ def rand_augment_operations():
 
 
 def moved(image, down=None, right=None):
-    """Moves each pixel to the nearest place; mirrors what comes in.
+    """Shifts pixels, to whole ones; the image is mirrored at its edges.
 
     Args:
         image: `(H, W, 3)`.
         down, right: By how many pixels: a number, `(H, 1)` or `(W,)`; None is
             not at all.
-
-    Returns:
-        The image, its size kept.
     """
     tf = import_tensorflow()
     height, width, _ = image.shape
@@ -142,13 +139,7 @@ def moved(image, down=None, right=None):
 
 
 def three_augment(cv, image, chance, deviation):
-    """One of three: grey, solarised, blurred.
-
-    Args:
-        cv: Keras-CV's layers.
-        image: `(H, W, 3)` uint8.
-        chance, deviation: Numbers in [0, 1).
-    """
+    """One of three: grey, solarised, blurred by Keras-CV's layer."""
     deviation = between(deviation, *BLUR[1])
     return chosen(three_augment_operations(cv), chance, image, deviation)
 
@@ -205,13 +196,13 @@ def erase(probability, image, chance, area, ratio, row, column, noise):
     area = between(area, *ERASED_AREA)
     limit = -math.log(ERASED_RATIO)
     ratio = tf.exp(between(ratio, -limit, limit))
-    height, width, _ = image.shape
+    height, width, channels = image.shape
     top, bottom = span(row, tf.sqrt(area * ratio), height)
     left, right = span(column, tf.sqrt(area / ratio), width)
 
     def erased():
         seed = tf.cast(tf.stack([noise, 0.0]) * 2**24, tf.int32)
-        shape = tf.stack([bottom - top, right - left, 3])
+        shape = tf.stack([bottom - top, right - left, channels])
         filling = tf.random.stateless_normal(shape, seed, GREY, GREY)
         rows = image[top:bottom]
         rows = [rows[:, :left], rounded(filling), rows[:, right:]]

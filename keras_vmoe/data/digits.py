@@ -3,11 +3,11 @@
 They are the test part of "Optical Recognition of Handwritten Digits" of the
 UCI repository (Alpaydin and Kaynak, 1998), which ships inside scikit-learn:
 32x32 bitmaps of real handwriting, reduced to 8x8 counts of ink from 0 to 16.
-UCI's 43 writers were divided: 30 wrote its training part, 13 others this one.
+They are by 13 writers, who wrote none of UCI's training part.
 
-Here they are divided at random, by class, into 1,254 for training, 179 for
-validation and 364 for test. scikit-learn does not tell who wrote which digit,
-so the same 13 hands are in all three parts: accuracy on `test` tells nothing
+They are split at random, stratified by class, into 1,254 for training, 179 for
+validation and 364 for test. scikit-learn does not say who wrote which digit, so
+the same 13 writers are in all three splits: accuracy on `test` says nothing
 about new writers.
 
 This module imports TFDS; import it only where a dataset is opened.
@@ -31,7 +31,6 @@ NAME = "digits"
 VERSION = "1.0.0"
 _TEST_SHARE = 0.2
 _VALIDATION_SHARE = 0.1
-_STALE_SECONDS = 3600  # Writing takes about two.
 
 
 class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -82,15 +81,8 @@ def to_grey(counts):
 
 
 def split_indices(labels):
-    """Divides examples at random within each class, always the same way.
-
-    Args:
-        labels: Integer array `(num_examples,)`.
-
-    Returns:
-        Dictionary of split name to sorted integer array of positions.
-    """
-    # Not `default_rng`: NumPy keeps only RandomState's stream for ever.
+    """Sorted indices by split: random within each class, always the same."""
+    # Not `default_rng`: NumPy guarantees only RandomState's stream.
     generator = np.random.RandomState(0)
     parts = {"train": [], "validation": [], "test": []}
     for label in np.unique(labels):
@@ -112,17 +104,10 @@ def cache_dir():
 
 
 def prepare(data_dir):
-    """Writes the digits as a TFDS dataset, unless they are there already.
+    """Writes the digits to a folder of TFDS datasets, unless they are there.
 
-    The dataset is written beside its place and renamed, so that a killed
-    process leaves nothing that looks whole, and processes that prepare at the
-    same time do not meet.
-
-    Args:
-        data_dir: Folder of TFDS datasets; created if missing.
-
-    Raises:
-        OSError: `data_dir` cannot be written.
+    Atomically: a killed process leaves nothing that looks whole, and processes
+    that prepare at the same time do not meet.
     """
     target = pathlib.Path(data_dir) / NAME / VERSION
     if target.exists():
@@ -135,14 +120,14 @@ def prepare(data_dir):
 
 
 def _write(data_dir):
-    # TFDS asks for it only when it writes, with an error that names no mend.
+    # TFDS needs it only to write, with an error that names no remedy.
     require("importlib_resources", "data")
-    # TFDS names its folders with Python's `random`. A program must draw the
-    # same numbers whether or not the digits were there before it.
+    # TFDS names its folders with Python's `random`, whose state must not depend
+    # on whether the digits were there.
     state = random.getstate()
     try:
         with contextlib.ExitStack() as silence:
-            # TFDS reports at length on both streams, for two seconds of work.
+            # TFDS reports at length on both streams.
             silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
             silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
             Digits(data_dir=data_dir).download_and_prepare()

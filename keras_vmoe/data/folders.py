@@ -1,7 +1,7 @@
 """Folders of images as a dataset: `folder/split/class/image.jpg`.
 
-TFDS's `ImageFolder` knows what is there; it can neither slice a split nor
-repeat an order, so that reading is done here.
+TFDS's `ImageFolder` lists the files; it can neither slice a split nor repeat
+an order, so that they are read here.
 """
 
 import os
@@ -14,19 +14,11 @@ LAYOUT = "folder/split/class/image.jpg"
 
 
 class ImageFolder:
-    """A folder of images, one folder per split in it, one per class in these.
-
-    Args:
-        folder: The folder.
+    """A folder of images, `folder/split/class/image.jpg`.
 
     Attributes:
-        name: String.
         info: `tfds.core.DatasetInfo`, with features, splits and classes.
-        data_dir: String.
-
-    Raises:
-        ValueError: If the folder has no image in this layout.
-        OSError: If the folder does not exist.
+        data_dir: String, the folder.
     """
 
     name = NAME
@@ -58,14 +50,7 @@ class ImageFolder:
         return len(self.files(split)[0])
 
     def files(self, split):
-        """Paths and labels of a split, in the order of their names.
-
-        Args:
-            split: String, with TFDS's slices and sums.
-
-        Returns:
-            Two lists: of strings, of integers.
-        """
+        """Paths and labels of a split, in the order of the paths."""
         parts = import_tfds().core.ReadInstruction.from_spec(split)
         chosen = []
         for part in parts.to_absolute(self.info.splits):
@@ -74,16 +59,12 @@ class ImageFolder:
         return [path for path, _ in chosen], [to_number(x) for _, x in chosen]
 
     def read(self, split, seed=None, reshuffles=False):
-        """Examples whose images are as stored.
+        """Examples with the stored `image`, `label` and `tfds_id`, the path.
 
         Args:
             split: String, with TFDS's slices and sums.
             seed: Optional integer, shuffles the whole split.
-            reshuffles: Whether every pass has an order of its own.
-
-        Returns:
-            A `tf.data.Dataset` of dicts with `image`, `label` and `tfds_id`,
-            the path.
+            reshuffles: Whether every pass has another order.
         """
         tf = import_tensorflow()
         paths, labels = self.files(split)

@@ -1,4 +1,4 @@
-"""From decoded pixels to the model's input; the one place that defines it.
+"""From decoded pixels to the model's input.
 
 Axes: B images in the batch, H and W height and width in pixels.
 """
@@ -10,18 +10,16 @@ import sys
 import numpy as np
 from keras import ops
 
+from keras_vmoe._checks import check_sizes
 from keras_vmoe.data.tensorflow_runtime import checked
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 
 
 def normalize(images):
-    """Maps pixels from [0, 255] to the model's input range [-1, 1].
-
-    The range is V-MoE's: `x / 127.5 - 1`.
+    """Maps pixels from [0, 255] to [-1, 1], as V-MoE: `x / 127.5 - 1`.
 
     Args:
-        images: Array or tensor of any shape and number type, with pixels on
-            the scale 0 to 255.
+        images: Array or tensor of any shape and dtype, pixels in [0, 255].
 
     Returns:
         float32 of the same shape: a TensorFlow tensor for a TensorFlow tensor
@@ -44,27 +42,30 @@ def normalize(images):
     return images / 127.5 - 1.0
 
 
-def preprocess(image, image_size):
+def preprocess(image, image_size, channels=3):
     """Turns one decoded image into the input that evaluation gives a model.
 
-    Grey is repeated to RGB, transparency is dropped, the image is resized to
-    `image_size` (bilinear with antialiasing, the sides independently: the
-    aspect ratio is not kept) and normalised to [-1, 1].
+    The image gets the number of channels asked for, is resized to `image_size`
+    (bilinear with antialiasing, the sides independently: the aspect ratio is
+    not kept) and normalised to [-1, 1].
 
-    The number type tells the scale of the pixels, as in `tf.image`: uint8 and
-    other integers 0 to 255, uint16 0 to 65535, floats 0 to 1. Floats beyond
-    that are refused rather than guessed at.
+    The dtype gives the scale of the pixels, as in `tf.image`: uint8 and other
+    integers 0 to 255, uint16 0 to 65535, floats 0 to 1. Floats beyond that are
+    refused.
 
     Args:
-        image: `(H, W, channels)` array or tensor with 1 (grey), 2 (grey and
-            transparency), 3 (RGB) or 4 (RGB and transparency) channels.
+        image: `(H, W, C)` array or tensor with 1 (grey), 2 (grey and alpha), 3
+            (RGB), 4 (RGB and alpha) or more channels.
         image_size: Integer or pair `(height, width)`, in pixels.
+        channels: Integer, channels of the result. For 3 grey is repeated, for
+            1 RGB becomes grey, and alpha is dropped; any other number must be
+            that of the image.
 
     Returns:
-        float32 TensorFlow tensor `(height, width, 3)` in [-1, 1].
+        float32 TensorFlow tensor `(height, width, channels)` in [-1, 1].
 
     Raises:
-        ValueError: The shape, the number type, a pixel's value or
+        ValueError: The shape, the dtype, a pixel's value or
             `image_size` is not one of the above. Inside `tf.data` a wrong
             value is a `tf.errors.InvalidArgumentError` with the same words.
 
@@ -79,11 +80,13 @@ def preprocess(image, image_size):
     ```
     """
     tf = import_tensorflow()
+    check_sizes(channels=channels)
     size = check_image_size(image_size)
-    return normalize(to_rgb(tf.convert_to_tensor(image), size))
+    image = tf.convert_to_tensor(image)
+    return normalize(to_channels(image, size, channels))
 
 
-def read_images(paths, image_size, test_crop=None):
+def read_images(paths, image_size, test_crop=None, channels=3):
     """Reads image files into a batch, preprocessed as in evaluation.
 
     Args:
@@ -93,9 +96,10 @@ def read_images(paths, image_size, test_crop=None):
         image_size: Integer or pair `(height, width)`, in pixels.
         test_crop: Optional share of the shorter side that the centre crop
             keeps, see `load`.
+        channels: Integer, see `preprocess`.
 
     Returns:
-        float32 NumPy array `(B, height, width, 3)` in [-1, 1].
+        float32 NumPy array `(B, height, width, channels)` in [-1, 1].
 
     Raises:
         FileNotFoundError: A file does not exist.
@@ -125,23 +129,25 @@ def read_images(paths, image_size, test_crop=None):
             "`paths` must name at least one image file. "
             f"Received: paths={paths}. Pass a path or a list of paths."
         )
-    return np.stack([_read_image(path, size, test_crop) for path in paths])
+    return np.stack(
+        [_read_image(path, size, test_crop, channels) for path in paths]
+    )
 
 
-def _read_image(path, size, test_crop):
+def _read_image(path, size, test_crop, channels):
     tf = import_tensorflow()
     try:
         with open(path, "rb") as file:
             content = file.read()
-        image = tf.io.decode_image(content, 3, expand_animations=False)
+        stored = 4 if channels == 4 else 3
+        image = tf.io.decode_image(content, stored, expand_animations=False)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             "An image file to read must exist. "
             f"Received: path={path!r}. Check its spelling and its folder."
         ) from error
     except (OSError, tf.errors.InvalidArgumentError) as error:
-        # TensorFlow's own words would name its kernels and tensors.
-        reason = getattr(error, "strerror", None) or "its content is no image"
+        reason = getattr(error, "strerror", None) or "it holds no image"
         raise OSError(
             "An image file must be a readable PNG, JPEG, BMP or GIF. "
             f"Received: path={path!r} ({reason}). "
@@ -149,35 +155,44 @@ def _read_image(path, size, test_crop):
         ) from error
     if test_crop is not None:
         image = center_crop(image, size, test_crop)
-    return preprocess(image, size).numpy()
+    return preprocess(image, size, channels).numpy()
 
 
-def to_rgb(image, size, resize=None):
-    """Maps a decoded image to RGB pixels on the scale 0 to 255.
+def to_channels(image, size, channels=3, resize=None):
+    """Maps a decoded image to pixels on the scale 0 to 255.
 
     Args:
-        image: `(H, W, channels)` tensor, see `preprocess`.
+        image: `(H, W, C)` tensor, see `preprocess`.
         size: Pair `(height, width)`, in pixels.
+        channels: Integer, see `preprocess`.
         resize: Function of an image and a size; None is that of evaluation,
             bilinear with antialiasing.
 
     Returns:
-        Tensor `(height, width, 3)` in [0, 255]; uint8 if it was and if its
-        static shape has the size already, otherwise float32.
+        Tensor `(height, width, channels)` in [0, 255]; uint8 if nothing had to
+        be computed, otherwise float32.
     """
     tf = import_tensorflow()
-    channels = image.shape[-1] if image.shape.rank == 3 else None
-    if channels not in (1, 2, 3, 4):
+    stored = image.shape[-1] if image.shape.rank == 3 else None
+    converts = channels in (1, 3) and stored in (1, 2, 3, 4)
+    if stored is None or not (converts or stored == channels):
         raise ValueError(
-            "An image must have the shape (H, W, channels) with 1 to 4 "
-            f"channels. Received: image.shape={tuple(image.shape)}. "
-            "Add or remove axes; batches go to `normalize`."
+            "An image must have the shape (H, W, C): 1 to 4 channels for grey "
+            "or RGB, otherwise exactly `channels`. "
+            f"Received: image.shape={tuple(image.shape)}, channels={channels}. "
+            "Set `channels`; batches go to `normalize`."
         )
-    # Before the resize, transparency and copies of grey would only cost time.
-    image = _to_pixels(image[..., :3] if channels > 2 else image[..., :1])
+    # Before the resize, alpha and copies of grey would only cost time.
+    if stored != channels:
+        image = image[..., : 3 if stored > 2 else 1]
+    image = _to_pixels(image)
+    if channels == 1 and stored > 2:
+        # In floats, as TensorFlow would cut off the fractions of bytes.
+        image = tf.image.rgb_to_grayscale(tf.cast(image, tf.float32))
     if tuple(image.shape[:2]) != size:
         image = (resize or _resize)(image, size)
-    return image if channels > 2 else tf.repeat(image, 3, axis=-1)
+    grey = image.shape[-1] == 1
+    return tf.repeat(image, 3, axis=-1) if grey and channels == 3 else image
 
 
 def _resize(image, size):
@@ -193,13 +208,6 @@ def resize_by_area(image, size):
     as wide; on photographs that shrink by 1 to 4 the two differ by a PSNR of
     34 to 60 dB. Where no side shrinks there is nothing to be antialiased, and
     plain bilinear gives the same pixels in a quarter of the time.
-
-    Args:
-        image: `(H, W, channels)` tensor.
-        size: Pair `(height, width)`, in pixels.
-
-    Returns:
-        float32 `(height, width, channels)`.
     """
     tf = import_tensorflow()
     sides = tf.shape(image)[:2]
@@ -215,7 +223,7 @@ def resize_by_area(image, size):
 
 
 def _to_pixels(image):
-    """Maps any number type to the scale 0 to 255, uint8 or float32."""
+    """Maps pixels of any dtype to the scale 0 to 255, uint8 or float32."""
     tf = import_tensorflow()
     if image.dtype == tf.uint8:
         return image
@@ -235,7 +243,7 @@ def _to_pixels(image):
 def _checked_pixels(image, highest):
     tf = import_tensorflow()
     pixels = tf.cast(image, tf.float32)
-    slack = 5e-4 * highest  # For floats that were rounded on their way.
+    slack = 5e-4 * highest  # For rounding errors of floats.
     # Compared so that NaN fails.
     inside = (pixels >= -slack) & (pixels <= highest + slack)
     message = (
@@ -251,13 +259,10 @@ def random_crop(image, padding, seed):
     """Pads an image with black and crops it at random to its own size.
 
     Args:
-        image: `(H, W, 3)` tensor with a static shape.
+        image: `(H, W, channels)` tensor with a static shape.
         padding: Integer, pixels added on each side. All `2 * padding + 1`
             offsets per side are equally likely.
-        seed: Pair of integers; the same pair gives the same crop.
-
-    Returns:
-        Tensor of the shape and type of `image`.
+        seed: Pair of integers, of which the crop is a function.
     """
     tf = import_tensorflow()
     padded = tf.pad(image, [[padding, padding], [padding, padding], [0, 0]])
@@ -314,18 +319,13 @@ def decode_and_crop(image, decode, area, seed):
     def crop_jpeg():
         begin, size = window(tf.image.extract_jpeg_shape(image))
         corners = tf.concat([begin[:2], size[:2]], 0)
-        return tf.image.decode_and_crop_jpeg(image, corners, channels=3)
+        return tf.image.decode_and_crop_jpeg(image, corners, channels)
 
-    def crop_other():
-        pixels = crop(decode(image))
-        if pixels.shape[-1] != 3:  # Both branches give RGB.
-            pixels = tf.repeat(pixels[..., :1], 3, axis=-1)
-        return tf.cast(pixels, tf.uint8)
-
-    probe = decode(image)
-    if probe.dtype != tf.uint8:
-        return crop(probe)  # 16 bits are no JPEG.
-    return tf.cond(tf.io.is_jpeg(image), crop_jpeg, crop_other)
+    pixels = decode(image)
+    channels = pixels.shape[-1]
+    if pixels.dtype != tf.uint8 or channels not in (1, 3):
+        return crop(pixels)  # No JPEG has 16 bits or alpha.
+    return tf.cond(tf.io.is_jpeg(image), crop_jpeg, lambda: crop(decode(image)))
 
 
 def center_crop(image, size, share):
@@ -333,11 +333,8 @@ def center_crop(image, size, share):
 
     Args:
         image: `(H, W, channels)` tensor.
-        size: Pair `(height, width)` of the result's ratio.
+        size: Pair `(height, width)`, whose ratio the crop has.
         share: Share of the largest such window to keep, in (0, 1].
-
-    Returns:
-        `(h, w, channels)` tensor with `h / w` as in `size`.
     """
     tf = import_tensorflow()
     sides = tf.cast(tf.shape(image)[:2], tf.float32)

@@ -1,4 +1,4 @@
-"""What mixes images and labels of a batch: MixUp and CutMix.
+"""MixUp and CutMix, which mix the images and labels of a batch.
 
 Axes: B images in the batch, H and W height and width in pixels.
 """
@@ -54,8 +54,9 @@ def cutmix(alpha, images, labels, seed):
         inside.append(tf.cast(is_inside, tf.float32))
     rows, columns = inside
     # By arithmetic, as `tf.where` is slow; with the channels in the columns, as
-    # three numbers are slow to broadcast.
-    pasted = rows[:, :, None] * tf.repeat(columns, 3, axis=1)[:, None]
+    # few numbers are slow to broadcast.
+    columns_of_all = tf.repeat(columns, shape[3], axis=1)
+    pasted = rows[:, :, None] * columns_of_all[:, None]
     pasted = tf.reshape(pasted, shape)
     images += pasted * (others - images)
     share = tf.reduce_mean(rows, 1) * tf.reduce_mean(columns, 1)

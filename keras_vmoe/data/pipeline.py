@@ -22,7 +22,7 @@ from keras_vmoe.data.images import decode_and_crop
 from keras_vmoe.data.images import normalize
 from keras_vmoe.data.images import random_crop
 from keras_vmoe.data.images import resize_by_area
-from keras_vmoe.data.images import to_rgb
+from keras_vmoe.data.images import to_channels
 from keras_vmoe.data.schema import Schema
 from keras_vmoe.data.tensorflow_runtime import checked
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
@@ -33,7 +33,7 @@ STRIDE = 15_485_863  # A prime.
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """What all stages need to know; see the arguments of `data.load`."""
+    """The settings of all stages; see the arguments of `data.load`."""
 
     builder: Any
     schema: Schema
@@ -41,6 +41,7 @@ class Pipeline:
     num_examples: int
     num_classes: int
     size: tuple[int, int]
+    channels: int
     seed: int
     is_one_epoch: bool
     augmentation: Augmentation
@@ -52,15 +53,9 @@ class Pipeline:
     cache: bool = False
 
     def examples(self, shuffle_buffer=1):
-        """Stored examples, each with a random number of its own.
+        """Stored examples, each with a random number: `(example, number)`.
 
         In training they are shuffled, and repeated where the augmentation is.
-
-        Args:
-            shuffle_buffer: Examples to draw from.
-
-        Returns:
-            A `tf.data.Dataset` of `(example, number)`.
         """
         tf = import_tensorflow()
         dataset = self._read()
@@ -81,12 +76,9 @@ class Pipeline:
             dataset = dataset.flat_map(
                 lambda x: tf.data.Dataset.from_tensors(x).repeat(repeats)
             )
-            dataset = dataset.take(self.num_examples)
-            dataset = dataset.apply(
-                tf.data.experimental.assert_cardinality(self.num_examples)
-            )
-        # A function of the seed, the example's place in the epoch, and how
-        # many epochs went before; which crop does not depend on threads.
+            dataset = _cut(dataset, self.num_examples)
+        # A function of the seed, the epoch and the example's position in it:
+        # crops do not depend on threads.
         numbers = tf.data.Dataset.random(
             self.seed, rerandomize_each_iteration=not self.is_one_epoch
         )
@@ -94,10 +86,7 @@ class Pipeline:
             return tf.data.Dataset.zip(dataset, numbers)
         # Each pass of an epoch draws others, as the numbers go on.
         dataset = tf.data.Dataset.zip(dataset.repeat(), numbers)
-        dataset = dataset.filter(self._is_drawn).take(self.num_examples)
-        return dataset.apply(
-            tf.data.experimental.assert_cardinality(self.num_examples)
-        )
+        return _cut(dataset.filter(self._is_drawn), self.num_examples)
 
     def _is_drawn(self, example, number):
         """Whether an example is used, by its class's weight."""
@@ -113,8 +102,8 @@ class Pipeline:
     def _decodes_once(self):
         """Whether the copies of an image are decoded together.
 
-        Not where each has a window of its own, where some are left out, and
-        where damage is to be named one by one.
+        Not if each has its own random crop, some are left out, or corrupt
+        images are named one by one.
         """
         return (
             self.augmentation.repeats > 1
@@ -124,16 +113,7 @@ class Pipeline:
         )
 
     def batches(self, examples, batch_size, drop_remainder):
-        """Batches for a model.
-
-        Args:
-            examples: What `examples` returns.
-            batch_size: B.
-            drop_remainder: Whether to drop a last batch that is not full.
-
-        Returns:
-            A `tf.data.Dataset` of `(images, labels)`.
-        """
+        """Batches `(images, labels)` of what `examples` returns."""
         tf = import_tensorflow()
         if self.skip_corrupt:
             dataset = self.decoded(examples).filter(_is_readable())
@@ -141,11 +121,7 @@ class Pipeline:
                 image, label, number
             ))  # fmt: skip
             if self.is_training:  # Others take the place of corrupt ones.
-                length = examples.cardinality()
-                dataset = dataset.repeat().take(length)
-                dataset = dataset.apply(
-                    tf.data.experimental.assert_cardinality(length)
-                )
+                dataset = _cut(dataset.repeat(), examples.cardinality())
         else:
             dataset = examples.map(self._image, tf.data.AUTOTUNE)
         dataset = dataset.batch(batch_size, drop_remainder=drop_remainder)
@@ -178,8 +154,8 @@ class Pipeline:
             examples: What `examples` returns, with `skip_corrupt`.
 
         Returns:
-            A `tf.data.Dataset` of `(image, label, number, name, is_good)`; the
-            image is black if it is not good.
+            A `tf.data.Dataset` of `(image, label, number, name, is_good)`; a
+            corrupt image is black.
         """
         tf = import_tensorflow()
         spec = examples.map(self._image).element_spec[0]
@@ -190,7 +166,7 @@ class Pipeline:
             one = tf.data.Dataset.from_tensors((example, number))
             good = one.map(self._image).ignore_errors()
             good = good.map(lambda *decoded: (*decoded, name, True))
-            black = tf.zeros((*self.size, 3), spec.dtype)
+            black = tf.zeros(spec.shape, spec.dtype)
             bad = (black, label, number, name, False)
             return good.concatenate(tf.data.Dataset.from_tensors(bad)).take(1)
 
@@ -236,7 +212,7 @@ class Pipeline:
             )
 
     def _image(self, example, number):
-        """From a stored example to an image, changed at random, and a label."""
+        """From a stored example to an augmented image, a label, the number."""
         tf = import_tensorflow()
         if not self._decodes_once:
             example = self._with_pixels(example, number)
@@ -251,12 +227,7 @@ class Pipeline:
         return image, tf.cast(example[self.schema.label], tf.int64), number
 
     def _with_pixels(self, example, number=None):
-        """An example whose image is decoded to RGB pixels of the right size.
-
-        Args:
-            example: A stored example.
-            number: Number of which the window of a random crop is a function.
-        """
+        """An example whose image is decoded to pixels of the right size."""
         image = example[self.schema.image]
         feature = self.builder.info.features[self.schema.image]
         area = self.augmentation.crop_area
@@ -268,10 +239,11 @@ class Pipeline:
         if self.test_crop is not None:
             image = center_crop(image, self.size, self.test_crop)
         resize = resize_by_area if self.is_training else None
-        return example | {self.schema.image: to_rgb(image, self.size, resize)}
+        image = to_channels(image, self.size, self.channels, resize)
+        return example | {self.schema.image: image}
 
     def _finished(self, images, labels, numbers):
-        """A batch as the model gets it: checked, mixed, normalised."""
+        """A batch for the model: checked, mixed, normalised."""
         tf = import_tensorflow()
         labels = self._checked_labels(labels)
         mix = make_mix(self.augmentation)
@@ -312,25 +284,24 @@ def _traced(function, *inputs):
     return function(*inputs)
 
 
+def _cut(dataset, length):
+    """The first examples of a dataset that has at least so many."""
+    tf = import_tensorflow()
+    length_is_known = tf.data.experimental.assert_cardinality(length)
+    return dataset.take(length).apply(length_is_known)
+
+
 def seed_of_epoch(seed, epoch):
-    """A seed for one epoch, below 2**31.
-
-    Args:
-        seed: Non-negative integer of the whole training.
-        epoch: Non-negative integer.
-
-    Returns:
-        An integer.
-    """
+    """A seed below 2**31 for one epoch of a training with a seed."""
     state = np.random.SeedSequence([seed, epoch]).generate_state(1)
     return int(state[0] >> 1)
 
 
 @functools.cache
 def _is_readable():
-    """Whether an image is good; warns of each that is not, once a process."""
+    """A filter of good images, which warns of each other, once a process."""
     tf = import_tensorflow()
-    skipped = set()  # A training opens its datasets anew for every epoch.
+    skipped = set()  # Training reopens its datasets every epoch.
 
     def warn(name):
         if name not in skipped:
@@ -354,7 +325,7 @@ def _is_readable():
 
 @contextlib.contextmanager
 def _without_tfds_warnings():
-    """Keeps back what TFDS has to say about things done on purpose.
+    """Suppresses TFDS's warnings of what is done on purpose.
 
     It warns that an ordered dataset is shuffled, and blames its own use of a
     deprecated property on the user.

@@ -1,4 +1,4 @@
-"""What a dataset holds: its image, its label, its classes and its splits."""
+"""Images, labels, classes and splits of a dataset."""
 
 import dataclasses
 import operator
@@ -7,8 +7,8 @@ from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.sources import open_builder
 from keras_vmoe.data.tensorflow_runtime import import_tfds
 
-# What TFDS raises for splits that it cannot read; AttributeError is for one
-# that is no string.
+# What TFDS raises for splits that it cannot read; AttributeError if it is not a
+# string.
 _SPLIT_ERRORS = (
     KeyError,
     ValueError,
@@ -20,11 +20,11 @@ _SPLIT_ERRORS = (
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """What is known of a dataset before any image of it is read.
+    """What is known of a dataset before its images are read.
 
     Attributes:
         name: String, as given to `info` and `load`.
-        num_classes: Integer, or None where the dataset does not tell.
+        num_classes: Integer, or None where the dataset does not say.
         class_names: Tuple of strings, one per class; empty without classes.
         splits: Dictionary of split name to number of examples.
         image_shape: `(H, W, channels)` as stored, in pixels. Sides that differ
@@ -40,19 +40,13 @@ class DatasetInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
-    """Where a dataset keeps what image classification needs.
+    """Where a dataset keeps what image classification needs."""
 
-    Attributes:
-        image: String, key of the image feature.
-        label: String, key of the label feature.
-        is_encoded: Boolean, whether images are stored as PNG or JPEG.
-        num_classes: Integer, or None where the dataset does not tell.
-    """
-
-    image: str
-    label: str
-    is_encoded: bool
-    num_classes: int | None
+    image: str  # Key of the feature.
+    label: str  # Key of the feature.
+    channels: int
+    is_encoded: bool  # Whether images are stored as PNG or JPEG.
+    num_classes: int | None  # None where the dataset does not say.
 
 
 def info(name, data_dir=None):
@@ -99,6 +93,7 @@ def read_schema(name, tfds_info):
             return Schema(
                 image=image,
                 label=label,
+                channels=features[image].shape[-1],
                 is_encoded=isinstance(features[image], tfds.features.Image),
                 num_classes=getattr(features[label], "num_classes", None),
             )
@@ -124,7 +119,7 @@ def _is_image(feature):
     return (
         isinstance(feature, (features.Image, features.Tensor))
         and len(feature.shape) == 3
-        and feature.shape[-1] in (1, 2, 3, 4)
+        and feature.shape[-1] is not None
     )
 
 
@@ -138,21 +133,12 @@ def _is_label(feature):
 
 
 def resolve_num_classes(name, schema, num_classes):
-    """Returns the number of classes to check labels against.
-
-    Args:
-        name: String, name of the dataset.
-        schema: The dataset's `Schema`.
-        num_classes: Integer of the caller, or None for the dataset's own.
-
-    Returns:
-        Integer.
-    """
+    """The number of classes: the caller's, or the dataset's own for None."""
     known = schema.num_classes
     if num_classes is None and known is None:
         raise ValueError(
-            "`num_classes` must be given for a dataset that does not tell it. "
-            f"Received: num_classes=None with name={name!r}. "
+            "`num_classes` must be given for a dataset that does not name its "
+            f"classes. Received: num_classes=None with name={name!r}. "
             "Pass num_classes, one more than the highest label."
         )
     num_classes = operator.index(known if num_classes is None else num_classes)
@@ -167,27 +153,7 @@ def resolve_num_classes(name, schema, num_classes):
 
 
 def num_images(name, split, data_dir=None):
-    """How many images a split of a dataset has, damaged ones among them.
-
-    Args:
-        name: String, see `load`.
-        split: String, with TFDS's slices and sums.
-        data_dir: Folder that holds the dataset, see `load`.
-
-    Returns:
-        Integer.
-
-    Raises:
-        ValueError: If there is no such dataset or split.
-
-    Example:
-
-    ```python
-    from keras_vmoe import data
-
-    data.num_images("digits", "test[:50%]")  # 182
-    ```
-    """
+    """How many images a split has, corrupt ones included; see `load`."""
     return count_examples(name, open_builder(name, data_dir), split)
 
 

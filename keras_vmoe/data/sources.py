@@ -1,23 +1,14 @@
 """Opens datasets that are on disk already; nothing here downloads."""
 
-import difflib
 import os
 import pathlib
 
+from keras_vmoe._checks import nearest
 from keras_vmoe.data.tensorflow_runtime import import_tfds
 
 
 def open_builder(name, data_dir=None):
-    """Opens a prepared TFDS dataset, from its files alone.
-
-    The dataset's own code need not be installed or registered.
-
-    Args:
-        name: String, `"name"`, `"name/config"` or `"name:version"`;
-            `"digits"` is written first if it is missing. `"image_folder"` is
-            the folder `data_dir` itself.
-        data_dir: Folder of TFDS datasets; None is the folder of TFDS, or for
-            `"digits"` the user's cache.
+    """Opens a prepared dataset from its files alone; see `data.load`.
 
     Returns:
         A `tfds.core.DatasetBuilder`, or an `ImageFolder`.
@@ -27,6 +18,7 @@ def open_builder(name, data_dir=None):
         OSError: The folder or the dataset in it cannot be read.
     """
     import_tfds()
+    from google.protobuf import json_format
     from tensorflow_datasets.core import read_only_builder
     from tensorflow_datasets.core import registered
 
@@ -50,9 +42,12 @@ def open_builder(name, data_dir=None):
         )
     except registered.DatasetNotFoundError:
         raise _not_found(name, data_dir) from None
-    except Exception as error:  # Whatever TFDS trips over in broken files.
+    except (
+        *(AttributeError, LookupError, OSError, TypeError, ValueError),
+        json_format.Error,
+    ) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise _damaged(name, data_dir, reason) from error
+        raise _broken(name, data_dir, reason) from error
 
 
 def _check_name(name, data_dir):
@@ -77,7 +72,7 @@ def _check_folder(data_dir):
         ) from error
 
 
-def _damaged(name, data_dir, reason):
+def _broken(name, data_dir, reason):
     return OSError(
         "The files of a dataset must be complete and readable. "
         f"Received: name={name!r}, data_dir={data_dir!r} ({reason}). "
@@ -91,9 +86,9 @@ def _not_found(name, data_dir):
     tfds = import_tfds()
     folder = pathlib.Path(_dataset_folder(str(name), data_dir))
     for file in folder.rglob("dataset_info.json"):
-        # TFDS takes a dataset without its features for none at all.
+        # To TFDS a dataset without its features is none.
         if not (file.parent / "features.json").exists():
-            return _damaged(name, data_dir, "features.json is missing")
+            return _broken(name, data_dir, "features.json is missing")
     # Without the community's, whose list is on the network.
     registered = tfds.list_builders(with_community_datasets=False)
     prepared = prepared_datasets(data_dir)
@@ -104,20 +99,18 @@ def _not_found(name, data_dir):
     base_name = str(name).partition(":")[0].partition("/")[0]
     if base_name in registered:
         return ValueError(
-            "The dataset must be prepared before it is loaded; nothing is "
-            f"downloaded silently. {received}Pass the folder that holds it as "
-            "data_dir, or prepare it once with: "
+            "The dataset must be prepared before it is loaded. "
+            f"{received}Pass its folder as data_dir, or prepare it once with: "
             "import tensorflow_datasets as tfds; "
             f"tfds.builder({name!r}, data_dir={data_dir!r})"
             ".download_and_prepare()"
         )
     known = {"digits", "image_folder", *registered}
     known.update(n.partition(":")[0] for n in prepared)
-    nearest = difflib.get_close_matches(base_name, sorted(known))
     return ValueError(
         'The dataset must be "digits" or one known to TFDS. '
-        f"{received}Nearest known names: {nearest}. A new one is prepared "
-        "once with: tfds.builder(name, data_dir=...).download_and_prepare()"
+        f"{received.strip()}{nearest(base_name, sorted(known))} Prepare a new "
+        "one with: tfds.builder(name, data_dir=...).download_and_prepare()"
     )
 
 

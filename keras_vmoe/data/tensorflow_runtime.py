@@ -46,9 +46,6 @@ def checked(value, is_valid, message, shown):
         message: String that holds the placeholder `{shown}`.
         shown: Tensor to put there.
 
-    Returns:
-        `value`, which depends on the check.
-
     Raises:
         ValueError: Eagerly. Inside `tf.data` there are no Python exceptions:
             `tf.errors.InvalidArgumentError` with the same words.

@@ -1,8 +1,8 @@
-"""Data parallelism on JAX: Keras's, which says early what cannot work."""
+"""Data parallelism on JAX: Keras's, with early errors."""
 
 import keras
 
-from keras_vmoe.distribution.processes import check_agreement
+from keras_vmoe.distribution._processes import check_agreement
 
 UNKNOWN = -2  # What tf.data says of a length that it cannot tell.
 
@@ -10,10 +10,10 @@ UNKNOWN = -2  # What tf.data says of a length that it cannot tell.
 class DataParallel(keras.distribution.DataParallel):
     """Images spread over devices, each of which holds the whole model.
 
-    This is `keras.distribution.DataParallel`, but in several processes each
-    reads its own part of every batch, see `data.load(shard=...)`, and what
-    would let the processes wait for each other for ever is refused before the
-    first step. There only a `tf.data.Dataset` will do.
+    As `keras.distribution.DataParallel`, but in several processes each reads
+    its own part of every batch from a `tf.data.Dataset`, see
+    `data.load(shard=...)`, and what would deadlock the processes is refused
+    before the first step.
 
     Args:
         devices: Optional list of devices, as from
@@ -21,8 +21,8 @@ class DataParallel(keras.distribution.DataParallel):
 
     Raises:
         ValueError: In `fit`, `evaluate` and `predict`: if the devices do not
-            divide a batch, or several processes read datasets of short last
-            batches, of other or unknown lengths, or what is no dataset.
+            divide a batch, or several processes do not read datasets of full
+            batches and of one known length.
 
     Example:
 
@@ -55,11 +55,7 @@ class DataParallel(keras.distribution.DataParallel):
         return super().get_data_layout(data_shape)
 
     def check_images(self, batch_size):
-        """Raises unless the devices share the images of a batch evenly.
-
-        Args:
-            batch_size: Images of this process, or of all; None if not known.
-        """
+        """Raises unless the devices share the images of a batch evenly."""
         # Keras has the part of this process, `predict` the whole.
         devices = self.device_mesh.devices.size // self.num_processes
         if batch_size is not None and batch_size % devices:
@@ -71,23 +67,19 @@ class DataParallel(keras.distribution.DataParallel):
 
 
 def check_full_batches(dataset):
-    """Raises unless all batches of a dataset are full, and can be counted.
-
-    Args:
-        dataset: A `tf.data.Dataset`.
-    """
+    """Raises unless all batches of a dataset are full, and can be counted."""
     shapes = _shapes(dataset)
     if any(shape is None or None in shape[:1] for shape in shapes):
         raise ValueError(
-            "In several processes all batches must be full: at a short one "
-            "they would wait for each other for ever. Received: a dataset "
+            "In several processes all batches must be full: a short one would "
+            "deadlock them. Received: a dataset "
             f"with {dataset.element_spec}. Use "
             "`batch(..., drop_remainder=True)`."
         )
     if int(dataset.cardinality()) == UNKNOWN:
         raise ValueError(
-            "In several processes the number of batches must be known, to be "
-            "the same in all. Received: a dataset of unknown cardinality. Use "
+            "In several processes the number of batches must be known and the "
+            "same in all. Received: a dataset of unknown cardinality. Use "
             "`tf.data.experimental.assert_cardinality`."
         )
 

@@ -1,10 +1,11 @@
-"""Expert parallelism: each device keeps some of the experts, JAX only."""
+"""Expert parallelism: each device holds some of the experts, JAX only."""
 
 import re
 
 import keras
 import numpy as np
 
+from keras_vmoe._checks import is_integer
 from keras_vmoe.distribution.data_parallel import DataParallel
 
 REPLICA, EXPERT = "replica", "expert"
@@ -14,37 +15,33 @@ EXPERTS = re.compile(r"(^|/)experts/(hidden|output)_(kernel|bias)$")
 
 
 class ExpertParallel(DataParallel):
-    """Experts spread over devices, everything else as in data parallelism.
+    """Experts sharded over devices, everything else as in data parallelism.
 
-    The devices form a mesh `(replica, expert)`. Batches are spread over all of
-    them. Of the experts' weights and their optimizer's slots each device holds
-    `1 / num_expert_shards`; tokens travel to their experts and back by two
+    The devices form a mesh `(replica, expert)`. Batches are sharded over all
+    of them. Each device holds `1 / num_expert_shards` of the experts' weights
+    and optimizer slots; tokens reach their experts and return by two
     all-to-alls in the forward pass of each MoE layer, and by two in its
-    gradient. The arithmetic is that of one device: groups do not depend on the
+    gradient. The results are those of one device: groups do not depend on the
     number of devices.
 
     Set it before the model is made. A batch must hold a whole number of groups
     for each device: `batch_size` divisible by `images_per_group` times the
     number of devices.
 
-    In several processes each feeds what it has read, an equal part of every
-    batch; see `data.load(shard=...)`.
-
     Args:
-        num_expert_shards: Over how many devices the experts are spread. Must
+        num_expert_shards: Devices that the experts are sharded over. Must
             divide the number of devices, and of experts.
         devices: Optional list of devices, as from
             `keras.distribution.list_devices()`; None is all of them.
-        shard_dense: Whether each of the other kernels, but for those of
-            convolutions, is spread over all devices as well (fully sharded data
-            parallelism), for models that fit into no single device. Each layer
-            of the model must then return one tensor with the batch as its first
-            axis.
+        shard_dense: Whether to shard the other kernels, except those of
+            convolutions, over all devices as well (fully sharded data
+            parallelism), for models too large for one device. Each layer of
+            the model must then return one tensor, batch first.
 
     Raises:
         ValueError: If the backend is not JAX, the shards do not divide the
-            devices or the experts, the routing is dropless, a model without
-            experts is trained, or as `DataParallel`.
+            devices or the experts, the routing is dropless, the model has no
+            experts, or as `DataParallel`.
 
     Example:
 
@@ -83,11 +80,10 @@ class ExpertParallel(DataParallel):
     def get_data_layout(self, data_shape):
         if not self._has_experts:
             raise ValueError(
-                "The model must have experts to be spread over devices. "
+                "The model must have experts to be sharded over devices. "
                 f"Received: num_expert_shards={self.num_expert_shards} and a "
-                "model none of whose variables is an expert's. Make the model "
-                "after the distribution is set, with MoE layers, or use "
-                "distribution.DataParallel."
+                "model without experts. Make a model with MoE layers after the "
+                "distribution is set, or use distribution.DataParallel."
             )
         self.check_images(data_shape[0])
         return self.layout(DATA, *[None] * (len(data_shape) - 1))
@@ -130,7 +126,7 @@ class ExpertParallel(DataParallel):
         num_experts = variable.shape[0]
         if num_experts % self.num_expert_shards:
             raise ValueError(
-                "Each shard holds as many experts. "
+                "Each shard must hold the same number of experts. "
                 f"Received: num_expert_shards={self.num_expert_shards} for "
                 f"the {num_experts} experts of {variable.path!r}. Choose a "
                 "divisor of the number of experts."
@@ -155,11 +151,8 @@ def _check_backend():
 
 
 def _check_shards(num_expert_shards, num_devices):
-    good = isinstance(num_expert_shards, (int, np.integer))
-    if not good or num_expert_shards < 1 or num_devices % num_expert_shards:
-        divisors = [
-            n for n in range(1, num_devices + 1) if num_devices % n == 0
-        ]
+    divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+    if not is_integer(num_expert_shards) or num_expert_shards not in divisors:
         raise ValueError(
             "`num_expert_shards` must be a divisor of the number of devices, "
             f"{num_devices}. Received: num_expert_shards={num_expert_shards}. "

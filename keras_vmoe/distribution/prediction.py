@@ -1,4 +1,4 @@
-"""Outputs for whole batches, whatever devices and processes there are."""
+"""Outputs for whole batches, whatever the devices and processes."""
 
 import functools
 import math
@@ -6,28 +6,25 @@ import math
 import keras
 import numpy as np
 
-from keras_vmoe.distribution.strategies import num_replicas
+from keras_vmoe._keras import all_layers
+from keras_vmoe.distribution._replicas import num_replicas
 
 
-def predict(model, images, multiple=None):
-    """What a model says about a batch of images.
+def predict(model, images):
+    """The outputs of a model for a batch of images, as on one device.
 
-    Under a Keras distribution or a tf.distribute strategy the images of a
-    batch are spread over the devices, in whole groups. Where there are not as
-    many groups for each device, as in the last batch of a dataset, groups of
-    zeros fill the devices up, and are cut off again: no group knows of the
-    others. Only a group that is not full is computed as on one device. So the
-    result is the same.
+    Under a Keras distribution or a tf.distribute strategy the images are spread
+    over the devices in whole groups. Devices without a group are filled up with
+    zeros, which are cut off again: groups are independent. Only a group that is
+    not full is computed by every device.
 
     Args:
         model: A functional model with one input, whose outputs have one row
             per image.
         images: `(B, ...)` array, the same in all processes.
-        multiple: Images that must stay together on a device, those of a group;
-            None asks the model's MoE layers.
 
     Returns:
-        What the model returns, as NumPy arrays, in all processes.
+        The outputs as NumPy arrays, in all processes.
 
     Example:
 
@@ -40,13 +37,14 @@ def predict(model, images, multiple=None):
     parallel = keras.distribution.distribution()
     if parallel is None and num_replicas(strategy) == 1:
         return model.predict_on_batch(images)
-    if multiple is None:
-        multiple = _images_together(model, len(images))
+    multiple = _images_together(model, len(images))
     whole = len(images) // multiple * multiple
     parts = []
     if whole:
         devices = num_replicas(strategy if parallel is None else parallel)
-        filled = _filled(images[:whole], multiple * devices)
+        missing = -whole % (multiple * devices)
+        padding = [(0, missing)] + [(0, 0)] * (images.ndim - 1)
+        filled = np.pad(images[:whole], padding)
         outputs = _on_all(model, filled, parallel)
         parts.append(keras.tree.map_structure(lambda x: x[:whole], outputs))
     if whole < len(images):
@@ -58,18 +56,12 @@ def _images_together(model, batch_size):
     """The smallest number of images that holds whole groups of each layer."""
     groups = [
         layer.images_per_group
-        for layer in model._flatten_layers()
+        for layer in all_layers(model)
         if hasattr(layer, "router")
     ]
     if None in groups:  # All of the batch: nothing that could be filled up.
         return batch_size + 1
     return math.lcm(*groups)
-
-
-def _filled(images, multiple):
-    """Images, and zeros up to a multiple."""
-    missing = -len(images) % multiple
-    return np.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
 
 
 def _on_all(model, images, parallel):
@@ -81,7 +73,7 @@ def _on_all(model, images, parallel):
 
 
 def _on_one(model, images, parallel):
-    """The outputs for a batch that each device has for itself."""
+    """The outputs for a batch that every device computes."""
     if parallel is None:
         return keras.tree.map_structure(np.asarray, _whole(model)(images))
     keras.distribution.set_distribution(None)
@@ -93,14 +85,14 @@ def _on_one(model, images, parallel):
 
 @functools.lru_cache(maxsize=4)
 def _whole(model):
-    """The model in one replica; `predict_on_batch` repeats it in each."""
+    """The model in one replica; `predict_on_batch` would run all."""
     import tensorflow as tf
 
     return tf.function(functools.partial(model, training=False))
 
 
 def _call(model, images, sharding, parallel):
-    """The outputs for a batch that every process has, wholly in each."""
+    """The whole outputs, in every process, for a batch that each has."""
     import jax
 
     variables = [

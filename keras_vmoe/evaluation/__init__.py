@@ -1,17 +1,13 @@
 """What a trained model says, and how often it is right."""
 
-from keras_vmoe.evaluation.description import describe
 from keras_vmoe.evaluation.measurement import Measurement
 from keras_vmoe.evaluation.measurement import measure
 from keras_vmoe.evaluation.measurement import report
-from keras_vmoe.evaluation.prediction import Prediction
 from keras_vmoe.evaluation.prediction import classify
 
 __all__ = [
     "Measurement",
-    "Prediction",
     "classify",
-    "describe",
     "measure",
     "report",
 ]

@@ -1,4 +1,4 @@
-"""How good a model is on a dataset, class by class."""
+"""Accuracy and loss of a model on a dataset, class by class."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from keras_vmoe import distribution
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What a model came to on a dataset.
+    """The scores of a model on a dataset.
 
     Attributes:
         num_images: Images.
@@ -20,8 +20,8 @@ class Measurement:
         loss: Mean cross-entropy.
         confusion: `(classes, classes)` int array: images by true class (rows)
             and predicted class (columns).
-        routing: Dict from MoE layer to what its router did with these images:
-            `load_share` and `dropped_share`.
+        routing: Dict from the name of each MoE layer to the `load_share` and
+            `dropped_share` of its router on these images.
     """
 
     num_images: int
@@ -35,15 +35,15 @@ class Measurement:
 def measure(model, dataset, verbose=0, routing=True):
     """Measures a model on a dataset.
 
+    Under a Keras distribution batches are spread over its devices; in several
+    processes all of them must give the same batches.
+
     Args:
         model: A functional model from images to logits `(B, classes)`.
         dataset: Iterable of batches of `(images, labels)` with integer labels,
             such as `data.load(..., training=False)`.
         verbose: Whether to show a progress bar.
-        routing: Whether to watch the routers, too.
-
-    Under a Keras distribution batches are spread over its devices; in several
-    processes all of them must give the same batches.
+        routing: Whether to measure the routers as well.
 
     Returns:
         A `Measurement`.
@@ -59,16 +59,16 @@ def measure(model, dataset, verbose=0, routing=True):
     1.0
     """
     layers = [x for x in model.layers if routing and hasattr(x, "router")]
-    # What the routers get to see, from the same pass as the logits.
+    # The routers' tokens, from the same pass as the logits.
     outputs = [model.outputs[0], *(layer.input for layer in layers)]
     probe = keras.Model(model.inputs, outputs)
     watches = [_RouterWatch(layer) for layer in layers]
     logits, labels = [], []
     bar = keras.utils.Progbar(_length(dataset), verbose=int(verbose))
     for images, batch_labels in dataset:
-        got = distribution.predict(probe, images)
-        got, *tokens = got if layers else [got]
-        logits.append(got)
+        found = distribution.predict(probe, images)
+        found, *tokens = found if layers else [found]
+        logits.append(found)
         labels.append(np.asarray(batch_labels))
         for watch, x in zip(watches, tokens, strict=True):
             watch.update(x)
@@ -78,20 +78,8 @@ def measure(model, dataset, verbose=0, routing=True):
             "There must be at least one batch to measure. Received: an empty "
             "dataset. Choose another split."
         )
-    logits, labels = np.concatenate(logits), np.concatenate(labels)
-    classes = logits.shape[-1]
-    order = np.argsort(-logits, axis=-1, kind="stable")
-    confusion = np.zeros((classes, classes), int)
-    np.add.at(confusion, (labels, order[:, 0]), 1)
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    log_sum = np.log(np.exp(shifted).sum(axis=-1))
-    losses = log_sum - shifted[np.arange(len(labels)), labels]
     return Measurement(
-        num_images=len(labels),
-        accuracy=float((order[:, 0] == labels).mean()),
-        top5=float((order[:, :5] == labels[:, None]).any(axis=-1).mean()),
-        loss=float(losses.mean()),
-        confusion=confusion,
+        **_scores(np.concatenate(logits), np.concatenate(labels)),
         routing={watch.layer.name: watch.result() for watch in watches},
     )
 
@@ -104,8 +92,25 @@ def _length(dataset):
         return None
 
 
+def _scores(logits, labels):
+    """The fields of a `Measurement` that follow from logits and labels."""
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    confusion = np.zeros((logits.shape[-1],) * 2, int)
+    np.add.at(confusion, (labels, order[:, 0]), 1)
+    losses = keras.losses.sparse_categorical_crossentropy(
+        labels, logits, from_logits=True
+    )
+    return {
+        "num_images": len(labels),
+        "accuracy": float((order[:, 0] == labels).mean()),
+        "top5": float((order[:, :5] == labels[:, None]).any(axis=-1).mean()),
+        "loss": float(ops.mean(losses)),
+        "confusion": confusion,
+    }
+
+
 class _RouterWatch:
-    """Means over batches of what a MoE layer's router does."""
+    """Means over batches of an MoE layer's routing statistics."""
 
     def __init__(self, layer):
         self.layer = layer

@@ -1,9 +1,11 @@
-"""Classes with probabilities."""
+"""Class probabilities of images."""
 
 from typing import NamedTuple
 
 import keras
 import numpy as np
+
+from keras_vmoe._checks import check_sizes
 
 
 class Prediction(NamedTuple):
@@ -21,12 +23,12 @@ class Prediction(NamedTuple):
 def classify(model, images, class_names, top=3, verbose=0):
     """The most probable classes of each image.
 
-    Images are predicted one by one: in a MoE layer the images of a group
-    compete for the experts, and an answer must not depend on the others.
+    Images are predicted one by one: in an MoE layer the images of a group
+    compete for the experts, and a prediction must not depend on other images.
 
     Args:
         model: A model from images to logits `(B, num_classes)`.
-        images: `(B, H, W, 3)` float array, as `data.read_images` gives it.
+        images: `(B, H, W, channels)` float array, as from `data.read_images`.
         class_names: One name per class.
         top: How many classes to give for each image.
         verbose: Whether to show a progress bar.
@@ -46,16 +48,13 @@ def classify(model, images, class_names, top=3, verbose=0):
     >>> classify(model, logits, ["cat", "dog"], top=1)[0][0].class_name
     'dog'
     """
-    if top < 1:
-        raise ValueError(
-            "`top` must be at least 1, the number of classes to give for each "
-            f"image. Received: top={top}."
-        )
+    check_sizes(top=top)
     logits = model.predict(images, batch_size=1, verbose=int(verbose))
     if logits.shape[-1] != len(class_names):
         raise ValueError(
-            f"The model tells {logits.shape[-1]} classes apart and needs as "
-            f"many names. Received: {len(class_names)} class_names."
+            f"`class_names` must have one name for each of the "
+            f"{logits.shape[-1]} classes of the model. "
+            f"Received: {len(class_names)} class_names."
         )
     probabilities = keras.ops.convert_to_numpy(keras.ops.softmax(logits))
     return [

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_vmoe.data.images import center_crop
-from keras_vmoe.data.images import to_rgb
+from keras_vmoe.data.images import to_channels
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export.variants import answering
 from keras_vmoe.export.variants import has_classes
@@ -262,7 +262,7 @@ def decoded(content, shape, test_crop):
     image = tf.ensure_shape(image, (None, None, channels))
     if test_crop is not None:
         image = center_crop(image, size, test_crop)
-    pixels = to_rgb(image, tuple(size))[..., :channels]
+    pixels = to_channels(image, tuple(size))[..., :channels]
     return tf.cast(pixels, tf.float32)
 
 

@@ -4,10 +4,10 @@ import os
 
 import keras
 
-from keras_vmoe import distribution
 from keras_vmoe import layers
 from keras_vmoe import models
 from keras_vmoe._checks import check_choice
+from keras_vmoe.distribution import _processes
 from keras_vmoe.export.quantization import QuantizedMLPExperts
 from keras_vmoe.models.cloning import clone_around
 from keras_vmoe.models.cloning import is_graph
@@ -44,10 +44,10 @@ def check_model(model):
             "`model` must be a Keras model. Received: the path "
             f"{str(model)!r}. Load it by `models.load`."
         )
-    if distribution.num_processes() > 1:
+    if _processes.num_processes() > 1:
         raise ValueError(
             "An export is made in one process. Received: "
-            f"{distribution.num_processes()} of them. Save the model by "
+            f"{_processes.num_processes()} of them. Save the model by "
             "`models.save`, and load and export it in a single one."
         )
     if not is_graph(model) or not model.built:

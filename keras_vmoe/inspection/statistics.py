@@ -1,10 +1,11 @@
-"""The routers' statistics of any model that holds MoE layers."""
+"""Routing statistics of any model with MoE layers."""
 
 from keras_vmoe import layers
+from keras_vmoe._keras import all_layers
 
 
 def routing_statistics(model):
-    """What each MoE layer did in training since the last reset.
+    """Routing statistics of each MoE layer in training since the last reset.
 
     Args:
         model: Any Keras model with `MoEMLP` layers, nested ones included.
@@ -13,7 +14,7 @@ def routing_statistics(model):
         Dict from layer name to a dict with the floats `auxiliary_loss`,
         `dropped_share`, `gate_entropy`, `importance_cv2` and
         `experts_per_image`, and `load_share`, a numpy array `(E,)`: means over
-        the training steps. Layers that took no step are left out.
+        the training steps. Layers without a training step are left out.
 
     Example:
 
@@ -28,7 +29,7 @@ def routing_statistics(model):
 
 
 def reset_routing_statistics(model):
-    """Starts the statistics of all MoE layers of a model anew.
+    """Resets the statistics of all MoE layers of a model.
 
     Args:
         model: Any Keras model.
@@ -48,7 +49,7 @@ def moe_layers(model):
     `<name>_1`, and so on.
     """
     found = {}
-    for layer in model._flatten_layers():
+    for layer in all_layers(model):
         if isinstance(layer, layers.MoEMLP):
             same = [name for name in found if found[name].name == layer.name]
             suffix = f"_{len(same)}" if same else ""

@@ -3,9 +3,9 @@
 import keras
 from keras import ops
 
-from keras_vmoe import distribution
 from keras_vmoe import routing
 from keras_vmoe._checks import check_sizes
+from keras_vmoe.distribution import _constraints
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.block_linear import block_linear
@@ -95,18 +95,18 @@ class MLPExperts(keras.layers.Layer):
 
     def call(self, buffers, training=False):
         if isinstance(buffers, routing.Blocks):
-            distribution.check_buffers(self.path)
+            _constraints.check_buffers(self.path)
             rows, *blocks = buffers
             return buffers._replace(rows=self._mlps(rows, blocks, training))
         groups, _, capacity, features = ops.shape(buffers)
         # One batched matmul over E, whatever the number of groups.
-        x = _swap_groups_and_experts(distribution.by_groups(buffers))
-        x = distribution.by_experts(x)  # (E, G, C, D)
+        x = _swap_groups_and_experts(_constraints.by_groups(buffers))
+        x = _constraints.by_experts(x)  # (E, G, C, D)
         shape = (self.num_experts, groups * capacity, features)
         x = self._mlps(ops.reshape(x, shape), (), training)
         x = ops.reshape(x, (self.num_experts, groups, capacity, features))
-        x = _swap_groups_and_experts(distribution.by_experts(x))
-        return distribution.by_groups(x)
+        x = _swap_groups_and_experts(_constraints.by_experts(x))
+        return _constraints.by_groups(x)
 
     def _mlps(self, x, blocks, training):
         """One MLP for each block of rows; see `block_linear`."""

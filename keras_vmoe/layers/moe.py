@@ -5,10 +5,10 @@ import math
 import keras
 from keras import ops
 
-from keras_vmoe import distribution
 from keras_vmoe import routing
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
+from keras_vmoe.distribution import _replicas
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.experts import MLPExperts
@@ -158,7 +158,7 @@ class MoEMLP(keras.layers.Layer):
         if inputs.shape[0] == 0:
             return inputs
         if training:
-            distribution.check_groups(inputs.shape[0], self.images_per_group)
+            _replicas.check_groups(inputs.shape[0], self.images_per_group)
         groups = routing.group_tokens(inputs, self.images_per_group, mask)
         plan = self._plan(groups, training)
         buffers = plan.dispatch(groups.tokens)  # (G, E, C, D)

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_vmoe import distribution
+from keras_vmoe.distribution import _replicas
 
 SEED_KEY = "seed_state"
 REPLICA_STEP = 0x9E3779B9  # Far between the seeds of two replicas.
@@ -18,7 +18,7 @@ class SeedGenerator(keras.random.SeedGenerator):
 
     def next(self, ordered=True):
         seed = super().next(ordered)
-        replica = distribution.replica_id()
+        replica = _replicas.replica_id()
         if replica is None:
             return seed
         step = ops.cast(replica, seed.dtype) * REPLICA_STEP

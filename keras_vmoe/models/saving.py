@@ -7,7 +7,7 @@ import zipfile
 import keras
 
 from keras_vmoe import _files
-from keras_vmoe import distribution
+from keras_vmoe.distribution import _processes
 
 # What HDF5 and zip files take beside the numbers: one kilobyte per variable was
 # measured.
@@ -41,7 +41,7 @@ def save(model, path):
         raise ValueError(
             f"A model file must end in '.keras'. Received: path={str(path)!r}."
         )
-    with distribution.gathered(distribution.variables_of(model)) as writes:
+    with _processes.gathered(_processes.variables_of(model)) as writes:
         if writes:
             with _files.replacing(path, size_of(model)) as partial:
                 model.save(partial)
@@ -50,7 +50,7 @@ def save(model, path):
 
 def size_of(model):
     """Bytes that a file of a model and its optimizer takes, at the most."""
-    variables = distribution.variables_of(model)
+    variables = _processes.variables_of(model)
     numbers = sum(
         math.prod(x.shape) * (8 if str(x.dtype).endswith("64") else 4)
         for x in variables

@@ -4,9 +4,10 @@ import functools
 import itertools
 
 from keras_vmoe import data
-from keras_vmoe import distribution
 from keras_vmoe._extras import require
 from keras_vmoe.data.pipeline import seed_of_epoch
+from keras_vmoe.distribution import _processes
+from keras_vmoe.distribution import _replicas
 
 
 def datasets(config, info):
@@ -27,12 +28,12 @@ def datasets(config, info):
 
 def load(config, info, split, training, **options):
     """One of the run's datasets, or this process's part of it."""
-    processes = distribution.num_processes()
+    processes = _processes.num_processes()
     batch_size, seed = config.batch_size, config.seed
     if processes > 1 and "shard" not in options:
-        distribution.check_batch(batch_size, 1, 1, processes)
+        _replicas.check_batch(batch_size, 1, 1, processes)
         batch_size //= processes
-        index = distribution.process_id()
+        index = _processes.process_id()
         options["shard"] = (index, processes)
         seed = seed_of_epoch(seed, index)  # Or all would crop alike.
     try:
@@ -60,11 +61,11 @@ def load(config, info, split, training, **options):
 def check_batches(config, model, strategy):
     """Raises unless each device gets whole groups of a batch."""
     group = max((x.images_per_group or 1 for x in model.moe_layers), default=1)
-    replicas = distribution.num_replicas(strategy)
+    replicas = _replicas.num_replicas(strategy)
     if replicas == 1:
         return  # Where a last group may be a part of one.
-    processes = distribution.num_processes()
-    distribution.check_batch(config.batch_size, group, replicas, processes)
+    processes = _processes.num_processes()
+    _replicas.check_batch(config.batch_size, group, replicas, processes)
 
 
 def parts_of(config, length):

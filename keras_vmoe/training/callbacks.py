@@ -9,11 +9,12 @@ import warnings
 import keras
 
 from keras_vmoe import _files
-from keras_vmoe import distribution
 from keras_vmoe import inspection
 from keras_vmoe import models
 from keras_vmoe._checks import is_number
 from keras_vmoe._extras import require
+from keras_vmoe.distribution import _processes
+from keras_vmoe.inspection import _plots
 
 
 class RoutingHistory(keras.callbacks.Callback):
@@ -182,7 +183,7 @@ class RoutingTensorBoard(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self.epochs = []
-        if not distribution.is_first_process():
+        if not _processes.is_first_process():
             return  # It only resets the statistics, as all must at once.
         path = pathlib.Path(self.log_dir) / "routing"
         self.writer = self.tensorflow.summary.create_file_writer(str(path))
@@ -201,7 +202,7 @@ class RoutingTensorBoard(keras.callbacks.Callback):
                 summary.scalar(name, value)
             for name in layers:
                 loads = [layers[name] for layers in self.epochs]
-                picture = inspection.load_heatmap(name, loads)
+                picture = _plots.load_heatmap(name, loads)
                 summary.image(f"{name}/load", picture[None])
         self.writer.flush()
 
@@ -328,7 +329,7 @@ class HistoryFile(keras.callbacks.Callback):
         if self.routing is not None and self.routing.epochs:
             row |= _columns(self.routing.epochs[-1])
         self.rows.append(row)
-        if distribution.is_first_process():
+        if _processes.is_first_process():
             _files.write_text(self.path, _csv(self.rows))
 
 

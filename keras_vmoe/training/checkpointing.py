@@ -8,7 +8,7 @@ import zlib
 import keras
 
 from keras_vmoe import _files
-from keras_vmoe import distribution
+from keras_vmoe.distribution import _processes
 from keras_vmoe.models.saving import size_of
 
 NAME = "epoch_{:06d}"
@@ -50,8 +50,8 @@ class Checkpoints:
             OSError: If it cannot be written, as on a full disk; the older
                 checkpoints are whole and still there.
         """
-        variables = distribution.variables_of(model)
-        with distribution.gathered(variables) as writes:
+        variables = _processes.variables_of(model)
+        with _processes.gathered(variables) as writes:
             if writes:
                 self._write(model, epoch, state)
 
@@ -91,7 +91,7 @@ class Checkpoints:
                 )
                 # Kept, but no checkpoint any more.
                 state = path.with_suffix(STATE)
-                if distribution.is_first_process():
+                if _processes.is_first_process():
                     state.replace(state.with_suffix(".damaged"))
                 continue
             model.optimizer.build(model.trainable_variables)

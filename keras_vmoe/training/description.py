@@ -5,7 +5,7 @@ import dataclasses
 from keras_vmoe import data
 from keras_vmoe import models
 from keras_vmoe._extras import require
-from keras_vmoe.evaluation.description import cost_lines
+from keras_vmoe.evaluation._description import cost_lines
 from keras_vmoe.training.initialization import check_start
 from keras_vmoe.training.loop import check_batches
 from keras_vmoe.training.loop import datasets

@@ -7,7 +7,7 @@ import warnings
 from keras_vmoe import checkpoints
 from keras_vmoe import layers
 from keras_vmoe import models
-from keras_vmoe.checkpoints.assignment import fit_table
+from keras_vmoe.checkpoints.assignment import fit_positions
 
 
 def initialize(model, path, class_names=()):
@@ -34,7 +34,7 @@ def initialize(model, path, class_names=()):
         source = models.load(path, compile=False)
         copy_weights(source, model, _same_classes(path, class_names))
     elif isinstance(model, models.ViTMoE):
-        checkpoints.load_vmoe(model, checkpoints.read(path))
+        checkpoints.load(model, path)
     else:
         raise ValueError(
             "Checkpoints of other programs are of ViTs. Received: "
@@ -80,7 +80,7 @@ def copy_weights(source, model, with_head=True):
         arrays = theirs[name].get_weights()
         shapes = [tuple(weight.shape) for weight in ours[name].weights]
         if name == "positions" and isinstance(model, models.ViTMoE):
-            arrays = [fit_table(arrays[0], model)]
+            arrays = [fit_positions(arrays[0], model)]
         same = [array.shape for array in arrays] == shapes
         if same and (with_head or name != "head"):
             values[name] = arrays

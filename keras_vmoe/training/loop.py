@@ -15,6 +15,8 @@ from keras_vmoe import evaluation
 from keras_vmoe import inspection
 from keras_vmoe import models
 from keras_vmoe._extras import require
+from keras_vmoe.data import _corruption
+from keras_vmoe.distribution import _processes
 from keras_vmoe.models.presets import find_preset
 from keras_vmoe.training import callbacks
 from keras_vmoe.training import optimizers
@@ -84,10 +86,10 @@ def train(config):
     require("matplotlib", "plots")  # Before an hour of training, not after.
     if config.tensorboard:
         require("tensorboard", "data")
-    distribution.check_agreement(
+    _processes.check_agreement(
         "configuration and versions",
         **settings_of(config),
-        **distribution.versions(),
+        **_processes.versions(),
     )
     keras.utils.set_random_seed(config.seed)
     strategy = make_strategy(config)
@@ -101,7 +103,7 @@ def make_strategy(config):
     Raises:
         ValueError: If the run cannot be spread so.
     """
-    name, processes = config.distribution, distribution.num_processes()
+    name, processes = config.distribution, _processes.num_processes()
     if name is None:
         if config.expert_shards or config.shard_dense or processes > 1:
             raise ValueError(
@@ -156,7 +158,7 @@ def _train(config, strategy):
     info = data.info(config.dataset, config.data_dir)
     train_data, validation_data, test_data = datasets(config, info)
     length = len(train_data)
-    distribution.check_agreement(
+    _processes.check_agreement(
         "data", steps=length, classes=list(info.class_names)
     )
     model = make_model(config, info)
@@ -166,8 +168,8 @@ def _train(config, strategy):
     run_dir = open_run(config, info.class_names)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
     state = checkpoints.restore(model) or {"epoch": 0}
-    distribution.check_agreement("checkpoint", epoch=state["epoch"])
-    first = distribution.is_first_process()
+    _processes.check_agreement("checkpoint", epoch=state["epoch"])
+    first = _processes.is_first_process()
     if state["epoch"] and first:
         print(f"resumed after epoch {state['epoch']}", flush=True)
 
@@ -183,7 +185,7 @@ def _train(config, strategy):
             checkpoints, lambda: _to_lists(history.rows, routing.epochs)
         )
         verbose = 1 if sys.stdout.isatty() else 2
-        with data.named_damage(*reads):
+        with _corruption.named_corruption(*reads):
             model.fit(
                 stream(
                     config, info, state["epoch"] * steps, train_data, strategy
@@ -201,7 +203,7 @@ def _train(config, strategy):
         if config.ema:
             model.optimizer.finalize_variable_values(model.trainable_variables)
         models.save(model, run_dir / "model.keras")
-    with data.named_damage(*reads):
+    with _corruption.named_corruption(*reads):
         test = evaluation.measure(model, test_data, routing=False)
     if first:
         curves = {
@@ -212,7 +214,7 @@ def _train(config, strategy):
         inspection.plot_history(curves, routing.epochs, path)
         write_result(run_dir, test)
     # All leave together: JAX ends a process that is long in coming.
-    distribution.check_agreement("end of the run", epochs=epochs)
+    _processes.check_agreement("end of the run", epochs=epochs)
     return RunResult(test.accuracy, model, run_dir)
 
 
@@ -225,7 +227,7 @@ def _callbacks(config, run_dir, validation_data, routing, history, save):
     board = []
     if config.tensorboard:
         board.append(callbacks.RoutingTensorBoard(logs))
-        if distribution.is_first_process():
+        if _processes.is_first_process():
             board.append(keras.callbacks.TensorBoard(logs, write_graph=False))
     return [
         callbacks.StopOnNonFiniteLoss(run_dir / "model.keras"),

@@ -5,8 +5,8 @@ import re
 import keras
 from keras import ops
 
-from keras_vmoe import distribution
 from keras_vmoe._checks import is_number
+from keras_vmoe.distribution import _replicas
 
 EXPERTS = "/experts/"
 # Kernels of all layers and experts. Biases, norms, positions, the class token
@@ -86,7 +86,7 @@ class DecayByKind:
         if not (self.clipnorm or self.global_clipnorm or self.clipvalue):
             return grads
         # Under tf.distribute Keras would clip each replica's part for itself.
-        return distribution.of_sum(super()._clip_gradients, grads)
+        return _replicas.of_sum(super()._clip_gradients, grads)
 
     def get_config(self):
         return {

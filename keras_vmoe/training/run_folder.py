@@ -8,8 +8,8 @@ import shutil
 import keras
 
 from keras_vmoe import _files
-from keras_vmoe import distribution
 from keras_vmoe._extras import require
+from keras_vmoe.distribution import _processes
 
 CONFIG, CLASSES = "config.yaml", "classes.json"
 RESULT = "result.json"
@@ -42,8 +42,8 @@ def open_run(config, class_names):
     """
     check_run(config, class_names)
     run_dir, settings = pathlib.Path(config.run_dir), settings_of(config)
-    distribution.check_agreement("run folder", run_dir=config.run_dir)
-    if not distribution.is_first_process():
+    _processes.check_agreement("run folder", run_dir=config.run_dir)
+    if not _processes.is_first_process():
         return run_dir  # All have checked, one writes.
     run_dir.mkdir(parents=True, exist_ok=True)
     yaml = require("yaml", "cli")

@@ -7,8 +7,8 @@ import pytest
 from keras import ops
 
 from keras_vmoe import checkpoints
+from keras_vmoe.checkpoints._npz import NAMES
 from keras_vmoe.checkpoints.assignment import zoom
-from keras_vmoe.checkpoints.vit_npz import NAMES
 from keras_vmoe.checkpoints.vmoe import vmoe_weights
 from tests.golden.models import FOLDER
 from tests.golden.models import build
@@ -51,9 +51,9 @@ def test_npz(pooling, tmp_path):
     assert f"{block}/MlpBlock_3/Dense_1/kernel" in names
     assert f"{block}/MultiHeadDotProductAttention_1/out/bias" in names
     assert f"{block}/LayerNorm_2/scale" in names
-    config = checkpoints.vmoe_config(checkpoints.read_vit_npz(path))
+    config = checkpoints.vmoe_config(path)
     assert config["pooling"] == pooling and config["moe"] is None
-    twin = checkpoints.load_vit_npz(type(model)(**config), path)
+    twin = checkpoints.load(type(model)(**config), path)
     images = images_of(3)
     np.testing.assert_array_equal(
         twin.predict(images, verbose=0), model.predict(images, verbose=0)
@@ -63,18 +63,18 @@ def test_npz(pooling, tmp_path):
 def test_bad_npz(tmp_path):
     path = tmp_path / "vit.npz"
     with pytest.raises(FileNotFoundError):
-        checkpoints.read_vit_npz(path)
+        checkpoints.read(path)
     save_npz(path, tiny(moe=None, num_layers=1))
     whole = path.read_bytes()
     for length in (0, 10, len(whole) // 2, len(whole) - 10):
         path.write_bytes(whole[:length])
         with pytest.raises(checkpoints.CheckpointError, match="vit.npz"):
-            checkpoints.read_vit_npz(path)
+            checkpoints.read(path)
     changed = bytearray(whole)
     changed[len(whole) // 2] ^= 0xFF  # The checksum no longer fits.
     path.write_bytes(bytes(changed))
     with pytest.raises(checkpoints.CheckpointError, match="whole .npz file"):
-        checkpoints.read_vit_npz(path)
+        checkpoints.read(path)
 
 
 class Evil:
@@ -86,19 +86,19 @@ def test_npz_never_executes_code_or_takes_memory(tmp_path):
     path = tmp_path / "evil.npz"
     np.savez(path, x=np.array([Evil()], dtype=object))
     with pytest.raises(checkpoints.CheckpointError, match="claims"):
-        checkpoints.read_vit_npz(path)
+        checkpoints.read(path)
     header = {"descr": "<f4", "fortran_order": False, "shape": (2**50,)}
     with zipfile.ZipFile(path, "w") as archive:
         with archive.open("x.npy", "w") as file:
             np.lib.format.write_array_header_1_0(file, header)
     with pytest.raises(checkpoints.CheckpointError, match="claims shape"):
-        checkpoints.read_vit_npz(path)
+        checkpoints.read(path)
 
 
 def test_npz_of_zeros_is_no_bomb(tmp_path):
     path = tmp_path / "zeros.npz"
     np.savez_compressed(path, x=np.zeros(2_000_000, "float32"))
-    assert checkpoints.read_vit_npz(path)["x"].shape == (2_000_000,)
+    assert checkpoints.read(path)["x"].shape == (2_000_000,)
 
 
 def test_npz_with_a_huge_head_or_one_name_twice(tmp_path):
@@ -107,20 +107,25 @@ def test_npz_with_a_huge_head_or_one_name_twice(tmp_path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x.npy", head + b" " * 1000)
     with pytest.raises(checkpoints.CheckpointError, match="a head of 1000"):
-        checkpoints.read_vit_npz(path)
+        checkpoints.read(path)
     np.savez(path, a=np.ones(2))
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("a", "again")
     with pytest.raises(checkpoints.CheckpointError, match="one name twice"):
-        checkpoints.read_vit_npz(path)
+        checkpoints.read(path)
 
 
 # Orbax.
 
 
-def test_orbax(tmp_path):
+def save_orbax(folder, tree):
     import orbax.checkpoint as orbax
 
+    with orbax.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(folder, tree)
+
+
+def test_orbax(tmp_path):
     figures, weights, config = read("vit_last2_k2")
     tree = {}
     for name, array in weights.items():
@@ -131,32 +136,67 @@ def test_orbax(tmp_path):
         node[last] = array
     state = {"params": tree, "step": np.array(3), "opt_state": [np.zeros(2)]}
     folder = tmp_path / "1000"
-    with orbax.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(folder / "state", state)
-    arrays = checkpoints.read_orbax(folder)
-    assert set(arrays) == set(weights)
-    model = checkpoints.load_vmoe(build(config), arrays)
+    save_orbax(folder / "state", state)
+    assert set(checkpoints.read(folder)) == set(weights)
+    model = checkpoints.load(build(config), folder)
     got = model.predict(figures["input"], batch_size=4, verbose=0)
     assert np.isfinite(got).all()
     np.testing.assert_array_equal(arrays_of(model)["cls"], weights["cls"])
 
 
-def test_orbax_bomb_and_remote_paths(tmp_path):
-    import orbax.checkpoint as orbax
-
-    with orbax.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "x", {"a": np.zeros((4096, 4096))})
+def test_an_orbax_bomb(tmp_path):
+    save_orbax(tmp_path / "x", {"a": np.zeros((4096, 4096))})
     with pytest.raises(checkpoints.CheckpointError, match="claim to hold"):
-        checkpoints.read_orbax(tmp_path / "x")
-    with pytest.raises(ValueError, match="must be a local folder"):
-        checkpoints.read_orbax("gs://bucket/x")
+        checkpoints.read(tmp_path / "x")
 
 
-def test_bad_orbax(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        checkpoints.read_orbax(tmp_path / "none")
-    with pytest.raises(checkpoints.CheckpointError, match="whole Orbax"):
-        checkpoints.read_orbax(tmp_path)
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_orbax_files_cut_short(tmp_path, share):
+    """Each file of a checkpoint is needed, or nothing depends on it."""
+    arrays = {"a": np.arange(6.0), "b": np.ones((2, 3))}
+    save_orbax(tmp_path / "x", arrays)
+    refused = 0
+    for path in sorted(tmp_path.rglob("*")):
+        if not path.is_file():
+            continue
+        whole = path.read_bytes()
+        path.write_bytes(whole[: int(share * len(whole))])
+        try:
+            found = checkpoints.read(tmp_path / "x")
+        except checkpoints.CheckpointError as error:
+            assert str(tmp_path / "x") in str(error)
+            refused += 1
+        else:
+            assert set(found) == set(arrays)
+            for name, array in arrays.items():
+                np.testing.assert_array_equal(found[name], array)
+        path.write_bytes(whole)
+    assert refused >= 2
+
+
+# What is none of them.
+
+
+def test_nothing_there(tmp_path):
+    for name in ("none", "none.npz"):
+        with pytest.raises(FileNotFoundError, match=name):
+            checkpoints.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["folder", "model.keras", "weights.bin"])
+def test_an_unknown_format(tmp_path, name):
+    path = tmp_path / name
+    path.mkdir() if name == "folder" else path.write_bytes(b"PK\x03\x04"[2:])
+    words = f"V-MoE, the folder of one of Orbax, or a .npz .*{name}, which is n"
+    for function in (checkpoints.read, checkpoints.vmoe_config):
+        with pytest.raises(checkpoints.CheckpointError, match=words):
+            function(path)
+
+
+def test_formats_are_told_apart_by_content(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.arange(3.0))
+    path = (tmp_path / "x.npz").rename(tmp_path / "weights")
+    np.testing.assert_array_equal(checkpoints.read(path)["a"], np.arange(3.0))
 
 
 # Fitting.
@@ -266,7 +306,7 @@ def test_bad_arguments_of_the_architecture():
 
 
 def test_a_folder_of_sharded_checkpoints_is_no_orbax_checkpoint():
-    with pytest.raises(ValueError, match="sharded checkpoints .'ckpt_1'"):
+    with pytest.raises(ValueError, match=r"which holds \['.*ckpt_1'\]"):
         checkpoints.read(FOLDER / "vit_checkpoint")
     words = r"Checkpoints in its folder: \['.*ckpt_1'\]"
     with pytest.raises(FileNotFoundError, match=words):

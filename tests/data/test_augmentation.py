@@ -6,8 +6,8 @@ import tensorflow as tf
 
 from keras_vmoe import data
 from keras_vmoe.data import images as images_lib
-from keras_vmoe.data.augmentation import make_augment
 from keras_vmoe.data.augmentation import make_change
+from keras_vmoe.data.augmentation import make_mix
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), "uint8")
 LABELS = np.eye(10, dtype="float32")[np.arange(12) % 10]
@@ -22,6 +22,26 @@ KINDS = {
     "both": {"mixup": 0.8, "cutmix": 1.0},
 }
 each = pytest.mark.parametrize("kind", sorted(KINDS))
+
+
+def make_augment(augmentation):
+    """Changes the images of a batch one by one, and then mixes them."""
+    change, mix = make_change(augmentation), make_mix(augmentation)
+
+    def augment(images, labels, seed):
+        seeds = tf.random.split(tf.cast(seed, tf.int64), 2)
+        if change is not None:
+            each = tf.random.split(seeds[0], tf.shape(images)[0])
+            images = tf.map_fn(
+                lambda x: change(*x),
+                (images, each),
+                fn_output_signature=tf.TensorSpec(images.shape[1:], tf.uint8),
+            )
+        if mix is not None:
+            images, labels = mix(images, labels, seeds[1])
+        return tf.cast(images, tf.float32), labels
+
+    return augment
 
 
 def run(seed, **settings):
@@ -70,11 +90,11 @@ def test_eagerly_as_in_a_pipeline(kind):
 
 
 def test_a_function_is_traced_once():
-    settings = data.Augmentation(rand_augment=0.7, rand_augment_layers=1)
-    assert make_augment(settings) is make_augment(
-        data.Augmentation(rand_augment=0.7, rand_augment_layers=1)
-    )
-    assert make_augment(data.Augmentation(crop_padding=2)) is None
+    settings = {"rand_augment": 0.7, "rand_augment_layers": 1, "mixup": 0.5}
+    for make in (make_change, make_mix):
+        one, other = (make(data.Augmentation(**settings)) for _ in range(2))
+        assert one is other
+        assert make(data.Augmentation(crop_padding=2)) is None
 
 
 def test_flips_are_mirror_images():

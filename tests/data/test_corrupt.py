@@ -1,4 +1,4 @@
-"""Images and files that are damaged: named, counted, skipped if asked to."""
+"""Images and files that are corrupt: named, counted, skipped if asked to."""
 
 import shutil
 import warnings
@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_vmoe import data
-from keras_vmoe.data import integrity
+from keras_vmoe.data import _corruption
 
 BAD = 5  # Number of the image that is no JPEG.
 BROKEN = 16  # Number of the record with a flipped bit.
@@ -16,7 +16,7 @@ BROKEN = 16  # Number of the record with a flipped bit.
 
 @pytest.fixture
 def folder(tmp_path):
-    """Sixteen JPEGs of two classes, one of them damaged, and two for tests."""
+    """Sixteen JPEGs of two classes, one of them corrupt, and two for tests."""
     for split, count in (("train", 16), ("test", 2)):
         for i in range(count):
             path = tmp_path / split / "ab"[i % 2] / f"{i:02}.jpg"
@@ -146,11 +146,11 @@ def test_flipped_bits_are_found(flipped):
 
 
 @pytest.mark.parametrize("split", ["train", "train[:20]+train[14:]"])
-def test_damaged_records_are_skipped_and_named(flipped, split):
+def test_corrupt_records_are_skipped_and_named(flipped, split):
     folder, path = flipped
     with pytest.raises(tf.errors.DataLossError):
         labels_of(data.load("grey", split, 8, 4, False, folder))
-    with pytest.warns(UserWarning, match=f"1 damaged .* record 4 of {path}"):
+    with pytest.warns(UserWarning, match=f"1 corrupt .* record 4 of {path}"):
         dataset = data.load(
             "grey", split, 8, 4, False, folder, skip_corrupt=True
         )
@@ -164,21 +164,21 @@ def test_damaged_records_are_skipped_and_named(flipped, split):
 @pytest.mark.parametrize(
     ("places", "lost"), [((20, -20), [0, 11]), ((9,), range(12))]
 )
-def test_damage_at_both_ends_and_in_a_length(flipped, places, lost):
-    """Behind a damaged length (byte 9 is its checksum) nothing is found."""
+def test_corruption_at_both_ends_and_in_a_length(flipped, places, lost):
+    """Behind a corrupt length (byte 9 is its checksum) nothing is found."""
     _, path = flipped
     content = bytearray(path.read_bytes())
     for place in places:
         content[place] ^= 1
     path.write_bytes(content)
     expected = sorted({*lost, 4})
-    assert integrity.damaged_records(str(path), 12) == expected
+    assert _corruption.corrupt_records(str(path), 12) == expected
 
 
 def test_truncated_and_empty_files(flipped):
     folder, path = flipped
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.warns(UserWarning, match="2 damaged records are skipped"):
+    with pytest.warns(UserWarning, match="2 corrupt records are skipped"):
         dataset = data.load(
             "grey", "train", 8, 4, True, folder, skip_corrupt=True
         )

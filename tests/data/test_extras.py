@@ -97,13 +97,10 @@ def test_examples_in_docstrings_run(function):
 def test_public_names():
     assert sorted(data.__all__) == [
         "Augmentation",
-        "DatasetInfo",
         "find_corrupt",
         "info",
         "load",
-        "named_damage",
         "normalize",
-        "num_images",
         "preprocess",
         "read_images",
     ]

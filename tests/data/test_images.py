@@ -163,7 +163,10 @@ def test_preprocess_refuses_pixels_off_the_scale(run, image, words):
     [
         (np.zeros((2, 2), "uint8"), r"image\.shape=\(2, 2\)"),
         (np.zeros((1, 2, 2, 3), "uint8"), r"image\.shape=\(1, 2, 2, 3\)"),
-        (np.zeros((2, 2, 5), "uint8"), r"image\.shape=\(2, 2, 5\)"),
+        (
+            np.zeros((2, 2, 5), "uint8"),
+            r"image\.shape=\(2, 2, 5\), channels=3",
+        ),
         (np.zeros((2, 2, 1), "bool"), r"image\.dtype=bool"),
     ],
 )

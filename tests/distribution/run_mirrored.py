@@ -14,6 +14,7 @@ from keras_vmoe import distribution
 from keras_vmoe import evaluation
 from keras_vmoe import layers
 from keras_vmoe import models
+from keras_vmoe.distribution import _replicas
 from keras_vmoe.training import optimizers
 from keras_vmoe.training.callbacks import RoutingHistory
 
@@ -112,7 +113,7 @@ def main():
             cpu, [tf.config.LogicalDeviceConfiguration()] * DEVICES
         )
         strategy = distribution.resolve("mirrored")
-        assert distribution.num_replicas(strategy) == DEVICES
+        assert _replicas.num_replicas(strategy) == DEVICES
         with strategy.scope():
             result = train(make_model())
         result["noise"] = noise_of_replicas(strategy)

@@ -22,6 +22,7 @@ import tensorflow as tf  # noqa: E402
 from keras_vmoe import distribution  # noqa: E402
 from keras_vmoe import evaluation  # noqa: E402
 from keras_vmoe import models  # noqa: E402
+from keras_vmoe.distribution import _processes  # noqa: E402
 
 BATCH, EPOCHS, IMAGES = 16, 3, 48
 
@@ -66,9 +67,9 @@ def main():
     keras.distribution.set_distribution(distribution.DataParallel())
     result["dense"] = errors_of(dense_model(), images, labels, data)
     result["versions"] = error(
-        distribution.check_agreement,
+        _processes.check_agreement,
         "versions",
-        **{**distribution.versions(), "keras": f"3.{INDEX}"},
+        **{**_processes.versions(), "keras": f"3.{INDEX}"},
     )
     print(json.dumps(result))
 

@@ -139,7 +139,7 @@ def fit(shards, experts=8, images=8, per_group=2, moe=True, capacity=1.0):
         ("data", {"images": 6}, "a batch of 6 for 4 devices"),
         (2, {"images": 4}, "2 groups for 4 devices"),
         (2, {"images": 12}, "6 groups for 4 devices"),
-        (4, {"moe": False}, "none of whose variables is an expert's"),
+        (4, {"moe": False}, "and a model without experts"),
         (3, {}, "divisor of the number of devices, 4. Received"),
         (4, {"capacity": None}, "dropless routing in 'moe/experts'"),
     ],

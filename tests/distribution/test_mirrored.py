@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from keras_vmoe import distribution
+from keras_vmoe.distribution import _replicas
 
 BACKEND = keras.backend.backend()
 CASES = [("vit", 2), ("vit_clip", 2), ("convnext", 2), ("convnext", 4)]
@@ -165,7 +166,7 @@ def test_one_device_needs_no_strategy(monkeypatch):
     # Other tests of the process may have made virtual ones.
     monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["cpu:0"])
     assert distribution.resolve("auto", num_experts=8) is None
-    assert distribution.num_replicas(None) == 1
+    assert _replicas.num_replicas(None) == 1
 
 
 @pytest.mark.backends("tensorflow")
@@ -175,8 +176,8 @@ def test_no_tpu():
 
 
 def test_batches_of_whole_groups():
-    distribution.check_batch(32, 8, 4)
+    _replicas.check_batch(32, 8, 4)
     with pytest.raises(ValueError, match="batch_size=24 for 4 devices, 8 im"):
-        distribution.check_batch(24, 8, 4)
+        _replicas.check_batch(24, 8, 4)
     with pytest.raises(ValueError, match="Choose a multiple of 32"):
-        distribution.check_batch(16, 8, 2, processes=32)
+        _replicas.check_batch(16, 8, 2, processes=32)

@@ -25,6 +25,12 @@ def test_most_probable_first():
 
 def test_number_of_names():
     with pytest.raises(
-        ValueError, match="tells 3 classes apart.*Received: 2 class_names"
+        ValueError, match="each of the 3 classes.*Received: 2 class_names"
     ):
         evaluation.classify(identity(), np.zeros((1, 3)), ["a", "b"])
+
+
+@pytest.mark.parametrize("top", [0, -1])
+def test_top(top):
+    with pytest.raises(ValueError, match=f"Received: top={top}"):
+        evaluation.classify(identity(), np.zeros((1, 3)), ["a"] * 3, top=top)

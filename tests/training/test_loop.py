@@ -87,7 +87,7 @@ def test_dense_twin(config):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Folders of images, where one image of the training is damaged."""
+    """Folders of images, where one image of the training is corrupt."""
     root = tmp_path / "images"
     for split, count in (("train", 16), ("validation", 4), ("test", 4)):
         for i in range(count):
@@ -102,12 +102,12 @@ def folder(tmp_path):
 
 
 @pytest.mark.backends("jax")
-def test_damaged_images_are_named_or_skipped(config, folder):
+def test_corrupt_images_are_named_or_skipped(config, folder):
     config = dataclasses.replace(
         config, dataset="image_folder", data_dir=str(folder), batch_size=4,
         train_split="train", validation_split="validation", test_split="test",
     )  # fmt: skip
-    with pytest.raises(OSError, match="05.jpg, which is damaged, in the split"):
+    with pytest.raises(OSError, match="05.jpg, which is corrupt, in the split"):
         training.train(config)
     config = dataclasses.replace(
         config, skip_corrupt=True, run_dir=config.run_dir + "_skips"

@@ -1,5 +1,6 @@
 """The `.npz` checkpoints of the original vision transformers (augreg)."""
 
+import io
 import math
 import re
 import zipfile
@@ -7,8 +8,9 @@ import zlib
 
 import numpy as np
 
+from keras_vmoe.checkpoints.files import CORRUPT
+from keras_vmoe.checkpoints.files import MAX_COMPRESSION
 from keras_vmoe.checkpoints.files import CheckpointError
-from keras_vmoe.checkpoints.vmoe import load_vmoe
 
 # Their names, and those of the V-MoE program for the same arrays.
 NAMES = (
@@ -22,12 +24,6 @@ NAMES = (
     ("MapHead/LayerNorm_0/", "MapHead/LayerNorm/"),
     ("MapHead/MlpBlock_0/", "MapHead/Mlp/"),
 )
-# What zipfile, zlib and numpy raise for damaged files.
-DAMAGE = (
-    ArithmeticError, EOFError, LookupError, NotImplementedError, OSError,
-    RuntimeError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
-MAX_COMPRESSION = 1040  # Of zeros by deflate: a little less.
 MAX_HEADER = 1 << 16
 READ_HEADER = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -35,76 +31,35 @@ READ_HEADER = {
 }
 
 
-def read_vit_npz(path):
-    """Reads a `.npz` checkpoint of a ViT, by the V-MoE program's names.
-
-    Args:
-        path: A local `.npz` file.
-
-    Returns:
-        Dict from name to numpy array, as of `checkpoints.read_vmoe`.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: If the file is cut short, damaged or of another kind.
-
-    Example:
-
-    >>> arrays = read_vit_npz("ViT-B_16.npz")  # doctest: +SKIP
-    """
+def read_npz(path):
+    """Arrays of a local `.npz` file by V-MoE's names, once all are checked."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [
-                m.filename.removesuffix(".npy") for m in archive.infolist()
-            ]
-            if not names or len(set(names)) < len(names):
+            members = archive.infolist()
+            names = {x.filename.removesuffix(".npy") for x in members}
+            if not names or len(names) < len(members):
                 raise ValueError("it holds no arrays, or one name twice")
-            for member in archive.infolist():
+            for member in members:
                 _check_member(archive, member)
         with np.load(path, allow_pickle=False) as file:
             return {_name(name): file[name] for name in file.files}
     except FileNotFoundError:
         raise
-    except DAMAGE as error:
+    except (*CORRUPT, zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError(
             "The checkpoint must be a whole .npz file of arrays. "
             f"Received: {path} ({error}). Copy or download it again."
         ) from error
 
 
-def load_vit_npz(model, path):
-    """Assigns a `.npz` checkpoint of a dense ViT to a model.
-
-    Args:
-        model: A dense `ViTMoE`; `vmoe_config(read_vit_npz(path))` finds its
-            arguments, and `models.upcycle` makes a MoE model of it.
-        path: A local `.npz` file.
-
-    Returns:
-        The model.
-
-    Raises:
-        TypeError, ValueError, FileNotFoundError: As `load_vmoe`.
-
-    Example:
-
-    >>> load_vit_npz(model, "ViT-B_16.npz")  # doctest: +SKIP
-
-    Reference:
-        [Steiner et al., 2021](https://arxiv.org/abs/2106.10270).
-    """
-    return load_vmoe(model, read_vit_npz(path))
-
-
 def _name(name):
     for theirs, ours in NAMES:
         name = name.replace(theirs, ours)
-    # Blocks of the first releases count their parts from 0.
     return re.sub(r"^opt/target/|^params/", "", name)
 
 
 def _check_member(archive, member):
-    """Raises if a member is no array, or claims more than it can hold."""
+    """Raises unless a member is an array that its bytes can hold."""
     most = MAX_COMPRESSION * max(1, member.compress_size)
     if member.file_size > most:
         raise ValueError(
@@ -113,20 +68,15 @@ def _check_member(archive, member):
         )
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
-        length = int.from_bytes(
-            file.read(2 if version == (1, 0) else 4), "little"
-        )
+        start = file.read(2 if version == (1, 0) else 4)
+        length = int.from_bytes(start, "little")
         if length > MAX_HEADER:
             raise ValueError(f"{member.filename} has a head of {length} bytes")
-    with archive.open(member) as file:
-        np.lib.format.read_magic(file)
-        shape, _, dtype = READ_HEADER[version](file)
+        header = io.BytesIO(start + file.read(length))
+    shape, _, dtype = READ_HEADER[version](header)
     size = math.prod(shape) * dtype.itemsize
-    if (
-        dtype.kind not in "biufcV"
-        or size > member.file_size
-        or not dtype.itemsize
-    ):
+    is_plain = dtype.kind in "biufcV" and dtype.itemsize
+    if not is_plain or size > member.file_size:
         raise ValueError(
             f"{member.filename} claims shape {shape} of {dtype} in "
             f"{member.compress_size} bytes"

@@ -1,17 +1,20 @@
-"""Several processes that train one model, each with devices of its own: JAX.
+"""Several processes that train one model, each with its own devices: JAX.
 
-Every process runs the same program. What one of them must do alone, such as
-writing a file, asks `is_first_process`.
+Every process runs the same program. What only one may do, such as writing a
+file, asks `is_first_process`.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import secrets
 
 import keras
 import numpy as np
-from keras.src.utils.rng_utils import get_random_seed  # Not exported.
+
+from keras_vmoe._keras import get_random_seed
+from keras_vmoe.version import __version__
 
 # Seconds until the other processes learn that one is gone, or has ended with an
 # error; JAX's 100 and 300 would be more than a minute.
@@ -21,19 +24,17 @@ TIMEOUTS = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 30}
 def initialize(job_addresses=None, num_processes=None, process_id=None):
     """Joins this process with the others, before anything is computed.
 
-    Without arguments, and without Keras's environment variables for them
-    (`KERAS_DISTRIBUTION_JOB_ADDRESSES`, `_NUM_PROCESSES`, `_PROCESS_ID`),
-    nothing happens. This is `keras.distribution.initialize` but for two things:
-    the loss of a process is noticed within 30 seconds and not 100, and a seed
-    that was set before must be that of all. Where none was, all get one that
-    the first process draws: models would start differently.
+    As `keras.distribution.initialize`, but the loss of a process is noticed
+    within 30 seconds, not 100, and all processes must have the same seed; where
+    none was set, the first process draws one for all. Nothing happens without
+    arguments and without Keras's environment variables for them
+    (`KERAS_DISTRIBUTION_JOB_ADDRESSES`, `_NUM_PROCESSES`, `_PROCESS_ID`).
 
     Args:
-        job_addresses: String, `host:port` of the first process; of all, with
-            commas between, is accepted too. `"auto"` asks the machine, as on
-            Cloud TPUs.
-        num_processes: Integer, how many there are.
-        process_id: Integer, which of them this one is, from 0.
+        job_addresses: String, `host:port` of the first process, or of all,
+            separated by commas. `"auto"` asks the machine, as on Cloud TPUs.
+        num_processes: Integer, number of processes.
+        process_id: Integer, index of this process, from 0.
 
     Raises:
         ValueError: If some of the three are missing or out of range, the
@@ -78,7 +79,7 @@ def _rendezvous(given):
     if not good:
         raise ValueError(
             "Several processes need the address of the first as host:port, "
-            "their number, and the number of this one, from 0. "
+            "their number, and the index of this one, from 0. "
             f"Received: {_words(given)}. Set all three, as flags or as "
             "KERAS_DISTRIBUTION_ variables."
         )
@@ -99,7 +100,7 @@ def _agree_on_a_seed():
 
 
 def num_processes():
-    """How many processes train together; 1 but for JAX."""
+    """How many processes train together; 1 unless on JAX."""
     if keras.backend.backend() != "jax":
         return 1
     import jax
@@ -123,17 +124,24 @@ def is_first_process():
     return process_id() == 0
 
 
+def versions():
+    """The versions of all that decides what a process computes."""
+    backend = keras.backend.backend()
+    return {
+        "keras_vmoe": __version__,
+        "keras": keras.__version__,
+        backend: importlib.import_module(backend).__version__,
+    }
+
+
 def check_agreement(what, **values):
     """Raises in all processes unless all of them have the same values.
 
-    Waits for all processes, and is a meeting point for them, too.
+    It waits for all processes, and so is a barrier, too.
 
     Args:
         what: What is compared, for the message.
         **values: Values that JSON can hold.
-
-    Raises:
-        ValueError: With every value that differs, by process.
     """
     everyone = _gather(values)
     names = dict.fromkeys(name for values in everyone for name in values)
@@ -155,11 +163,6 @@ def check_agreement(what, **values):
         )
 
 
-def smallest(number):
-    """The smallest of all processes' integers."""
-    return min(values["number"] for values in _gather({"number": number}))
-
-
 def _gather(values):
     """Every process's dict, in order."""
     if num_processes() == 1:
@@ -178,7 +181,7 @@ def _gather(values):
 
 
 def variables_of(model):
-    """All that is saved of a model: its variables and its optimizer's."""
+    """The variables of a model and of its optimizer."""
     optimizer = getattr(model, "optimizer", None)
     slots = [] if optimizer is None else optimizer.variables
     return [*model.variables, *slots]
@@ -188,12 +191,8 @@ def variables_of(model):
 def gathered(variables):
     """Lets the first process read all variables, to write them to a file.
 
-    All processes must come here together; each leaves when the first is done.
-    Every process's memory must hold all variables. In one process nothing
-    happens.
-
-    Args:
-        variables: Keras variables.
+    All processes must enter it; each leaves when the first is done. The memory
+    of each must hold all variables. In one process nothing happens.
 
     Yields:
         Whether this is the process that writes.

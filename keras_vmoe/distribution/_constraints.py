@@ -1,9 +1,9 @@
-"""Where the buffers of an MoE layer are; without `ExpertParallel` nothing.
+"""Layout constraints on the buffers of an MoE layer, under `ExpertParallel`.
 
 With constraints on both sides of the exchange of groups and experts XLA makes
 it an all-to-all; with one side alone it would gather the experts' weights.
 
-Axes: G groups, E experts, C places of a buffer, D features.
+Axes: G groups, E experts, C slots of a buffer, D features.
 """
 
 import keras
@@ -15,18 +15,7 @@ from keras_vmoe.distribution.expert_parallel import ExpertParallel
 
 
 def by_groups(buffers):
-    """Keeps each group's buffers on the devices of its images.
-
-    Args:
-        buffers: `(G, E, C, D)` tensor.
-
-    Returns:
-        The same, spread over the devices by groups.
-
-    Raises:
-        ValueError: Under `ExpertParallel`, if the groups cannot be spread
-            evenly over the devices.
-    """
+    """Keeps the buffers `(G, E, C, D)` of a group with its images."""
     parallel = _expert_parallel()
     if parallel is None:
         return buffers
@@ -42,14 +31,7 @@ def by_groups(buffers):
 
 
 def by_experts(buffers):
-    """Brings each expert's buffers to the devices that hold its weights.
-
-    Args:
-        buffers: `(E, G, C, D)` tensor.
-
-    Returns:
-        The same, spread over the devices by experts and by groups.
-    """
+    """Brings the buffers `(E, G, C, D)` of an expert to its weights."""
     parallel = _expert_parallel()
     if parallel is None:
         return buffers
@@ -57,11 +39,7 @@ def by_experts(buffers):
 
 
 def check_buffers(name):
-    """Raises under `ExpertParallel`, for experts that work without buffers.
-
-    Args:
-        name: The layer, for the message.
-    """
+    """Raises under `ExpertParallel`, for a layer that works without buffers."""
     if _expert_parallel() is not None:
         raise ValueError(
             "Under `ExpertParallel` tokens travel in buffers of a fixed "

@@ -1,4 +1,4 @@
-"""Pictures of a training run."""
+"""Plots of a training run."""
 
 import math
 import pathlib
@@ -29,24 +29,26 @@ def plot_history(history, routing, path):
 
     >>> plot_history({"loss": [2.0, 1.0]}, [], "curves.png")  # doctest: +SKIP
     """
-    figure_module = require("matplotlib.figure", "plots")
+    figure = history_figure(history, routing)
+    path = pathlib.Path(path)
+    with _files.replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+    return path
+
+
+def history_figure(history, routing):
+    """The figure that `plot_history` saves."""
     names = list(routing[-1]) if routing else []
-    columns = 2
-    rows = 1 + math.ceil(len(names) / columns)
-    figure = figure_module.Figure(
-        figsize=(11, 3.6 * rows), layout="constrained"
-    )
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    rows = 1 + math.ceil(len(names) / 2)
+    figure = _figure(11, 3.6 * rows)
+    axes = figure.subplots(rows, 2, squeeze=False).ravel()
     _curves(axes[0], history, "loss", "Loss")
     _curves(axes[1], history, "accuracy", "Accuracy")
     for axis, name in zip(axes[2:], names, strict=False):
         _load(figure, axis, name, [epoch[name] for epoch in routing])
     for axis in axes[2 + len(names) :]:
         axis.set_visible(False)
-    path = pathlib.Path(path)
-    with _files.replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
-    return path
+    return figure
 
 
 def load_heatmap(name, epochs):
@@ -59,18 +61,18 @@ def load_heatmap(name, epochs):
 
     Returns:
         `(height, width, 3)` uint8 array.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
     """
-    figure = require("matplotlib.figure", "plots").Figure(
-        figsize=(6, 4), layout="constrained"
-    )
+    figure = _figure(6, 4)
     canvas = require("matplotlib.backends.backend_agg", "plots")
     canvas = canvas.FigureCanvasAgg(figure)
     _load(figure, figure.subplots(), name, epochs)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _figure(width, height):
+    figure = require("matplotlib.figure", "plots").Figure
+    return figure(figsize=(width, height), layout="constrained")
 
 
 def _curves(axis, history, metric, title):
@@ -99,7 +101,7 @@ def _load(figure, axis, name, epochs):
         aspect="auto",
         interpolation="nearest",
         origin="lower",
-        vmin=0,  # One scale for all layers: twice an even load at the most.
+        vmin=0,  # The same scale for all layers, up to twice an even load.
         vmax=2 / num_experts,
         extent=(0.5, len(epochs) + 0.5, -0.5, num_experts - 0.5),
     )

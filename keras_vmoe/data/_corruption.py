@@ -1,0 +1,276 @@
+"""Missing, truncated and corrupt files and images: found, named, skipped.
+
+TFDS notices a truncated file only when it reads it, maybe hours into an
+epoch, and then names neither the file nor a remedy.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import operator
+import os
+import struct
+import warnings
+
+from keras_vmoe.data.augmentation import Augmentation
+from keras_vmoe.data.folders import ImageFolder
+from keras_vmoe.data.pipeline import Pipeline
+from keras_vmoe.data.schema import count_examples
+from keras_vmoe.data.schema import read_schema
+from keras_vmoe.data.sources import open_builder
+from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.data.tensorflow_runtime import import_tfds
+
+# A TFRecord is length (8 bytes), its checksum (4), data, checksum (4).
+_RECORD_OVERHEAD = 8 + 4 + 4
+_BATCH = 256  # Records at a time, where all are read.
+
+
+def find_corrupt(name, split, data_dir=None):
+    """Finds images that cannot be decoded and corrupt records.
+
+    Reads and decodes all of a split, as fast as training does.
+
+    Args:
+        name: String, see `load`.
+        split: String, see `load`.
+        data_dir: Folder that holds the dataset, see `load`.
+
+    Yields:
+        Strings: path of the image, or file and number of the record.
+
+    Raises:
+        ValueError: If there is no such dataset or split.
+
+    Example:
+
+    ```python
+    from keras_vmoe import data
+
+    list(data.find_corrupt("digits", "test"))  # []
+    ```
+    """
+    builder = open_builder(name, data_dir)
+    schema = read_schema(name, builder.info)
+    pipeline = Pipeline(
+        builder=builder,
+        schema=schema,
+        split=split,
+        num_examples=count_examples(name, builder, split),
+        num_classes=schema.num_classes or 1,
+        size=(8, 8),
+        channels=schema.channels,
+        seed=0,
+        is_one_epoch=True,
+        augmentation=Augmentation(),
+        one_hot=False,
+        test_crop=None,
+        skip_corrupt=True,
+    )
+    if not isinstance(builder, ImageFolder):
+        split, places = _whole_records(builder, split)
+        for path, record in places:
+            yield f"{path}, record {record}"
+        pipeline = dataclasses.replace(pipeline, split=split)
+    decoded = pipeline.decoded(pipeline.examples())
+    for *_, place, is_good in decoded.as_numpy_iterator():
+        if not is_good:
+            yield place.decode()
+
+
+@contextlib.contextmanager
+def named_corruption(name, splits, data_dir=None):
+    """Names the image or the record where reading fails inside of a `with`.
+
+    Args:
+        name: String, see `load`.
+        splits: The splits that are read inside.
+        data_dir: Folder that holds the dataset, see `load`.
+
+    Raises:
+        OSError: Instead of TensorFlow's error, if something is corrupt.
+    """
+    errors = import_tensorflow().errors
+    try:
+        yield
+    except (
+        errors.DataLossError,
+        errors.InvalidArgumentError,
+        errors.UnknownError,  # Through a generator.
+    ) as error:
+        for split in splits:
+            for place in find_corrupt(name, split, data_dir):
+                raise OSError(
+                    "All images must be readable. "
+                    f"Received: {place}, which is corrupt, in the split "
+                    f"{split!r} of {name!r}. Repair or remove it, or set "
+                    "skip_corrupt=True, --skip_corrupt."
+                ) from error
+        raise
+
+
+def skip_corrupt_records(builder, split):
+    """Leaves corrupt records out of a split, with a warning that names some.
+
+    Args:
+        builder: What `open_builder` returns.
+        split: String, a split that exists.
+
+    Returns:
+        The split without them.
+    """
+    if isinstance(builder, ImageFolder):
+        return split  # Its images are skipped one by one.
+    split, places = _whole_records(builder, split)
+    if places:
+        named = [f"record {record} of {path}" for path, record in places[:5]]
+        warnings.warn(
+            f"{len(places)} corrupt records are skipped, such as "
+            f"{', '.join(named)}.",
+            stacklevel=3,
+        )
+    return split
+
+
+def check_files(builder, split, counts=True):
+    """Raises an OSError unless the files of a TFDS split are there and whole.
+
+    Cheap: one look at the size of each file. Only where the sizes do not add
+    up to what was written, the records are counted to find the truncated file.
+    Bits that have flipped inside a file are not found.
+
+    Args:
+        builder: A `tfds.core.DatasetBuilder`.
+        split: String, the split to be read, with slices and sums.
+        counts: Whether files must be whole, and not just exist.
+    """
+    wanted = _files_of(builder, split)
+    for split_info in builder.info.splits.values():
+        paths = [os.fspath(path) for path in split_info.filepaths]
+        if wanted.isdisjoint(paths) or "://" in paths[0]:
+            continue
+        for path in paths:
+            if not os.path.exists(path):
+                raise _broken(builder, path, "the file is missing")
+        if counts and builder.info.file_format.value == "tfrecord":
+            _check_counts(builder, split_info, paths)
+
+
+def _check_counts(builder, split_info, paths):
+    written = split_info.num_bytes + _RECORD_OVERHEAD * split_info.num_examples
+    if sum(map(os.path.getsize, paths)) == written:
+        return
+    for path, expected in zip(paths, split_info.shard_lengths, strict=True):
+        found, is_whole = _count_records(path)
+        if found != expected or not is_whole:
+            reason = f"{found} whole records instead of {expected}"
+            raise _broken(builder, path, reason)
+
+
+def _count_records(path):
+    """Whole records of a TFRecord file, and whether it ends with the last."""
+    size = os.path.getsize(path)
+    count = position = 0
+    with open(path, "rb") as file:
+        while position + _RECORD_OVERHEAD <= size:
+            file.seek(position)
+            (length,) = struct.unpack("<Q", file.read(8))
+            if position + length + _RECORD_OVERHEAD > size:
+                break
+            position += length + _RECORD_OVERHEAD
+            count += 1
+    return count, position == size
+
+
+def _files_of(builder, split):
+    """Paths of the files of a TFDS split."""
+    instructions = builder.info.splits[split].file_instructions
+    return {os.fspath(instruction.filename) for instruction in instructions}
+
+
+def _whole_records(builder, split):
+    """Leaves corrupt records out of a TFDS split, whose files are read once.
+
+    Args:
+        builder: A `tfds.core.DatasetBuilder`.
+        split: String or `ReadInstruction`, with slices and sums.
+
+    Returns:
+        A `ReadInstruction`, and the places of the corrupt records: pairs of a
+        path and the number of a record in it.
+
+    Raises:
+        OSError: If nothing is left.
+    """
+    tfds = import_tfds()
+    if builder.info.file_format.value != "tfrecord":
+        return split, []
+    splits, files = builder.info.splits, _files_of(builder, split)
+    parts, places = [], []
+    read = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
+    corrupt = {part.splitname: [] for part in read}
+    for name, numbers in corrupt.items():
+        start, info = 0, splits[name]
+        for path, length in zip(
+            info.filepaths, info.shard_lengths, strict=True
+        ):
+            path = os.fspath(path)
+            found = corrupt_records(path, length) if path in files else []
+            places += [(path, record) for record in found]
+            numbers += [start + record for record in found]
+            start += length
+    for part in read:
+        first, end = part.from_ or 0, part.to
+        end = splits[part.splitname].num_examples if end is None else end
+        for last in [*corrupt[part.splitname], end]:
+            if first < (last := min(last, end)):
+                parts.append((part.splitname, first, last))
+            first = max(first, last + 1)
+    if not parts:
+        raise _broken(builder, places[0][0], "no record is whole")
+    instructions = [tfds.core.ReadInstruction(*part) for part in parts]
+    return functools.reduce(operator.add, instructions), places
+
+
+def corrupt_records(path, length):
+    """Numbers of the corrupt records of a TFRecord file, which is read once.
+
+    Args:
+        path: String.
+        length: How many records were written.
+
+    Returns:
+        List of integers.
+    """
+    state = import_tensorflow().io.gfile.stat(path)  # Of a bucket as well.
+    return _corrupt_records(path, length, state.length, state.mtime_nsec)
+
+
+@functools.cache
+def _corrupt_records(path, length, *state):
+    """As `corrupt_records`; `state` tells that the file is still the same."""
+    tf = import_tensorflow()
+    corrupt, start = [], 0
+    while start < length:
+        records = tf.data.TFRecordDataset(path).skip(start)
+        try:
+            for batch in records.batch(_BATCH):
+                start += int(tf.size(batch))
+            break
+        except tf.errors.DataLossError:
+            pass
+        try:  # Of the batch that failed, one by one.
+            for _ in tf.data.TFRecordDataset(path).skip(start):
+                start += 1
+        except tf.errors.DataLossError:
+            corrupt.append(start)
+            start += 1
+    return corrupt + list(range(start, length))
+
+
+def _broken(builder, path, reason):
+    return OSError(
+        "The files of a dataset must be as they were written. "
+        f"Received: path={path!r} ({reason}). Delete the folder "
+        f"{os.fspath(builder.data_dir)!r} and prepare {builder.name!r} again."
+    )

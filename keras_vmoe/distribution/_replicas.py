@@ -1,0 +1,89 @@
+"""Replicas that share a batch, and whether each gets whole groups of images."""
+
+import math
+
+import keras
+
+
+def num_replicas(strategy):
+    """Parts that a distribution or strategy cuts a batch into; 1 for None."""
+    if strategy is None:
+        return 1
+    if hasattr(strategy, "num_replicas_in_sync"):
+        return strategy.num_replicas_in_sync
+    return strategy.num_model_replicas
+
+
+def check_batch(batch_size, images_per_group, replicas, processes=1):
+    """Raises unless each replica gets whole groups of images.
+
+    Args:
+        batch_size: Images of a step, on all devices of all processes.
+        images_per_group: Images that are routed together; 1 without experts.
+        replicas: Parts that a batch is cut into.
+        processes: Processes that read equal parts of it.
+    """
+    parts = math.lcm(replicas * images_per_group, processes)
+    if batch_size % parts:
+        raise ValueError(
+            "Each device must get the same number of whole groups of images. "
+            f"Received: batch_size={batch_size} for {replicas} devices, "
+            f"{images_per_group} images in a group, {processes} processes. "
+            f"Choose a multiple of {parts}, or a smaller images_per_group."
+        )
+
+
+def check_groups(batch_size, images_per_group):
+    """`check_batch` inside a replica of tf.distribute; nothing elsewhere.
+
+    A replica never sees the images of the others: a group that lies on two of
+    them would be routed as two.
+
+    Args:
+        batch_size: Images of this replica; None if not known when traced.
+        images_per_group: Images that are routed together; None for all of the
+            batch.
+    """
+    replicas = _replicas_in_sync()
+    if replicas == 1 or batch_size is None:
+        return
+    total = batch_size * replicas
+    check_batch(total, images_per_group or total, replicas)
+
+
+def replica_id():
+    """This replica's number inside tf.distribute; None where there is one."""
+    if _replicas_in_sync() == 1:
+        return None
+    import tensorflow as tf
+
+    return tf.distribute.get_replica_context().replica_id_in_sync_group
+
+
+def of_sum(function, parts):
+    """Applies a function to the sums of what tf.distribute's replicas have.
+
+    Args:
+        function: From a list of tensors to one of the same shapes.
+        parts: List of this replica's tensors.
+
+    Returns:
+        This replica's parts of the results: all replicas' add up to them.
+    """
+    if replica_id() is None:
+        return function(parts)
+    import tensorflow as tf
+
+    context = tf.distribute.get_replica_context()
+    sums = context.all_reduce(tf.distribute.ReduceOp.SUM, parts)
+    return [x / context.num_replicas_in_sync for x in function(sums)]
+
+
+def _replicas_in_sync():
+    """How many replicas compute this together; 1 outside of tf.distribute."""
+    if keras.backend.backend() != "tensorflow":
+        return 1
+    import tensorflow as tf
+
+    context = tf.distribute.get_replica_context()
+    return 1 if context is None else context.num_replicas_in_sync

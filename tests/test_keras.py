@@ -1,0 +1,25 @@
+"""What the package uses of Keras that is not public."""
+
+import keras
+
+from keras_vmoe import _keras
+from keras_vmoe import layers
+
+
+def test_layers_in_layers_and_models_are_found():
+    class Outer(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.inner = layers.MoEMLP(2, 4)
+
+    outer = Outer()
+    nested = keras.Sequential([keras.layers.Dense(2), outer])
+    model = keras.Sequential([nested, keras.layers.ReLU()])
+    found = _keras.all_layers(model)
+    for layer in (model, nested, *nested.layers, outer.inner, model.layers[1]):
+        assert sum(x is layer for x in found) == 1
+
+
+def test_the_seed_that_was_set():
+    keras.utils.set_random_seed(123)
+    assert _keras.get_random_seed() == 123
