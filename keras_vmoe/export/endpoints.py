@@ -5,21 +5,16 @@ Runs under the TensorFlow backend, in the process of the export.
 Axes: B images in the batch, H and W height and width in pixels, C channels.
 """
 
-import keras
 import numpy as np
 
 from keras_vmoe.data.images import center_crop
 from keras_vmoe.data.images import to_rgb
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.export.settings import INPUT_NAMES
 from keras_vmoe.export.variants import answering
 from keras_vmoe.export.variants import has_classes
 from keras_vmoe.export.variants import routed
 
-INPUT_NAMES = {
-    "float": "images",
-    "uint8": "images",
-    "encoded": "image_bytes",
-}
 UNKNOWN = -1  # The class of an image without a finite answer.
 # What a PNG begins with; its sizes stand in the chunk that must come first.
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
@@ -34,7 +29,7 @@ def make_endpoints(model, settings):
 
     Args:
         model: A model; see `saved_model`.
-        settings: `ServedSettings`.
+        settings: `Settings`.
 
     Returns:
         Dict from name to `tf.ConcreteFunction`.
@@ -79,63 +74,12 @@ def traced_model(model):
     """A function from images to the dict of what the model says of them."""
     tf = import_tensorflow()
     model = answering(model)
-    model = OutlinedModel(model.inputs, model.output)
 
     def call(images):
         return model(images, training=False)
 
     spec = tf.TensorSpec((None, *model.input_shape[1:]), tf.float32)
     return tf.function(call, input_signature=[spec], autograph=False)
-
-
-class OutlinedModel(keras.Model):
-    """A model whose layers are traced as functions of their own.
-
-    Those that do the same are stored once; see `compaction`.
-    """
-
-    def _run_through_graph(self, inputs, operation_fn=None, call_fn=None):
-        if call_fn is not None:  # Symbolic.
-            return super()._run_through_graph(inputs, call_fn=call_fn)
-        return super()._run_through_graph(
-            inputs, lambda op: outlined(op, operation_fn(op))
-        )
-
-
-def outlined(operation, call):
-    """A call as a function of its own, if it is one of a layer with weights.
-
-    Args:
-        operation: A Keras operation.
-        call: Function of tensors, its call.
-    """
-    tf = import_tensorflow()
-    if not isinstance(operation, keras.Layer) or not operation.weights:
-        return call
-
-    def choose(*args, **kwargs):
-        values = keras.tree.flatten((args, kwargs))
-        tensors = [x for x in values if tf.is_tensor(x)]
-        masked = [_is_masked(tensors)]
-
-        @tf.function(autograph=False)
-        def function(*tensors):
-            rest = iter(tensors)
-            filled = [next(rest) if tf.is_tensor(x) else x for x in values]
-            same = keras.tree.pack_sequence_as((args, kwargs), filled)
-            outputs = call(*same[0], **same[1])
-            masked.append(_is_masked(keras.tree.flatten(outputs)))
-            return outputs
-
-        function.get_concrete_function(*tensors)
-        # Masks are attributes of tensors, which a function loses.
-        return call(*args, **kwargs) if any(masked) else function(*tensors)
-
-    return choose
-
-
-def _is_masked(values):
-    return any(hasattr(x, "_keras_mask") for x in values)
 
 
 def _endpoint(read, core, answer):

@@ -2,7 +2,7 @@
 
     python -m keras_vmoe.export.process FORMAT FOLDER OUT [MODULE ...]
 
-is that process. FOLDER has the model, the settings and what the model says.
+is that process. FOLDER has the model and the settings.
 """
 
 import contextlib
@@ -18,28 +18,23 @@ import threading
 import warnings
 
 import keras
-import numpy as np
-from keras import ops
 
 from keras_vmoe import models
 from keras_vmoe._extras import require
-from keras_vmoe.export.check import distance
-from keras_vmoe.export.check import tolerance_of
-from keras_vmoe.export.errors import shortened
-from keras_vmoe.export.variants import answering
-from keras_vmoe.export.variants import routed
+from keras_vmoe.export.agreement import agree
+from keras_vmoe.export.agreement import shortened
+from keras_vmoe.export.settings import Settings
+from keras_vmoe.export.variants import layers_of
+from keras_vmoe.models.cloning import clone_around
 
-# Where a format is written: a module of this room, its settings and function.
-FORMATS = {
-    "saved_model": ("saved_model", "ServedSettings", "write_version"),
-    "onnx": ("onnx", "ConvertSettings", "write_onnx"),
-    "litert": ("litert", "ConvertSettings", "write_litert"),
+# Where a format is written: a module of this room, and a function in it.
+WRITERS = {
+    "saved_model": ("saved_model", "write_version"),
+    "onnx": ("conversion", "write_onnx"),
+    "litert": ("conversion", "write_litert"),
 }
 MODEL, SETTINGS = "model.keras", "settings.json"
-ANSWERS = "answers.npz"
 ERROR = "keras_vmoe export: "  # Begins the line that tells one; disks are full.
-BATCH = 4  # Images that the model is asked on both sides.
-ROUNDING = 100  # How much more an accelerator rounds than a CPU.
 ADVICE = (
     "Put layers and functions of your own into a module that can be imported "
     "(not the script itself), register them by "
@@ -48,35 +43,46 @@ ADVICE = (
     "Lambda take such a layer."
 )
 ERRORS = {error.__name__: error for error in (ValueError, OSError, ImportError)}
+# What Python raises of layers and converters that cannot do something.
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def write(format, model, settings, path):
-    """Writes a model in another format.
+    """Writes a model in another format, and checks what was written.
 
     Args:
-        format: One of `FORMATS`.
-        model: A Keras model that is not compiled.
-        settings: What the format's function takes, with `to_json`.
+        format: One of `WRITERS`.
+        model: A Keras model.
+        settings: `Settings`.
         path: `pathlib.Path` that does not exist.
 
     Raises:
-        ValueError: If the model cannot be built under TensorFlow, or says
-            something else there.
+        ValueError: If the model cannot be built under TensorFlow, or if what
+            was written says something else.
         OSError: If the disk is full.
     """
     require("tensorflow", "tensorflow")
-    settings = type(settings).from_json(settings.to_json())  # As the process.
+    model = clone_around(model)  # Not compiled, its graph our own.
+    settings = Settings.from_json(settings.to_json())  # As the process.
     if keras.backend.backend() == "tensorflow":
         with _quiet():
             _writer(format)(model, settings, path)
-        return
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        folder = pathlib.Path(folder)
-        models.save(model, folder / MODEL)
-        (folder / SETTINGS).write_text(settings.to_json())
-        np.savez(folder / ANSWERS, **_answers(model, settings.routing))
-        modules = sorted(_modules(model))
-        _run_process([format, str(folder), str(path), *modules])
+    else:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+            models.save(model, pathlib.Path(folder, MODEL))
+            pathlib.Path(folder, SETTINGS).write_text(settings.to_json())
+            modules = sorted(_modules(model))
+            _run_process([format, folder, str(path), *modules])
+    agree(path, model, settings)
 
 
 @contextlib.contextmanager
@@ -91,56 +97,27 @@ def _quiet():
         logger.setLevel(level)
 
 
-def _answers(model, dials):
-    """What the model says of a few images, the same on every backend.
-
-    Returns:
-        Dict of the outputs as arrays, and `tolerance`.
-    """
-    shape = (BATCH, *model.input_shape[1:])
-    images = np.random.default_rng(0).uniform(-1, 1, shape).astype("float32")
-    with _full_precision():
-        outputs = answering(routed(model, dials))(images, training=False)
-    places = {str(x.device).lower() for x in outputs.values()}
-    rounding = 1 if all("cpu" in place for place in places) else ROUNDING
-    arrays = {k: ops.convert_to_numpy(x) for k, x in outputs.items()}
-    return {**arrays, "tolerance": tolerance_of(model) * rounding}
-
-
 @contextlib.contextmanager
-def _full_precision():
-    """Accelerators may round products of float32 to fewer bits."""
-    if keras.backend.backend() == "jax":
-        import jax
+def named_errors(expected, advice, *kinds):
+    """Errors of layers and converters as one of ours.
 
-        with jax.default_matmul_precision("float32"):
-            yield
-    elif keras.backend.backend() == "torch":
-        import torch
+    Theirs are of many kinds, which have nothing in common.
 
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    else:
-        yield
-
-
-def _check_reloaded(given, right):
-    """Raises unless the model says here what it said on its backend.
-
-    A token whose choice hangs on the last bit may go to another expert here;
-    but hardly one of every image.
+    Args:
+        expected: What must work.
+        advice: Sentence that says how to mend it.
+        *kinds: Further errors than Python's own.
     """
-    tolerance = given.pop("tolerance")
-    nearest = min(
-        max(distance(given[name][i], right[name][i]) for name in given)
-        for i in range(BATCH)
-    )
-    if not nearest <= max(tolerance, right["tolerance"]):
+    try:
+        yield
+    except (*FAILURES, *kinds) as error:
+        cause = error  # What it began with, without what Keras adds.
+        while cause.__cause__ is not None or cause.__context__ is not None:
+            cause = cause.__cause__ or cause.__context__
         raise ValueError(
-            "The model must say under TensorFlow what it says on its own "
-            f"backend. Received: outputs that differ by {nearest:.1e} or "
-            f"more. {ADVICE}"
-        )
+            f"{expected}. Received: {type(cause).__name__}: "
+            f"{shortened(cause)} {advice}"
+        ) from error
 
 
 def _modules(model):
@@ -148,7 +125,7 @@ def _modules(model):
     config = model.to_json()
     registered = keras.saving.get_custom_objects().items()
     found = [x for name, x in registered if f'"{name}"' in config]
-    found += map(type, model._flatten_layers())
+    found += map(type, layers_of(model))
     return {x.__module__ for x in found}
 
 
@@ -188,15 +165,9 @@ def _run_process(arguments):
 
 
 def _writer(format):
-    module, _, function = FORMATS[format]
+    module, function = WRITERS[format]
     module = importlib.import_module(f"keras_vmoe.export.{module}")
     return getattr(module, function)
-
-
-def _settings(format, text):
-    kind = FORMATS[format][1]
-    module = importlib.import_module("keras_vmoe.export.settings")
-    return getattr(module, kind).from_json(text)
 
 
 def main(arguments):
@@ -207,10 +178,8 @@ def main(arguments):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            settings = _settings(format, (folder / SETTINGS).read_text())
-            model, given = _load(folder / MODEL, modules, settings.routing)
-            with np.load(folder / ANSWERS) as right:
-                _check_reloaded(given, dict(right))
+            settings = Settings.from_json((folder / SETTINGS).read_text())
+            model = _load(folder / MODEL, modules)
             _writer(format)(model, settings, pathlib.Path(path))
     except tuple(ERRORS.values()) as error:
         kinds = (kind for kind in ERRORS if isinstance(error, ERRORS[kind]))
@@ -229,25 +198,13 @@ def _end_with_parent():
     os._exit(1)
 
 
-def _load(path, modules, dials):
-    """The model, after the modules of its layers, and its answers here."""
-    try:
+def _load(path, modules):
+    """The model, after the modules of its layers."""
+    expected = "The model must load under TensorFlow in a new process"
+    with named_errors(expected, ADVICE):
         for module in modules:
             importlib.import_module(module)
-        model = models.load(path, compile=False)
-        return model, _answers(model, dials)
-    except Exception as error:
-        raise ValueError(
-            "The model must load under the TensorFlow backend in a new "
-            f"process. Received: {_cause(error)} {ADVICE}"
-        ) from error
-
-
-def _cause(error):
-    """The words of what an error began with, without what Keras adds."""
-    while error.__cause__ is not None or error.__context__ is not None:
-        error = error.__cause__ or error.__context__
-    return f"{type(error).__name__}: {shortened(error)}"
+        return models.load(path, compile=False)
 
 
 if __name__ == "__main__":

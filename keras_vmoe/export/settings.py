@@ -1,21 +1,32 @@
 """What an export is told: signatures with their routing, preprocessing.
 
-No TensorFlow here: these settings are checked under every backend, before
-anything is written.
+No TensorFlow here: settings are checked under every backend, before anything
+is written.
 """
 
 import dataclasses
-import difflib
 import json
+import os
+import pathlib
 import re
 from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Set
 from typing import Literal
 
+from keras_vmoe._checks import check_choice
+from keras_vmoe._checks import check_flags
+from keras_vmoe._checks import check_keys
 from keras_vmoe._checks import check_sizes
+from keras_vmoe._checks import is_integer
 from keras_vmoe._checks import is_number
 
-INPUTS = ("float", "uint8", "encoded")
+# What requests call the input of a signature, by `Signature.input`.
+INPUT_NAMES = {
+    "float": "images",
+    "uint8": "images",
+    "encoded": "image_bytes",
+}
 DIALS = (
     "capacity_factor",
     "num_selected_experts",
@@ -24,6 +35,9 @@ DIALS = (
 )
 NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)  # Of a signature.
 MAX_PIXELS = 2**25  # 100 MB of decoded RGB.
+MAX_BATCH_SIZE = 1024
+WARMUP_BATCHES = (1, 8)
+MAX_RECORDS = 1000  # Of warm-up: with more TF Serving refuses the version.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +50,11 @@ class Signature:
             `(B,)` of JPEG and PNG files of any size.
         features: Whether to answer with the features `(B, D)` before the head
             instead of classes.
-        capacity_factor: Room of the experts, or "dropless"; None means that of
-            the export.
+        capacity_factor: Capacity of the experts relative to an even load, or
+            "dropless"; None means that of the export.
         num_selected_experts: K; None means that of the model.
-        batch_priority: Whether confident tokens are served first; None means
-            as in the model.
+        batch_priority: Whether to route confident tokens first; None means as
+            in the model.
         images_per_group: Images that are routed together, or "batch"; None
             means that of the export.
 
@@ -63,21 +77,10 @@ class Signature:
     images_per_group: int | str | None = None
 
     def __post_init__(self):
-        if self.input not in INPUTS:
-            raise ValueError(
-                f"`input` must be one of {INPUTS}. "
-                f"Received: input={self.input!r}. The default is 'float'."
-            )
-        for name, choices in (
-            ("features", (True, False)),
-            ("batch_priority", (True, False, None)),
-        ):
-            if not any(getattr(self, name) is x for x in choices):
-                raise ValueError(
-                    f"`{name}` must be True or False. "
-                    f"Received: {name}={getattr(self, name)!r}. "
-                    "Leave it out for the default."
-                )
+        check_choice("input", self.input, [*INPUT_NAMES])
+        check_flags(features=self.features)
+        if self.batch_priority is not None:
+            check_flags(batch_priority=self.batch_priority)
 
     @property
     def routing(self):
@@ -101,8 +104,10 @@ class Preprocessing:
     The defaults are those of `data.preprocess`, with which this package trains.
 
     Attributes:
-        mean: Number, or one for each channel, on the scale of 0 to 255.
-        std: Number, or one for each channel, above 0, on the same scale.
+        mean: Mean subtracted from pixels in [0, 255]: a number, or one for each
+            channel.
+        std: Standard deviation by which the difference is divided: a number
+            above 0, or one for each channel.
         test_crop: Share of the shorter side that the centre crop of encoded
             images keeps; None resizes whole images. See `data.load`.
         max_pixels: Encoded images of more pixels are not decoded.
@@ -130,8 +135,7 @@ class Preprocessing:
                 words = "numbers above 0" if name == "std" else "numbers"
                 raise ValueError(
                     f"`{name}` must be {words} on the scale of 0 to 255, one "
-                    f"or one for each channel. Received: {name}={value!r}. "
-                    "Give those of training; this package trains with 127.5."
+                    f"or one for each channel. Received: {name}={value!r}."
                 )
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(values))
@@ -139,42 +143,39 @@ class Preprocessing:
         if crop is not None and not (is_number(crop) and 0 < crop <= 1):
             raise ValueError(
                 "`test_crop` must be a share in (0, 1] or None. "
-                f"Received: test_crop={crop!r}. Give that of the evaluation, "
-                "such as 0.875."
+                f"Received: test_crop={crop!r}."
             )
         check_sizes(max_pixels=self.max_pixels)
 
 
 @dataclasses.dataclass(frozen=True)
-class ServedSettings:
-    """All that an export in the form of a SavedModel needs to know.
+class Settings:
+    """All that an export needs to know.
 
     Attributes:
-        signatures: Dict from name to `Signature`, with the standard ones.
+        signatures: Dict from name to `Signature`; an ONNX or LiteRT file has
+            `"serving_default"` alone.
+        quantize_experts: `"int8"`, `"float16"` or None.
         preprocessing: A `Preprocessing`.
         max_batch_size: Larger requests are refused.
         warmup_batches: Batch sizes of the warm-up requests; empty for none.
         class_names: One name for each class, or None.
-        quantize_experts: `"int8"`, `"float16"` or None.
         card: Dict, what to write into the model card as it is.
     """
 
     signatures: dict
-    preprocessing: Preprocessing
-    max_batch_size: int
-    warmup_batches: tuple
-    class_names: tuple | None
-    quantize_experts: str | None
-    card: dict
-
-    @property
-    def routing(self):
-        """The dials of what is asked by default."""
-        return self.signatures["serving_default"].routing
+    quantize_experts: str | None = None
+    preprocessing: Preprocessing = Preprocessing()
+    max_batch_size: int = MAX_BATCH_SIZE
+    warmup_batches: tuple = ()
+    class_names: tuple | None = None
+    card: dict = dataclasses.field(default_factory=dict)
 
     def to_json(self):
-        """A string for `from_json`."""
-        return _to_json(self)
+        """A string for `from_json`, NumPy's numbers as plain ones."""
+        return json.dumps(
+            dataclasses.asdict(self), default=lambda number: number.item()
+        )
 
     @classmethod
     def from_json(cls, text):
@@ -184,65 +185,6 @@ class ServedSettings:
         for name, signature in settings["signatures"].items():
             settings["signatures"][name] = Signature(**signature)
         return cls(**settings)
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvertSettings:
-    """All that an export to ONNX or LiteRT needs to know.
-
-    Attributes:
-        signature: A `Signature` of float images.
-        quantize_experts: `"int8"`, `"float16"` or None.
-    """
-
-    signature: Signature
-    quantize_experts: str | None
-
-    @property
-    def routing(self):
-        """The dials of the file."""
-        return self.signature.routing
-
-    def to_json(self):
-        """A string for `from_json`."""
-        return _to_json(self)
-
-    @classmethod
-    def from_json(cls, text):
-        """What `to_json` was made of."""
-        settings = json.loads(text)
-        return cls(
-            Signature(**settings["signature"]), settings["quantize_experts"]
-        )
-
-
-def _to_json(settings):
-    """Dataclasses as JSON, NumPy's numbers as plain ones."""
-    return json.dumps(
-        dataclasses.asdict(settings), default=lambda number: number.item()
-    )
-
-
-def table_pairs(table):
-    """The pairs of name and settings of a table of signatures, checked."""
-    if isinstance(table, str) or not isinstance(
-        table, (Mapping, Iterable, type(None))
-    ):
-        raise ValueError(
-            "`signatures` must go from names to dicts of settings. "
-            f"Received: signatures={table!r}. Write for example "
-            "{'fast': dict(capacity_factor=0.5)}."
-        )
-    pairs = list(table.items() if isinstance(table, Mapping) else table or ())
-    for pair in pairs:
-        good = isinstance(pair, (tuple, list)) and len(pair) == 2
-        if not good or not isinstance(pair[1], (Mapping, Signature)):
-            raise ValueError(
-                "`signatures` must go from names to dicts of settings. "
-                f"Received: {pair!r}. Write for example "
-                "{'fast': dict(capacity_factor=0.5)}."
-            )
-    return pairs
 
 
 def make_signatures(table, **defaults):
@@ -261,7 +203,7 @@ def make_signatures(table, **defaults):
             unknown.
     """
     signatures = dict(STANDARD)
-    for name, settings in table_pairs(table):
+    for name, settings in _pairs(table):
         # Those with two underscores before them are TensorFlow's.
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ValueError(
@@ -269,42 +211,159 @@ def make_signatures(table, **defaults):
                 "underscores that begins with a letter. "
                 f"Received: {name!r}. Write for example 'fast'."
             )
-        if name in STANDARD:
-            raise ValueError(
-                "Every signature must have a name of its own. "
-                f"Received: {name!r} twice, as {list(STANDARD)} are always "
-                "there. Choose another name."
-            )
         if name in signatures:
             raise ValueError(
-                "Every signature must have a name of its own. "
-                f"Received: {name!r} twice. Choose another name."
+                "Every signature must have a name of its own. Received: "
+                f"{name!r} twice; {list(STANDARD)} are always there. Choose "
+                "another name."
             )
-        signatures[name] = _signature(name, settings)
+        if not isinstance(settings, Signature):
+            known = [field.name for field in dataclasses.fields(Signature)]
+            check_keys(f"The signature {name!r}", settings, known)
+            settings = Signature(**settings)
+        signatures[name] = settings
     return {
-        name: dataclasses.replace(
-            signature,
-            **{
-                k: v
-                for k, v in defaults.items()
-                if getattr(signature, k) is None
-            },
-        )
-        for name, signature in signatures.items()
+        name: dataclasses.replace(x, **{**defaults, **x.routing})
+        for name, x in signatures.items()
     }
 
 
-def _signature(name, settings):
-    if isinstance(settings, Signature):
-        return settings
-    known = [field.name for field in dataclasses.fields(Signature)]
-    settings = dict(settings)
-    for key in settings:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+def _pairs(table):
+    """The pairs of name and settings of a table of signatures, checked."""
+    pairs = table.items() if isinstance(table, Mapping) else table or ()
+    if not isinstance(pairs, Iterable) or isinstance(pairs, str):
+        pairs = [table]
+    pairs = list(pairs)
+    for pair in pairs:
+        good = isinstance(pair, (tuple, list)) and len(pair) == 2
+        if not good or not isinstance(pair[1], (Mapping, Signature)):
             raise ValueError(
-                f"A signature takes the settings {known}. "
-                f"Received: {key}={settings[key]!r} for {name!r}.{hint}"
+                "`signatures` must go from names to dicts of settings. "
+                f"Received: {pair!r} in signatures={table!r}. Write for "
+                "example {'fast': dict(capacity_factor=0.5)}."
             )
-    return Signature(**settings)
+    return pairs
+
+
+def check_names(class_names, num_classes):
+    """The names of the classes as a tuple, checked; None without."""
+    if class_names is None:
+        return None
+    other = (str, bytes, bytearray, memoryview, Mapping, Set)
+    good = isinstance(class_names, Iterable)
+    good = good and not isinstance(class_names, other)
+    names = tuple(class_names) if good else ()
+    if not good or not all(isinstance(x, str) or is_integer(x) for x in names):
+        raise ValueError(
+            "`class_names` must be a list of names in the order of the "
+            f"classes. Received: class_names={class_names!r}. Write for "
+            "example ['cat', 'dog']."
+        )
+    names = tuple(map(str, names))
+    if len(names) != num_classes:
+        raise ValueError(
+            f"`class_names` must have one name for each of the {num_classes} "
+            f"classes. Received: {len(names)} names. Give all, or None."
+        )
+    text = "".join(names)
+    encodes = text.encode("utf-8", "ignore").decode() == text
+    lines = all(len(name.splitlines()) == 1 for name in names)
+    if not encodes or not lines or len({*names}) < len(names):
+        raise ValueError(
+            "Class names must be lines of text that differ, and '' is that of "
+            f"no class. Received: class_names={names}. Rename some."
+        )
+    return names
+
+
+def check_card(card, reserved):
+    """A model card's own entries as plain values, checked.
+
+    Args:
+        card: What the user gave.
+        reserved: Names that the card has anyway.
+    """
+    if card is not None and not isinstance(card, Mapping):
+        raise ValueError(
+            f"`card` must be a dict or None. Received: card={card!r}. "
+            "Write for example {'test_accuracy': 0.98}."
+        )
+    card = dict(card or {})
+    for name in card:
+        if name in reserved:
+            raise ValueError(
+                f"The model card tells {name!r} itself. Received: "
+                f"card={{{name!r}: {card[name]!r}}}. Choose another name."
+            )
+    try:
+        return json.loads(json.dumps(card, default=float, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`card` must hold what JSON takes. "
+            f"Received: card={card!r} ({error}). Use numbers and strings."
+        ) from error
+
+
+def check_preprocessing(preprocessing, channels):
+    """A `Preprocessing` that fits a model; the package's own for None."""
+    if preprocessing is None:
+        return Preprocessing()
+    if not isinstance(preprocessing, Preprocessing):
+        raise ValueError(
+            "`preprocessing` must be a Preprocessing or None. Received: "
+            f"preprocessing={preprocessing!r}. Write "
+            "export.Preprocessing(test_crop=0.875)."
+        )
+    for name in ("mean", "std"):
+        value = getattr(preprocessing, name)
+        count = len(value) if isinstance(value, tuple) else 1
+        if count not in (1, channels):
+            raise ValueError(
+                f"`{name}` must be one number, or one for each channel. "
+                f"Received: {name}={value} for images of {channels} channels."
+            )
+    return preprocessing
+
+
+def check_warmup(warmup, max_batch_size, num_signatures):
+    """Batch sizes of the warm-up requests, checked; see `saved_model`."""
+    if isinstance(warmup, bool):
+        fitting = {min(x, max_batch_size) for x in WARMUP_BATCHES}
+        batches = tuple(sorted(fitting)) if warmup else ()
+    else:
+        is_list = isinstance(warmup, Iterable) and not isinstance(warmup, str)
+        batches = tuple(warmup) if is_list else (warmup,)
+    for batch in batches:
+        check_sizes(warmup=batch)
+        if batch > max_batch_size:
+            raise ValueError(
+                "Warm-up requests must not be refused. Received: a batch of "
+                f"{batch} with max_batch_size={max_batch_size}."
+            )
+    check_at_most(
+        "warm-up requests", num_signatures * len(batches), MAX_RECORDS
+    )
+    return batches
+
+
+def check_at_most(name, value, largest):
+    """Raises if a number is larger than what a server takes."""
+    if value > largest:
+        raise ValueError(
+            f"`{name}` must be at most {largest}. Received: {name}={value}."
+        )
+
+
+def check_path(name, path):
+    """Raises unless this is a path."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(
+            f"`{name}` must be a path. Received: {name}={path!r}. "
+            "Write for example 'served/digits'."
+        )
+    if set("[\\") & set(pathlib.PurePath(path).as_posix()):
+        raise ValueError(
+            f"`{name}` must be a path that TensorFlow reads as it is, not as a "
+            f"pattern. Received: {name}={str(path)!r}. Choose one without "
+            "'[' and '\\'."
+        )

@@ -1,0 +1,210 @@
+"""What a version holds beside graph and weights: model card and warm-up."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import platform
+
+import keras
+import numpy as np
+
+from keras_vmoe import models
+from keras_vmoe._extras import require
+from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.export.settings import INPUT_NAMES
+from keras_vmoe.export.settings import Preprocessing
+from keras_vmoe.export.settings import Settings
+from keras_vmoe.export.settings import Signature
+from keras_vmoe.export.variants import features_of
+from keras_vmoe.export.variants import has_classes
+from keras_vmoe.export.variants import moe_layers_of
+from keras_vmoe.export.variants import routed
+from keras_vmoe.models.costs import places_of
+from keras_vmoe.version import __version__
+
+CARD = pathlib.Path("assets.extra", "model_card.json")
+LABELS = CARD.with_name("labels.txt")
+WARMUP = CARD.with_name("tf_serving_warmup_requests")
+CARD_NAMES = (
+    "name",
+    "model",
+    "params",
+    "image_size",
+    "channels",
+    "num_classes",
+    "preprocessing",
+    "max_batch_size",
+    "quantize_experts",
+    "signatures",
+    "versions",
+)
+
+
+def newest_version(directory):
+    """The folder itself if it holds a SavedModel, else its highest version."""
+    directory = pathlib.Path(directory)
+    if (directory / "saved_model.pb").exists():
+        return directory
+    versions = [
+        path
+        for path in directory.glob("*/saved_model.pb")
+        if path.parent.name.isdigit()
+    ]
+    if not versions:
+        raise FileNotFoundError(
+            "There must be a SavedModel, or folders of versions with one. "
+            f"Received: {str(directory)!r}. `keras-vmoe export` makes one."
+        )
+    return max(versions, key=lambda path: int(path.parent.name)).parent
+
+
+def write_card(folder, model, settings):
+    """Writes `model_card.json`, and the names of the classes beside it.
+
+    Args:
+        folder: `pathlib.Path` of a version.
+        model: The model, under its own routing.
+        settings: `Settings`.
+    """
+    path = folder / CARD
+    path.parent.mkdir(exist_ok=True)
+    card = make_card(model, settings)
+    path.write_text(json.dumps(card, indent=2) + "\n")
+    if settings.class_names is not None:
+        names = "".join(f"{x}\n" for x in settings.class_names)
+        (folder / LABELS).write_text(names, "utf-8")
+
+
+def read_settings(folder):
+    """The `Settings` that a version was exported with, of its model card.
+
+    Args:
+        folder: `pathlib.Path` of a version.
+
+    Raises:
+        ValueError: If there is no model card, or if it is damaged.
+    """
+    names = [field.name for field in dataclasses.fields(Signature)]
+    labels = folder / LABELS
+    try:
+        card = json.loads((folder / CARD).read_text("utf-8"))
+        return Settings(
+            signatures={
+                name: Signature(**{k: x[k] for k in names})
+                for name, x in card["signatures"].items()
+            },
+            quantize_experts=card["quantize_experts"],
+            preprocessing=Preprocessing(**card["preprocessing"]),
+            max_batch_size=card["max_batch_size"],
+            class_names=tuple(labels.read_text("utf-8").splitlines())
+            if labels.exists()
+            else None,
+        )
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            "An export must have its whole model card. Received: "
+            f"{str(folder / CARD)!r} ({type(error).__name__}: {error}). "
+            "Export it again."
+        ) from error
+
+
+def make_card(model, settings):
+    """The model card as a dict that JSON takes."""
+    costs = {}
+    for name, signature in settings.signatures.items():
+        variant = routed(model, signature.routing)
+        cost = models.cost(_asked(variant, signature))
+        costs[name] = {
+            **dataclasses.asdict(signature),
+            "routing": [_routing(layer) for layer in moe_layers_of(variant)],
+            "multiply_adds_per_image": cost.flops,
+            "active_params": cost.active_params,
+        }
+    return {
+        "name": model.name,
+        "model": type(model).__name__,
+        **settings.card,
+        "params": model.count_params(),
+        "image_size": list(model.input_shape[1:3]),
+        "channels": model.input_shape[-1],
+        "num_classes": getattr(model, "num_classes", model.output_shape[-1]),
+        "preprocessing": dataclasses.asdict(settings.preprocessing),
+        "max_batch_size": settings.max_batch_size,
+        "quantize_experts": settings.quantize_experts,
+        "signatures": costs,
+        "versions": {
+            "keras_vmoe": __version__,
+            "keras": keras.__version__,
+            "tensorflow": import_tensorflow().__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _asked(model, signature):
+    """The part of a model that a signature runs."""
+    if not (signature.features and has_classes(model)):
+        return model
+    return keras.Model(model.inputs, features_of(model))
+
+
+def _routing(layer):
+    """What a MoE layer's router really does."""
+    names = ("num_selected_experts", "capacity_factor", "batch_priority")
+    found = {name: getattr(layer.router, name, None) for name in names}
+    tokens = math.prod(layer.get_build_config()["input_shape"][1:-1])
+    return {
+        "layer": layer.name,
+        "router": type(layer.router).__name__,
+        "num_experts": layer.num_experts,
+        "images_per_group": layer.images_per_group,
+        **{k: v for k, v in found.items() if v is not None},
+        # Rounded up, for a group: dials that round to the same do the same.
+        "slots_per_image": places_of(layer, tokens),
+    }
+
+
+def write_warmup(folder, shape, settings):
+    """Writes requests that TF Serving answers before it takes others.
+
+    Args:
+        folder: `pathlib.Path` of a version.
+        shape: `(H, W, C)` of the model's images.
+        settings: `Settings`.
+    """
+    tf = import_tensorflow()
+    logs = require("tensorflow_serving.apis.prediction_log_pb2", "serving")
+    path = folder / WARMUP
+    path.parent.mkdir(exist_ok=True)
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for name, signature in settings.signatures.items():
+            for batch in settings.warmup_batches:
+                images = noise(signature.input, (batch, *shape))
+                log = logs.PredictionLog()
+                request = log.predict_log.request
+                request.model_spec.signature_name = name
+                request.inputs[INPUT_NAMES[signature.input]].CopyFrom(
+                    tf.make_tensor_proto(images)
+                )
+                writer.write(log.SerializeToString())
+
+
+def noise(kind, shape, seed=0):
+    """Images of noise in the form that a signature takes.
+
+    Args:
+        kind: `Signature.input`.
+        shape: `(B, H, W, C)`.
+        seed: Integer.
+
+    Returns:
+        Array `(B, H, W, C)`, or `(B,)` of JPEG files.
+    """
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, "uint8")
+    if kind == "float":
+        return (pixels / 127.5 - 1).astype("float32")
+    if kind == "uint8":
+        return pixels
+    encode = import_tensorflow().io.encode_jpeg
+    return np.array([encode(image).numpy() for image in pixels])
