@@ -9,8 +9,8 @@ from keras_vmoe._extras import require
 from keras_vmoe.cli.opening import numbers
 from keras_vmoe.cli.opening import open_model
 from keras_vmoe.cli.opening import setting_of_run
+from keras_vmoe.data.preprocessing import MAX_PIXELS
 from keras_vmoe.export.settings import MAX_BATCH_SIZE
-from keras_vmoe.export.settings import MAX_PIXELS
 
 TEST_CROP = "test_crop"  # merge: "data.test_crop"
 EXAMPLE = "fast:capacity_factor=0.5,batch_priority=true"

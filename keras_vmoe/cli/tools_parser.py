@@ -4,8 +4,8 @@ from typing import Literal
 
 from keras_vmoe.cli.options import add_backend
 from keras_vmoe.cli.options import add_classes
+from keras_vmoe.data.preprocessing import MAX_PIXELS
 from keras_vmoe.export.settings import MAX_BATCH_SIZE
-from keras_vmoe.export.settings import MAX_PIXELS
 
 EXPORT_EPILOG = """A signature is NAME:SETTING=VALUE,SETTING=VALUE with the
 settings input (float, uint8 or encoded), features, capacity_factor,

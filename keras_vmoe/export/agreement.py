@@ -14,13 +14,13 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_vmoe.data.preprocessing import decoded
+from keras_vmoe.data.preprocessing import normalized
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export import asking
 from keras_vmoe.export.contents import newest_version
 from keras_vmoe.export.contents import noise
 from keras_vmoe.export.contents import read_settings
-from keras_vmoe.export.endpoints import decoded
-from keras_vmoe.export.endpoints import normalized
 from keras_vmoe.export.quantization import with_quantized_experts
 from keras_vmoe.export.settings import INPUT_NAMES
 from keras_vmoe.export.variants import answering

@@ -19,52 +19,45 @@ def main(path, requests, answers):
         answers: Name of the file to write.
     """
     suffix = path.rpartition(".")[2]
-    runtimes = {"onnx": onnx_runtime, "tflite": litert}
-    ask = runtimes.get(suffix, tensorflow)(path)
-    found = {}
+    runtime = {"onnx": onnx, "tflite": litert}.get(suffix, saved_model)
+    ask, found = runtime(path), {}
     with np.load(requests) as asked:
         for key, value in asked.items():
             signature, request, name = key.split("/")
-            answer = ask(signature, {name: value})
-            found |= {f"{signature}/{request}/{k}": x for k, x in answer}
+            for output, x in ask(signature, {name: value}).items():
+                x = np.asarray(x)
+                x = x.astype(bytes) if x.dtype == object else x
+                found[f"{signature}/{request}/{output}"] = x
     np.savez(answers, **found)
 
 
-def tensorflow(path):
-    """A function from signature and inputs to pairs of names and outputs."""
+def saved_model(path):
+    """A function from signature and inputs to outputs by name."""
     import tensorflow as tf
 
     model = tf.saved_model.load(path)
-
-    def ask(signature, inputs):
-        inputs = {k: tf.constant(x) for k, x in inputs.items()}
-        outputs = model.signatures[signature](**inputs)
-        for name, value in outputs.items():
-            strings = value.dtype == tf.string
-            yield name, value.numpy().astype(bytes) if strings else value
-
-    return ask
+    return lambda signature, inputs: model.signatures[signature](
+        **{k: tf.constant(x) for k, x in inputs.items()}
+    )
 
 
-def onnx_runtime(path):
-    """As `tensorflow`, of a file without names of signatures."""
+def onnx(path):
+    """As `saved_model`, of a file without names of signatures."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path)
     names = [x.name for x in session.get_outputs()]
-    return lambda _, inputs: zip(names, session.run(names, inputs), strict=True)
+    return lambda _, inputs: dict(
+        zip(names, session.run(names, inputs), strict=True)
+    )
 
 
 def litert(path):
-    """As `tensorflow`."""
+    """As `saved_model`."""
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(path)
-
-    def ask(signature, inputs):
-        return interpreter.get_signature_runner(signature)(**inputs).items()
-
-    return ask
+    get_runner = Interpreter(path).get_signature_runner
+    return lambda signature, inputs: get_runner(signature)(**inputs)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import numpy as np
 
 from keras_vmoe import models
 from keras_vmoe._extras import require
+from keras_vmoe.data.preprocessing import Preprocessing
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export.settings import INPUT_NAMES
-from keras_vmoe.export.settings import Preprocessing
 from keras_vmoe.export.settings import Settings
 from keras_vmoe.export.settings import Signature
 from keras_vmoe.export.variants import features_of
@@ -26,17 +26,10 @@ from keras_vmoe.version import __version__
 CARD = pathlib.Path("assets.extra", "model_card.json")
 LABELS = CARD.with_name("labels.txt")
 WARMUP = CARD.with_name("tf_serving_warmup_requests")
+# What a user's own entries may not be called.
 CARD_NAMES = (
-    "name",
-    "model",
-    "params",
-    "image_size",
-    "channels",
-    "num_classes",
-    "preprocessing",
-    "max_batch_size",
-    "quantize_experts",
-    "signatures",
+    *("name", "model", "params", "image_size", "channels", "num_classes"),
+    *("preprocessing", "max_batch_size", "quantize_experts", "signatures"),
     "versions",
 )
 
@@ -70,7 +63,8 @@ def write_card(folder, model, settings):
     path = folder / CARD
     path.parent.mkdir(exist_ok=True)
     card = make_card(model, settings)
-    path.write_text(json.dumps(card, indent=2) + "\n")
+    text = json.dumps(card, indent=2, default=lambda number: number.item())
+    path.write_text(text + "\n")
     if settings.class_names is not None:
         names = "".join(f"{x}\n" for x in settings.class_names)
         (folder / LABELS).write_text(names, "utf-8")

@@ -17,7 +17,6 @@ from keras_vmoe.export import process
 from keras_vmoe.export.endpoints import traced_model
 from keras_vmoe.export.quantization import KINDS
 from keras_vmoe.export.quantization import check_quantization
-from keras_vmoe.export.quantization import quantized
 from keras_vmoe.export.quantization import with_quantized_experts
 from keras_vmoe.export.saved_model import write_graph
 from keras_vmoe.export.settings import Settings
@@ -28,6 +27,7 @@ from keras_vmoe.export.variants import default_dials
 from keras_vmoe.export.variants import has_classes
 from keras_vmoe.export.variants import moe_layers_of
 from keras_vmoe.export.variants import routed
+from keras_vmoe.layers.quantized_experts import quantized
 
 OPSET = 18
 LARGEST = 2**31  # Bytes of a file of either format.
@@ -85,7 +85,7 @@ def onnx(
     'model.onnx'
     """
     return _convert(
-        "onnx",
+        write_onnx,
         model,
         path,
         quantize_experts,
@@ -113,13 +113,10 @@ def litert(
     Args:
         model: A functional or sequential Keras model.
         path: File to write, ending in `.tflite`; must not exist.
-        images_per_group: Images that are routed together, or "batch"; see
-            `saved_model` for what that means.
-        capacity_factor: Capacity of the experts, or "dropless"; None means
-            that of the model.
-        num_selected_experts: K; None means that of the model.
-        batch_priority: Whether to route confident tokens first; None means as
-            in the model.
+        images_per_group: See `onnx`.
+        capacity_factor: See `onnx`.
+        num_selected_experts: See `onnx`.
+        batch_priority: See `onnx`.
         quantize_experts: `"int8"`: how the kernels of experts are stored.
             (Those of float16 would be folded into float32.)
 
@@ -133,7 +130,7 @@ def litert(
         ImportError: If the extra `litert` is not installed.
     """
     return _convert(
-        "litert",
+        write_litert,
         model,
         path,
         quantize_experts,
@@ -144,9 +141,10 @@ def litert(
     )
 
 
-def _convert(format, model, path, quantize_experts, **dials):
+def _convert(writer, model, path, quantize_experts, **dials):
     """Checks arguments and writes the file."""
-    suffix, kinds, modules = FORMATS[format]
+    extra = writer.__name__.removeprefix("write_")
+    suffix, kinds, modules = FORMATS[extra]
     check_path("path", path)
     path = pathlib.Path(path)
     if path.suffix != suffix:
@@ -162,13 +160,13 @@ def _convert(format, model, path, quantize_experts, **dials):
             f"{size / 1e9:.1f} GB. Serve it by `export.saved_model`."
         )
     for module in ("tensorflow", *modules):
-        require(module, format)
+        require(module, extra)
     dials = default_dials(model, **dials)
     routed(model, dials)  # Raises where the model cannot take a dial.
     signatures = {"serving_default": Signature(**dials)}
     settings = Settings(signatures, quantize_experts)
     with _files.creating(path) as partial:
-        process.write(format, model, settings, partial)
+        process.write(writer, model, settings, partial)
     return path
 
 
@@ -243,8 +241,8 @@ def _erfc(context, node, name, arguments):
     """`1 - erf(x)`, which exact gelu is made of and ONNX does not have."""
     from tf2onnx.utils import make_name
 
-    (output,), shapes = node.output, node.output_shapes
-    dtypes = node.output_dtypes
+    (output,), kinds = node.output, node.output_dtypes
+    shapes = node.output_shapes
     erf = context.make_node("Erf", [node.input[0]])
     one = context.make_const(make_name("one"), np.array(1, "float32"))
     context.remove_node(node.name)
@@ -254,7 +252,7 @@ def _erfc(context, node, name, arguments):
         outputs=[output],
         name=name,
         shapes=shapes,
-        dtypes=dtypes,
+        dtypes=kinds,
     )
 
 
@@ -263,7 +261,7 @@ def _kernels(model):
     kernels = {}
     for layer in moe_layers_of(model):
         for name in ("hidden_kernel", "output_kernel"):
-            kernel = np.asarray(getattr(layer.experts, name).value)
+            kernel = np.asarray(getattr(layer.experts, name))
             for part in (kernel, *kernel):
                 kernels[part.tobytes()] = f"{layer.name}/{name}"
     return kernels

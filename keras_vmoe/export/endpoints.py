@@ -5,10 +5,8 @@ Runs under the TensorFlow backend, in the process of the export.
 Axes: B images in the batch, H and W height and width in pixels, C channels.
 """
 
-import numpy as np
-
-from keras_vmoe.data.images import center_crop
-from keras_vmoe.data.images import to_rgb
+from keras_vmoe.data.preprocessing import decoded_or_nan
+from keras_vmoe.data.preprocessing import normalized
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export.settings import INPUT_NAMES
 from keras_vmoe.export.variants import answering
@@ -16,9 +14,6 @@ from keras_vmoe.export.variants import has_classes
 from keras_vmoe.export.variants import routed
 
 UNKNOWN = -1  # The class of an image without a finite answer.
-# What a PNG begins with; its sizes stand in the chunk that must come first.
-PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-JPEG_SCAN, USUAL_SCANS = b"\xff\xda", 10
 
 
 def make_endpoints(model, settings):
@@ -109,6 +104,7 @@ def _reader(kind, shape, settings):
     """A function from what a request holds to the model's input."""
     tf = import_tensorflow()
     spec = input_spec(kind, shape)
+    preprocessing = settings.preprocessing
 
     @tf.function(autograph=False)
     def read(inputs):
@@ -119,16 +115,14 @@ def _reader(kind, shape, settings):
             return inputs
         if kind == "uint8":
             pixels = tf.cast(inputs, tf.float32)
-            return normalized(pixels, settings.preprocessing)
-        spec_of_one = tf.TensorSpec(shape, tf.float32)
+            return normalized(pixels, preprocessing)
+        crop, limit = preprocessing.test_crop, preprocessing.max_pixels
         pixels = tf.map_fn(
-            lambda content: decoded_or_nan(
-                content, shape, settings.preprocessing
-            ),
+            lambda content: decoded_or_nan(content, shape, crop, limit),
             inputs,
-            fn_output_signature=spec_of_one,
+            fn_output_signature=tf.TensorSpec(shape, tf.float32),
         )
-        return normalized(pixels, settings.preprocessing)
+        return normalized(pixels, preprocessing)
 
     return read
 
@@ -146,100 +140,6 @@ def _limited(inputs, max_batch_size):
     )
     with tf.control_dependencies([check]):
         return tf.identity(inputs)
-
-
-def normalized(pixels, preprocessing):
-    """Pixels on the scale of 0 to 255 as the model's input.
-
-    Args:
-        pixels: `(B, H, W, C)` float32 tensor or array.
-        preprocessing: A `Preprocessing`.
-    """
-    mean, std = (
-        np.asarray(x, "float32")
-        for x in (preprocessing.mean, preprocessing.std)
-    )
-    return pixels / std - mean / std  # In the order of `data.normalize`.
-
-
-def decoded_or_nan(content, shape, preprocessing):
-    """The pixels of an encoded image; NaN where it cannot be decoded.
-
-    A damaged file must not fail the request: a server may have put other
-    people's images into the same batch.
-
-    Args:
-        content: Scalar string tensor, a JPEG or PNG file.
-        shape: `(H, W, C)`; one channel is grey, three are RGB.
-        preprocessing: A `Preprocessing`.
-
-    Returns:
-        `(H, W, C)` float32 tensor on the scale of 0 to 255.
-    """
-    tf = import_tensorflow()
-
-    def decode(content):
-        limit = preprocessing.max_pixels
-        with tf.control_dependencies([_check_pixels(content, limit)]):
-            return decoded(tf.identity(content), shape, preprocessing.test_crop)
-
-    one = tf.data.Dataset.from_tensors(content)
-    one = one.map(decode).ignore_errors()
-    nan = tf.data.Dataset.from_tensors(tf.fill(shape, float("nan")))
-    return one.concatenate(nan).take(1).get_single_element()
-
-
-def decoded(content, shape, test_crop):
-    """The pixels of an encoded image, as evaluation sees them.
-
-    Args:
-        content: Scalar string tensor, a JPEG or PNG file.
-        shape: `(H, W, C)`; one channel is grey, three are RGB.
-        test_crop: Share of the shorter side to keep, or None.
-
-    Returns:
-        `(H, W, C)` float32 tensor on the scale of 0 to 255.
-    """
-    tf = import_tensorflow()
-    *size, channels = shape
-    image = tf.io.decode_image(content, channels, expand_animations=False)
-    image = tf.ensure_shape(image, (None, None, channels))
-    if test_crop is not None:
-        image = center_crop(image, size, test_crop)
-    pixels = to_rgb(image, tuple(size))[..., :channels]
-    return tf.cast(pixels, tf.float32)
-
-
-def _check_pixels(content, limit):
-    """Fails unless this begins like a JPEG or PNG of at most so many pixels.
-
-    Read from the file's head: a few bytes can ask for gigabytes of pixels. And
-    a JPEG may go over all of its pixels again and again, scan by scan: one of
-    more scans than usual may have the fewer pixels.
-    """
-    tf = import_tensorflow()
-
-    def of_jpeg():
-        sides = tf.cast(tf.image.extract_jpeg_shape(content), tf.int64)[:2]
-        scans = tf.size(tf.strings.split(content, JPEG_SCAN), tf.int64) - 1
-        # As often as it is gone over, in the usual number of scans.
-        times = tf.maximum(-(-scans // USUAL_SCANS), 1)
-        return tf.stack([sides[0], sides[1] * times])
-
-    def of_png():
-        head = tf.io.decode_raw(tf.strings.substr(content, 16, 8), tf.uint8)
-        numbers = tf.reshape(tf.cast(head, tf.int64), (2, 4))
-        return tf.reduce_sum(numbers * [2**24, 2**16, 2**8, 1], axis=-1)
-
-    is_png = tf.equal(tf.strings.substr(content, 0, len(PNG)), PNG)
-    is_jpeg = tf.io.is_jpeg(content)
-    sides = tf.cond(is_png, of_png, of_jpeg)
-    # Each side for itself as well: a product of two could overflow.
-    fits = tf.reduce_all(sides <= limit) & (tf.reduce_prod(sides) <= limit)
-    return tf.debugging.Assert(
-        (is_png | is_jpeg) & fits,
-        ["Expected a JPEG or PNG of at most", limit, "pixels."],
-    )
 
 
 def _features(core):

@@ -1,6 +1,6 @@
 """Exports run under the TensorFlow backend: here, or in a process of its own.
 
-    python -m keras_vmoe.export.process FORMAT FOLDER OUT [MODULE ...]
+    python -m keras_vmoe.export.process WRITER FOLDER OUT [MODULE ...]
 
 is that process. FOLDER has the model and the settings.
 """
@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -23,17 +24,10 @@ from keras_vmoe import models
 from keras_vmoe._extras import require
 from keras_vmoe.export.agreement import agree
 from keras_vmoe.export.agreement import shortened
-from keras_vmoe.export.settings import Settings
 from keras_vmoe.export.variants import layers_of
 from keras_vmoe.models.cloning import clone_around
 
-# Where a format is written: a module of this room, and a function in it.
-WRITERS = {
-    "saved_model": ("saved_model", "write_version"),
-    "onnx": ("conversion", "write_onnx"),
-    "litert": ("conversion", "write_litert"),
-}
-MODEL, SETTINGS = "model.keras", "settings.json"
+MODEL, SETTINGS = "model.keras", "settings.pickle"
 ERROR = "keras_vmoe export: "  # Begins the line that tells one; disks are full.
 ADVICE = (
     "Put layers and functions of your own into a module that can be imported "
@@ -56,11 +50,11 @@ FAILURES = (
 )
 
 
-def write(format, model, settings, path):
+def write(writer, model, settings, path):
     """Writes a model in another format, and checks what was written.
 
     Args:
-        format: One of `WRITERS`.
+        writer: Function of a module, from model, settings and path.
         model: A Keras model.
         settings: `Settings`.
         path: `pathlib.Path` that does not exist.
@@ -72,16 +66,16 @@ def write(format, model, settings, path):
     """
     require("tensorflow", "tensorflow")
     model = clone_around(model)  # Not compiled, its graph our own.
-    settings = Settings.from_json(settings.to_json())  # As the process.
     if keras.backend.backend() == "tensorflow":
         with _quiet():
-            _writer(format)(model, settings, path)
+            writer(model, settings, path)
     else:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
             models.save(model, pathlib.Path(folder, MODEL))
-            pathlib.Path(folder, SETTINGS).write_text(settings.to_json())
+            pathlib.Path(folder, SETTINGS).write_bytes(pickle.dumps(settings))
             modules = sorted(_modules(model))
-            _run_process([format, folder, str(path), *modules])
+            name = f"{writer.__module__}:{writer.__name__}"
+            _run_process([name, folder, str(path), *modules])
     agree(path, model, settings)
 
 
@@ -158,35 +152,28 @@ def _run_process(arguments):
             "The export under TensorFlow must end well. Received: exit status "
             f"{done.returncode} and this:\n{done.stderr[-2000:]}"
         )
-    error = json.loads(lines[-1].removeprefix(ERROR))
-    if error["errno"] is not None:
-        raise OSError(error["errno"], error["message"])
-    raise ERRORS[error["kind"]](error["message"])
-
-
-def _writer(format):
-    module, function = WRITERS[format]
-    module = importlib.import_module(f"keras_vmoe.export.{module}")
-    return getattr(module, function)
+    kind, *words = json.loads(lines[-1].removeprefix(ERROR))
+    raise ERRORS[kind](*words)
 
 
 def main(arguments):
     """The process: prints an error as a line of JSON."""
-    format, folder, path, *modules = arguments
+    writer, folder, path, *modules = arguments
+    module, _, name = writer.partition(":")
     folder = pathlib.Path(folder)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            settings = Settings.from_json((folder / SETTINGS).read_text())
+            settings = pickle.loads((folder / SETTINGS).read_bytes())  # noqa: S301
             model = _load(folder / MODEL, modules)
-            _writer(format)(model, settings, pathlib.Path(path))
+            writer = getattr(importlib.import_module(module), name)
+            writer(model, settings, pathlib.Path(path))
     except tuple(ERRORS.values()) as error:
-        kinds = (kind for kind in ERRORS if isinstance(error, ERRORS[kind]))
+        kind = next(x for x in ERRORS if isinstance(error, ERRORS[x]))
         number = getattr(error, "errno", None)
-        message = str(error) if number is None else error.strerror
-        found = {"kind": next(kinds), "message": message, "errno": number}
-        print(f"\n{ERROR}{json.dumps(found)}", flush=True)
+        words = [str(error)] if number is None else [number, error.strerror]
+        print(f"\n{ERROR}{json.dumps([kind, *words])}", flush=True)
         return 1
     return 0
 

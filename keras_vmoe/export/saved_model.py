@@ -105,7 +105,7 @@ def saved_model(
     path = _version(directory, version)
     with _files.creating(path) as folder:
         _warn_of_missing(settings.signatures, path.parent)
-        process.write("saved_model", model, settings, folder)
+        process.write(write_version, model, settings, folder)
     return path
 
 
@@ -152,20 +152,20 @@ def _version(directory, version):
 
 def _signatures(model, signatures):
     """Those signatures that a model can take; raises for a user's own."""
-    for name, signature in [*signatures.items()]:
+    able = {}
+    for name, signature in signatures.items():
         lacking = _lacking(model, signature)
-        if lacking is not None and name in checked.STANDARD:
-            del signatures[name]
-            continue
         try:
-            if lacking is not None:
+            if lacking is None:
+                routed(model, signature.routing)
+                able[name] = signature
+            elif name not in checked.STANDARD:
                 raise ValueError(f"{lacking} Leave it out.")
-            routed(model, signature.routing)
         except ValueError as error:
             raise ValueError(f"{error} (Signature {name!r}.)") from error
     if not has_classes(model):  # The others say no more.
-        del signatures["features"]
-    return signatures
+        del able["features"]
+    return able
 
 
 def _lacking(model, signature):

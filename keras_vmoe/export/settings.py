@@ -11,15 +11,17 @@ import pathlib
 import re
 from collections.abc import Iterable
 from collections.abc import Mapping
-from collections.abc import Set
+from collections.abc import Sequence
 from typing import Literal
+
+import numpy as np
 
 from keras_vmoe._checks import check_choice
 from keras_vmoe._checks import check_flags
 from keras_vmoe._checks import check_keys
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
-from keras_vmoe._checks import is_number
+from keras_vmoe.data.preprocessing import Preprocessing
 
 # What requests call the input of a signature, by `Signature.input`.
 INPUT_NAMES = {
@@ -34,7 +36,6 @@ DIALS = (
     "images_per_group",
 )
 NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)  # Of a signature.
-MAX_PIXELS = 2**25  # 100 MB of decoded RGB.
 MAX_BATCH_SIZE = 1024
 WARMUP_BATCHES = (1, 8)
 MAX_RECORDS = 1000  # Of warm-up: with more TF Serving refuses the version.
@@ -98,57 +99,6 @@ STANDARD = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """From pixels to the model's input: `(pixels - mean) / std`.
-
-    The defaults are those of `data.preprocess`, with which this package trains.
-
-    Attributes:
-        mean: Mean subtracted from pixels in [0, 255]: a number, or one for each
-            channel.
-        std: Standard deviation by which the difference is divided: a number
-            above 0, or one for each channel.
-        test_crop: Share of the shorter side that the centre crop of encoded
-            images keeps; None resizes whole images. See `data.load`.
-        max_pixels: Encoded images of more pixels are not decoded.
-
-    Raises:
-        ValueError: If an attribute is out of its range.
-
-    Example:
-
-    >>> imagenet = Preprocessing(
-    ...     mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
-    """
-
-    mean: float | tuple[float, ...] = 127.5
-    std: float | tuple[float, ...] = 127.5
-    test_crop: float | None = None
-    max_pixels: int = MAX_PIXELS
-
-    def __post_init__(self):
-        for name in ("mean", "std"):
-            value = getattr(self, name)
-            values = value if isinstance(value, (list, tuple)) else (value,)
-            good = len(values) > 0 and all(map(is_number, values))
-            if not good or (name == "std" and min(values) <= 0):
-                words = "numbers above 0" if name == "std" else "numbers"
-                raise ValueError(
-                    f"`{name}` must be {words} on the scale of 0 to 255, one "
-                    f"or one for each channel. Received: {name}={value!r}."
-                )
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(values))
-        crop = self.test_crop
-        if crop is not None and not (is_number(crop) and 0 < crop <= 1):
-            raise ValueError(
-                "`test_crop` must be a share in (0, 1] or None. "
-                f"Received: test_crop={crop!r}."
-            )
-        check_sizes(max_pixels=self.max_pixels)
-
-
-@dataclasses.dataclass(frozen=True)
 class Settings:
     """All that an export needs to know.
 
@@ -170,21 +120,6 @@ class Settings:
     warmup_batches: tuple = ()
     class_names: tuple | None = None
     card: dict = dataclasses.field(default_factory=dict)
-
-    def to_json(self):
-        """A string for `from_json`, NumPy's numbers as plain ones."""
-        return json.dumps(
-            dataclasses.asdict(self), default=lambda number: number.item()
-        )
-
-    @classmethod
-    def from_json(cls, text):
-        """What `to_json` was made of."""
-        settings = json.loads(text)
-        settings["preprocessing"] = Preprocessing(**settings["preprocessing"])
-        for name, signature in settings["signatures"].items():
-            settings["signatures"][name] = Signature(**signature)
-        return cls(**settings)
 
 
 def make_signatures(table, **defaults):
@@ -231,17 +166,17 @@ def make_signatures(table, **defaults):
 def _pairs(table):
     """The pairs of name and settings of a table of signatures, checked."""
     pairs = table.items() if isinstance(table, Mapping) else table or ()
-    if not isinstance(pairs, Iterable) or isinstance(pairs, str):
-        pairs = [table]
-    pairs = list(pairs)
-    for pair in pairs:
-        good = isinstance(pair, (tuple, list)) and len(pair) == 2
-        if not good or not isinstance(pair[1], (Mapping, Signature)):
-            raise ValueError(
-                "`signatures` must go from names to dicts of settings. "
-                f"Received: {pair!r} in signatures={table!r}. Write for "
-                "example {'fast': dict(capacity_factor=0.5)}."
-            )
+    try:
+        pairs = [(name, settings) for name, settings in pairs]
+        good = all(isinstance(x, Mapping | Signature) for _, x in pairs)
+    except (TypeError, ValueError):  # No pairs.
+        good = False
+    if not good:
+        raise ValueError(
+            "`signatures` must go from names to dicts of settings, such as "
+            "{'fast': dict(capacity_factor=0.5)}. "
+            f"Received: signatures={table!r}."
+        )
     return pairs
 
 
@@ -249,15 +184,13 @@ def check_names(class_names, num_classes):
     """The names of the classes as a tuple, checked; None without."""
     if class_names is None:
         return None
-    other = (str, bytes, bytearray, memoryview, Mapping, Set)
-    good = isinstance(class_names, Iterable)
-    good = good and not isinstance(class_names, other)
-    names = tuple(class_names) if good else ()
-    if not good or not all(isinstance(x, str) or is_integer(x) for x in names):
+    is_list = isinstance(class_names, Sequence | np.ndarray)
+    names = list(class_names) if is_list else []
+    known = all(isinstance(x, str) or is_integer(x) for x in names)
+    if not is_list or isinstance(class_names, str | bytes) or not known:
         raise ValueError(
             "`class_names` must be a list of names in the order of the "
-            f"classes. Received: class_names={class_names!r}. Write for "
-            "example ['cat', 'dog']."
+            f"classes. Received: class_names={class_names!r}."
         )
     names = tuple(map(str, names))
     if len(names) != num_classes:
@@ -265,13 +198,12 @@ def check_names(class_names, num_classes):
             f"`class_names` must have one name for each of the {num_classes} "
             f"classes. Received: {len(names)} names. Give all, or None."
         )
-    text = "".join(names)
-    encodes = text.encode("utf-8", "ignore").decode() == text
-    lines = all(len(name.splitlines()) == 1 for name in names)
-    if not encodes or not lines or len({*names}) < len(names):
+    # Half a character has no bytes.
+    lines = [x.encode("utf-8", "ignore").decode().splitlines() for x in names]
+    if lines != [[x] for x in names] or len({*names}) < len(names):
         raise ValueError(
             "Class names must be lines of text that differ, and '' is that of "
-            f"no class. Received: class_names={names}. Rename some."
+            f"no class. Received: class_names={names}."
         )
     return names
 
@@ -283,25 +215,19 @@ def check_card(card, reserved):
         card: What the user gave.
         reserved: Names that the card has anyway.
     """
-    if card is not None and not isinstance(card, Mapping):
-        raise ValueError(
-            f"`card` must be a dict or None. Received: card={card!r}. "
-            "Write for example {'test_accuracy': 0.98}."
-        )
-    card = dict(card or {})
-    for name in card:
-        if name in reserved:
-            raise ValueError(
-                f"The model card tells {name!r} itself. Received: "
-                f"card={{{name!r}: {card[name]!r}}}. Choose another name."
-            )
     try:
-        return json.loads(json.dumps(card, default=float, allow_nan=False))
+        plain = json.dumps(dict(card or {}), default=float, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            "`card` must hold what JSON takes. "
-            f"Received: card={card!r} ({error}). Use numbers and strings."
+            "`card` must be a dict that holds what JSON takes, such as "
+            f"{{'test_accuracy': 0.98}}. Received: card={card!r} ({error})."
         ) from error
+    for name in set(card or {}) & set(reserved):
+        raise ValueError(
+            f"The model card tells {name!r} itself. Received: "
+            f"card={{{name!r}: {card[name]!r}}}. Choose another name."
+        )
+    return json.loads(plain)
 
 
 def check_preprocessing(preprocessing, channels):
@@ -327,12 +253,10 @@ def check_preprocessing(preprocessing, channels):
 
 def check_warmup(warmup, max_batch_size, num_signatures):
     """Batch sizes of the warm-up requests, checked; see `saved_model`."""
-    if isinstance(warmup, bool):
-        fitting = {min(x, max_batch_size) for x in WARMUP_BATCHES}
-        batches = tuple(sorted(fitting)) if warmup else ()
-    else:
-        is_list = isinstance(warmup, Iterable) and not isinstance(warmup, str)
-        batches = tuple(warmup) if is_list else (warmup,)
+    if warmup is True:
+        warmup = sorted({min(x, max_batch_size) for x in WARMUP_BATCHES})
+    is_list = isinstance(warmup, Iterable) and not isinstance(warmup, str)
+    batches = tuple(warmup) if is_list else (warmup,) * (warmup is not False)
     for batch in batches:
         check_sizes(warmup=batch)
         if batch > max_batch_size:
@@ -357,10 +281,7 @@ def check_at_most(name, value, largest):
 def check_path(name, path):
     """Raises unless this is a path."""
     if not isinstance(path, (str, os.PathLike)):
-        raise ValueError(
-            f"`{name}` must be a path. Received: {name}={path!r}. "
-            "Write for example 'served/digits'."
-        )
+        raise ValueError(f"`{name}` must be a path. Received: {name}={path!r}.")
     if set("[\\") & set(pathlib.PurePath(path).as_posix()):
         raise ValueError(
             f"`{name}` must be a path that TensorFlow reads as it is, not as a "
