@@ -1,7 +1,6 @@
 """Models for servers and devices: SavedModel, ONNX, LiteRT."""
 
 from keras_vmoe.data.preprocessing import Preprocessing
-from keras_vmoe.export.agreement import verify
 from keras_vmoe.export.conversion import litert
 from keras_vmoe.export.conversion import onnx
 from keras_vmoe.export.saved_model import saved_model
@@ -13,5 +12,4 @@ __all__ = [
     "litert",
     "onnx",
     "saved_model",
-    "verify",
 ]

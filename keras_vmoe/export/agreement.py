@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import textwrap
 
 import keras
 import numpy as np
@@ -18,14 +19,12 @@ from keras_vmoe.data.preprocessing import decoded
 from keras_vmoe.data.preprocessing import normalized
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export import asking
-from keras_vmoe.export.contents import newest_version
 from keras_vmoe.export.contents import noise
-from keras_vmoe.export.contents import read_settings
-from keras_vmoe.export.quantization import with_quantized_experts
 from keras_vmoe.export.settings import INPUT_NAMES
 from keras_vmoe.export.variants import answering
 from keras_vmoe.export.variants import layers_of
 from keras_vmoe.export.variants import routed
+from keras_vmoe.export.variants import with_quantized_experts
 
 # How far answers may be from the model's, where its largest number is 1.
 TOLERANCES = {
@@ -37,45 +36,9 @@ BATCH = 4  # Images of a probe.
 ADVICE = (
     "Leave out layers that are random, count or look over the batch in "
     "evaluation, or do something else under TensorFlow than on their own "
-    "backend. (If this is another model, give the one that was exported.)"
+    "backend."
 )
 LONGEST = 500  # Characters of another library's error.
-
-
-def verify(directory, model):
-    """Asks a SavedModel in a process without Keras, and compares.
-
-    `saved_model` has done so before the folder got its name; this is for a
-    folder that came from elsewhere, or another TensorFlow.
-
-    Args:
-        directory: Folder of a version, or of versions: then the newest.
-        model: The Keras model that was exported, on any backend. (Its experts
-            are quantized as those of the export.)
-
-    Returns:
-        Dict from signature to the difference between its answers and the
-        model's, relative to the model's largest number.
-
-    Raises:
-        FileNotFoundError: If there is no SavedModel.
-        ValueError: If the folder has no model card or cannot be loaded, or if
-            it does not say what the model says.
-
-    Example:
-
-    >>> import keras
-    >>> from keras_vmoe.export import saved_model
-    >>> model = keras.Sequential(
-    ...     [keras.Input((8, 8, 3)), keras.layers.Flatten(),
-    ...      keras.layers.Dense(10)])
-    >>> path = saved_model(model, "served")
-    >>> differences = verify("served", model)
-    >>> max(differences.values()) < 1e-5
-    True
-    """
-    folder = newest_version(directory)
-    return agree(folder, model, read_settings(folder))
 
 
 def agree(path, model, settings):
@@ -135,12 +98,10 @@ def make_probes(settings, shape):
     batch = min(BATCH, settings.max_batch_size)
     probes = {}
     for name, signature in settings.signatures.items():
-        images, others = (
-            noise(signature.input, (batch, *shape), seed) for seed in (0, 1)
-        )
+        kind, shape = signature.input, (batch, *shape[-3:])
+        images, others = (noise(kind, shape, seed) for seed in (0, 1))
         mixed = np.concatenate([images[:1], others[1:]])
-        alone = [images[i : i + 1] for i in range(min(2, batch))]
-        probes[name] = [images, mixed, *alone]
+        probes[name] = [images, mixed, *np.split(images[:2], min(2, batch))]
     return probes
 
 
@@ -155,11 +116,10 @@ def ask(path, signatures, probes):
     Returns:
         Dict from signature to a list of answers, which are dicts of arrays.
     """
-    requests = {
-        f"{name}/{i}/{INPUT_NAMES[signatures[name].input]}": batch
-        for name, batches in probes.items()
-        for i, batch in enumerate(batches)
-    }
+    requests = {}
+    for name, batches in probes.items():
+        key = INPUT_NAMES[signatures[name].input]
+        requests |= {f"{name}/{i}/{key}": x for i, x in enumerate(batches)}
     with tempfile.TemporaryDirectory() as folder:
         asked, said = pathlib.Path(folder, "in.npz"), f"{folder}/out.npz"
         np.savez(asked, **requests)
@@ -177,8 +137,8 @@ def ask(path, signatures, probes):
             raise ValueError(
                 "An export must load and answer in a process of its runtime. "
                 f"Received: exit status {done.returncode} of {path.name!r} "
-                f"with: {last_error(done.stderr)} Try other routing or a model "
-                "of float32; `export.saved_model` takes the most models."
+                f"with: {_last_error(done.stderr)} Try other routing or a "
+                "model of float32; `export.saved_model` takes most of them."
             )
         answers = {name: [{} for _ in x] for name, x in probes.items()}
         with np.load(said) as arrays:
@@ -188,19 +148,11 @@ def ask(path, signatures, probes):
         return answers
 
 
-def last_error(text):
+def _last_error(text):
     """The words of the error that ended a program, without its traceback."""
     lines = text.rpartition("Traceback (most recent call last):")[2]
     words = [x for x in lines.splitlines() if not x.startswith("  ")]
-    return shortened(" ".join(words))
-
-
-def shortened(words):
-    """The words of an error; of many, the first and last."""
-    words = str(words).strip()
-    if len(words) <= LONGEST:
-        return words
-    return f"{words[: LONGEST // 2]} ... {words[-LONGEST // 2 :]}"
+    return textwrap.shorten(" ".join(words), LONGEST)
 
 
 def _right(model, signature, settings, content, known):
@@ -256,7 +208,8 @@ def _check_alone(name, answer, mixed, tolerance):
 
 def _distances(name, answer, right, settings):
     """`(B,)`, how far the answer to each image is from the right one."""
-    if not all(np.isfinite(x).all() for x in answer.values() if _is_real(x)):
+    numbers = [x for x in answer.values() if x.dtype.kind == "f"]
+    if not all(np.isfinite(x).all() for x in numbers):
         raise ValueError(
             "An image must have a finite answer. Received: NaN or infinity "
             f"from {name!r}, of noise. Look for NaN in the weights, a `std` "
@@ -288,11 +241,7 @@ def _distance(given, right):
             "Answers must have the shapes of the model's outputs. Received: "
             f"shape {given.shape} for {right.shape}. {ADVICE}"
         )
-    if not _is_real(given):
+    if given.dtype.kind != "f":
         return np.where(given == right, 0.0, np.inf)
     scale = max(1, np.abs(right).max())
     return np.abs(given - right).max(axis=-1) / scale
-
-
-def _is_real(array):
-    return array.dtype.kind == "f"

@@ -11,11 +11,8 @@ import numpy as np
 
 from keras_vmoe import models
 from keras_vmoe._extras import require
-from keras_vmoe.data.preprocessing import Preprocessing
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export.settings import INPUT_NAMES
-from keras_vmoe.export.settings import Settings
-from keras_vmoe.export.settings import Signature
 from keras_vmoe.export.variants import features_of
 from keras_vmoe.export.variants import has_classes
 from keras_vmoe.export.variants import moe_layers_of
@@ -28,10 +25,10 @@ LABELS = CARD.with_name("labels.txt")
 WARMUP = CARD.with_name("tf_serving_warmup_requests")
 # What a user's own entries may not be called.
 CARD_NAMES = (
-    *("name", "model", "params", "image_size", "channels", "num_classes"),
-    *("preprocessing", "max_batch_size", "quantize_experts", "signatures"),
+    "name", "model", "params", "image_size", "channels", "num_classes",
+    "preprocessing", "max_batch_size", "quantize_experts", "signatures",
     "versions",
-)
+)  # fmt: skip
 
 
 def newest_version(directory):
@@ -39,17 +36,14 @@ def newest_version(directory):
     directory = pathlib.Path(directory)
     if (directory / "saved_model.pb").exists():
         return directory
-    versions = [
-        path
-        for path in directory.glob("*/saved_model.pb")
-        if path.parent.name.isdigit()
-    ]
+    found = [path.parent for path in directory.glob("*/saved_model.pb")]
+    versions = {int(x.name): x for x in found if x.name.isdigit()}
     if not versions:
         raise FileNotFoundError(
             "There must be a SavedModel, or folders of versions with one. "
             f"Received: {str(directory)!r}. `keras-vmoe export` makes one."
         )
-    return max(versions, key=lambda path: int(path.parent.name)).parent
+    return versions[max(versions)]
 
 
 def write_card(folder, model, settings):
@@ -70,45 +64,14 @@ def write_card(folder, model, settings):
         (folder / LABELS).write_text(names, "utf-8")
 
 
-def read_settings(folder):
-    """The `Settings` that a version was exported with, of its model card.
-
-    Args:
-        folder: `pathlib.Path` of a version.
-
-    Raises:
-        ValueError: If there is no model card, or if it is damaged.
-    """
-    names = [field.name for field in dataclasses.fields(Signature)]
-    labels = folder / LABELS
-    try:
-        card = json.loads((folder / CARD).read_text("utf-8"))
-        return Settings(
-            signatures={
-                name: Signature(**{k: x[k] for k in names})
-                for name, x in card["signatures"].items()
-            },
-            quantize_experts=card["quantize_experts"],
-            preprocessing=Preprocessing(**card["preprocessing"]),
-            max_batch_size=card["max_batch_size"],
-            class_names=tuple(labels.read_text("utf-8").splitlines())
-            if labels.exists()
-            else None,
-        )
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(
-            "An export must have its whole model card. Received: "
-            f"{str(folder / CARD)!r} ({type(error).__name__}: {error}). "
-            "Export it again."
-        ) from error
-
-
 def make_card(model, settings):
     """The model card as a dict that JSON takes."""
     costs = {}
     for name, signature in settings.signatures.items():
-        variant = routed(model, signature.routing)
-        cost = models.cost(_asked(variant, signature))
+        variant = asked = routed(model, signature.routing)
+        if signature.features and has_classes(model):
+            asked = keras.Model(variant.inputs, features_of(variant))
+        cost = models.cost(asked)
         costs[name] = {
             **dataclasses.asdict(signature),
             "routing": [_routing(layer) for layer in moe_layers_of(variant)],
@@ -134,13 +97,6 @@ def make_card(model, settings):
             "python": platform.python_version(),
         },
     }
-
-
-def _asked(model, signature):
-    """The part of a model that a signature runs."""
-    if not (signature.features and has_classes(model)):
-        return model
-    return keras.Model(model.inputs, features_of(model))
 
 
 def _routing(layer):

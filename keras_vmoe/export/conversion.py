@@ -15,18 +15,18 @@ from keras_vmoe._extras import require
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export import process
 from keras_vmoe.export.endpoints import traced_model
-from keras_vmoe.export.quantization import KINDS
-from keras_vmoe.export.quantization import check_quantization
-from keras_vmoe.export.quantization import with_quantized_experts
 from keras_vmoe.export.saved_model import write_graph
 from keras_vmoe.export.settings import Settings
 from keras_vmoe.export.settings import Signature
 from keras_vmoe.export.settings import check_path
+from keras_vmoe.export.variants import KINDS
 from keras_vmoe.export.variants import check_model
+from keras_vmoe.export.variants import check_quantization
 from keras_vmoe.export.variants import default_dials
 from keras_vmoe.export.variants import has_classes
 from keras_vmoe.export.variants import moe_layers_of
 from keras_vmoe.export.variants import routed
+from keras_vmoe.export.variants import with_quantized_experts
 from keras_vmoe.layers.quantized_experts import quantized
 
 OPSET = 18
@@ -85,15 +85,11 @@ def onnx(
     'model.onnx'
     """
     return _convert(
-        write_onnx,
-        model,
-        path,
-        quantize_experts,
-        images_per_group=images_per_group,
-        capacity_factor=capacity_factor,
+        write_onnx, model, path, quantize_experts,
+        images_per_group=images_per_group, capacity_factor=capacity_factor,
         num_selected_experts=num_selected_experts,
         batch_priority=batch_priority,
-    )
+    )  # fmt: skip
 
 
 def litert(
@@ -130,15 +126,11 @@ def litert(
         ImportError: If the extra `litert` is not installed.
     """
     return _convert(
-        write_litert,
-        model,
-        path,
-        quantize_experts,
-        images_per_group=images_per_group,
-        capacity_factor=capacity_factor,
+        write_litert, model, path, quantize_experts,
+        images_per_group=images_per_group, capacity_factor=capacity_factor,
         num_selected_experts=num_selected_experts,
         batch_priority=batch_priority,
-    )
+    )  # fmt: skip
 
 
 def _convert(writer, model, path, quantize_experts, **dials):

@@ -15,6 +15,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import warnings
 
@@ -22,8 +23,8 @@ import keras
 
 from keras_vmoe import models
 from keras_vmoe._extras import require
+from keras_vmoe.export.agreement import LONGEST
 from keras_vmoe.export.agreement import agree
-from keras_vmoe.export.agreement import shortened
 from keras_vmoe.export.variants import layers_of
 from keras_vmoe.models.cloning import clone_around
 
@@ -39,15 +40,9 @@ ADVICE = (
 ERRORS = {error.__name__: error for error in (ValueError, OSError, ImportError)}
 # What Python raises of layers and converters that cannot do something.
 FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError,
+    RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def write(writer, model, settings, path):
@@ -108,10 +103,8 @@ def named_errors(expected, advice, *kinds):
         cause = error  # What it began with, without what Keras adds.
         while cause.__cause__ is not None or cause.__context__ is not None:
             cause = cause.__cause__ or cause.__context__
-        raise ValueError(
-            f"{expected}. Received: {type(cause).__name__}: "
-            f"{shortened(cause)} {advice}"
-        ) from error
+        words = textwrap.shorten(f"{type(cause).__name__}: {cause}", LONGEST)
+        raise ValueError(f"{expected}. Received: {words} {advice}") from error
 
 
 def _modules(model):
@@ -131,11 +124,10 @@ def _run_process(arguments):
         "CUDA_VISIBLE_DEVICES": "-1",  # They belong to this process.
         "PYTHONPATH": os.pathsep.join(x or os.getcwd() for x in sys.path),
     }
-    command = [sys.executable, "-m", "keras_vmoe.export.process", *arguments]
     theirs, ours = os.pipe()  # It ends with this process.
     try:
         done = subprocess.run(  # noqa: S603
-            command,
+            [sys.executable, "-m", __spec__.name, *arguments],
             env=environment,
             stdin=theirs,
             capture_output=True,

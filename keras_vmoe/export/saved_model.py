@@ -29,14 +29,14 @@ from keras_vmoe.export import process
 from keras_vmoe.export import settings as checked
 from keras_vmoe.export.compaction import compact_version
 from keras_vmoe.export.endpoints import make_endpoints
-from keras_vmoe.export.quantization import KINDS
-from keras_vmoe.export.quantization import check_quantization
-from keras_vmoe.export.quantization import with_quantized_experts
+from keras_vmoe.export.variants import KINDS
 from keras_vmoe.export.variants import check_model
+from keras_vmoe.export.variants import check_quantization
 from keras_vmoe.export.variants import default_dials
 from keras_vmoe.export.variants import features_of
 from keras_vmoe.export.variants import has_classes
 from keras_vmoe.export.variants import routed
+from keras_vmoe.export.variants import with_quantized_experts
 
 LARGEST_BATCH, LARGEST_VERSION = 2**31 - 1, 2**63 - 1  # Integers of the server.
 ADVICE = (
@@ -71,13 +71,11 @@ def saved_model(
         model: A functional or sequential Keras model, `(B, H, W, C)` to logits.
         directory: Folder of the versions, made if there is none.
         version: Integer of at least 1. An existing version is never touched.
-        signatures: Further positions of the routing dial: a dict from name to
-            a dict of `Signature`'s attributes.
+        signatures: Further ones: dict from name to `Signature`'s attributes.
         images_per_group: Images that are routed together, or "batch".
         capacity_factor: Capacity of the experts, or "dropless"; None means
             that of the model.
-        warmup: Whether to write warm-up requests, of 1 and 8 images (or
-            `max_batch_size`, where that is less); or their batch sizes.
+        warmup: Whether to write warm-up requests; or their batch sizes.
         preprocessing: A `Preprocessing`; None means that of this package.
         class_names: Optional name for each class.
         max_batch_size: Larger requests are refused.
@@ -170,17 +168,13 @@ def _signatures(model, signatures):
 
 def _lacking(model, signature):
     """Why a model of this kind cannot have a signature; None if it can."""
-    channels = model.input_shape[-1]
+    *_, channels = model.input_shape
     if signature.input == "encoded" and channels not in (1, 3):
-        return (
-            "Files are decoded to grey or RGB. Received: a model of images of "
-            f"{channels} channels."
-        )
+        lacking = f"Files are decoded to grey or RGB. Received: {channels}"
+        return f"{lacking} channels."
     if signature.features and has_classes(model) and features_of(model) is None:
-        return (
-            "Features are what the last `Dense` layer gets. Received: a model "
-            "without one."
-        )
+        lacking = "Features are what the last `Dense` layer gets."
+        return f"{lacking} Received: a model without one."
     return None
 
 
@@ -212,7 +206,8 @@ def write_version(model, settings, folder):
     served = model
     if settings.quantize_experts is not None:
         served = with_quantized_experts(model, settings.quantize_experts)
-    with process.named_errors("TensorFlow must run the model", ADVICE):
+    kind = import_tensorflow().errors.OpError
+    with process.named_errors("TensorFlow must run the model", ADVICE, kind):
         write_graph(folder, make_endpoints(served, settings))
     compact_version(folder)
     contents.write_card(folder, model, settings)

@@ -279,12 +279,10 @@ def check_at_most(name, value, largest):
 
 
 def check_path(name, path):
-    """Raises unless this is a path."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise ValueError(f"`{name}` must be a path. Received: {name}={path!r}.")
-    if set("[\\") & set(pathlib.PurePath(path).as_posix()):
+    """Raises unless this is a path that TensorFlow reads as it is."""
+    is_path = isinstance(path, str | os.PathLike)
+    if not is_path or set("[\\") & set(pathlib.PurePath(path).as_posix()):
         raise ValueError(
-            f"`{name}` must be a path that TensorFlow reads as it is, not as a "
-            f"pattern. Received: {name}={str(path)!r}. Choose one without "
-            "'[' and '\\'."
+            f"`{name}` must be a path without '[' and '\\', which TensorFlow "
+            f"reads as a pattern. Received: {name}={path!r}."
         )

@@ -1,4 +1,4 @@
-"""The models that an export needs: other routing, features, a dict of both."""
+"""The models that an export needs: routed, answering, quantized."""
 
 import os
 
@@ -7,18 +7,19 @@ import keras
 from keras_vmoe import distribution
 from keras_vmoe import layers
 from keras_vmoe import models
+from keras_vmoe._checks import check_choice
+from keras_vmoe.layers.experts import MLPExperts
+from keras_vmoe.layers.quantized_experts import QuantizedMLPExperts
+from keras_vmoe.models.cloning import clone_around
 from keras_vmoe.models.cloning import is_graph
+from keras_vmoe.models.cloning import set_part
+from keras_vmoe.models.cloning import share_parts
 
 # Layers and operations that end a model in something else than logits.
 ACTIVATIONS = (
-    "Softmax",
-    "Sigmoid",
-    "ReLU",
-    "Relu",
-    "LeakyReLU",
-    "ELU",
-    "PReLU",
-)
+    "Softmax", "Sigmoid", "ReLU", "Relu", "LeakyReLU", "ELU", "PReLU",
+)  # fmt: skip
+KINDS = ("int8", "float16")
 ONE_BY_ONE = ("images_per_group", 1)  # As a dense model always answers.
 
 
@@ -62,8 +63,7 @@ def _check_logits(model):
     activation = getattr(last, "activation", keras.activations.linear)
     squashes = type(last).__name__ in ACTIVATIONS
     if squashes or activation is not keras.activations.linear:
-        received = f"a last layer {last.name!r}, a {type(last).__name__} with "
-        received += "an activation"
+        received = f"a {type(last).__name__} with an activation at the end"
     elif not keras.backend.is_float_dtype(model.outputs[0].dtype):
         received = f"outputs of type {model.outputs[0].dtype}"
     elif len(model.output_shape) != 2:
@@ -172,12 +172,48 @@ def answering(model):
         A model from images to `features` `(B, D)`, where it has a head, and
         `logits` `(B, classes)`, where it has classes; float32.
     """
-    outputs, features = {}, features_of(model)
+    outputs = {"logits": model.outputs[0], "features": features_of(model)}
     if not has_classes(model):
-        outputs["features"] = model.outputs[0]
-    else:
-        outputs["logits"] = model.outputs[0]
-        if features is not None:
-            outputs["features"] = features
-    outputs = {k: keras.ops.cast(x, "float32") for k, x in outputs.items()}
+        outputs = {"features": model.outputs[0]}
+    outputs = {
+        name: keras.ops.cast(x, "float32")
+        for name, x in outputs.items()
+        if x is not None
+    }
     return keras.Model(model.inputs[0], outputs)
+
+
+def check_quantization(model, kind, kinds):
+    """Raises unless the experts of a model can be stored so."""
+    check_choice("quantize_experts", kind, (None, *kinds))
+    experts = [layer.experts for layer in moe_layers_of(model)]
+    all_known = experts and all(isinstance(x, MLPExperts) for x in experts)
+    if kind is not None and not all_known:
+        kinds = sorted({type(x).__name__ for x in experts}) or "a dense model"
+        raise ValueError(
+            "Only `MLPExperts` are quantized. Received: "
+            f"quantize_experts={kind!r} with {kinds}. Leave it out."
+        )
+
+
+def with_quantized_experts(model, kind):
+    """The model with quantized experts; all other weights are shared.
+
+    Args:
+        model: A model with MoE layers.
+        kind: `"int8"` or `"float16"`.
+
+    Returns:
+        A model.
+    """
+
+    def change(layer):
+        new = type(layer).from_config(layer.get_config())
+        share_parts(new, layer)
+        set_part(new, "router", layer.router)
+        experts = QuantizedMLPExperts.from_experts(layer.experts, kind)
+        set_part(new, "experts", experts)
+        new.build(layer.get_build_config()["input_shape"])
+        return new
+
+    return clone_around(model, change)
