@@ -73,7 +73,7 @@ class Own(keras.layers.Layer):
         ({"class_names": [b"a", *"bcdefghij"]}, "must be a list of names"),
         ({"class_names": ["\udcff", *"bcdefghij"]}, "must be lines of text"),
         ({"card": [1]}, r"card=\[1\]"),
-        ({"card": {"accuracy": float("nan")}}, "must hold what JSON takes"),
+        ({"card": {"accuracy": float("nan")}}, "holds what JSON takes"),
         ({"warmup": "8"}, "warmup='8'"),
         ({"warmup": 8.5}, "warmup=8.5"),
         ({"signatures": ["fast"]}, "must go from names to dicts"),
@@ -81,7 +81,7 @@ class Own(keras.layers.Layer):
         ({"signatures": {"x": {"features": "maybe"}}}, "features='maybe'"),
         ({"preprocessing": {"mean": 0}}, r"preprocessing=\{'mean': 0\}"),
         ({"card": {"params": 1}}, "tells 'params' itself"),
-        ({"card": {"a": object()}}, "must hold what JSON takes"),
+        ({"card": {"a": object()}}, "holds what JSON takes"),
     ],
 )
 def test_bad_arguments(model, tmp_path, arguments, words):
@@ -175,7 +175,7 @@ def test_dense_and_soft_models_have_no_such_dial(tmp_path):
             )
     dense = small.MODELS["dense"]()
     for arguments, words in (
-        ({"quantize_experts": "int8"}, "Only experts are quantized"),
+        ({"quantize_experts": "int8"}, "Only `MLPExperts` are quantized"),
         ({"capacity_factor": 2.0}, "nothing to route.*capacity_factor=2.0"),
         ({"images_per_group": 8}, "nothing to route.*images_per_group=8"),
     ):
@@ -296,7 +296,7 @@ def test_layers_and_functions_of_ones_own(tmp_path, monkeypatch):
     model = own_model(tmp_path, monkeypatch, "return keras.ops.relu(x)")
     double = __import__(name).double
     x = keras.layers.Dense(4, activation=double)(model.layers[-2].output)
-    model = keras.Model(model.inputs, keras.layers.Dense(3)(x))
+    model = keras.Model(model.inputs[0], keras.layers.Dense(3)(x))
     path = export.saved_model(model, tmp_path / "served", warmup=False)
     images = np.random.default_rng(0).normal(size=(2, 8, 8, 3))
     images = images.astype("float32")
@@ -407,7 +407,7 @@ def test_a_killed_export_leaves_no_version(tmp_path):
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert [x.name[:3] for x in tmp_path.iterdir()] == [".1."]
+    assert [x.name[:11] for x in tmp_path.iterdir()] == [".partial.1."]
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and lives(process.pid):
         time.sleep(0.1)
