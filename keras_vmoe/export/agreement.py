@@ -24,6 +24,7 @@ from keras_vmoe.export.settings import INPUT_NAMES
 from keras_vmoe.export.variants import answering
 from keras_vmoe.export.variants import layers_of
 from keras_vmoe.export.variants import routed
+from keras_vmoe.export.variants import routes_alone
 from keras_vmoe.export.variants import with_quantized_experts
 
 # How far answers may be from the model's, where its largest number is 1.
@@ -62,11 +63,10 @@ def agree(path, model, settings):
     known, differences = {}, {}
     for name, signature in settings.signatures.items():
         answer, mixed, *alone = answers[name]
-        right, tolerance = _right(
-            model, signature, settings, probes[name][0], known
-        )
+        asked = (signature, settings, probes[name][0], known)
+        right, tolerance, is_alone = _right(model, *asked)
         found = [_distances(name, answer, right, settings)]
-        if signature.images_per_group in (None, 1):
+        if is_alone:
             _check_alone(name, answer, mixed, tolerance)
             answer = {k: np.concatenate([x[k] for x in alone]) for k in answer}
             right = {k: x[: len(alone)] for k, x in right.items()}
@@ -156,20 +156,22 @@ def _last_error(text):
 
 
 def _right(model, signature, settings, content, known):
-    """The model's answer to a probe, as arrays, and the tolerance."""
+    """The model's answer, its tolerance, whether images are routed alone."""
     images = _as_input(signature.input, content, settings, model)
     key = (*signature.routing.items(), images.tobytes())
     if key not in known:
-        asked = answering(routed(model, signature.routing))
+        served = routed(model, signature.routing)
+        asked = answering(served)
         with _full_precision():
-            known[key] = asked(images, training=False)
-    outputs, kind = known[key], "accelerator"
+            outputs = asked(images, training=False)
+        known[key] = outputs, routes_alone(served)
+    (outputs, is_alone), kind = known[key], "accelerator"
     if {x.compute_dtype for x in layers_of(model)} & {"float16", "bfloat16"}:
         kind = "16 bits"
     elif all("cpu" in str(x.device).lower() for x in outputs.values()):
         kind = "CPU"
     right = {k: ops.convert_to_numpy(x) for k, x in outputs.items()}
-    return right, TOLERANCES[kind]
+    return right, TOLERANCES[kind], is_alone
 
 
 def _as_input(kind, content, settings, model):

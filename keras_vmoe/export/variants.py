@@ -141,6 +141,11 @@ def default_dials(model, **dials):
     return {}
 
 
+def routes_alone(model):
+    """Whether every image is a routing group of its own."""
+    return all(x.images_per_group == 1 for x in moe_layers_of(model))
+
+
 def routed(model, dials):
     """The model under the dials of a signature, around the same weights.
 
@@ -155,9 +160,7 @@ def routed(model, dials):
     Raises:
         ValueError: If the model cannot take a dial.
     """
-    found = moe_layers_of(model)
-    alone = all(x.router.images_per_group == 1 for x in found)
-    if alone and dials.get("images_per_group") == 1:
+    if routes_alone(model) and dials.get("images_per_group") == 1:
         dials = {k: v for k, v in dials.items() if k != "images_per_group"}
     return models.set_routing(model, **dials) if dials else model
 

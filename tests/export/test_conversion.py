@@ -68,7 +68,7 @@ def test_the_runtime_agrees(kind, suffix, tmp_path):
 @pytest.fixture(scope="module")
 def large():
     """A model of which most bytes are kernels of experts."""
-    return small.vit(num_experts=8, hidden_dim=256, num_selected_experts=2)
+    return small.vit(num_experts=8, hidden_dim=512, num_selected_experts=2)
 
 
 @pytest.mark.slow
@@ -79,11 +79,11 @@ def test_quantized_experts(suffix, kind, large, tmp_path):
     path = WRITERS[suffix](
         large, tmp_path / f"model.{suffix}", quantize_experts=kind
     )
-    kernels = 4 * sum(2 * 8 * 32 * 256 for _ in large.moe_layers)
+    kernels = 4 * sum(2 * 8 * 32 * 512 for _ in large.moe_layers)
     whole = 4 * large.count_params()
     # A scale for each output takes some of it again, and so does the graph.
     saved = 0.9 * kernels * {"int8": 3 / 4, "float16": 1 / 2}[kind]
-    assert path.stat().st_size < whole - saved + 2e5
+    assert path.stat().st_size < whole - saved + 4e5
     check_file(path, large, kind)
 
 
