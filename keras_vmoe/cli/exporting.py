@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from types import SimpleNamespace
 from typing import Literal
 
 from keras_vmoe import export
@@ -65,53 +66,59 @@ def export_model(
     Example:
         keras-vmoe export runs/digits served/digits
         keras-vmoe export runs/digits served/digits --version 2 --signatures \\
-          fast:capacity_factor=0.5,batch_priority=true \\
-          accurate:num_selected_experts=3,input=encoded
+          fast:capacity_factor=0.5 accurate:num_selected_experts=3,input=encoded
         keras-vmoe export model.keras served/mine --test_crop 0.875 \\
           --mean='[123.675,116.28,103.53]' --std='[58.395,57.12,57.375]'
         keras-vmoe export runs/digits digits.onnx --format onnx \\
           --capacity_factor 0.5 --batch_priority true
     """
+    _export(SimpleNamespace(**locals()))
+
+
+def _export(given):
+    """Writes what the command was asked for."""
     common = {
-        "images_per_group": images_per_group,
-        "capacity_factor": capacity_factor,
-        "quantize_experts": quantize_experts,
+        "images_per_group": given.images_per_group,
+        "capacity_factor": given.capacity_factor,
+        "quantize_experts": given.quantize_experts,
     }
     dials = {
-        "num_selected_experts": num_selected_experts,
-        "batch_priority": batch_priority,
+        "num_selected_experts": given.num_selected_experts,
+        "batch_priority": given.batch_priority,
     }
     serving = {
-        "version": version,
-        "signatures": [_signature(text) for text in signatures],
-        "max_batch_size": max_batch_size,
-        "warmup": warmup,
+        "version": given.version,
+        "signatures": [_signature(text) for text in given.signatures],
+        "max_batch_size": given.max_batch_size,
+        "warmup": given.warmup,
     }
     pixels = {
-        "mean": mean,
-        "std": std,
-        "test_crop": test_crop,
-        "max_pixels": max_pixels,
+        "mean": given.mean,
+        "std": given.std,
+        "test_crop": given.test_crop,
+        "max_pixels": given.max_pixels,
     }
-    opened, names = open_model(model, classes)
-    if format != "saved_model":
-        _check_unused({**serving, **pixels, "classes": classes}, format)
-        write = getattr(export, format)
-        print(f"model: {write(opened, output, **common, **dials)}")
+    model, names = open_model(given.model, given.classes)
+    if given.format != "saved_model":
+        unused = {**serving, **pixels, "classes": given.classes}
+        _check_unused(unused, given.format)
+        write = getattr(export, given.format)
+        print(f"model: {write(model, given.output, **common, **dials)}")
         return
     _check_dials(dials)
-    _check_folder(output)
-    tested = export.Preprocessing(test_crop=setting_of_run(model, TEST_CROP))
-    if test_crop is None:
-        pixels["test_crop"] = tested.test_crop
+    _check_folder(given.output)
+    crop = setting_of_run(given.model, TEST_CROP)
+    tested = export.Preprocessing(test_crop=crop)
+    if given.test_crop is None:
+        pixels["test_crop"] = crop
     preprocessing = export.Preprocessing(**pixels)
-    unnamed = names == numbers(opened.output_shape[-1])
+    unnamed = names == numbers(model.output_shape[-1])
     path = export.saved_model(
-        opened,
-        output,
+        model,
+        given.output,
         preprocessing=preprocessing,
         class_names=None if unnamed else names,
-        card=_card(model, preprocessing, tested),
+        card=_card(given.model, preprocessing, tested),
         **serving,
         **common,
     )

@@ -307,7 +307,8 @@ def test_a_version_that_lacks_a_signature(tmp_path):
     export.saved_model(model, tmp_path, signatures=table, max_batch_size=1)
     words = "no signature 'mine', as version 1 has"
     with pytest.warns(UserWarning, match=words):
-        export.saved_model(model, tmp_path, 2, warmup=False)
+        path = export.saved_model(model, tmp_path, 2, warmup=False)
+    assert path == tmp_path / "2" and (path / "saved_model.pb").exists()
 
 
 def test_warm_up_is_not_refused():
