@@ -13,7 +13,8 @@ from keras_vmoe.cli.opening import setting_of_run
 from keras_vmoe.data.preprocessing import MAX_PIXELS
 from keras_vmoe.export.settings import MAX_BATCH_SIZE
 
-TEST_CROP = "test_crop"  # merge: "data.test_crop"
+# Settings of a run. merge: "data.test_crop", "model.preset", "data.dataset".
+TEST_CROP, OF_CARD = "test_crop", ("preset", "dataset")
 EXAMPLE = "fast:capacity_factor=0.5,batch_priority=true"
 
 
@@ -199,8 +200,8 @@ def _card(model, preprocessing, tested):
         card["test_accuracy_of"] = (
             "the run, under the routing of training, its experts not quantized"
         )
-    for name in ("preset", "dataset"):
+    for name in OF_CARD:
         value = setting_of_run(model, name)
         if value is not None:
-            card[name] = value
+            card[name.rpartition(".")[2]] = value
     return card
