@@ -32,18 +32,10 @@ CARD_NAMES = (
 
 
 def newest_version(directory):
-    """The folder itself if it holds a SavedModel, else its highest version."""
-    directory = pathlib.Path(directory)
-    if (directory / "saved_model.pb").exists():
-        return directory
+    """The folder of the highest version in a directory; None without one."""
     found = [path.parent for path in directory.glob("*/saved_model.pb")]
-    versions = {int(x.name): x for x in found if x.name.isdigit()}
-    if not versions:
-        raise FileNotFoundError(
-            "There must be a SavedModel, or folders of versions with one. "
-            f"Received: {str(directory)!r}. `keras-vmoe export` makes one."
-        )
-    return versions[max(versions)]
+    versions = {int(x.name): x for x in found if x.name.isdecimal()}
+    return versions[max(versions)] if versions else None
 
 
 def write_card(folder, model, settings):

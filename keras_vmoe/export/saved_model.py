@@ -180,10 +180,12 @@ def _lacking(model, signature):
 
 def _warn_of_missing(signatures, directory):
     """Warns if clients of the newest version would not be answered any more."""
+    newest = contents.newest_version(directory)
     try:
-        newest = contents.newest_version(directory)
-        card = json.loads((newest / contents.CARD).read_text())
-    except (FileNotFoundError, ValueError):  # Of the first, or another's.
+        card = (
+            json.loads((newest / contents.CARD).read_text()) if newest else {}
+        )
+    except (FileNotFoundError, ValueError):  # Another's.
         return
     missing = card.get("signatures", {}).keys() - signatures
     if missing:
