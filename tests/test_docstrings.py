@@ -33,22 +33,13 @@ def _as_tuple(match):
     return f"({sizes[0]},)" if len(sizes) == 1 else f"({', '.join(sizes)})"
 
 
-def _is_export(name):
-    return name.startswith("keras_vmoe.export.")
-
-
 def _param(name):
     """Those of exports start processes, and take seconds each."""
-    slow = [pytest.mark.slow] if _is_export(name) else []
-    return pytest.param(name, marks=slow)
+    slow = name.startswith("keras_vmoe.export.")
+    return pytest.param(name, marks=[pytest.mark.slow] if slow else [])
 
 
-# Under other backends a process of TensorFlow would run the same examples.
-IN_TENSORFLOW = keras.backend.backend() == "tensorflow"
-SHOWN = [x for x in MODULES if IN_TENSORFLOW or not _is_export(x)]
-
-
-@pytest.mark.parametrize("name", [_param(name) for name in SHOWN])
+@pytest.mark.parametrize("name", [_param(name) for name in MODULES])
 def test_examples(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
