@@ -302,12 +302,16 @@ def test_other_channels_than_rgb(channels, tmp_path):
 
 @small.IN_TENSORFLOW
 def test_a_version_that_lacks_a_signature(tmp_path):
-    model = small.MODELS["dense"]()
-    table = {"mine": {"input": "encoded"}}
-    export.saved_model(model, tmp_path, signatures=table, max_batch_size=1)
+    """Beside one of which only the card is there; of one image at most."""
+    card = tmp_path / "1" / "assets.extra" / "model_card.json"
+    card.parent.mkdir(parents=True)
+    card.write_text('{"signatures": {"serving_default": {}, "mine": {}}}')
+    (tmp_path / "1" / "saved_model.pb").write_text("")
     words = "no signature 'mine', as version 1 has"
     with pytest.warns(UserWarning, match=words):
-        path = export.saved_model(model, tmp_path, 2, warmup=False)
+        path = export.saved_model(
+            small.MODELS["dense"](), tmp_path, 2, max_batch_size=1
+        )
     assert path == tmp_path / "2" and (path / "saved_model.pb").exists()
 
 
