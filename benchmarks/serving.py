@@ -19,6 +19,7 @@ import argparse
 import functools
 import json
 import pathlib
+import sys
 import tempfile
 
 import interleaved
@@ -28,9 +29,12 @@ import yaml
 from keras_vmoe import data
 from keras_vmoe import export
 from keras_vmoe import models
-from keras_vmoe.export.served import ServedModel
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "serving.csv"
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from tests.export.c_api import ServedModel  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "serving.csv"
 ALONE, GROUPED = {"images_per_group": 1}, {"images_per_group": 8}
 DIAL = {
     "capacity 0.5, BPR": {"capacity_factor": 0.5, "batch_priority": True},
@@ -112,7 +116,7 @@ def places_of(folder, signature):
     """Places in the experts' buffers of a MoE layer, per image."""
     card = json.loads((folder / "assets.extra/model_card.json").read_text())
     places = {
-        x["places_per_image"] for x in card["signatures"][signature]["routing"]
+        x["slots_per_image"] for x in card["signatures"][signature]["routing"]
     }
     (number,) = places  # The layers are alike.
     return number
@@ -142,7 +146,7 @@ def positions(candidates, batches, rounds):
                 **spread(values, values / baseline),
                 "accuracy": round(right / sum(len(y) for _, y in batches), 4),
                 "weight_bytes": weights_of(folder),
-                "places_per_image": places_of(folder, name),
+                "slots_per_image": places_of(folder, name),
                 "target": "",
             }
         )
@@ -185,7 +189,7 @@ def latency(sparse, dense, batches, rounds):
                     **spread(seconds[sparse], seconds[sparse] / seconds[dense]),
                     "accuracy": "",
                     "weight_bytes": "",
-                    "places_per_image": "",
+                    "slots_per_image": "",
                     "target": round(SLACK * flops[sparse] / flops[dense], 3),
                 }
             )

@@ -7,7 +7,7 @@ import traceback
 from keras_vmoe import training
 from keras_vmoe._extras import require
 from keras_vmoe.cli.exporting import export_model
-from keras_vmoe.cli.exporting import serve_check
+from keras_vmoe.cli.opening import restart
 from keras_vmoe.cli.papers import convert
 from keras_vmoe.cli.papers import presets
 from keras_vmoe.cli.parser import make_parser
@@ -22,8 +22,7 @@ COMMANDS = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
-    "export": export_model,
-    "serve-check": serve_check,
+    "export": lambda settings, arguments: _export(settings, arguments),
     "convert": convert,
     "presets": presets,
 }
@@ -65,6 +64,14 @@ def main(arguments=None):
         _leave_others()
         raise
     return 0
+
+
+def _export(settings, arguments):  # merge: goes with typed commands.
+    settings = dict(vars(settings))
+    if settings["backend"] not in (None, keras.backend.backend()):
+        restart(settings["backend"], arguments)
+    del settings["backend"]
+    export_model(**settings)
 
 
 def _leave_others():

@@ -26,14 +26,13 @@ def restart(backend, arguments):
     os.execve(sys.executable, command, environment)  # noqa: S606
 
 
-def open_model(settings):
+def open_model(model, classes=None):
     """The model of a run folder or file, and the names of its classes."""
-    path = pathlib.Path(settings.model)
+    path = pathlib.Path(model)
     run_dir = path if path.is_dir() else path.parent
     file = path / "model.keras" if path.is_dir() else path
     model = models.load(file, compile=False)
-    classes = model.output_shape[-1]
-    return model, _class_names(settings.classes, run_dir, classes)
+    return model, _class_names(classes, run_dir, model.output_shape[-1])
 
 
 def setting_of_run(model, name):

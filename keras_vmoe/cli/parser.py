@@ -13,7 +13,6 @@ from keras_vmoe.cli.options import add_dry_run
 from keras_vmoe.cli.tools_parser import convert_parser
 from keras_vmoe.cli.tools_parser import export_parser
 from keras_vmoe.cli.tools_parser import presets_parser
-from keras_vmoe.cli.tools_parser import serve_check_parser
 from keras_vmoe.version import __version__
 
 TRAIN_EPILOG = """The MoE layers have settings of their own, such as
@@ -141,7 +140,6 @@ def make_parser(jsonargparse, recipe):
         ("evaluate", _evaluate_parser, "Measure a model on a dataset."),
         ("predict", _predict_parser, "Classify images."),
         ("export", export_parser, "Write a model for servers or devices."),
-        ("serve-check", serve_check_parser, "Try an exported model."),
         ("convert", convert_parser, "Read other weights."),
         ("presets", presets_parser, "List the papers' models."),
     ):

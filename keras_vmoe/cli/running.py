@@ -49,7 +49,7 @@ def predict(settings, arguments):
     """`keras-vmoe predict`: prints the classes of image files."""
     if settings.backend not in (None, keras.backend.backend()):
         restart(settings.backend, arguments)
-    model, names = open_model(settings)
+    model, names = open_model(settings.model, settings.classes)
     test_crop = setting_of_run(settings.model, "test_crop")
     size = model.input_shape[1:3]
     images = data.read_images(settings.images, size, test_crop)
@@ -68,7 +68,7 @@ def evaluate(settings, arguments):
     """`keras-vmoe evaluate`: measures a model on a split of a dataset."""
     if settings.backend not in (None, keras.backend.backend()):
         restart(settings.backend, arguments)
-    model, names = open_model(settings)
+    model, names = open_model(settings.model, settings.classes)
     _check_classes(settings, model, names)
     test_crop = settings.test_crop
     if test_crop is None:

@@ -4,8 +4,8 @@ from typing import Literal
 
 from keras_vmoe.cli.options import add_backend
 from keras_vmoe.cli.options import add_classes
-from keras_vmoe.export.saved_model import MAX_BATCH_SIZE
-from keras_vmoe.export.settings import MAX_PIXELS
+from keras_vmoe.data.preprocessing import MAX_PIXELS
+from keras_vmoe.export.settings import MAX_BATCH_SIZE
 
 EXPORT_EPILOG = """A signature is NAME:SETTING=VALUE,SETTING=VALUE with the
 settings input (float, uint8 or encoded), features, capacity_factor,
@@ -20,10 +20,6 @@ examples:
     --std='[58.395,57.12,57.375]' --test_crop 0.875
   keras-vmoe export runs/digits digits.onnx --format onnx \\
     --capacity_factor 0.5 --batch_priority true
-"""
-SERVE_CHECK_EPILOG = """examples:
-  keras-vmoe serve-check served/digits
-  keras-vmoe serve-check served/digits --model runs/digits
 """
 CONVERT_EPILOG = """examples:
   keras-vmoe convert checkpoints/vmoe_b16_imagenet21k vmoe_b16.keras
@@ -161,32 +157,6 @@ def _add_serving(parser):
         help="Whether to write warm-up requests, of batches of 1 and 8, or "
         "their batch sizes.",
     )
-
-
-def serve_check_parser(jsonargparse):
-    """What `serve-check` takes."""
-    parser = jsonargparse.ArgumentParser(
-        usage="keras-vmoe serve-check directory [options]",
-        description="Loads a SavedModel without Keras, replays its warm-up "
-        "requests, and prints times and sizes.",
-        epilog=SERVE_CHECK_EPILOG,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "directory", type=str, help="Folder of versions, or one version."
-    )
-    parser.add_argument(
-        "--model",
-        type=str | None,
-        default=None,
-        help="Run folder or .keras file that was exported, to compare with "
-        "(after its experts are quantized as those of the export).",
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=20, help="Answers for each time."
-    )
-    add_backend(parser)
-    return parser
 
 
 def convert_parser(jsonargparse):

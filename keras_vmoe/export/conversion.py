@@ -1,6 +1,12 @@
-"""What exports to ONNX and LiteRT have in common."""
+"""`onnx` and `litert`: one file for ONNX Runtime or LiteRT.
+
+A file takes `images` `(B, H, W, C)` float32, normalised as in training, and
+gives `logits` `(B, classes)`, or `features` of a model without classes. It gets
+its name after its runtime gave the model's outputs.
+"""
 
 import pathlib
+import tempfile
 
 import numpy as np
 
@@ -8,47 +14,131 @@ from keras_vmoe import _files
 from keras_vmoe._extras import require
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export import process
-from keras_vmoe.export.arguments import check_path
-from keras_vmoe.export.errors import named_errors
-from keras_vmoe.export.settings import ConvertSettings
+from keras_vmoe.export.endpoints import traced_model
+from keras_vmoe.export.saved_model import write_graph
+from keras_vmoe.export.settings import Settings
 from keras_vmoe.export.settings import Signature
+from keras_vmoe.export.settings import check_path
+from keras_vmoe.export.variants import KINDS
 from keras_vmoe.export.variants import check_model
 from keras_vmoe.export.variants import check_quantization
 from keras_vmoe.export.variants import default_dials
 from keras_vmoe.export.variants import has_classes
+from keras_vmoe.export.variants import moe_layers_of
 from keras_vmoe.export.variants import routed
-from keras_vmoe.models.cloning import clone_around
+from keras_vmoe.export.variants import with_quantized_experts
+from keras_vmoe.layers.quantized_experts import quantized
 
+OPSET = 18
 LARGEST = 2**31  # Bytes of a file of either format.
-TOLERANCE = 1e-5  # Of a runtime's outputs, where the largest is 1.
-REQUIRED = {
-    "onnx": ("tensorflow", "tf2onnx", "onnxruntime"),
-    "litert": ("tensorflow", "ai_edge_litert"),
+# Suffix, what the experts can be quantized to, and what must be installed.
+FORMATS = {
+    "onnx": (".onnx", KINDS, ("tf2onnx", "onnxruntime")),
+    "litert": (".tflite", ("int8",), ("ai_edge_litert",)),
 }
 ADVICE = (
     "Export it by `export.saved_model`, or try other routing or a model of "
     "float32."
 )
-BATCHES = (1, 3)  # What a runtime is asked before a file gets its name.
 
 
-def convert(format, model, path, kinds, quantize_experts, **dials):
-    """Writes a model as one file, which a runtime has agreed with.
+def onnx(
+    model,
+    path,
+    images_per_group=1,
+    capacity_factor=None,
+    num_selected_experts=None,
+    batch_priority=None,
+    quantize_experts=None,
+):
+    """Exports a model to ONNX, from every backend, for any B from 1 on.
 
     Args:
-        format: `"onnx"` or `"litert"`.
-        model: A Keras model.
-        path: Where to write; ends in the format's suffix.
-        kinds: What the format can quantize to.
-        quantize_experts: One of `kinds` or None.
-        **dials: Arguments of `models.set_routing`; None leaves one.
+        model: A functional or sequential Keras model.
+        path: File to write, ending in `.onnx`; must not exist.
+        images_per_group: Images that are routed together, or "batch"; see
+            `saved_model` for what that means.
+        capacity_factor: Capacity of the experts, or "dropless"; None means
+            that of the model.
+        num_selected_experts: K; None means that of the model.
+        batch_priority: Whether to route confident tokens first; None means as
+            in the model.
+        quantize_experts: `"int8"` or `"float16"`: how the kernels of experts
+            are stored. ONNX Runtime computes with them in float32.
 
     Returns:
         `pathlib.Path` of the file.
+
+    Raises:
+        ValueError: If the model or an argument does not fit, or if ONNX Runtime
+            cannot run the model or disagrees with it.
+        FileExistsError: If the file exists.
+        ImportError: If the extra `onnx` is not installed.
+
+    Example:
+
+    >>> import keras
+    >>> model = keras.Sequential(
+    ...     [keras.Input((8, 8, 3)), keras.layers.Flatten(),
+    ...      keras.layers.Dense(10)])
+    >>> onnx(model, "model.onnx").as_posix()
+    'model.onnx'
     """
+    return _convert(
+        write_onnx, model, path, quantize_experts,
+        images_per_group=images_per_group, capacity_factor=capacity_factor,
+        num_selected_experts=num_selected_experts,
+        batch_priority=batch_priority,
+    )  # fmt: skip
+
+
+def litert(
+    model,
+    path,
+    images_per_group=1,
+    capacity_factor=None,
+    num_selected_experts=None,
+    batch_priority=None,
+    quantize_experts=None,
+):
+    """Exports a model to LiteRT (once TensorFlow Lite), from every backend.
+
+    The file's signature is `serving_default`, its batch 1 until
+    `resize_tensor_input` sets another.
+
+    Args:
+        model: A functional or sequential Keras model.
+        path: File to write, ending in `.tflite`; must not exist.
+        images_per_group: See `onnx`.
+        capacity_factor: See `onnx`.
+        num_selected_experts: See `onnx`.
+        batch_priority: See `onnx`.
+        quantize_experts: `"int8"`: how the kernels of experts are stored.
+            (Those of float16 would be folded into float32.)
+
+    Returns:
+        `pathlib.Path` of the file.
+
+    Raises:
+        ValueError: If the model or an argument does not fit, or if LiteRT
+            cannot run the model or disagrees with it.
+        FileExistsError: If the file exists.
+        ImportError: If the extra `litert` is not installed.
+    """
+    return _convert(
+        write_litert, model, path, quantize_experts,
+        images_per_group=images_per_group, capacity_factor=capacity_factor,
+        num_selected_experts=num_selected_experts,
+        batch_priority=batch_priority,
+    )  # fmt: skip
+
+
+def _convert(writer, model, path, quantize_experts, **dials):
+    """Checks arguments and writes the file."""
+    extra = writer.__name__.removeprefix("write_")
+    suffix, kinds, modules = FORMATS[extra]
     check_path("path", path)
     path = pathlib.Path(path)
-    suffix = {"onnx": ".onnx", "litert": ".tflite"}[format]
     if path.suffix != suffix:
         raise ValueError(
             f"The file must end in {suffix!r}. Received: path={str(path)!r}."
@@ -61,28 +151,74 @@ def convert(format, model, path, kinds, quantize_experts, **dials):
             "A file of this format holds less than 2 GB. Received: a model of "
             f"{size / 1e9:.1f} GB. Serve it by `export.saved_model`."
         )
-    for module in REQUIRED[format]:
-        require(module, format)
-    model = clone_around(model)
+    for module in ("tensorflow", *modules):
+        require(module, extra)
     dials = default_dials(model, **dials)
     routed(model, dials)  # Raises where the model cannot take a dial.
-    settings = ConvertSettings(Signature(**dials), quantize_experts)
+    signatures = {"serving_default": Signature(**dials)}
+    settings = Settings(signatures, quantize_experts)
     with _files.creating(path) as partial:
-        process.write(format, model, settings, partial)
+        process.write(writer, model, settings, partial)
     return path
 
 
-def one_output(model, core):
-    """A traced function of `images` with one output, and its name.
+def write_onnx(model, settings, path):
+    """Writes an ONNX file, under the TensorFlow backend.
 
     Args:
-        model: The model.
-        core: Function that `endpoints.traced_model` made of it.
-
-    Returns:
-        A `tf.function` from `(B, H, W, C)` to a dict of one entry.
+        model: A model, not compiled.
+        settings: `Settings`.
+        path: `pathlib.Path` that does not exist.
     """
+    # Keras gives no public way to the patch that it exports by itself.
+    from keras.src.export.tf2onnx_lib import patch_tf2onnx
+
+    patch_tf2onnx()  # It does not know NumPy 2.
+    tf2onnx = require("tf2onnx", "onnx")
+    call = _call(model, settings)
+    with process.named_errors("ONNX must have what the model does", ADVICE):
+        proto, _ = tf2onnx.convert.from_function(
+            call,
+            input_signature=call.input_signature,
+            opset=OPSET,
+            custom_op_handlers={"Erfc": (_erfc, [])},
+        )
+    if settings.quantize_experts is not None:
+        _quantize(proto.graph, _kernels(model), settings.quantize_experts)
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    path.write_bytes(proto.SerializeToString())
+
+
+def write_litert(model, settings, path):
+    """Writes a LiteRT file, under the TensorFlow backend.
+
+    Args:
+        model: A model, not compiled.
+        settings: `Settings`.
+        path: `pathlib.Path` that does not exist.
+    """
+    from tensorflow.lite.python.convert_phase import ConverterError
+
     tf = import_tensorflow()
+    if settings.quantize_experts is not None:
+        model = with_quantized_experts(model, settings.quantize_experts)
+    call = _call(model, settings).get_concrete_function()
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        # From a folder, which alone gives inputs and outputs their names.
+        folder = pathlib.Path(temporary, "1")
+        write_graph(folder, {"serving_default": call})
+        expected = "LiteRT must have what the model does"
+        with process.named_errors(expected, ADVICE, ConverterError):
+            converter = tf.lite.TFLiteConverter.from_saved_model(str(folder))
+            path.write_bytes(converter.convert())
+
+
+def _call(model, settings):
+    """A `tf.function` of `images` with one output, and its name."""
+    tf = import_tensorflow()
+    routing = settings.signatures["serving_default"].routing
+    core = traced_model(routed(model, routing))
     name = "logits" if has_classes(model) else "features"
     spec = tf.TensorSpec((None, *model.input_shape[1:]), name="images")
 
@@ -93,23 +229,70 @@ def one_output(model, core):
     return call
 
 
-def check_runtime(name, run, call, shape):
-    """Raises unless a runtime says what the model says.
+def _erfc(context, node, name, arguments):
+    """`1 - erf(x)`, which exact gelu is made of and ONNX does not have."""
+    from tf2onnx.utils import make_name
 
-    Args:
-        name: Name of the runtime.
-        run: Function from `(B, H, W, C)` to the outputs by the runtime.
-        call: The function that was converted.
-        shape: `(H, W, C)`.
+    (output,), kinds = node.output, node.output_dtypes
+    shapes = node.output_shapes
+    erf = context.make_node("Erf", [node.input[0]])
+    one = context.make_const(make_name("one"), np.array(1, "float32"))
+    context.remove_node(node.name)
+    context.make_node(
+        "Sub",
+        [one.output[0], erf.output[0]],
+        outputs=[output],
+        name=name,
+        shapes=shapes,
+        dtypes=kinds,
+    )
+
+
+def _kernels(model):
+    """The experts' kernels by their bytes, whole and expert by expert."""
+    kernels = {}
+    for layer in moe_layers_of(model):
+        for name in ("hidden_kernel", "output_kernel"):
+            kernel = np.asarray(getattr(layer.experts, name))
+            for part in (kernel, *kernel):
+                kernels[part.tobytes()] = f"{layer.name}/{name}"
+    return kernels
+
+
+def _quantize(graph, kernels, kind):
+    """Stores kernels in fewer bytes, with what turns them back before them.
+
+    TensorFlow's converter would fold quantized kernels into numbers again.
     """
-    generator = np.random.default_rng(0)
-    for batch in BATCHES:
-        images = generator.uniform(-1, 1, (batch, *shape)).astype("float32")
-        (right,) = (x.numpy() for x in call(images).values())
-        with named_errors(name, ADVICE):
-            difference = np.abs(run(images) - right).max()
-        if not difference <= TOLERANCE * max(1, np.abs(right).max()):
-            raise ValueError(
-                f"{name} must agree with the model. Received: outputs that "
-                f"differ by {difference:.1e}. {ADVICE}"
+    import onnx as library
+
+    make, numpy = library.helper, library.numpy_helper
+    found, nodes = set(), []
+    for initializer in list(graph.initializer):
+        values = numpy.to_array(initializer)
+        if values.tobytes() not in kernels:
+            continue
+        found.add(kernels[values.tobytes()])
+        graph.initializer.remove(initializer)
+        name = initializer.name
+        values, scale = quantized(values, kind)
+        graph.initializer.append(numpy.from_array(values, f"{name}/{kind}"))
+        cast = name if scale is None else f"{name}/cast"
+        nodes.append(
+            make.make_node(
+                "Cast", [f"{name}/{kind}"], [cast], to=library.TensorProto.FLOAT
             )
+        )
+        if scale is not None:
+            factor = numpy.from_array(scale, f"{name}/scale")
+            graph.initializer.append(factor)
+            nodes.append(make.make_node("Mul", [cast, factor.name], [name]))
+    missing = set(kernels.values()) - found
+    if missing:
+        raise ValueError(
+            "Every kernel of the experts must be found to be quantized. "
+            f"Received: a graph without {sorted(missing)}. Leave "
+            "`quantize_experts` out."
+        )
+    for node in reversed(nodes):
+        graph.node.insert(0, node)

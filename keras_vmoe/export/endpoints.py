@@ -5,25 +5,15 @@ Runs under the TensorFlow backend, in the process of the export.
 Axes: B images in the batch, H and W height and width in pixels, C channels.
 """
 
-import keras
-import numpy as np
-
-from keras_vmoe.data.images import center_crop
-from keras_vmoe.data.images import to_channels
+from keras_vmoe.data.preprocessing import decoded_or_nan
+from keras_vmoe.data.preprocessing import normalized
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.export.settings import INPUT_NAMES
 from keras_vmoe.export.variants import answering
 from keras_vmoe.export.variants import has_classes
 from keras_vmoe.export.variants import routed
 
-INPUT_NAMES = {
-    "float": "images",
-    "uint8": "images",
-    "encoded": "image_bytes",
-}
 UNKNOWN = -1  # The class of an image without a finite answer.
-# What a PNG begins with; its sizes stand in the chunk that must come first.
-PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-JPEG_SCAN, USUAL_SCANS = b"\xff\xda", 10
 
 
 def make_endpoints(model, settings):
@@ -34,7 +24,7 @@ def make_endpoints(model, settings):
 
     Args:
         model: A model; see `saved_model`.
-        settings: `ServedSettings`.
+        settings: `Settings`.
 
     Returns:
         Dict from name to `tf.ConcreteFunction`.
@@ -79,63 +69,12 @@ def traced_model(model):
     """A function from images to the dict of what the model says of them."""
     tf = import_tensorflow()
     model = answering(model)
-    model = OutlinedModel(model.inputs, model.output)
 
     def call(images):
         return model(images, training=False)
 
     spec = tf.TensorSpec((None, *model.input_shape[1:]), tf.float32)
     return tf.function(call, input_signature=[spec], autograph=False)
-
-
-class OutlinedModel(keras.Model):
-    """A model whose layers are traced as functions of their own.
-
-    Those that do the same are stored once; see `compaction`.
-    """
-
-    def _run_through_graph(self, inputs, operation_fn=None, call_fn=None):
-        if call_fn is not None:  # Symbolic.
-            return super()._run_through_graph(inputs, call_fn=call_fn)
-        return super()._run_through_graph(
-            inputs, lambda op: outlined(op, operation_fn(op))
-        )
-
-
-def outlined(operation, call):
-    """A call as a function of its own, if it is one of a layer with weights.
-
-    Args:
-        operation: A Keras operation.
-        call: Function of tensors, its call.
-    """
-    tf = import_tensorflow()
-    if not isinstance(operation, keras.Layer) or not operation.weights:
-        return call
-
-    def choose(*args, **kwargs):
-        values = keras.tree.flatten((args, kwargs))
-        tensors = [x for x in values if tf.is_tensor(x)]
-        masked = [_is_masked(tensors)]
-
-        @tf.function(autograph=False)
-        def function(*tensors):
-            rest = iter(tensors)
-            filled = [next(rest) if tf.is_tensor(x) else x for x in values]
-            same = keras.tree.pack_sequence_as((args, kwargs), filled)
-            outputs = call(*same[0], **same[1])
-            masked.append(_is_masked(keras.tree.flatten(outputs)))
-            return outputs
-
-        function.get_concrete_function(*tensors)
-        # Masks are attributes of tensors, which a function loses.
-        return call(*args, **kwargs) if any(masked) else function(*tensors)
-
-    return choose
-
-
-def _is_masked(values):
-    return any(hasattr(x, "_keras_mask") for x in values)
 
 
 def _endpoint(read, core, answer):
@@ -165,6 +104,7 @@ def _reader(kind, shape, settings):
     """A function from what a request holds to the model's input."""
     tf = import_tensorflow()
     spec = input_spec(kind, shape)
+    preprocessing = settings.preprocessing
 
     @tf.function(autograph=False)
     def read(inputs):
@@ -175,16 +115,14 @@ def _reader(kind, shape, settings):
             return inputs
         if kind == "uint8":
             pixels = tf.cast(inputs, tf.float32)
-            return normalized(pixels, settings.preprocessing)
-        spec_of_one = tf.TensorSpec(shape, tf.float32)
+            return normalized(pixels, preprocessing)
+        crop, limit = preprocessing.test_crop, preprocessing.max_pixels
         pixels = tf.map_fn(
-            lambda content: decoded_or_nan(
-                content, shape, settings.preprocessing
-            ),
+            lambda content: decoded_or_nan(content, shape, crop, limit),
             inputs,
-            fn_output_signature=spec_of_one,
+            fn_output_signature=tf.TensorSpec(shape, tf.float32),
         )
-        return normalized(pixels, settings.preprocessing)
+        return normalized(pixels, preprocessing)
 
     return read
 
@@ -202,100 +140,6 @@ def _limited(inputs, max_batch_size):
     )
     with tf.control_dependencies([check]):
         return tf.identity(inputs)
-
-
-def normalized(pixels, preprocessing):
-    """Pixels on the scale of 0 to 255 as the model's input.
-
-    Args:
-        pixels: `(B, H, W, C)` float32 tensor or array.
-        preprocessing: A `Preprocessing`.
-    """
-    mean, std = (
-        np.asarray(x, "float32")
-        for x in (preprocessing.mean, preprocessing.std)
-    )
-    return pixels / std - mean / std  # In the order of `data.normalize`.
-
-
-def decoded_or_nan(content, shape, preprocessing):
-    """The pixels of an encoded image; NaN where it cannot be decoded.
-
-    A damaged file must not fail the request: a server may have put other
-    people's images into the same batch.
-
-    Args:
-        content: Scalar string tensor, a JPEG or PNG file.
-        shape: `(H, W, C)`; one channel is grey, three are RGB.
-        preprocessing: A `Preprocessing`.
-
-    Returns:
-        `(H, W, C)` float32 tensor on the scale of 0 to 255.
-    """
-    tf = import_tensorflow()
-
-    def decode(content):
-        limit = preprocessing.max_pixels
-        with tf.control_dependencies([_check_pixels(content, limit)]):
-            return decoded(tf.identity(content), shape, preprocessing.test_crop)
-
-    one = tf.data.Dataset.from_tensors(content)
-    one = one.map(decode).ignore_errors()
-    nan = tf.data.Dataset.from_tensors(tf.fill(shape, float("nan")))
-    return one.concatenate(nan).take(1).get_single_element()
-
-
-def decoded(content, shape, test_crop):
-    """The pixels of an encoded image, as evaluation sees them.
-
-    Args:
-        content: Scalar string tensor, a JPEG or PNG file.
-        shape: `(H, W, C)`; one channel is grey, three are RGB.
-        test_crop: Share of the shorter side to keep, or None.
-
-    Returns:
-        `(H, W, C)` float32 tensor on the scale of 0 to 255.
-    """
-    tf = import_tensorflow()
-    *size, channels = shape
-    image = tf.io.decode_image(content, channels, expand_animations=False)
-    image = tf.ensure_shape(image, (None, None, channels))
-    if test_crop is not None:
-        image = center_crop(image, size, test_crop)
-    pixels = to_channels(image, tuple(size))[..., :channels]
-    return tf.cast(pixels, tf.float32)
-
-
-def _check_pixels(content, limit):
-    """Fails unless this begins like a JPEG or PNG of at most so many pixels.
-
-    Read from the file's head: a few bytes can ask for gigabytes of pixels. And
-    a JPEG may go over all of its pixels again and again, scan by scan: one of
-    more scans than usual may have the fewer pixels.
-    """
-    tf = import_tensorflow()
-
-    def of_jpeg():
-        sides = tf.cast(tf.image.extract_jpeg_shape(content), tf.int64)[:2]
-        scans = tf.size(tf.strings.split(content, JPEG_SCAN), tf.int64) - 1
-        # As often as it is gone over, in the usual number of scans.
-        times = tf.maximum(-(-scans // USUAL_SCANS), 1)
-        return tf.stack([sides[0], sides[1] * times])
-
-    def of_png():
-        head = tf.io.decode_raw(tf.strings.substr(content, 16, 8), tf.uint8)
-        numbers = tf.reshape(tf.cast(head, tf.int64), (2, 4))
-        return tf.reduce_sum(numbers * [2**24, 2**16, 2**8, 1], axis=-1)
-
-    is_png = tf.equal(tf.strings.substr(content, 0, len(PNG)), PNG)
-    is_jpeg = tf.io.is_jpeg(content)
-    sides = tf.cond(is_png, of_png, of_jpeg)
-    # Each side for itself as well: a product of two could overflow.
-    fits = tf.reduce_all(sides <= limit) & (tf.reduce_prod(sides) <= limit)
-    return tf.debugging.Assert(
-        (is_png | is_jpeg) & fits,
-        ["Expected a JPEG or PNG of at most", limit, "pixels."],
-    )
 
 
 def _features(core):

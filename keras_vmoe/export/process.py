@@ -1,8 +1,8 @@
 """Exports run under the TensorFlow backend: here, or in a process of its own.
 
-    python -m keras_vmoe.export.process FORMAT FOLDER OUT [MODULE ...]
+    python -m keras_vmoe.export.process WRITER FOLDER OUT [MODULE ...]
 
-is that process. FOLDER has the model, the settings and what the model says.
+is that process. FOLDER has the model and the settings.
 """
 
 import contextlib
@@ -11,35 +11,25 @@ import json
 import logging
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import warnings
 
 import keras
-import numpy as np
-from keras import ops
 
 from keras_vmoe import models
 from keras_vmoe._extras import require
-from keras_vmoe.export.check import distance
-from keras_vmoe.export.check import tolerance_of
-from keras_vmoe.export.errors import shortened
-from keras_vmoe.export.variants import answering
-from keras_vmoe.export.variants import routed
+from keras_vmoe.export.agreement import LONGEST
+from keras_vmoe.export.agreement import agree
+from keras_vmoe.export.variants import layers_of
+from keras_vmoe.models.cloning import clone_around
 
-# Where a format is written: a module of this room, its settings and function.
-FORMATS = {
-    "saved_model": ("saved_model", "ServedSettings", "write_version"),
-    "onnx": ("onnx", "ConvertSettings", "write_onnx"),
-    "litert": ("litert", "ConvertSettings", "write_litert"),
-}
-MODEL, SETTINGS = "model.keras", "settings.json"
-ANSWERS = "answers.npz"
+MODEL, SETTINGS = "model.keras", "settings.pickle"
 ERROR = "keras_vmoe export: "  # Begins the line that tells one; disks are full.
-BATCH = 4  # Images that the model is asked on both sides.
-ROUNDING = 100  # How much more an accelerator rounds than a CPU.
 ADVICE = (
     "Put layers and functions of your own into a module that can be imported "
     "(not the script itself), register them by "
@@ -48,35 +38,40 @@ ADVICE = (
     "Lambda take such a layer."
 )
 ERRORS = {error.__name__: error for error in (ValueError, OSError, ImportError)}
+# What Python raises of layers and converters that cannot do something.
+FAILURES = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError,
+    RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
-def write(format, model, settings, path):
-    """Writes a model in another format.
+def write(writer, model, settings, path):
+    """Writes a model in another format, and checks what was written.
 
     Args:
-        format: One of `FORMATS`.
-        model: A Keras model that is not compiled.
-        settings: What the format's function takes, with `to_json`.
+        writer: Function of a module, from model, settings and path.
+        model: A Keras model.
+        settings: `Settings`.
         path: `pathlib.Path` that does not exist.
 
     Raises:
-        ValueError: If the model cannot be built under TensorFlow, or says
-            something else there.
+        ValueError: If the model cannot be built under TensorFlow, or if what
+            was written says something else.
         OSError: If the disk is full.
     """
     require("tensorflow", "tensorflow")
-    settings = type(settings).from_json(settings.to_json())  # As the process.
+    model = clone_around(model)  # Not compiled, its graph our own.
     if keras.backend.backend() == "tensorflow":
         with _quiet():
-            _writer(format)(model, settings, path)
-        return
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        folder = pathlib.Path(folder)
-        models.save(model, folder / MODEL)
-        (folder / SETTINGS).write_text(settings.to_json())
-        np.savez(folder / ANSWERS, **_answers(model, settings.routing))
-        modules = sorted(_modules(model))
-        _run_process([format, str(folder), str(path), *modules])
+            writer(model, settings, path)
+    else:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+            models.save(model, pathlib.Path(folder, MODEL))
+            pathlib.Path(folder, SETTINGS).write_bytes(pickle.dumps(settings))
+            modules = sorted(_modules(model))
+            name = f"{writer.__module__}:{writer.__name__}"
+            _run_process([name, folder, str(path), *modules])
+    agree(path, model, settings)
 
 
 @contextlib.contextmanager
@@ -91,56 +86,25 @@ def _quiet():
         logger.setLevel(level)
 
 
-def _answers(model, dials):
-    """What the model says of a few images, the same on every backend.
-
-    Returns:
-        Dict of the outputs as arrays, and `tolerance`.
-    """
-    shape = (BATCH, *model.input_shape[1:])
-    images = np.random.default_rng(0).uniform(-1, 1, shape).astype("float32")
-    with _full_precision():
-        outputs = answering(routed(model, dials))(images, training=False)
-    places = {str(x.device).lower() for x in outputs.values()}
-    rounding = 1 if all("cpu" in place for place in places) else ROUNDING
-    arrays = {k: ops.convert_to_numpy(x) for k, x in outputs.items()}
-    return {**arrays, "tolerance": tolerance_of(model) * rounding}
-
-
 @contextlib.contextmanager
-def _full_precision():
-    """Accelerators may round products of float32 to fewer bits."""
-    if keras.backend.backend() == "jax":
-        import jax
+def named_errors(expected, advice, *kinds):
+    """Errors of layers and converters as one of ours.
 
-        with jax.default_matmul_precision("float32"):
-            yield
-    elif keras.backend.backend() == "torch":
-        import torch
+    Theirs are of many kinds, which have nothing in common.
 
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    else:
-        yield
-
-
-def _check_reloaded(given, right):
-    """Raises unless the model says here what it said on its backend.
-
-    A token whose choice hangs on the last bit may go to another expert here;
-    but hardly one of every image.
+    Args:
+        expected: What must work.
+        advice: Sentence that says how to mend it.
+        *kinds: Further errors than Python's own.
     """
-    tolerance = given.pop("tolerance")
-    nearest = min(
-        max(distance(given[name][i], right[name][i]) for name in given)
-        for i in range(BATCH)
-    )
-    if not nearest <= max(tolerance, right["tolerance"]):
-        raise ValueError(
-            "The model must say under TensorFlow what it says on its own "
-            f"backend. Received: outputs that differ by {nearest:.1e} or "
-            f"more. {ADVICE}"
-        )
+    try:
+        yield
+    except (*FAILURES, *kinds) as error:
+        cause = error  # What it began with, without what Keras adds.
+        while cause.__cause__ is not None or cause.__context__ is not None:
+            cause = cause.__cause__ or cause.__context__
+        words = textwrap.shorten(f"{type(cause).__name__}: {cause}", LONGEST)
+        raise ValueError(f"{expected}. Received: {words} {advice}") from error
 
 
 def _modules(model):
@@ -148,7 +112,7 @@ def _modules(model):
     config = model.to_json()
     registered = keras.saving.get_custom_objects().items()
     found = [x for name, x in registered if f'"{name}"' in config]
-    found += map(type, model._flatten_layers())
+    found += map(type, layers_of(model))
     return {x.__module__ for x in found}
 
 
@@ -160,11 +124,10 @@ def _run_process(arguments):
         "CUDA_VISIBLE_DEVICES": "-1",  # They belong to this process.
         "PYTHONPATH": os.pathsep.join(x or os.getcwd() for x in sys.path),
     }
-    command = [sys.executable, "-m", "keras_vmoe.export.process", *arguments]
     theirs, ours = os.pipe()  # It ends with this process.
     try:
         done = subprocess.run(  # noqa: S603
-            command,
+            [sys.executable, "-m", __spec__.name, *arguments],
             env=environment,
             stdin=theirs,
             capture_output=True,
@@ -181,43 +144,28 @@ def _run_process(arguments):
             "The export under TensorFlow must end well. Received: exit status "
             f"{done.returncode} and this:\n{done.stderr[-2000:]}"
         )
-    error = json.loads(lines[-1].removeprefix(ERROR))
-    if error["errno"] is not None:
-        raise OSError(error["errno"], error["message"])
-    raise ERRORS[error["kind"]](error["message"])
-
-
-def _writer(format):
-    module, _, function = FORMATS[format]
-    module = importlib.import_module(f"keras_vmoe.export.{module}")
-    return getattr(module, function)
-
-
-def _settings(format, text):
-    kind = FORMATS[format][1]
-    module = importlib.import_module("keras_vmoe.export.settings")
-    return getattr(module, kind).from_json(text)
+    kind, *words = json.loads(lines[-1].removeprefix(ERROR))
+    raise ERRORS[kind](*words)
 
 
 def main(arguments):
     """The process: prints an error as a line of JSON."""
-    format, folder, path, *modules = arguments
+    writer, folder, path, *modules = arguments
+    module, _, name = writer.partition(":")
     folder = pathlib.Path(folder)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            settings = _settings(format, (folder / SETTINGS).read_text())
-            model, given = _load(folder / MODEL, modules, settings.routing)
-            with np.load(folder / ANSWERS) as right:
-                _check_reloaded(given, dict(right))
-            _writer(format)(model, settings, pathlib.Path(path))
+            settings = pickle.loads((folder / SETTINGS).read_bytes())  # noqa: S301
+            model = _load(folder / MODEL, modules)
+            writer = getattr(importlib.import_module(module), name)
+            writer(model, settings, pathlib.Path(path))
     except tuple(ERRORS.values()) as error:
-        kinds = (kind for kind in ERRORS if isinstance(error, ERRORS[kind]))
+        kind = next(x for x in ERRORS if isinstance(error, ERRORS[x]))
         number = getattr(error, "errno", None)
-        message = str(error) if number is None else error.strerror
-        found = {"kind": next(kinds), "message": message, "errno": number}
-        print(f"\n{ERROR}{json.dumps(found)}", flush=True)
+        words = [str(error)] if number is None else [number, error.strerror]
+        print(f"\n{ERROR}{json.dumps([kind, *words])}", flush=True)
         return 1
     return 0
 
@@ -229,25 +177,13 @@ def _end_with_parent():
     os._exit(1)
 
 
-def _load(path, modules, dials):
-    """The model, after the modules of its layers, and its answers here."""
-    try:
+def _load(path, modules):
+    """The model, after the modules of its layers."""
+    expected = "The model must load under TensorFlow in a new process"
+    with named_errors(expected, ADVICE):
         for module in modules:
             importlib.import_module(module)
-        model = models.load(path, compile=False)
-        return model, _answers(model, dials)
-    except Exception as error:
-        raise ValueError(
-            "The model must load under the TensorFlow backend in a new "
-            f"process. Received: {_cause(error)} {ADVICE}"
-        ) from error
-
-
-def _cause(error):
-    """The words of what an error began with, without what Keras adds."""
-    while error.__cause__ is not None or error.__context__ is not None:
-        error = error.__cause__ or error.__context__
-    return f"{type(error).__name__}: {shortened(error)}"
+        return models.load(path, compile=False)
 
 
 if __name__ == "__main__":

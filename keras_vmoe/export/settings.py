@@ -1,21 +1,34 @@
 """What an export is told: signatures with their routing, preprocessing.
 
-No TensorFlow here: these settings are checked under every backend, before
-anything is written.
+No TensorFlow here: settings are checked under every backend, before anything
+is written.
 """
 
 import dataclasses
-import difflib
 import json
+import os
+import pathlib
 import re
 from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Literal
 
-from keras_vmoe._checks import check_sizes
-from keras_vmoe._checks import is_number
+import numpy as np
 
-INPUTS = ("float", "uint8", "encoded")
+from keras_vmoe._checks import check_choice
+from keras_vmoe._checks import check_flags
+from keras_vmoe._checks import check_keys
+from keras_vmoe._checks import check_sizes
+from keras_vmoe._checks import is_integer
+from keras_vmoe.data.preprocessing import Preprocessing
+
+# What requests call the input of a signature, by `Signature.input`.
+INPUT_NAMES = {
+    "float": "images",
+    "uint8": "images",
+    "encoded": "image_bytes",
+}
 DIALS = (
     "capacity_factor",
     "num_selected_experts",
@@ -23,7 +36,9 @@ DIALS = (
     "images_per_group",
 )
 NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)  # Of a signature.
-MAX_PIXELS = 2**25  # 100 MB of decoded RGB.
+MAX_BATCH_SIZE = 1024
+WARMUP_BATCHES = (1, 8)
+MAX_RECORDS = 1000  # Of warm-up: with more TF Serving refuses the version.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +51,11 @@ class Signature:
             `(B,)` of JPEG and PNG files of any size.
         features: Whether to answer with the features `(B, D)` before the head
             instead of classes.
-        capacity_factor: Room of the experts, or "dropless"; None means that of
-            the export.
+        capacity_factor: Capacity of the experts relative to an even load, or
+            "dropless"; None means that of the export.
         num_selected_experts: K; None means that of the model.
-        batch_priority: Whether confident tokens are served first; None means
-            as in the model.
+        batch_priority: Whether to route confident tokens first; None means as
+            in the model.
         images_per_group: Images that are routed together, or "batch"; None
             means that of the export.
 
@@ -63,21 +78,10 @@ class Signature:
     images_per_group: int | str | None = None
 
     def __post_init__(self):
-        if self.input not in INPUTS:
-            raise ValueError(
-                f"`input` must be one of {INPUTS}. "
-                f"Received: input={self.input!r}. The default is 'float'."
-            )
-        for name, choices in (
-            ("features", (True, False)),
-            ("batch_priority", (True, False, None)),
-        ):
-            if not any(getattr(self, name) is x for x in choices):
-                raise ValueError(
-                    f"`{name}` must be True or False. "
-                    f"Received: {name}={getattr(self, name)!r}. "
-                    "Leave it out for the default."
-                )
+        check_choice("input", self.input, [*INPUT_NAMES])
+        check_flags(features=self.features)
+        if self.batch_priority is not None:
+            check_flags(batch_priority=self.batch_priority)
 
     @property
     def routing(self):
@@ -95,154 +99,27 @@ STANDARD = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """From pixels to the model's input: `(pixels - mean) / std`.
-
-    The defaults are those of `data.preprocess`, with which this package trains.
+class Settings:
+    """All that an export needs to know.
 
     Attributes:
-        mean: Number, or one for each channel, on the scale of 0 to 255.
-        std: Number, or one for each channel, above 0, on the same scale.
-        test_crop: Share of the shorter side that the centre crop of encoded
-            images keeps; None resizes whole images. See `data.load`.
-        max_pixels: Encoded images of more pixels are not decoded.
-
-    Raises:
-        ValueError: If an attribute is out of its range.
-
-    Example:
-
-    >>> imagenet = Preprocessing(
-    ...     mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
-    """
-
-    mean: float | tuple[float, ...] = 127.5
-    std: float | tuple[float, ...] = 127.5
-    test_crop: float | None = None
-    max_pixels: int = MAX_PIXELS
-
-    def __post_init__(self):
-        for name in ("mean", "std"):
-            value = getattr(self, name)
-            values = value if isinstance(value, (list, tuple)) else (value,)
-            good = len(values) > 0 and all(map(is_number, values))
-            if not good or (name == "std" and min(values) <= 0):
-                words = "numbers above 0" if name == "std" else "numbers"
-                raise ValueError(
-                    f"`{name}` must be {words} on the scale of 0 to 255, one "
-                    f"or one for each channel. Received: {name}={value!r}. "
-                    "Give those of training; this package trains with 127.5."
-                )
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(values))
-        crop = self.test_crop
-        if crop is not None and not (is_number(crop) and 0 < crop <= 1):
-            raise ValueError(
-                "`test_crop` must be a share in (0, 1] or None. "
-                f"Received: test_crop={crop!r}. Give that of the evaluation, "
-                "such as 0.875."
-            )
-        check_sizes(max_pixels=self.max_pixels)
-
-
-@dataclasses.dataclass(frozen=True)
-class ServedSettings:
-    """All that an export in the form of a SavedModel needs to know.
-
-    Attributes:
-        signatures: Dict from name to `Signature`, with the standard ones.
+        signatures: Dict from name to `Signature`; an ONNX or LiteRT file has
+            `"serving_default"` alone.
+        quantize_experts: `"int8"`, `"float16"` or None.
         preprocessing: A `Preprocessing`.
         max_batch_size: Larger requests are refused.
         warmup_batches: Batch sizes of the warm-up requests; empty for none.
         class_names: One name for each class, or None.
-        quantize_experts: `"int8"`, `"float16"` or None.
         card: Dict, what to write into the model card as it is.
     """
 
     signatures: dict
-    preprocessing: Preprocessing
-    max_batch_size: int
-    warmup_batches: tuple
-    class_names: tuple | None
-    quantize_experts: str | None
-    card: dict
-
-    @property
-    def routing(self):
-        """The dials of what is asked by default."""
-        return self.signatures["serving_default"].routing
-
-    def to_json(self):
-        """A string for `from_json`."""
-        return _to_json(self)
-
-    @classmethod
-    def from_json(cls, text):
-        """What `to_json` was made of."""
-        settings = json.loads(text)
-        settings["preprocessing"] = Preprocessing(**settings["preprocessing"])
-        for name, signature in settings["signatures"].items():
-            settings["signatures"][name] = Signature(**signature)
-        return cls(**settings)
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvertSettings:
-    """All that an export to ONNX or LiteRT needs to know.
-
-    Attributes:
-        signature: A `Signature` of float images.
-        quantize_experts: `"int8"`, `"float16"` or None.
-    """
-
-    signature: Signature
-    quantize_experts: str | None
-
-    @property
-    def routing(self):
-        """The dials of the file."""
-        return self.signature.routing
-
-    def to_json(self):
-        """A string for `from_json`."""
-        return _to_json(self)
-
-    @classmethod
-    def from_json(cls, text):
-        """What `to_json` was made of."""
-        settings = json.loads(text)
-        return cls(
-            Signature(**settings["signature"]), settings["quantize_experts"]
-        )
-
-
-def _to_json(settings):
-    """Dataclasses as JSON, NumPy's numbers as plain ones."""
-    return json.dumps(
-        dataclasses.asdict(settings), default=lambda number: number.item()
-    )
-
-
-def table_pairs(table):
-    """The pairs of name and settings of a table of signatures, checked."""
-    if isinstance(table, str) or not isinstance(
-        table, (Mapping, Iterable, type(None))
-    ):
-        raise ValueError(
-            "`signatures` must go from names to dicts of settings. "
-            f"Received: signatures={table!r}. Write for example "
-            "{'fast': dict(capacity_factor=0.5)}."
-        )
-    pairs = list(table.items() if isinstance(table, Mapping) else table or ())
-    for pair in pairs:
-        good = isinstance(pair, (tuple, list)) and len(pair) == 2
-        if not good or not isinstance(pair[1], (Mapping, Signature)):
-            raise ValueError(
-                "`signatures` must go from names to dicts of settings. "
-                f"Received: {pair!r}. Write for example "
-                "{'fast': dict(capacity_factor=0.5)}."
-            )
-    return pairs
+    quantize_experts: str | None = None
+    preprocessing: Preprocessing = Preprocessing()
+    max_batch_size: int = MAX_BATCH_SIZE
+    warmup_batches: tuple = ()
+    class_names: tuple | None = None
+    card: dict = dataclasses.field(default_factory=dict)
 
 
 def make_signatures(table, **defaults):
@@ -261,7 +138,7 @@ def make_signatures(table, **defaults):
             unknown.
     """
     signatures = dict(STANDARD)
-    for name, settings in table_pairs(table):
+    for name, settings in _pairs(table):
         # Those with two underscores before them are TensorFlow's.
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ValueError(
@@ -269,42 +146,143 @@ def make_signatures(table, **defaults):
                 "underscores that begins with a letter. "
                 f"Received: {name!r}. Write for example 'fast'."
             )
-        if name in STANDARD:
-            raise ValueError(
-                "Every signature must have a name of its own. "
-                f"Received: {name!r} twice, as {list(STANDARD)} are always "
-                "there. Choose another name."
-            )
         if name in signatures:
             raise ValueError(
-                "Every signature must have a name of its own. "
-                f"Received: {name!r} twice. Choose another name."
+                "Every signature must have a name of its own. Received: "
+                f"{name!r} twice; {list(STANDARD)} are always there. Choose "
+                "another name."
             )
-        signatures[name] = _signature(name, settings)
+        if not isinstance(settings, Signature):
+            known = [field.name for field in dataclasses.fields(Signature)]
+            check_keys(f"The signature {name!r}", settings, known)
+            settings = Signature(**settings)
+        signatures[name] = settings
     return {
-        name: dataclasses.replace(
-            signature,
-            **{
-                k: v
-                for k, v in defaults.items()
-                if getattr(signature, k) is None
-            },
-        )
-        for name, signature in signatures.items()
+        name: dataclasses.replace(x, **{**defaults, **x.routing})
+        for name, x in signatures.items()
     }
 
 
-def _signature(name, settings):
-    if isinstance(settings, Signature):
-        return settings
-    known = [field.name for field in dataclasses.fields(Signature)]
-    settings = dict(settings)
-    for key in settings:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+def _pairs(table):
+    """The pairs of name and settings of a table of signatures, checked."""
+    pairs = table.items() if isinstance(table, Mapping) else table or ()
+    try:
+        pairs = [(name, settings) for name, settings in pairs]
+        good = all(isinstance(x, Mapping | Signature) for _, x in pairs)
+    except (TypeError, ValueError):  # No pairs.
+        good = False
+    if not good:
+        raise ValueError(
+            "`signatures` must go from names to dicts of settings, such as "
+            "{'fast': dict(capacity_factor=0.5)}. "
+            f"Received: signatures={table!r}."
+        )
+    return pairs
+
+
+def check_names(class_names, num_classes):
+    """The names of the classes as a tuple, checked; None without."""
+    if class_names is None:
+        return None
+    is_list = isinstance(class_names, Sequence | np.ndarray)
+    names = list(class_names) if is_list else []
+    known = all(isinstance(x, str) or is_integer(x) for x in names)
+    if not is_list or isinstance(class_names, str | bytes) or not known:
+        raise ValueError(
+            "`class_names` must be a list of names in the order of the "
+            f"classes. Received: class_names={class_names!r}."
+        )
+    names = tuple(map(str, names))
+    if len(names) != num_classes:
+        raise ValueError(
+            f"`class_names` must have one name for each of the {num_classes} "
+            f"classes. Received: {len(names)} names. Give all, or None."
+        )
+    # Half a character has no bytes.
+    lines = [x.encode("utf-8", "ignore").decode().splitlines() for x in names]
+    if lines != [[x] for x in names] or len({*names}) < len(names):
+        raise ValueError(
+            "Class names must be lines of text that differ, and '' is that of "
+            f"no class. Received: class_names={names}."
+        )
+    return names
+
+
+def check_card(card, reserved):
+    """A model card's own entries as plain values, checked.
+
+    Args:
+        card: What the user gave.
+        reserved: Names that the card has anyway.
+    """
+    try:
+        plain = json.dumps(dict(card or {}), default=float, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`card` must be a dict that holds what JSON takes, such as "
+            f"{{'test_accuracy': 0.98}}. Received: card={card!r} ({error})."
+        ) from error
+    for name in set(card or {}) & set(reserved):
+        raise ValueError(
+            f"The model card tells {name!r} itself. Received: "
+            f"card={{{name!r}: {card[name]!r}}}. Choose another name."
+        )
+    return json.loads(plain)
+
+
+def check_preprocessing(preprocessing, channels):
+    """A `Preprocessing` that fits a model; the package's own for None."""
+    if preprocessing is None:
+        return Preprocessing()
+    if not isinstance(preprocessing, Preprocessing):
+        raise ValueError(
+            "`preprocessing` must be a Preprocessing or None. Received: "
+            f"preprocessing={preprocessing!r}. Write "
+            "export.Preprocessing(test_crop=0.875)."
+        )
+    for name in ("mean", "std"):
+        value = getattr(preprocessing, name)
+        count = len(value) if isinstance(value, tuple) else 1
+        if count not in (1, channels):
             raise ValueError(
-                f"A signature takes the settings {known}. "
-                f"Received: {key}={settings[key]!r} for {name!r}.{hint}"
+                f"`{name}` must be one number, or one for each channel. "
+                f"Received: {name}={value} for images of {channels} channels."
             )
-    return Signature(**settings)
+    return preprocessing
+
+
+def check_warmup(warmup, max_batch_size, num_signatures):
+    """Batch sizes of the warm-up requests, checked; see `saved_model`."""
+    if warmup is True:
+        warmup = sorted({min(x, max_batch_size) for x in WARMUP_BATCHES})
+    is_list = isinstance(warmup, Iterable) and not isinstance(warmup, str)
+    batches = tuple(warmup) if is_list else (warmup,) * (warmup is not False)
+    for batch in batches:
+        check_sizes(warmup=batch)
+        if batch > max_batch_size:
+            raise ValueError(
+                "Warm-up requests must not be refused. Received: a batch of "
+                f"{batch} with max_batch_size={max_batch_size}."
+            )
+    check_at_most(
+        "warm-up requests", num_signatures * len(batches), MAX_RECORDS
+    )
+    return batches
+
+
+def check_at_most(name, value, largest):
+    """Raises if a number is larger than what a server takes."""
+    if value > largest:
+        raise ValueError(
+            f"`{name}` must be at most {largest}. Received: {name}={value}."
+        )
+
+
+def check_path(name, path):
+    """Raises unless this is a path that TensorFlow reads as it is."""
+    is_path = isinstance(path, str | os.PathLike)
+    if not is_path or set("[\\") & set(pathlib.PurePath(path).as_posix()):
+        raise ValueError(
+            f"`{name}` must be a path without '[' and '\\', which TensorFlow "
+            f"reads as a pattern. Received: {name}={path!r}."
+        )

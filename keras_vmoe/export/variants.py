@@ -1,4 +1,4 @@
-"""The models that an export needs: other routing, features, small experts."""
+"""The models that an export needs: routed, answering, quantized."""
 
 import os
 
@@ -8,7 +8,8 @@ from keras_vmoe import layers
 from keras_vmoe import models
 from keras_vmoe._checks import check_choice
 from keras_vmoe.distribution import _processes
-from keras_vmoe.export.quantization import QuantizedMLPExperts
+from keras_vmoe.layers.experts import MLPExperts
+from keras_vmoe.layers.quantized_experts import QuantizedMLPExperts
 from keras_vmoe.models.cloning import clone_around
 from keras_vmoe.models.cloning import is_graph
 from keras_vmoe.models.cloning import set_part
@@ -16,25 +17,10 @@ from keras_vmoe.models.cloning import share_parts
 
 # Layers and operations that end a model in something else than logits.
 ACTIVATIONS = (
-    "Softmax",
-    "Sigmoid",
-    "ReLU",
-    "Relu",
-    "LeakyReLU",
-    "ELU",
-    "PReLU",
-)
+    "Softmax", "Sigmoid", "ReLU", "Relu", "LeakyReLU", "ELU", "PReLU",
+)  # fmt: skip
+KINDS = ("int8", "float16")
 ONE_BY_ONE = ("images_per_group", 1)  # As a dense model always answers.
-
-
-def check_quantization(model, kind, kinds):
-    """Raises unless the experts of a model can be stored so."""
-    check_choice("quantize_experts", kind, (None, *kinds))
-    if kind is not None and not moe_layers_of(model):
-        raise ValueError(
-            "Only experts are quantized. Received: "
-            f"quantize_experts={kind!r} with a dense model. Leave it out."
-        )
 
 
 def check_model(model):
@@ -69,31 +55,36 @@ def check_model(model):
             f"{model.inputs[0].dtype}. Build it from a `keras.Input` of "
             "float32, whose pixels are Preprocessing(mean=0, std=1)."
         )
+    _check_logits(model)
+
+
+def _check_logits(model):
     last = last_of(model)
     activation = getattr(last, "activation", keras.activations.linear)
     squashes = type(last).__name__ in ACTIVATIONS
     if squashes or activation is not keras.activations.linear:
-        raise ValueError(
-            "`model` must give logits. Received: a last layer "
-            f"{last.name!r}, a {type(last).__name__} with an activation. "
-            "End with a `Dense` without one, and train by a loss with "
-            "from_logits=True."
-        )
-    if not keras.backend.is_float_dtype(model.outputs[0].dtype):
-        raise ValueError(
-            "`model` must give logits. Received: outputs of type "
-            f"{model.outputs[0].dtype}. End with a `Dense`."
-        )
-    if len(model.output_shape) != 2:
-        raise ValueError(
-            "`model` must give one vector for each image. Received: outputs "
-            f"of shape {model.output_shape}. Pool them."
-        )
+        received = f"a {type(last).__name__} with an activation at the end"
+    elif not keras.backend.is_float_dtype(model.outputs[0].dtype):
+        received = f"outputs of type {model.outputs[0].dtype}"
+    elif len(model.output_shape) != 2:
+        received = f"outputs of shape {model.output_shape}"
+    else:
+        return
+    raise ValueError(
+        "`model` must give logits, one vector for each image. Received: "
+        f"{received}. Pool, end with a `Dense` without activation, and train "
+        "by a loss with from_logits=True."
+    )
+
+
+def layers_of(model):
+    """All layers, those inside of others included."""
+    return model._flatten_layers()  # There is no public way to them.
 
 
 def moe_layers_of(model):
     """All MoE layers, those of nested models included."""
-    return [x for x in model._flatten_layers() if isinstance(x, layers.MoEMLP)]
+    return [x for x in layers_of(model) if isinstance(x, layers.MoEMLP)]
 
 
 def last_of(model):
@@ -105,7 +96,8 @@ def last_of(model):
 def _last_here(model):
     """The last operation of a graph that changes more than types; its inputs.
 
-    Those of the call that counts here: a layer may be called elsewhere as well.
+    Those of the call that counts here: a layer may be called elsewhere as well,
+    and only Keras's private history tells its calls apart.
     """
     operation, node, _ = model.outputs[0]._keras_history
     while True:
@@ -149,6 +141,11 @@ def default_dials(model, **dials):
     return {}
 
 
+def routes_alone(model):
+    """Whether every image is a routing group of its own."""
+    return all(x.images_per_group == 1 for x in moe_layers_of(model))
+
+
 def routed(model, dials):
     """The model under the dials of a signature, around the same weights.
 
@@ -163,13 +160,9 @@ def routed(model, dials):
     Raises:
         ValueError: If the model cannot take a dial.
     """
-    found = moe_layers_of(model)
-    alone = all(x.router.images_per_group == 1 for x in found)
-    if alone and dials.get("images_per_group") == 1:
+    if routes_alone(model) and dials.get("images_per_group") == 1:
         dials = {k: v for k, v in dials.items() if k != "images_per_group"}
-    if not dials:
-        return model
-    return models.set_routing(model, **dials)
+    return models.set_routing(model, **dials) if dials else model
 
 
 def answering(model):
@@ -182,18 +175,31 @@ def answering(model):
         A model from images to `features` `(B, D)`, where it has a head, and
         `logits` `(B, classes)`, where it has classes; float32.
     """
-    outputs, features = {}, features_of(model)
+    outputs = {"logits": model.outputs[0], "features": features_of(model)}
     if not has_classes(model):
-        outputs["features"] = model.outputs[0]
-    else:
-        outputs["logits"] = model.outputs[0]
-        if features is not None:
-            outputs["features"] = features
-    outputs = {k: keras.ops.cast(x, "float32") for k, x in outputs.items()}
+        outputs = {"features": model.outputs[0]}
+    outputs = {
+        name: keras.ops.cast(x, "float32")
+        for name, x in outputs.items()
+        if x is not None
+    }
     return keras.Model(model.inputs[0], outputs)
 
 
-def with_small_experts(model, kind):
+def check_quantization(model, kind, kinds):
+    """Raises unless the experts of a model can be stored so."""
+    check_choice("quantize_experts", kind, (None, *kinds))
+    experts = [layer.experts for layer in moe_layers_of(model)]
+    all_known = experts and all(isinstance(x, MLPExperts) for x in experts)
+    if kind is not None and not all_known:
+        kinds = sorted({type(x).__name__ for x in experts}) or "a dense model"
+        raise ValueError(
+            "Only `MLPExperts` are quantized. Received: "
+            f"quantize_experts={kind!r} with {kinds}. Leave it out."
+        )
+
+
+def with_quantized_experts(model, kind):
     """The model with quantized experts; all other weights are shared.
 
     Args:

@@ -7,18 +7,14 @@ between must get the answer of the first one, to the last bit.
 """
 
 import json
-import pathlib
 import random
 import sys
 import zlib
 
 import numpy as np
-
-ROOT = pathlib.Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "keras_vmoe" / "export"))
-from replay import read_requests  # noqa: E402
-from served import RefusedRequest  # noqa: E402
-from served import ServedModel  # noqa: E402
+from c_api import RefusedRequest
+from c_api import ServedModel
+from replay import read_requests
 
 JPEG = bytes.fromhex("ffd8ffe000104a46494600010100000100010000")
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -25,24 +25,11 @@ from tensorflow_serving.apis import predict_pb2
 from tensorflow_serving.apis import prediction_service_pb2_grpc
 from tensorflow_serving.config import model_server_config_pb2
 
-from keras_vmoe import export
-from keras_vmoe.export.saved_model import WARMUP_BATCHES
-from keras_vmoe.export.served import ServedModel
+from keras_vmoe.export.settings import WARMUP_BATCHES
 from tests.export import small
 
 FOLDER = pathlib.Path(__file__).parents[2] / "examples" / "serving"
 pytestmark = [pytest.mark.slow, small.IN_TENSORFLOW]
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("served")
-    return ServedModel(
-        export.saved_model(
-            small.MODELS["bpr"](), folder, warmup=False,
-            class_names=small.CLASSES,
-        )
-    )  # fmt: skip
 
 
 @pytest.fixture

@@ -7,11 +7,9 @@ import tensorflow as tf
 from keras_vmoe import export
 from keras_vmoe.export.compaction import compact_function
 from keras_vmoe.export.compaction import compact_version
-from keras_vmoe.export.compaction import merge_functions
-from keras_vmoe.export.compaction import rename_arguments
-from keras_vmoe.export.served import ServedModel
 from keras_vmoe.models import ViTMoE
 from tests.export import small
+from tests.export.c_api import ServedModel
 
 pytestmark = small.IN_TENSORFLOW
 
@@ -84,56 +82,6 @@ def library(text):
     return text_format.Parse(text, function_pb2.FunctionDefLibrary())
 
 
-def one(name="f", axis=1, first="a", control="a", callee=""):
-    """A function of two operations, of which each has something to differ."""
-    callee = (
-        callee
-        and f"attr {{ key: 'g' value {{ func {{ name: '{callee}' }} }} }}"
-    )
-    return f"""function {{
-      signature {{ name: '{name}' input_arg {{ name: 'x' type: DT_FLOAT }}
-        output_arg {{ name: 'y' type: DT_FLOAT }} control_output: 'c' }}
-      node_def {{ name: 'a' op: 'Neg' input: 'x'
-        attr {{ key: 'axis' value {{ i: {axis} }} }} {callee} }}
-      node_def {{ name: 'b' op: 'Assign' input: 'a:y:0' input: '^a' }}
-      ret {{ key: 'y' value: '{first}:y:0' }}
-      control_ret {{ key: 'c' value: '{control}' }}
-    }}"""
-
-
-def merged(*functions, called=()):
-    """Names of what is left of functions."""
-    found = library("".join(functions))
-    merge_functions(found, set(called))
-    return [f.signature.name for f in found.function]
-
-
-@pytest.mark.parametrize(
-    ("difference", "left"),
-    [
-        ({}, 1),
-        ({"axis": 2}, 2),
-        ({"first": "b"}, 2),
-        ({"control": "b"}, 2),
-        ({"callee": "h"}, 2),
-    ],
-)
-def test_functions_that_differ_are_not_merged(difference, left):
-    assert len(merged(one("f"), one("g", **difference))) == left
-
-
-def test_callers_of_equal_functions_are_equal():
-    """And call the one that is left; those that are called stay."""
-    functions = one("f"), one("g"), one("p", callee="f"), one("q", callee="g")
-    left = library("".join(functions))
-    merge_functions(left, set())
-    (inner, outer) = left.function
-    (called,) = (x.attr["g"].func.name for x in outer.node_def if x.op == "Neg")
-    assert called == inner.signature.name
-    assert set(merged(*functions, called=["f", "p"])) == {"f", "p"}
-    assert set(merged(*functions, called=["g"])) == {"f", "g", "p", "q"}
-
-
 def test_what_a_function_keeps():
     """Control inputs and outputs, what has a state, the names of arguments."""
     text = """function {
@@ -164,52 +112,6 @@ def test_what_a_function_keeps():
     ]
     assert last == "NoOp_0" and controls[1] == nodes[last].input[0]
     assert controls[0].startswith("^Assign") and controls[0] != controls[1]
-    rename_arguments(function)
-    assert function.signature.input_arg[0].name == "argument_0"
-    assert all(
-        nodes[f"{name}_{i}"].input[0] == "argument_0"
-        for name in ("Assign", "Neg")
-        for i in (0, 1)
-    )
-
-
-class Caller(tf.Module):
-    """Functions of which two do the same, and one nearly."""
-
-    def __init__(self):
-        super().__init__()
-        self.scales = [tf.Variable(x) for x in (2.0, 5.0)]
-
-    @tf.function(input_signature=[tf.TensorSpec((None, 3), name="x")])
-    def __call__(self, x):
-        def times(scale, add):
-            if scale is first:
-                return tf.function(lambda y: scale * y + add)
-            return tf.function(lambda other: scale * other + add)
-
-        first, second = self.scales
-        for scale, add in ((first, 1.0), (second, 1.0), (second, 3.0)):
-            x = times(scale, add)(x)
-        return {"x": x}
-
-
-def test_equal_functions_are_one_and_others_are_not(tmp_path):
-    tf.saved_model.save(Caller(), str(tmp_path))
-    before = {f.signature.name: f for f in functions(tmp_path)}
-    compact_version(tmp_path)
-    after = [f.signature.name for f in functions(tmp_path)]
-    assert len(after) == len(before) - 1 and set(after) < set(before)
-    for function in functions(tmp_path):
-        arguments = [
-            x.name for x in before[function.signature.name].signature.input_arg
-        ]
-        if "x" in arguments:  # Of the signature: it keeps them all.
-            assert [x.name for x in function.signature.input_arg] == arguments
-    x = np.ones((2, 3), "float32")
-    right = 5 * (5 * (2 * x + 1) + 1) + 3
-    given = ServedModel(tmp_path)("serving_default", x=x)["x"]
-    python = tf.saved_model.load(str(tmp_path))(x)["x"]
-    assert np.array_equal(given, right) and np.array_equal(python, right)
 
 
 @pytest.mark.slow

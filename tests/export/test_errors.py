@@ -17,7 +17,9 @@ from keras_vmoe import export
 from keras_vmoe._files import creating
 from keras_vmoe.export.variants import features_of
 from tests.export import small
+from tests.export.c_api import ServedModel
 
+IS_TENSORFLOW = keras.backend.backend() == "tensorflow"
 OWN_LAYER = """
 import keras
 
@@ -26,11 +28,6 @@ class Own(keras.layers.Layer):
     def call(self, x):
         {code}
 """
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small.MODELS["bpr"]()
 
 
 @pytest.mark.parametrize(
@@ -76,7 +73,7 @@ def model():
         ({"class_names": [b"a", *"bcdefghij"]}, "must be a list of names"),
         ({"class_names": ["\udcff", *"bcdefghij"]}, "must be lines of text"),
         ({"card": [1]}, r"card=\[1\]"),
-        ({"card": {"accuracy": float("nan")}}, "must hold what JSON takes"),
+        ({"card": {"accuracy": float("nan")}}, "holds what JSON takes"),
         ({"warmup": "8"}, "warmup='8'"),
         ({"warmup": 8.5}, "warmup=8.5"),
         ({"signatures": ["fast"]}, "must go from names to dicts"),
@@ -84,7 +81,7 @@ def model():
         ({"signatures": {"x": {"features": "maybe"}}}, "features='maybe'"),
         ({"preprocessing": {"mean": 0}}, r"preprocessing=\{'mean': 0\}"),
         ({"card": {"params": 1}}, "tells 'params' itself"),
-        ({"card": {"a": object()}}, "must hold what JSON takes"),
+        ({"card": {"a": object()}}, "holds what JSON takes"),
     ],
 )
 def test_bad_arguments(model, tmp_path, arguments, words):
@@ -178,7 +175,7 @@ def test_dense_and_soft_models_have_no_such_dial(tmp_path):
             )
     dense = small.MODELS["dense"]()
     for arguments, words in (
-        ({"quantize_experts": "int8"}, "Only experts are quantized"),
+        ({"quantize_experts": "int8"}, "Only `MLPExperts` are quantized"),
         ({"capacity_factor": 2.0}, "nothing to route.*capacity_factor=2.0"),
         ({"images_per_group": 8}, "nothing to route.*images_per_group=8"),
     ):
@@ -233,7 +230,9 @@ def test_a_folder_of_somebody_else(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("room", [100_000, 400_000])
+@pytest.mark.parametrize(
+    "room", [100_000, 400_000] if IS_TENSORFLOW else [100_000]
+)
 def test_a_full_disk(room, tmp_path):
     """Files may not grow beyond it: the weights, or TensorFlow's graph, would.
 
@@ -271,23 +270,6 @@ def own_model(tmp_path, monkeypatch, code):
     return keras.Model(images, keras.layers.Dense(10)(x))
 
 
-def check_export(model, tmp_path):
-    path = export.saved_model(model, tmp_path / "served", warmup=False)
-    served = export.served.ServedModel(path)
-    images = np.ones((2, 8, 8, 3), "float32")
-    np.testing.assert_allclose(
-        served("serving_default", images=images)["logits"],
-        small.logits(model, images),
-        atol=1e-6,
-    )
-
-
-@pytest.mark.slow
-def test_layers_of_ones_own(tmp_path, monkeypatch):
-    model = own_model(tmp_path, monkeypatch, "return keras.ops.relu(x)")
-    check_export(model, tmp_path)
-
-
 @small.IN_TENSORFLOW
 @pytest.mark.slow
 def test_a_table_is_refused(tmp_path):
@@ -304,19 +286,25 @@ def test_a_table_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_functions_of_ones_own(tmp_path, monkeypatch):
+def test_layers_and_functions_of_ones_own(tmp_path, monkeypatch):
     name = f"own_function_{keras.backend.backend()}"
     (tmp_path / f"{name}.py").write_text(
         "import keras\n\n"
         "@keras.saving.register_keras_serializable('own')\n"
         "def double(x):\n    return 2 * keras.ops.relu(x)\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
-    images = keras.Input((8, 8, 3))
-    x = keras.layers.Conv2D(4, 3, activation=__import__(name).double)(images)
-    x = keras.layers.Dense(3)(keras.layers.GlobalAveragePooling2D()(x))
-    model = keras.Model(images, x)
-    check_export(model, tmp_path)
+    model = own_model(tmp_path, monkeypatch, "return keras.ops.relu(x)")
+    double = __import__(name).double
+    x = keras.layers.Dense(4, activation=double)(model.layers[-2].output)
+    model = keras.Model(model.inputs[0], keras.layers.Dense(3)(x))
+    path = export.saved_model(model, tmp_path / "served", warmup=False)
+    images = np.random.default_rng(0).normal(size=(2, 8, 8, 3))
+    images = images.astype("float32")
+    np.testing.assert_allclose(
+        ServedModel(path)("serving_default", images=images)["logits"],
+        small.logits(model, images),
+        atol=1e-6,
+    )
 
 
 @small.IN_TENSORFLOW
@@ -357,18 +345,14 @@ def test_a_version_that_says_something_else_gets_no_name(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    keras.backend.backend() == "tensorflow",
+    IS_TENSORFLOW,
     reason="nothing stands between the layer and TensorFlow",
 )
 @pytest.mark.parametrize(
     ("code", "words"),
     [
         ("raise KeyError('not here')", "KeyError: 'not here'.*use keras.ops"),
-        (
-            "raise NotImplementedError('not here')",
-            "NotImplementedError: not here",
-        ),
-        ("return 2 * x", "its own backend. Received: outputs that differ by"),
+        ("return 2 * x", "must say what the model says.*their own backend"),
     ],
 )
 def test_layers_that_differ_under_tensorflow(
@@ -423,7 +407,7 @@ def test_a_killed_export_leaves_no_version(tmp_path):
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert [x.name[:3] for x in tmp_path.iterdir()] == [".1."]
+    assert [x.name[:11] for x in tmp_path.iterdir()] == [".partial.1."]
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and lives(process.pid):
         time.sleep(0.1)

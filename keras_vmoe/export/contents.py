@@ -1,4 +1,4 @@
-"""The model card: what an exported folder says of itself."""
+"""What a version holds beside graph and weights: model card and warm-up."""
 
 import dataclasses
 import json
@@ -7,9 +7,12 @@ import pathlib
 import platform
 
 import keras
+import numpy as np
 
 from keras_vmoe import models
+from keras_vmoe._extras import require
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.export.settings import INPUT_NAMES
 from keras_vmoe.export.variants import features_of
 from keras_vmoe.export.variants import has_classes
 from keras_vmoe.export.variants import moe_layers_of
@@ -19,6 +22,20 @@ from keras_vmoe.version import __version__
 
 CARD = pathlib.Path("assets.extra", "model_card.json")
 LABELS = CARD.with_name("labels.txt")
+WARMUP = CARD.with_name("tf_serving_warmup_requests")
+# What a user's own entries may not be called.
+CARD_NAMES = (
+    "name", "model", "params", "image_size", "channels", "num_classes",
+    "preprocessing", "max_batch_size", "quantize_experts", "signatures",
+    "versions",
+)  # fmt: skip
+
+
+def newest_version(directory):
+    """The folder of the highest version in a directory; None without one."""
+    found = [path.parent for path in directory.glob("*/saved_model.pb")]
+    versions = {int(x.name): x for x in found if x.name.isdecimal()}
+    return versions[max(versions)] if versions else None
 
 
 def write_card(folder, model, settings):
@@ -27,12 +44,13 @@ def write_card(folder, model, settings):
     Args:
         folder: `pathlib.Path` of a version.
         model: The model, under its own routing.
-        settings: `ServedSettings`.
+        settings: `Settings`.
     """
     path = folder / CARD
     path.parent.mkdir(exist_ok=True)
     card = make_card(model, settings)
-    path.write_text(json.dumps(card, indent=2) + "\n")
+    text = json.dumps(card, indent=2, default=lambda number: number.item())
+    path.write_text(text + "\n")
     if settings.class_names is not None:
         names = "".join(f"{x}\n" for x in settings.class_names)
         (folder / LABELS).write_text(names, "utf-8")
@@ -42,8 +60,10 @@ def make_card(model, settings):
     """The model card as a dict that JSON takes."""
     costs = {}
     for name, signature in settings.signatures.items():
-        variant = routed(model, signature.routing)
-        cost = models.cost(_asked(variant, signature))
+        variant = asked = routed(model, signature.routing)
+        if signature.features and has_classes(model):
+            asked = keras.Model(variant.inputs, features_of(variant))
+        cost = models.cost(asked)
         costs[name] = {
             **dataclasses.asdict(signature),
             "routing": [_routing(layer) for layer in moe_layers_of(variant)],
@@ -71,13 +91,6 @@ def make_card(model, settings):
     }
 
 
-def _asked(model, signature):
-    """The part of a model that a signature runs."""
-    if not (signature.features and has_classes(model)):
-        return model
-    return keras.Model(model.inputs, features_of(model))
-
-
 def _routing(layer):
     """What a MoE layer's router really does."""
     names = ("num_selected_experts", "capacity_factor", "batch_priority")
@@ -90,5 +103,50 @@ def _routing(layer):
         "images_per_group": layer.images_per_group,
         **{k: v for k, v in found.items() if v is not None},
         # Rounded up, for a group: dials that round to the same do the same.
-        "places_per_image": slots_of(layer, tokens),
+        "slots_per_image": slots_of(layer, tokens),
     }
+
+
+def write_warmup(folder, shape, settings):
+    """Writes requests that TF Serving answers before it takes others.
+
+    Args:
+        folder: `pathlib.Path` of a version.
+        shape: `(H, W, C)` of the model's images.
+        settings: `Settings`.
+    """
+    tf = import_tensorflow()
+    logs = require("tensorflow_serving.apis.prediction_log_pb2", "serving")
+    path = folder / WARMUP
+    path.parent.mkdir(exist_ok=True)
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for name, signature in settings.signatures.items():
+            for batch in settings.warmup_batches:
+                images = noise(signature.input, (batch, *shape))
+                log = logs.PredictionLog()
+                request = log.predict_log.request
+                request.model_spec.signature_name = name
+                request.inputs[INPUT_NAMES[signature.input]].CopyFrom(
+                    tf.make_tensor_proto(images)
+                )
+                writer.write(log.SerializeToString())
+
+
+def noise(kind, shape, seed=0):
+    """Images of noise in the form that a signature takes.
+
+    Args:
+        kind: `Signature.input`.
+        shape: `(B, H, W, C)`.
+        seed: Integer.
+
+    Returns:
+        Array `(B, H, W, C)`, or `(B,)` of JPEG files.
+    """
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, "uint8")
+    if kind == "float":
+        return (pixels / 127.5 - 1).astype("float32")
+    if kind == "uint8":
+        return pixels
+    encode = import_tensorflow().io.encode_jpeg
+    return np.array([encode(image).numpy() for image in pixels])

@@ -85,19 +85,6 @@ class ServedModel:
         ValueError: If there is no such signature, or no longer a model.
 
     Runs on Linux, where TensorFlow's library has the name it is looked for.
-
-    Example:
-
-    >>> import keras
-    >>> from keras_vmoe.export import saved_model
-    >>> model = keras.Sequential(
-    ...     [keras.Input((8, 8, 3)), keras.layers.Flatten(),
-    ...      keras.layers.Dense(10)])
-    >>> served = ServedModel(saved_model(model, "served"))
-    >>> images = np.zeros((3, 8, 8, 3), "float32")
-    >>> served("serving_default", images=images)["logits"].shape
-    (3, 10)
-    >>> served.close()
     """
 
     def __init__(self, folder):

@@ -1,12 +1,10 @@
-"""Experts whose kernels take a quarter or half of the bytes."""
+"""Expert banks whose kernels take a quarter or half of the bytes."""
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_vmoe.layers.experts import MLPExperts
-
-KINDS = ("int8", "float16")
 
 
 def quantized(kernel, kind):

@@ -1,0 +1,166 @@
+"""From pixels, or image files of anybody, to the input of a model.
+
+As values and functions that also run inside a graph.
+
+Axes: B images in the batch, H and W height and width in pixels, C channels.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from keras_vmoe._checks import check_sizes
+from keras_vmoe._checks import is_number
+from keras_vmoe.data.images import center_crop
+from keras_vmoe.data.images import to_channels
+from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+
+MAX_PIXELS = 2**25  # 100 MB of decoded RGB.
+# What a PNG begins with; its sizes stand in the chunk that must come first.
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+JPEG_SCAN, USUAL_SCANS = b"\xff\xda", 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """From pixels to the model's input: `(pixels - mean) / std`.
+
+    The defaults are those of `data.preprocess`, with which this package trains.
+
+    Attributes:
+        mean: Mean subtracted from pixels in [0, 255]: a number, or one for each
+            channel.
+        std: Standard deviation by which the difference is divided: a number
+            above 0, or one for each channel.
+        test_crop: Share of the shorter side that the centre crop of encoded
+            images keeps; None resizes whole images. See `data.load`.
+        max_pixels: Encoded images of more pixels are not decoded.
+
+    Raises:
+        ValueError: If an attribute is out of its range.
+
+    Example:
+
+    >>> imagenet = Preprocessing(
+    ...     mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
+    """
+
+    mean: float | tuple[float, ...] = 127.5
+    std: float | tuple[float, ...] = 127.5
+    test_crop: float | None = None
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self):
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            values = value if isinstance(value, (list, tuple)) else (value,)
+            good = len(values) > 0 and all(map(is_number, values))
+            if not good or (name == "std" and min(values) <= 0):
+                words = "numbers above 0" if name == "std" else "numbers"
+                raise ValueError(
+                    f"`{name}` must be {words} on the scale of 0 to 255, one "
+                    f"or one for each channel. Received: {name}={value!r}."
+                )
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(values))
+        crop = self.test_crop
+        if crop is not None and not (is_number(crop) and 0 < crop <= 1):
+            raise ValueError(
+                "`test_crop` must be a share in (0, 1] or None. "
+                f"Received: test_crop={crop!r}."
+            )
+        check_sizes(max_pixels=self.max_pixels)
+
+
+def normalized(pixels, preprocessing):
+    """Pixels on the scale of 0 to 255 as the model's input.
+
+    Args:
+        pixels: `(B, H, W, C)` float32 tensor or array.
+        preprocessing: A `Preprocessing`.
+    """
+    mean, std = (
+        np.asarray(x, "float32")
+        for x in (preprocessing.mean, preprocessing.std)
+    )
+    return pixels / std - mean / std  # In the order of `data.normalize`.
+
+
+def decoded_or_nan(content, shape, test_crop, max_pixels):
+    """The pixels of an encoded image; NaN where it cannot be decoded.
+
+    An invalid file must not fail the request: a server may have put other
+    people's images into the same batch.
+
+    Args:
+        content: Scalar string tensor, a JPEG or PNG file.
+        shape: `(H, W, C)`; one channel is grey, three are RGB.
+        test_crop: Share of the shorter side to keep, or None.
+        max_pixels: Images of more are not decoded.
+
+    Returns:
+        `(H, W, C)` float32 tensor on the scale of 0 to 255.
+    """
+    tf = import_tensorflow()
+
+    def decode(content):
+        with tf.control_dependencies([_check_pixels(content, max_pixels)]):
+            return decoded(tf.identity(content), shape, test_crop)
+
+    one = tf.data.Dataset.from_tensors(content)
+    one = one.map(decode).ignore_errors()
+    nan = tf.data.Dataset.from_tensors(tf.fill(shape, float("nan")))
+    return one.concatenate(nan).take(1).get_single_element()
+
+
+def decoded(content, shape, test_crop):
+    """The pixels of an encoded image, as evaluation sees them.
+
+    Args:
+        content: Scalar string tensor, a JPEG or PNG file.
+        shape: `(H, W, C)`; one channel is grey, three are RGB.
+        test_crop: Share of the shorter side to keep, or None.
+
+    Returns:
+        `(H, W, C)` float32 tensor on the scale of 0 to 255.
+    """
+    tf = import_tensorflow()
+    *size, channels = shape
+    image = tf.io.decode_image(content, channels, expand_animations=False)
+    image = tf.ensure_shape(image, (None, None, channels))
+    if test_crop is not None:
+        image = center_crop(image, size, test_crop)
+    pixels = to_channels(image, tuple(size), channels)
+    return tf.cast(pixels, tf.float32)
+
+
+def _check_pixels(content, limit):
+    """Fails unless this begins like a JPEG or PNG of at most so many pixels.
+
+    Read from the file's head: a few bytes can ask for gigabytes of pixels. And
+    a JPEG may go over all of its pixels again and again, scan by scan: one of
+    more scans than usual may have the fewer pixels.
+    """
+    tf = import_tensorflow()
+
+    def of_jpeg():
+        sides = tf.cast(tf.image.extract_jpeg_shape(content), tf.int64)[:2]
+        scans = tf.size(tf.strings.split(content, JPEG_SCAN), tf.int64) - 1
+        # As often as it is gone over, in the usual number of scans.
+        times = tf.maximum(-(-scans // USUAL_SCANS), 1)
+        return tf.stack([sides[0], sides[1] * times])
+
+    def of_png():
+        head = tf.io.decode_raw(tf.strings.substr(content, 16, 8), tf.uint8)
+        numbers = tf.reshape(tf.cast(head, tf.int64), (2, 4))
+        return tf.reduce_sum(numbers * [2**24, 2**16, 2**8, 1], axis=-1)
+
+    is_png = tf.equal(tf.strings.substr(content, 0, len(PNG)), PNG)
+    is_jpeg = tf.io.is_jpeg(content)
+    sides = tf.cond(is_png, of_png, of_jpeg)
+    # Each side for itself as well: a product of two could overflow.
+    fits = tf.reduce_all(sides <= limit) & (tf.reduce_prod(sides) <= limit)
+    return tf.debugging.Assert(
+        (is_png | is_jpeg) & fits,
+        ["Expected a JPEG or PNG of at most", limit, "pixels."],
+    )

@@ -1,0 +1,67 @@
+"""Asks an exported folder or file, in a process of its runtime alone.
+
+    python asking.py PATH REQUESTS ANSWERS
+
+REQUESTS and ANSWERS are `.npz` files of arrays by `signature/request/name`.
+"""
+
+import sys
+
+import numpy as np
+
+
+def main(path, requests, answers):
+    """Writes the answers to requests.
+
+    Args:
+        path: Folder of a SavedModel, or `.onnx` or `.tflite` file.
+        requests: Name of the file to read.
+        answers: Name of the file to write.
+    """
+    suffix = path.rpartition(".")[2]
+    runtime = {"onnx": onnx, "tflite": litert}.get(suffix, saved_model)
+    ask, found = runtime(path), {}
+    with np.load(requests) as asked:
+        for key, value in asked.items():
+            signature, request, name = key.split("/")
+            for output, x in ask(signature, {name: value}).items():
+                x = np.asarray(x)
+                x = x.astype(bytes) if x.dtype == object else x
+                found[f"{signature}/{request}/{output}"] = x
+    np.savez(answers, **found)
+
+
+def saved_model(path):
+    """A function from signature and inputs to outputs by name."""
+    import tensorflow as tf
+
+    model = tf.saved_model.load(path)
+    return lambda signature, inputs: model.signatures[signature](
+        **{k: tf.constant(x) for k, x in inputs.items()}
+    )
+
+
+def onnx(path):
+    """As `saved_model`, of a file without names of signatures."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path)
+    names = [x.name for x in session.get_outputs()]
+    return lambda _, inputs: dict(
+        zip(names, session.run(names, inputs), strict=True)
+    )
+
+
+def litert(path):
+    """As `saved_model`."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    get_runner = Interpreter(path).get_signature_runner
+    return lambda signature, inputs: get_runner(signature)(**inputs)
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # This room, whose modules are no libraries.
+    # TensorFlow would import it, and by it a backend: a server has neither.
+    sys.modules["keras"] = None
+    main(*sys.argv[1:])
