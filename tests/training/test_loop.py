@@ -11,9 +11,11 @@ import yaml
 from keras_vmoe import data
 from keras_vmoe import models
 from keras_vmoe import training
-from keras_vmoe.training import loop
+from keras_vmoe.training import building
 from keras_vmoe.training.callbacks import NonFiniteLossError
+from keras_vmoe.training.initialization import starting_model
 from tests.training.small import SMALL
+from tests.training.small import changed
 from tests.training.small import history
 
 
@@ -58,15 +60,18 @@ def test_one_seed_one_run(result, config):
 
 
 def test_weight_decay_is_on_kernels_and_positions():
-    config = dataclasses.replace(
+    config = changed(
         SMALL,
         model=dataclasses.replace(
-            SMALL.model, pooling="token", layer_scale=0.1, representation_size=4
+            SMALL.model,
+            pooling="token",
+            layer_scale_init_value=0.1,
+            representation_size=4,
         ),
     )
     info = data.info("digits")
-    model = loop.make_model(config, info)
-    loop.compile_model(model, config, 4 * config.epochs)
+    model = starting_model(config, info)
+    building.compile_model(model, config, 4 * config.epochs)
     decayed = [
         weight.path
         for weight in model.trainable_weights
@@ -80,7 +85,7 @@ def test_weight_decay_is_on_kernels_and_positions():
 
 
 def test_dense_twin(config):
-    result = training.train(dataclasses.replace(config, moe=None, epochs=2))
+    result = training.train(changed(config, moe=None, epochs=2))
     assert result.model.moe_layers == []
     assert "auxiliary_loss" not in history(result.run_dir)[0]
 
@@ -102,13 +107,13 @@ def folder(tmp_path):
 
 
 def test_damaged_images_are_named_or_skipped(config, folder):
-    config = dataclasses.replace(
+    config = changed(
         config, dataset="image_folder", data_dir=str(folder), batch_size=4,
         train_split="train", validation_split="validation", test_split="test",
     )  # fmt: skip
     with pytest.raises(OSError, match="05.jpg, which is damaged, in the split"):
         training.train(config)
-    config = dataclasses.replace(
+    config = changed(
         config, skip_corrupt=True, run_dir=config.run_dir + "_skips"
     )
     with pytest.warns(UserWarning, match="05.jpg cannot be decoded"):
@@ -117,7 +122,7 @@ def test_damaged_images_are_named_or_skipped(config, folder):
 
 
 def test_logs_for_tensorboard(config):
-    result = training.train(dataclasses.replace(config, tensorboard=True))
+    result = training.train(changed(config, tensorboard=True))
     files = {
         path.relative_to(result.run_dir / "tensorboard").parts[0]
         for path in result.run_dir.glob("tensorboard/*/*tfevents*")
@@ -127,7 +132,7 @@ def test_logs_for_tensorboard(config):
 
 def test_nan_keeps_the_last_good_model(config):
     """A learning rate that blows up: the error names the step."""
-    wild = dataclasses.replace(config, learning_rate=1e30, warmup=0.0)
+    wild = changed(config, learning_rate=1e30, warmup=0.0)
     with pytest.raises(NonFiniteLossError, match="at step .* of epoch"):
         training.train(wild)
 
@@ -161,7 +166,7 @@ def test_folder_with_files_is_not_overwritten(config, tmp_path):
 )
 def test_bad_settings_write_nothing(config, tmp_path, change, words):
     with pytest.raises((ValueError, OSError), match=words):
-        training.train(dataclasses.replace(config, **change))
+        training.train(changed(config, **change))
     assert not (tmp_path / "run").exists()
 
 
@@ -194,12 +199,12 @@ def test_bad_settings_write_nothing(config, tmp_path, change, words):
 )
 def test_settings_are_checked_when_made(change, words):
     with pytest.raises(ValueError, match=words):
-        dataclasses.replace(SMALL, **change)
+        changed(SMALL, **change)
 
 
 @pytest.mark.slow
 def test_policies_of_the_configuration_reach_the_model(config):
     model = dataclasses.replace(config.model, dtype="mixed_bfloat16")
-    result = training.train(dataclasses.replace(config, model=model))
+    result = training.train(changed(config, model=model))
     assert result.model.get_layer("block_1_moe").compute_dtype == "bfloat16"
     assert keras.config.dtype_policy().name == "float32"
