@@ -3,25 +3,78 @@
 import dataclasses
 import json
 import pathlib
-
-import keras
+from types import SimpleNamespace
+from typing import Literal
 
 from keras_vmoe import export
-from keras_vmoe import models
 from keras_vmoe._extras import require
 from keras_vmoe.cli.opening import numbers
 from keras_vmoe.cli.opening import open_model
-from keras_vmoe.cli.opening import restart
 from keras_vmoe.cli.opening import setting_of_run
 from keras_vmoe.export.saved_model import MAX_BATCH_SIZE
 from keras_vmoe.export.settings import MAX_PIXELS
 
 
-def export_model(settings, arguments):
-    """`keras-vmoe export`: writes a model for servers or devices."""
-    if settings.backend not in (None, keras.backend.backend()):
-        restart(settings.backend, arguments)
-    model, names = open_model(settings)
+def export_model(
+    model: str,
+    output: str,
+    *,
+    format: Literal["saved_model", "onnx", "litert"] = "saved_model",
+    images_per_group: int | Literal["batch"] = 1,
+    capacity_factor: float | Literal["dropless"] | None = None,
+    num_selected_experts: int | None = None,
+    batch_priority: bool | None = None,
+    quantize_experts: Literal["int8", "float16"] | None = None,
+    version: int = 1,
+    signatures: list[str] = (),
+    max_batch_size: int = MAX_BATCH_SIZE,
+    mean: float | list[float] = 127.5,
+    std: float | list[float] = 127.5,
+    test_crop: float | None = None,
+    max_pixels: int = MAX_PIXELS,
+    warmup: bool | list[int] = True,
+    classes: str | None = None,
+):
+    """Write a model for servers or devices.
+
+    A SavedModel for TF Serving into the folder OUTPUT/VERSION, or an ONNX or
+    LiteRT file. A signature is NAME:SETTING=VALUE,SETTING=VALUE with the
+    settings input (float, uint8 or encoded), features, capacity_factor,
+    num_selected_experts, batch_priority and images_per_group, or NAME: alone.
+
+    Args:
+        model: Run folder or .keras file.
+        output: Folder of the versions, or the file to write.
+        format: What to write.
+        images_per_group: Images routed together; 1: independently.
+        capacity_factor: Capacity of the experts; null: the model's.
+        num_selected_experts: K of an ONNX or LiteRT file.
+        batch_priority: Confident tokens first, in such a file.
+        quantize_experts: How the experts' kernels are stored.
+        version: Version of a SavedModel.
+        signatures: Further settings of the routing, see below.
+        max_batch_size: Larger requests are refused.
+        mean: Mean subtracted from pixels in [0, 255].
+        std: Standard deviation that pixels are divided by.
+        test_crop: Share of the shorter side kept; null: the run's.
+        max_pixels: Files of more pixels are not decoded.
+        warmup: Write warm-up requests, or their batch sizes.
+        classes: JSON list of class names; null: the run folder's.
+
+    Example:
+        keras-vmoe export runs/digits served/digits
+        keras-vmoe export runs/digits served/digits --version 2 --signatures \\
+          fast:capacity_factor=0.5,batch_priority=true \\
+          accurate:num_selected_experts=3,input=encoded
+        keras-vmoe export model.keras served/mine --test_crop 0.875 \\
+          --mean='[123.675,116.28,103.53]' --std='[58.395,57.12,57.375]'
+        keras-vmoe export runs/digits digits.onnx --format onnx \\
+          --capacity_factor 0.5 --batch_priority true
+    """
+    # merge: the body of the export room's own.
+    settings = SimpleNamespace(**locals())
+    settings.signatures = list(signatures)
+    model, names = open_model(settings.model, classes)
     common = {
         "images_per_group": settings.images_per_group,
         "capacity_factor": settings.capacity_factor,
@@ -61,7 +114,7 @@ def _preprocessing(settings):
     """What is set, and the crop of the run where none is."""
     crop = settings.test_crop
     if crop is None:
-        crop = setting_of_run(settings.model, "test_crop")
+        crop = setting_of_run(settings.model, "data.test_crop")
     mean, std = (
         tuple(x) if isinstance(x, list) else x
         for x in (settings.mean, settings.std)
@@ -71,7 +124,7 @@ def _preprocessing(settings):
 
 def _is_preprocessed_otherwise(settings):
     """Whether images are not what they were where the run was tested."""
-    crop = setting_of_run(settings.model, "test_crop")
+    crop = setting_of_run(settings.model, "data.test_crop")
     tested = export.Preprocessing(test_crop=crop)
     given = dataclasses.replace(
         _preprocessing(settings), max_pixels=tested.max_pixels
@@ -122,16 +175,21 @@ def _check_dials(dials):
             )
 
 
-def serve_check(settings, arguments):
-    """`keras-vmoe serve-check`: replays an export's warm-up requests."""
-    if settings.backend not in (None, keras.backend.backend()):
-        restart(settings.backend, arguments)
-    model = None
-    if settings.model is not None:
-        path = pathlib.Path(settings.model)
-        path = path / "model.keras" if path.is_dir() else path
-        model = models.load(path, compile=False)
-    checked = export.check(settings.directory, model, settings.rounds)
+def serve_check(directory: str, *, model: str | None = None, rounds: int = 20):
+    """Try an exported model: replay its warm-up requests, without Keras.
+
+    Args:
+        directory: Folder of versions, or one version.
+        model: Run folder or .keras file to compare the answers with.
+        rounds: Answers for each time.
+
+    Example:
+        keras-vmoe serve-check served/digits
+        keras-vmoe serve-check served/digits --model runs/digits
+    """
+    if model is not None:
+        model, _ = open_model(model)
+    checked = export.check(directory, model, rounds)
     print(export.report(checked))
     if not checked.agrees:
         wrong = {
@@ -182,8 +240,8 @@ def _card(settings):
         card["test_accuracy_of"] = (
             "the run, under the routing of training, its experts not quantized"
         )
-    for name in ("preset", "dataset"):
+    for name in ("model.preset", "data.dataset"):
         value = setting_of_run(model, name)
         if value is not None:
-            card[name] = value
+            card[name.partition(".")[2]] = value
     return card

@@ -33,17 +33,17 @@ class DataConfig:
     """Images and batches.
 
     Attributes:
-        dataset: TFDS dataset, "digits" or "image_folder".
-        data_dir: Folder of the dataset (image_folder: of the images).
-        train_split: TFDS split to train on, such as "train[:90%]".
-        validation_split: Split to measure after each epoch.
-        test_split: Split to measure once, at the end.
-        num_classes: Classes, if the dataset does not know them.
+        dataset: Of TFDS, or digits, image_folder.
+        data_dir: Folder of the dataset or the images.
+        train_split: Such as train[:90%].
+        validation_split: Measured after each epoch.
+        test_split: Measured once, at the end.
+        num_classes: If the dataset does not know them.
         batch_size: Images per training step.
-        augmentation: Random changes to the training images.
-        test_crop: Share of the shorter side a centre crop keeps.
-        class_weights: How often each class is drawn, relatively.
-        skip_corrupt: Skip damaged records and images with a warning.
+        augmentation: Random changes (--augmentation.help).
+        test_crop: Share of the side a centre crop keeps.
+        class_weights: How often a class is drawn.
+        skip_corrupt: Skip damaged images, with a warning.
     """
 
     dataset: str = "digits"
@@ -59,7 +59,7 @@ class DataConfig:
     skip_corrupt: bool = False
 
     def __post_init__(self):
-        check_types(self)
+        check_types(self, "data.")
         check_optional_sizes(self, "batch_size", "num_classes")
         check_positive(self, "test_crop", at_most=1)
 
@@ -69,22 +69,22 @@ class ModelConfig:
     """The dense part of the model; sizes are those of a `ViTMoE`.
 
     Attributes:
-        preset: A model of the papers, see `keras-vmoe presets`.
-        family: Refuse other models than these; null takes all.
-        image_size: Side of the images; null: the preset's, or 32.
-        init: Start from a .keras file, run folder or checkpoint.
-        freeze: Train all but the routers, or only the head.
+        preset: See `keras-vmoe presets`.
+        family: Refuse models of the other family.
+        image_size: In pixels; null: the preset's, or 32.
+        init: .keras file, run folder or checkpoint.
+        freeze: What is not trained.
         head_bias: Starting value of the head's bias.
-        capacity_factor: Capacity of the experts; null: the model's.
-        drop_path_rate: Stochastic depth; a dict has it by dense preset.
+        capacity_factor: Of the experts; null: the model's.
+        drop_path_rate: A dict has it by dense preset.
         patch_size: Side of a patch in pixels.
         hidden_dim: Features of a token.
         num_layers: Encoder blocks.
         num_heads: Attention heads.
-        mlp_dim: Hidden features of the MLPs and experts.
+        mlp_dim: Hidden features of MLPs and experts.
         pooling: How tokens become one vector.
-        position_embedding: Learned or fixed position embeddings.
-        representation_size: Features of a tanh layer before the head.
+        position_embedding: Learned or fixed positions.
+        representation_size: Of a tanh layer before the head.
         dropout: Dropout rate.
         layer_scale_init_value: Starting value of the layer scale.
         dtype: Dtype policy of the layers.
@@ -111,7 +111,7 @@ class ModelConfig:
     dtype: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
 
     def __post_init__(self):
-        check_types(self)
+        check_types(self, "model.")
         check_optional_sizes(self, "image_size")
         if self.preset is not None:
             find_preset(self.preset)
@@ -152,22 +152,22 @@ class OptimizerConfig:
     """Loss, optimizer and learning rate.
 
     Attributes:
-        name: AdamW, LAMB or SGD with momentum 0.9.
-        learning_rate: Peak learning rate, reached after the warm-up.
-        schedule: How the learning rate falls from there.
-        final_learning_rate: End of a cosine or linear schedule.
-        warmup: Share of the steps that is warm-up (a twelfth).
+        name: The optimizer; SGD has momentum 0.9.
+        learning_rate: Its peak, after the warm-up.
+        schedule: How it falls from there.
+        final_learning_rate: End of cosine and linear.
+        warmup: Share of the steps (default: 1/12).
         warmup_epochs: Epochs of warm-up instead.
         warmup_steps: Updates of warm-up instead.
         weight_decay: Decoupled decay of kernels.
-        expert_weight_decay: That of experts' kernels; null: the same.
-        decay_positions: Decay learned position embeddings too.
+        expert_weight_decay: Of experts; null: the same.
+        decay_positions: Decay learned positions too.
         decay_gates: Decay the routers' kernels too.
         clip_norm: Largest global norm of the gradients.
         accumulate: Steps whose gradients make one update.
-        ema: Momentum of a moving average of the weights.
-        loss: Softmax, or sigmoid averaged (bce) or summed.
-        label_smoothing: Share of the label spread over all classes.
+        ema: Momentum of an average of the weights.
+        loss: Softmax, or mean or sum of sigmoids.
+        label_smoothing: Share spread over all classes.
     """
 
     name: Literal["adamw", "lamb", "sgd"] = "adamw"
@@ -188,7 +188,7 @@ class OptimizerConfig:
     label_smoothing: float = 0.0
 
     def __post_init__(self):
-        check_types(self)
+        check_types(self, "optimizer.")
         check_optional_sizes(self, "accumulate", "warmup_steps")
         check_positive(self, "learning_rate")
         check_positive(self, "clip_norm")
@@ -226,8 +226,8 @@ class CheckpointConfig:
     """What a stopped run is resumed from.
 
     Attributes:
-        checkpoints_per_epoch: Parts of an epoch; a checkpoint ends each.
-        keep_checkpoints: How many to keep until the run is finished.
+        checkpoints_per_epoch: Parts an epoch is cut into.
+        keep_checkpoints: How many to keep until the end.
     """
 
     checkpoints_per_epoch: int = 1
@@ -242,9 +242,9 @@ class DevicesConfig:
     """How a run is spread over several devices.
 
     Attributes:
-        distribution: See `distribution.resolve`; null uses one device.
-        expert_shards: Devices that share the experts; null: as many as can.
-        shard_dense: Whether "expert_parallel" spreads dense kernels too.
+        distribution: null uses one device.
+        expert_shards: Devices that share the experts.
+        shard_dense: Shard the dense kernels too.
     """
 
     distribution: (
@@ -255,7 +255,7 @@ class DevicesConfig:
     shard_dense: bool = False
 
     def __post_init__(self):
-        check_types(self)
+        check_types(self, "devices.")
         check_optional_sizes(self, "expert_shards")
 
 
@@ -264,15 +264,15 @@ class TrainConfig:
     """A training run. The defaults train a V-MoE on the embedded digits.
 
     Attributes:
-        run_dir: Folder to write: new, empty, or of a stopped run.
+        run_dir: New, or of a stopped run.
         epochs: Passes over the training split.
-        seed: Makes a run repeatable on one machine and backend.
-        backend: Keras backend; null leaves the choice to Keras.
-        tensorboard: Write logs for TensorBoard into the run folder.
+        seed: Makes a run repeatable on one machine.
+        backend: null leaves the choice to Keras.
+        tensorboard: Write logs for TensorBoard.
         data: Images and batches.
         model: The dense part of the model, a preset or the size of a ViT.
-        convnext: Size of a ConvNeXt, in the place of the ViT's.
-        moe: MoE layers; null trains the dense twin.
+        convnext: Not a ViT (--convnext.help).
+        moe: MoE layers (--moe.help); null: dense.
         optimizer: Loss, optimizer and learning rate.
         checkpoint: What a stopped run is resumed from.
         devices: How the run is spread over several devices.

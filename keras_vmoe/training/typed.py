@@ -52,12 +52,17 @@ def from_dict(cls, settings, what):
     return cls(**values)
 
 
-def check_types(config):
-    """Raises unless words are among those known, and flags true or false."""
+def check_types(config, group=""):
+    """Raises unless words are among those known, and flags true or false.
+
+    Args:
+        config: A dataclass.
+        group: What stands before its attributes in messages.
+    """
     for name, kind in typing.get_type_hints(type(config)).items():
         value, parts = getattr(config, name), typing.get_args(kind)
         if kind is bool:
-            check_flags(**{name: value})
+            check_flags(**{group + name: value})
         words = [
             word
             for part in (kind, *parts)
@@ -68,7 +73,7 @@ def check_types(config):
             float in parts and is_number(value)
         )
         if words and not other:
-            check_choice(name, value, words)
+            check_choice(group + name, value, words)
 
 
 def check_optional_sizes(config, *names):

@@ -35,10 +35,12 @@ def changed(config, **changes):
     if isinstance(changes.get("optimizer"), str):
         name = changes["optimizer"]
         changes["optimizer"] = dataclasses.replace(config.optimizer, name=name)
+    groups = {}
     for name in GROUP_OF.keys() & changes.keys():
-        group = changes.get(GROUP_OF[name], getattr(config, GROUP_OF[name]))
-        group = dataclasses.replace(group, **{name: changes.pop(name)})
-        changes[GROUP_OF[name]] = group
+        groups.setdefault(GROUP_OF[name], {})[name] = changes.pop(name)
+    for name, settings in groups.items():
+        group = changes.get(name, getattr(config, name))
+        changes[name] = dataclasses.replace(group, **settings)
     return dataclasses.replace(config, **changes)
 
 

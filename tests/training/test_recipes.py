@@ -156,8 +156,8 @@ def write(tmp_path, text):
         ("moe: {num_expert: 4}", "Did you mean 'num_experts'"),
         ("convnext: {dim: [1]}", "Did you mean 'dims'"),
         ("recipe: digits_smal", "Did you mean 'digits_small'"),
-        ("optimizer: {schedule: null}", "`schedule` must be one of"),
-        ("data: {skip_corrupt: maybe}", "`skip_corrupt` must be True or"),
+        ("optimizer: {schedule: null}", "`optimizer.schedule` must be one of"),
+        ("data: {skip_corrupt: maybe}", "`data.skip_corrupt` must be True or"),
         ("data: 5", "`data` must be a mapping of names"),
         ("[1, 2]", "must be a mapping of names to values"),
         ("a: [", "must be a YAML file. Received: .*recipe.yaml"),
@@ -169,7 +169,7 @@ def test_a_wrong_recipe_is_named(tmp_path, text, words):
 
 
 def test_unknown_recipe():
-    with pytest.raises(ValueError, match="vit_in1.Did you mean 'sweet_spot_v"):
+    with pytest.raises(ValueError, match="vit_in1. Did you mean 'sweet_spot_v"):
         recipes.load("sweet_spot_vit_in1")
 
 

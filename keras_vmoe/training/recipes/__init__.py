@@ -68,7 +68,7 @@ def read(source):
             f"The recipe must be a YAML file or one of {names()}. "
             f"Received: {source}.{nearest(source, names())}"
         )
-    settings = _load(path)
+    settings = read_yaml(path)
     base = settings.pop("recipe", None)
     settings = _grouped(settings, path)
     return settings if base is None else merge(read(base), settings)
@@ -107,8 +107,9 @@ def merge(below, above):
     return merged
 
 
-def _load(path):
-    """The mapping in a YAML file."""
+def read_yaml(path):
+    """The mapping in a YAML file, a dict."""
+    path = pathlib.Path(path)
     jsonargparse = require("jsonargparse", "cli")
     yaml = require("yaml", "cli")
     try:
