@@ -238,5 +238,5 @@ def test_a_recipe_sets_the_defaults(tmp_path):
     assert done.returncode == 0, done.stderr
     for words in ("name: lamb", "epochs: 90", "vit_b16: 0.1"):
         assert words in done.stdout
-    done = run("train", "--recipe=cifar", "--dry_run")
+    done = run("train", "--recipe=cifar10", "--dry_run")
     assert done.returncode == 1 and "Did you mean 'cifar10_" in done.stderr

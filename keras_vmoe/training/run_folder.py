@@ -66,7 +66,7 @@ def check_run(config, class_names):
 def settings_of(config):
     """A configuration as plain values, with the backend that is in use."""
     settings = dataclasses.asdict(config)
-    settings["backend"] = config.backend or keras.backend.backend()
+    settings["backend"] = keras.backend.backend()
     if config.moe is not None:
         settings["moe"] = config.moe.to_dict()
     return json.loads(json.dumps(settings))  # Tuples are lists in YAML.
@@ -93,8 +93,9 @@ def _check_same(run_dir, settings, class_names):
         )
     if not any(run_dir.glob(f"{CHECKPOINTS}/*")):
         return  # It stopped before there was anything to resume.
-    there = _flat(settings_of(recipes.load(run_dir / CONFIG)))
-    here = _flat(settings)
+    config = recipes.load(run_dir / CONFIG)
+    there, here = _flat(settings_of(config)), _flat(settings)
+    there["backend"] = config.backend
     # The same folder of datasets may lie elsewhere, its classes stay.
     there["classes"] = json.loads((run_dir / CLASSES).read_text())
     here["classes"] = list(class_names)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import keras
 import numpy as np
@@ -12,7 +13,9 @@ from keras_vmoe import data
 from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe.training import building
+from keras_vmoe.training import loop
 from keras_vmoe.training.callbacks import NonFiniteLossError
+from keras_vmoe.training.checkpointing import SaveCheckpoint
 from keras_vmoe.training.initialization import starting_model
 from tests.training.small import SMALL
 from tests.training.small import changed
@@ -135,6 +138,31 @@ def test_nan_keeps_the_last_good_model(config):
     wild = changed(config, learning_rate=1e30, warmup=0.0)
     with pytest.raises(NonFiniteLossError, match="at step .* of epoch"):
         training.train(wild)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, NonFiniteLossError])
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_an_interrupted_run_leaves_its_last_whole_epoch(
+    config, result, kind, ema, monkeypatch
+):
+    config = changed(config, ema=ema)
+
+    class Interrupted(SaveCheckpoint):
+        def on_train_batch_end(self, batch, logs=None):
+            if (batch, len(self.checkpoints.epochs())) == (1, 1):
+                raise kind
+
+    monkeypatch.setattr(loop, "SaveCheckpoint", Interrupted)
+    with pytest.raises(kind):
+        training.train(config)
+    model = models.load(pathlib.Path(config.run_dir) / "model.keras")
+    again = training.restore(config.run_dir)
+    for mine, theirs in zip(model.weights, again.weights, strict=True):
+        np.testing.assert_array_equal(mine.numpy(), theirs.numpy())
+    monkeypatch.undo()
+    whole = training.train(config)
+    if ema is None:
+        assert history(whole.run_dir) == history(result.run_dir)
 
 
 def test_folder_with_files_is_not_overwritten(config, tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import pathlib
 
+import keras
 import pytest
 import yaml
 
@@ -12,10 +13,14 @@ from keras_vmoe import training
 from keras_vmoe.models.presets import PRESETS
 from keras_vmoe.training import building
 from keras_vmoe.training import recipes
+from keras_vmoe.training import restore
+from keras_vmoe.training.config import GROUPS
+from keras_vmoe.training.config import VIT_SIZES
 from keras_vmoe.training.run_folder import settings_of
 from tests.training.small import SMALL
 from tests.training.small import changed
 from tests.training.small import history
+from tests.training.test_resume import stop_after
 
 CONVNEXTS = [name for name in recipes.names() if "convnext" in name]
 TABLE = (
@@ -181,9 +186,9 @@ def test_groups_may_be_left_out(tmp_path):
 
 
 def test_a_configuration_is_a_recipe(tmp_path):
-    text = yaml.safe_dump(settings_of(changed(SMALL, backend="torch")))
-    config = recipes.load(write(tmp_path, text))
-    assert config == changed(SMALL, backend="torch")
+    config = changed(SMALL, backend=keras.backend.backend())
+    text = yaml.safe_dump(settings_of(config))
+    assert recipes.load(write(tmp_path, text)) == config
 
 
 OLD = """
@@ -222,3 +227,27 @@ def test_a_configuration_of_version_0_1_0(tmp_path):
     assert config.data.augmentation == data.Augmentation(crop_padding=1)
     assert config.checkpoint.checkpoints_per_epoch == 2
     assert config.moe == models.MoEConfig(layers="last_1", num_experts=4)
+
+
+def test_a_stopped_run_of_version_0_1_0_goes_on(tmp_path, cache):
+    """Its folder is that of today, but for the groups of its settings."""
+    config = changed(SMALL, run_dir=str(tmp_path / "run"), data_dir=cache)
+    stop_after(config, 1)
+    file = tmp_path / "run" / "config.yaml"
+    settings, flat = yaml.safe_load(file.read_text()), {}
+    for name, value in settings.items():
+        old = dict(value) if name in GROUPS else {name: value}
+        if name == "optimizer":
+            old["optimizer"] = old.pop("name")
+        if name == "model":
+            sizes = {x: old.pop(x) for x in (*VIT_SIZES, "image_size", "dtype")}
+            sizes["drop_path"] = old.pop("drop_path_rate")
+            sizes["layer_scale"] = sizes.pop("layer_scale_init_value")
+            del old["family"]
+            old["model"] = sizes
+        flat |= old
+    assert "learning_rate" in flat and "optimizer" in flat
+    file.write_text(yaml.safe_dump(flat))
+    assert restore(tmp_path / "run").count_params() > 0
+    rows = history(training.train(config).run_dir)
+    assert [row["epoch"] for row in rows] == ["1", "2"]
