@@ -188,8 +188,8 @@ def test_another_configuration_is_refused(tmp_path, cache):
         augmentation=data.Augmentation(crop_padding=2),
     )
     words = (
-        "these differ: augmentation.crop_padding: 1 there, 2 here; "
-        "learning_rate: 0.002 there, 0.5 here. Name another folder"
+        "these differ: data.augmentation.crop_padding: 1 there, 2 here; "
+        "optimizer.learning_rate: 0.002 there, 0.5 here. Name another folder"
     )
     with pytest.raises(ValueError, match=words):
         training.train(other)
