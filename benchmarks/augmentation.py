@@ -33,8 +33,13 @@ from keras_vmoe.training import recipes
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "augmentation.csv"
 SIZE, BATCH, IMAGES, CLASSES = 224, 64, 1024, 10
-CONVNEXT = recipes.RECIPES["sweet_spot_convnext_in1k"].augmentation
-VIT = recipes.RECIPES["sweet_spot_vit_in1k"].augmentation
+CONVNEXT, VIT = (
+    recipes.load(name, model={"preset": preset}).data.augmentation
+    for name, preset in (
+        ("sweet_spot_convnext_in1k", "convnext_t"),
+        ("sweet_spot_vit_in1k", "vit_s16"),
+    )
+)
 STAGES = {
     "flip": {"flip": True},
     "RandAugment": {

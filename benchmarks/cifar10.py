@@ -15,6 +15,7 @@ Training time is CPU time, which other work on the machine changes little.
 
 import argparse
 import csv
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -29,7 +30,7 @@ from keras_vmoe import data
 from keras_vmoe import inspection
 from keras_vmoe import models
 from keras_vmoe import training
-from keras_vmoe.training import loop
+from keras_vmoe.training import building
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "cifar10.csv"
 MOE = {"layers": "last_2", "num_experts": 8, "capacity_factor": 1.05}
@@ -45,7 +46,7 @@ VARIANTS = {
 # Hidden features of the dense twins' MLPs, as the models count them.
 WIDTHS = {"vit": {"mlp_dim": 64}, "convnext": {"mlp_ratio": 4}}
 WIDER = {"vit": {"mlp_dim": 98}, "convnext": {"mlp_ratio": 6}}
-RECIPE = training.recipes.find_recipe("cifar10_small")
+RECIPE = training.recipes.load("cifar10_small")
 KEYS = ("backend", "family", "model", "seed")  # Of a row of the results.
 # What is trained on, what is measured and the images of the former, without and
 # with `--validation`.
@@ -144,18 +145,18 @@ def child(family, variant, seed):
 def run(arguments, family, variant, seed):
     """Trains and measures one model; one row of the results."""
     keras.utils.set_random_seed(seed)
-    settings = {**RECIPE.settings(), "epochs": arguments.epochs, "seed": seed}
-    config = training.TrainConfig(**settings)
+    config = dataclasses.replace(RECIPE, epochs=arguments.epochs, seed=seed)
     *splits, num_images = SPLITS[arguments.validation]
     train, measured = (
         data.load(
-            "cifar10", split, 32, config.batch_size, is_training,
-            arguments.data_dir, seed=seed, augmentation=config.augmentation,
+            "cifar10", split, 32, config.data.batch_size, is_training,
+            arguments.data_dir, seed=seed,
+            augmentation=config.data.augmentation,
         )
         for split, is_training in zip(splits, (True, False), strict=True)
     )  # fmt: skip
     model = make_model(family, variant)
-    loop.compile_model(model, config, config.epochs * len(train))
+    building.compile_model(model, config, config.epochs * len(train))
     start = time.process_time()
     history = model.fit(
         train, epochs=config.epochs, shuffle=False, verbose=0

@@ -13,7 +13,7 @@ from sklearn import datasets
 from keras_vmoe import data
 from keras_vmoe.data.augmentation import make_change
 from keras_vmoe.data.augmentation import make_mix
-from keras_vmoe.training.recipes import RECIPES
+from keras_vmoe.training import recipes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -37,9 +37,12 @@ def main():
     parser.add_argument("output", help="Picture to write.")
     output = parser.parse_args().output
     settings = {name: data.Augmentation(**x) for name, x in ROWS.items()}
-    for name in ("sweet_spot_vit_in1k", "sweet_spot_convnext_in1k"):
-        label = name.replace("sweet_spot_", "recipe\n")
-        settings[label] = RECIPES[name].augmentation
+    for preset in ("vit_s16", "convnext_t"):
+        family = preset.partition("_")[0]
+        recipe = recipes.load(
+            f"sweet_spot_{family}_in1k", model={"preset": preset}
+        )
+        settings[f"recipe\n{family}_in1k"] = recipe.data.augmentation
     images, labels = photographs()
     figure, axes = pyplot.subplots(
         len(settings), 2 * COPIES, figsize=(12, 1.6 * len(settings))

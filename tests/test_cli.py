@@ -64,6 +64,7 @@ def test_predict_prints_classes_with_probabilities(trained, tmp_path):
         (["train", "--run_dir=x", "--validation_split=v"], "validation_split"),
         (["train", "--config=none.yaml"], "none.yaml"),
         (["predict", "none.keras", "a.png"], "must exist. Received: path="),
+        (["train", "--optimizer.schedule=steps"], "schedule"),
         (["predict"], "model"),
         ([], "subcommand"),
     ],
@@ -154,14 +155,19 @@ def test_predict_refuses_what_is_no_image(trained, tmp_path):
     "command, words",
     [
         ([], ["train", "predict"]),
-        (["train"], ["--moe", "--epochs EPOCHS", "examples:"]),
-        (["predict"], ["images", "--top TOP", "examples:"]),
+        (
+            ["train"],
+            ["--moe", "--epochs INT", "--learning_rate FLOAT", "examples:"],
+        ),
+        (["predict"], ["images", "--top INT", "examples:"]),
     ],
 )
 def test_help(command, words):
     done = run(*command, "--help")
     assert done.returncode == 0
     assert all(word in done.stdout for word in words)
+    assert len(done.stdout.splitlines()) < 110
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 # Models of the papers and other people's weights.
@@ -230,7 +236,7 @@ def test_a_recipe_sets_the_defaults(tmp_path):
     small = (*SMALL[:3], "--batch_size=32")
     done = run("train", *small, f"--config={file}", "--dry-run")
     assert done.returncode == 0, done.stderr
-    for words in ("optimizer: lamb", "epochs: 90", "drop_path: 0.1"):
+    for words in ("name: lamb", "epochs: 90", "vit_b16: 0.1"):
         assert words in done.stdout
-    done = run("train", "--recipe=cifar", "--dry_run")
-    assert done.returncode == 1 and "The nearest" in done.stderr
+    done = run("train", "--recipe=cifar10", "--dry_run")
+    assert done.returncode == 1 and "Did you mean 'cifar10_" in done.stderr

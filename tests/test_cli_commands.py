@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from keras_vmoe import data
 from keras_vmoe import models
-from keras_vmoe.cli import parser
+from keras_vmoe import training
+from keras_vmoe.training import checkpointing
 from tests.commands import SMALL
 from tests.commands import in_a_terminal
 from tests.commands import run
@@ -136,25 +137,88 @@ def test_bare_switches_of_train(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "taken"),
+    ("flags", "words"),
     [
-        (["train", "--skip-corrupt"], ["train", "--skip_corrupt=true"]),
-        (["train", "--tensorboard", "--epochs", "2"],
-         ["train", "--tensorboard=true", "--epochs", "2"]),
-        (["train", "--tensorboard", "false"],) * 2,
-        (["train", "--tensorboard=no"],) * 2,
-        (["evaluate", "--skip_corrupt", "a", "b"],
-         ["evaluate", "--skip_corrupt=true", "a", "b"]),
-        (["predict", "a", "b.png", "--config", "c.yaml", "--top=2"],
-         ["predict", "--config", "c.yaml", "a", "b.png", "--top=2"]),
-        (["predict", "a", "--config=c.yaml"],
-         ["predict", "--config=c.yaml", "a"]),
-        (["--version"],) * 2,
-        ([],) * 2,
+        (["--moe.num_experts", "16"], "num_experts: 16"),
+        (["--data.batch_size=16"], "batch_size: 16"),
+        (["--augmentation.flip", "true"], "flip: true"),
+        (["--data.augmentation.flip=true"], "flip: true"),
+        (["--class_weights=[1,2,1,1,1,1,1,1,1,1]"], "- 2.0"),
+        (["--optimizer.name=sgd", "--clip-norm", "2"], "clip_norm: 2.0"),
+        (["--moe.capacity_factor=2"], "capacity_factor: 2.0"),
+        (["--checkpoint.keep_checkpoints=3"], "keep_checkpoints: 3"),
     ],
-)  # fmt: skip
-def test_normalized_command_lines(given, taken):
-    assert parser.normalized(given) == taken
+)
+def test_flags_reach_the_settings(tmp_path, flags, words):
+    """With their group and without it."""
+    run_dir = f"--run_dir={tmp_path / 'run'}"
+    done = run("train", *SMALL, *flags, run_dir, "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert words in done.stdout
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_flags_count_more_than_a_file(tmp_path, first):
+    """Wherever the file is named; what is in neither is as in the file."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "optimizer: {warmup: 0.25, ema: 0.9}\nmoe: {num_experts: 2, "
+        "layers: [0]}\ndata: {augmentation: {flip: true}}\n"
+    )
+    arguments = [*SMALL[:-2], "--moe.num_experts=4", "--dry_run"]
+    config = ["--config", str(file)]
+    arguments = [*config, *arguments] if first else [*arguments, *config]
+    done = run("train", *arguments, f"--run_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    for words in ("num_experts: 4", "ema: 0.9", "warmup: 0.5", "flip: true"):
+        assert words in done.stdout
+    assert "layers:\n  - 0\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "words"),
+    [
+        (["train"], "epohs: 2", "epohs=2. Did you mean 'epochs'"),
+        (["train"], "moe: {num_expert: 2}", "Did you mean 'num_experts'"),
+        (["evaluate"], "bach_size: 2", "Did you mean 'batch_size'"),
+    ],
+)
+def test_an_unknown_key_of_a_file_is_named(tmp_path, command, text, words):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    done = run(*command, "--config", file)
+    assert done.returncode == 1
+    assert words in done.stderr and len(done.stderr) < 800
+
+
+def test_a_stopped_run_is_evaluated_from_its_checkpoint(trained, tmp_path):
+    """As a finished one, but for the averages that a finished one has."""
+    run_dir = tmp_path / "run"
+    arguments = ("train", *SMALL, "--epochs=3", f"--run_dir={run_dir}")
+    kill = checkpointing.SaveCheckpoint.on_epoch_begin
+
+    def killed(self, epoch, logs=None):
+        if epoch == 2:
+            raise SystemExit(137)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpointing.SaveCheckpoint, "on_epoch_begin", killed)
+        assert run(*arguments).returncode == 137
+    assert kill is checkpointing.SaveCheckpoint.on_epoch_begin
+    assert not (run_dir / "model.keras").exists()
+    done = run("evaluate", run_dir, "digits", "--split=test[:32]")
+    assert done.returncode == 0, done.stderr
+    # Two epochs at the rate of three: not those of `trained`, nor of a start.
+    kept = training.restore(run_dir)
+    assert len(checkpointing.Checkpoints(run_dir / "checkpoints").epochs()) == 2
+    image = tmp_path / "digit.png"
+    keras.utils.save_img(image, np.full((8, 8, 1), 128), scale=False)
+    predicted = run("predict", run_dir, image)
+    models.save(kept, tmp_path / "kept.keras")
+    again = run("predict", tmp_path / "kept.keras", image)
+    shares = [re.findall(r"0\.\d+", x.stdout) for x in (predicted, again)]
+    assert shares[0] == shares[1] and len(shares[0]) == 3
+    assert run(*arguments).returncode == 0
 
 
 @pytest.mark.slow

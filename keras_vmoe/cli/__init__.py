@@ -4,15 +4,14 @@ import os
 import sys
 import traceback
 
+import keras
+
 from keras_vmoe import training
 from keras_vmoe._extras import require
 from keras_vmoe.cli.exporting import export_model
 from keras_vmoe.cli.opening import restart
 from keras_vmoe.cli.papers import convert
 from keras_vmoe.cli.papers import presets
-from keras_vmoe.cli.parser import make_parser
-from keras_vmoe.cli.parser import normalized
-from keras_vmoe.cli.parser import recipe_of
 from keras_vmoe.cli.running import evaluate
 from keras_vmoe.cli.running import predict
 from keras_vmoe.cli.running import train
@@ -22,7 +21,7 @@ COMMANDS = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
-    "export": lambda settings, arguments: _export(settings, arguments),
+    "export": export_model,
     "convert": convert,
     "presets": presets,
 }
@@ -47,39 +46,31 @@ def main(arguments=None):
         Exit status: 0, or 1 after an error whose message was printed.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    arguments = normalized(arguments)
+    status = 1
     try:
-        jsonargparse = require("jsonargparse", "cli")
-        parser = make_parser(jsonargparse, recipe_of(arguments))
-        settings = parser.instantiate(parser.parse_args(arguments))
-        command = settings.subcommand
-        COMMANDS[command](settings[command], arguments)
+        require("jsonargparse", "cli")
+        from keras_vmoe.cli.parser import parse
+
+        name, settings, backend = parse(COMMANDS, arguments)
+        if backend not in (None, keras.backend.backend()):
+            restart(backend, arguments)
+        COMMANDS[name](**settings)
+        status = 0
     except USER_ERRORS as error:
         print(f"keras-vmoe: error: {error}", file=sys.stderr)
-        _leave_others()
-        return 1
-    except Exception:
-        if _processes.num_processes() > 1:
-            traceback.print_exc()
-        _leave_others()
-        raise
-    return 0
-
-
-def _export(settings, arguments):  # merge: goes with typed commands.
-    settings = dict(vars(settings))
-    if settings["backend"] not in (None, keras.backend.backend()):
-        restart(settings["backend"], arguments)
-    del settings["backend"]
-    export_model(**settings)
+    finally:
+        if status and _processes.num_processes() > 1:
+            _leave_others()
+    return status
 
 
 def _leave_others():
-    """Ends this process at once if it is one of several.
+    """Ends this process at once, which is one of several.
 
     JAX would wait for the others, which may wait for this one.
     """
-    if _processes.num_processes() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+    if not isinstance(sys.exc_info()[1], (type(None), *USER_ERRORS)):
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)

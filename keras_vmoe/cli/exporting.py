@@ -13,8 +13,8 @@ from keras_vmoe.cli.opening import setting_of_run
 from keras_vmoe.data.preprocessing import MAX_PIXELS
 from keras_vmoe.export.settings import MAX_BATCH_SIZE
 
-# Settings of a run. merge: "data.test_crop", "model.preset", "data.dataset".
-TEST_CROP, OF_CARD = "test_crop", ("preset", "dataset")
+# Settings of a run.
+TEST_CROP, OF_CARD = "data.test_crop", ("model.preset", "data.dataset")
 EXAMPLE = "fast:capacity_factor=0.5,batch_priority=true"
 
 

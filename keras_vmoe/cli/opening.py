@@ -7,7 +7,7 @@ import pathlib
 import sys
 
 from keras_vmoe import models
-from keras_vmoe._extras import require
+from keras_vmoe import training
 
 
 def restart(backend, arguments):
@@ -27,21 +27,34 @@ def restart(backend, arguments):
 
 
 def open_model(model, classes=None):
-    """The model of a run folder or file, and the names of its classes."""
+    """A model of a run folder or file, and the names of its classes.
+
+    Args:
+        model: Run folder, finished or stopped, or `.keras` file.
+        classes: Optional JSON file of class names.
+    """
     path = pathlib.Path(model)
-    run_dir = path if path.is_dir() else path.parent
-    file = path / "model.keras" if path.is_dir() else path
-    model = models.load(file, compile=False)
-    return model, _class_names(classes, run_dir, model.output_shape[-1])
+    is_run = path.is_dir()
+    run_dir = path if is_run else path.parent
+    opened = (
+        training.restore(path) if is_run else models.load(path, compile=False)
+    )
+    return opened, _class_names(classes, run_dir, opened.output_shape[-1])
 
 
 def setting_of_run(model, name):
-    """A setting of the run that a model is from; None without a run."""
+    """A setting of the run that a model is from; None without a run.
+
+    Args:
+        model: Run folder or `.keras` file.
+        name: Dotted name of a setting, such as `"data.test_crop"`.
+    """
     path = pathlib.Path(model)
     path = (path if path.is_dir() else path.parent) / "config.yaml"
-    if not path.exists():
-        return None
-    return require("yaml", "cli").safe_load(path.read_text()).get(name)
+    value = training.recipes.read(path) if path.exists() else {}
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def numbers(num_classes):

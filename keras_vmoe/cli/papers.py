@@ -1,4 +1,4 @@
-"""`presets` and `convert`: the papers' models and other people's weights."""
+"""`presets` and `convert`: the papers' models and pretrained weights."""
 
 import pathlib
 
@@ -7,16 +7,22 @@ import keras
 from keras_vmoe import checkpoints
 from keras_vmoe import models
 from keras_vmoe._checks import check_sizes
-from keras_vmoe.cli.opening import restart
 from keras_vmoe.models.presets import find_preset
 
 
-def presets(settings, arguments):
-    """`keras-vmoe presets`: prints the models of the papers."""
-    match = settings.match.lower()
-    names = [name for name in models.presets() if match in name]
+def presets(match: str = ""):
+    """Print the papers' models, their sizes and costs.
+
+    Args:
+        match: Part of the names.
+
+    Example:
+        keras-vmoe presets
+        keras-vmoe presets convnext_t
+    """
+    names = [name for name in models.presets() if match.lower() in name]
     if not names:
-        models.from_preset(settings.match)  # Raises, with the nearest names.
+        models.from_preset(match)  # Raises, with the nearest names.
     print(_PRESET_LINE.format(*_PRESET_COLUMNS))
     for name in names:
         preset = find_preset(name)
@@ -50,24 +56,40 @@ _PRESET_COLUMNS = (
 )  # fmt: skip
 
 
-def convert(settings, arguments):
-    """`keras-vmoe convert`: writes other people's weights as a Keras model."""
-    if settings.backend not in (None, keras.backend.backend()):
-        restart(settings.backend, arguments)
-    output = pathlib.Path(settings.output)
+def convert(
+    checkpoint: str,
+    output: str,
+    *,
+    image_size: int | None = None,
+    num_selected_experts: int | None = None,
+):
+    """Write pretrained weights as a .keras file.
+
+    Args:
+        checkpoint: V-MoE prefix (without .index), Orbax folder or .npz.
+        output: New .keras file.
+        image_size: Side of the images; positions are resized.
+        num_selected_experts: K, which no checkpoint holds; null means 2.
+
+    Example:
+        keras-vmoe convert checkpoints/vmoe_b16_imagenet21k vmoe_b16.keras
+        keras-vmoe convert ViT-B_16.npz vit_b16.keras --image_size 384
+    """
+    path = pathlib.Path(output)
     for good, what in (
-        (output.suffix == ".keras", "it does not end in '.keras'"),
-        (not output.exists(), "it exists"),
-        (output.parent.is_dir(), "its folder does not exist"),
+        (path.suffix == ".keras", "it does not end in '.keras'"),
+        (not path.exists(), "it exists"),
+        (path.parent.is_dir(), "its folder does not exist"),
     ):
         if not good:
             raise ValueError(
                 "The output must be a new file that ends in '.keras', in a "
-                f"folder that exists. Received: {settings.output}, and {what}. "
-                "Choose another name."
+                f"folder that exists. Received: {output}, and {what}."
             )
-    for name in ("image_size", "num_selected_experts"):
-        value = getattr(settings, name)
+    for name, value in (
+        ("image_size", image_size),
+        ("num_selected_experts", num_selected_experts),
+    ):
         check_sizes(**{name: 1 if value is None else value})
     bar = None
 
@@ -76,16 +98,16 @@ def convert(settings, arguments):
         bar = bar or keras.utils.Progbar(total, unit_name="byte")
         bar.update(done)
 
-    arrays = checkpoints.read(settings.checkpoint, progress)
-    config = checkpoints.vmoe_config(arrays, settings.image_size)
-    if settings.num_selected_experts is not None:
+    arrays = checkpoints.read(checkpoint, progress)
+    config = checkpoints.vmoe_config(arrays, image_size)
+    if num_selected_experts is not None:
         if config["moe"] is None:
             raise ValueError(
                 "A dense model selects no experts. Received: "
-                f"--num_selected_experts {settings.num_selected_experts}. "
+                f"--num_selected_experts {num_selected_experts}. "
                 "Leave it out."
             )
-        config["moe"]["num_selected_experts"] = settings.num_selected_experts
+        config["moe"]["num_selected_experts"] = num_selected_experts
     model = checkpoints.load_vmoe(models.ViTMoE(**config), arrays)
-    models.save(model, output)
+    models.save(model, path)
     print(f"model: {output}, {model.count_params():,} parameters")

@@ -1,257 +1,261 @@
-"""What the command `keras-vmoe` takes."""
+"""The parser of `keras-vmoe`, derived from typed functions."""
 
 import argparse
 import dataclasses
-import pathlib
+import inspect
+import textwrap
+import types
+import typing
+from typing import Literal
 
-from keras_vmoe import training
-from keras_vmoe._extras import require
-from keras_vmoe.cli.options import add_backend
-from keras_vmoe.cli.options import add_classes
-from keras_vmoe.cli.options import add_config
-from keras_vmoe.cli.options import add_dry_run
-from keras_vmoe.cli.tools_parser import convert_parser
-from keras_vmoe.cli.tools_parser import export_parser
-from keras_vmoe.cli.tools_parser import presets_parser
+import docstring_parser
+import jsonargparse
+
+from keras_vmoe._checks import check_keys
+from keras_vmoe.training import TrainConfig
+from keras_vmoe.training import recipes
+from keras_vmoe.training.config import GROUPS
+from keras_vmoe.training.typed import from_dict
+from keras_vmoe.training.typed import kinds_of
 from keras_vmoe.version import __version__
 
-TRAIN_EPILOG = """The MoE layers have settings of their own, such as
---moe.num_experts. For a list: keras-vmoe train --moe.help
-
-examples:
-  keras-vmoe train --run_dir runs/digits
-  keras-vmoe train --run_dir runs/dense --moe null
-  keras-vmoe train --run_dir runs/big --moe.num_experts 16 --epochs 100
-  keras-vmoe train --config runs/digits/config.yaml --run_dir runs/again
-"""
-PREDICT_EPILOG = """examples:
-  keras-vmoe predict runs/digits seven.png three.png
-  keras-vmoe predict model.keras *.jpg --classes names.json --top 5
-"""
-EVALUATE_EPILOG = """examples:
-  keras-vmoe evaluate runs/digits digits
-  keras-vmoe evaluate model.keras cifar10 --split 'test[:50%]' --data_dir DIR
-"""
+BACKEND = Literal["jax", "tensorflow", "torch"] | None
+FILES = {
+    "--config": "YAML file of settings; flags count more.",
+    "--recipe": "Recipe to start from, see below.",
+}
 
 
-# Settings that are true or false: given bare, they are true.
-SWITCHES = tuple(
-    f"--{field.name}"
-    for field in dataclasses.fields(training.TrainConfig)
-    if field.type is bool
-)
-BOOLEANS = ("true", "false", "yes", "no")
-
-
-def normalized(arguments):
-    """The command line as the parser takes it.
+def parse(commands, arguments):
+    """The command that is asked for, and its settings.
 
     Args:
-        arguments: List of strings: flags may have dashes for underscores, and
-            switches no value.
+        commands: Dict from names to functions. Their parameters, by types and
+            docstring, are flags with help, and positional without a default; a
+            `TrainConfig` stands for its attributes.
+        arguments: Command line without the program's name.
 
     Returns:
-        List of strings, `--config` first: what is given by flags counts more
-        than what is in the file, in any order.
+        Name of the command, dict of its arguments, and the Keras backend or
+        None.
 
-    Example:
-
-    >>> normalized(["train", "--skip-corrupt", "--config", "x.yaml"])
-    ['train', '--config', 'x.yaml', '--skip_corrupt=true']
+    Raises:
+        SystemExit: After help, or the message of a wrong command line.
+        ValueError: If a file or a setting is wrong.
     """
-    arguments = [_with_underscores(argument) for argument in arguments]
-    following = arguments[1:] + [""]
-    arguments = [
-        f"{argument}=true"
-        if argument in SWITCHES and value.lower() not in BOOLEANS
-        else argument
-        for argument, value in zip(arguments, following, strict=False)
-    ]
-    for i, argument in enumerate(arguments):
-        if argument.partition("=")[0] == "--config":
-            end = i + (1 if "=" in argument else 2)
-            rest = arguments[1:i] + arguments[end:]
-            return arguments[:1] + arguments[i:end] + rest
-    return arguments
-
-
-def _with_underscores(argument):
-    """`--dry-run` as `--dry_run`."""
-    name, equals, value = argument.partition("=")
-    if name.startswith("--") and " " not in name:
-        name = "--" + name[2:].replace("-", "_")
-    return name + equals + value
-
-
-def recipe_of(arguments):
-    """Settings of the recipe that the command line names, if any."""
-    if "train" not in arguments:
-        return {}
-    file, path = {}, _value_of(arguments, "--config")
-    if path is not None and pathlib.Path(path).is_file():
-        file = require("yaml", "cli").safe_load(pathlib.Path(path).read_text())
-        file = file if isinstance(file, dict) else {}
-    name, preset = (
-        _value_of(arguments, f"--{key}") or file.get(key)
-        for key in ("recipe", "preset")
-    )
-    if name is None:
-        return {}
-    return training.recipes.find_recipe(name).settings(preset)
-
-
-def _value_of(arguments, flag):
-    """What follows a flag on the command line; None without it."""
-    for i, argument in enumerate(arguments):
-        if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.partition("=")[2]
-    return None
-
-
-def make_parser(jsonargparse, recipe):
-    """Makes the parser of the whole command.
-
-    Args:
-        jsonargparse: The module.
-        recipe: Settings that are the defaults of `train`; see `recipe_of`.
-
-    Returns:
-        A `jsonargparse.ArgumentParser`.
-    """
-
-    # Keeps the lines of the examples apart; subcommands inherit it.
-    class layout(  # noqa: N801
-        argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter
-    ):
-        pass
-
-    parser = jsonargparse.ArgumentParser(
+    parser = _Parser(
         prog="keras-vmoe",
         description="Sparse Mixture-of-Experts for vision.",
         version=__version__,
-        formatter_class=layout,
-        allow_abbrev=False,
     )
-    commands = parser.add_subcommands(required=True)
-    for name, make, text in (
-        ("train", _train_parser, "Train a model."),
-        ("evaluate", _evaluate_parser, "Measure a model on a dataset."),
-        ("predict", _predict_parser, "Classify images."),
-        ("export", export_parser, "Write a model for servers or devices."),
-        ("convert", convert_parser, "Read other weights."),
-        ("presets", presets_parser, "List the papers' models."),
-    ):
-        command = make(jsonargparse)
-        if name == "train":
-            command.set_defaults(_dotted(recipe))
-        commands.add_subcommand(name, command, help=text)
-    return parser
+    subcommands = parser.add_subcommands(required=True)
+    for name, function in commands.items():
+        command = _command(name, function)
+        subcommands.add_subcommand(name, command, help=command.description)
+        if arguments[:1] == [name]:
+            arguments = [name, *_read_files(command, function, arguments[1:])]
+    settings = parser.instantiate(parser.parse_args(arguments))
+    name = settings.subcommand
+    return name, *_by_parameter(commands[name], settings[name])
 
 
-def _dotted(settings, prefix=""):
-    """Nested settings and dataclasses by dotted names."""
-    dotted = {}
+class _Parser(jsonargparse.ArgumentParser):
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=_Layout, allow_abbrev=False, **kwargs)
+
+
+class _Layout(
+    argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter
+):
+    """A line for each setting: its shortest name, what it is, its default."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=33)
+
+    def _get_help_string(self, action):
+        text, default = action.help or "", action.default
+        is_plain = isinstance(default, str | int | float) and default != ""
+        if action.option_strings and is_plain and action.nargs != 0:
+            return text + " [%(default)s]"
+        return text
+
+    def _format_action_invocation(self, action):
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        kind = getattr(action, "_typehint", str)  # Of jsonargparse's own.
+        words = [x for x in _parts_of(kind) if isinstance(x, str)]
+        metavars = [_METAVARS[x] for x in _parts_of(kind) if x in _METAVARS]
+        value = "|".join(words) or (*metavars, "YAML")[0]
+        name = min(action.option_strings, key=len)
+        return name if kind is bool else f"{name} {value}"
+
+
+def _parts_of(kind):
+    """A type, or those that it is a union of, and the words of literals."""
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return parts
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return [x for part in parts for x in _parts_of(part)]
+    return [kind]
+
+
+_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
+
+
+def _command(name, function):
+    """The parser of one command."""
+    doc = docstring_parser.parse(inspect.getdoc(function))
+    texts = {x.arg_name: x.description for x in doc.params}
+    hints = typing.get_type_hints(function)
+    command = _Parser(
+        description=doc.short_description, epilog=_epilog(function, doc)
+    )
+    for flag in _files_of(function):
+        command.add_argument(flag, help=FILES[flag])
+    usage = ["keras-vmoe", name]
+    for parameter in inspect.signature(function).parameters.values():
+        if hints[parameter.name] is TrainConfig:
+            command.add_class_arguments(TrainConfig)
+            continue
+        flag, options = _argument(parameter, hints[parameter.name])
+        command.add_argument(flag, help=texts[parameter.name], **options)
+        if not flag.startswith("-"):
+            usage.append(f"[{flag}]" if options.get("nargs") == "?" else flag)
+    if TrainConfig not in hints.values():
+        text = "Keras backend; null leaves the choice to Keras."
+        command.add_argument("--backend", type=BACKEND, help=text)
+    command.usage = " ".join([*usage, "[options]"])
+    _add_names(command)
+    return command
+
+
+def _argument(parameter, kind):
+    """Name and options of the argument that a parameter is.
+
+    Keyword-only parameters are flags, true or false ones without a value.
+    """
+    is_flag = parameter.kind is parameter.KEYWORD_ONLY
+    is_optional = parameter.default is not parameter.empty
+    options = {"type": kind}
+    if is_optional:
+        options["default"] = parameter.default
+    if kind is bool:
+        options = {"action": "store_true"}
+    elif kind == list[str]:
+        options |= {"type": str, "nargs": "*" if is_optional else "+"}
+    elif is_optional and not is_flag:
+        options["nargs"] = "?"
+    return f"--{parameter.name}" if is_flag else parameter.name, options
+
+
+def _epilog(function, doc):
+    """Examples of a command, and what it can be based on."""
+    parts = [doc.long_description]
+    for example in doc.examples:
+        parts.append("examples:\n" + textwrap.indent(example.description, "  "))
+    if "--recipe" in _files_of(function):
+        names = f"recipes: {', '.join(recipes.names())}"
+        parts.append(textwrap.fill(names, 78, subsequent_indent="  "))
+    return "\n\n".join(filter(None, parts))
+
+
+def _add_names(command):
+    """Other names of flags: without their group, and with dashes.
+
+    jsonargparse takes several names of an argument, but gives those that it
+    derives only one; hence argparse's own lists.
+    """
+    names = command._option_string_actions
+    for action in list(command._actions):
+        group, _, rest = action.dest.partition(".")
+        if group in GROUPS and not rest:
+            action.help = argparse.SUPPRESS  # A file for each group.
+        if any(name.endswith(".help") for name in action.option_strings):
+            action.help = argparse.SUPPRESS
+        if group in GROUPS and rest not in ("", "name"):
+            for name in list(action.option_strings):
+                brief = name.replace(f"--{group}.", "--", 1)
+                action.option_strings.append(brief)
+                names[brief] = action
+        if _kind_of(group, rest) is bool:
+            action.nargs, action.const = "?", True
+        for name in action.option_strings:
+            names[name.replace("_", "-")] = action
+
+
+def _kind_of(group, rest):
+    """The type of a setting of `TrainConfig`; None if it is none."""
+    kind = kinds_of(TrainConfig).get(group)
+    return kinds_of(kind).get(rest) if rest and group in GROUPS else kind
+
+
+def _files_of(function):
+    """The flags that name files of settings for a command."""
+    kinds = typing.get_type_hints(function).values()
+    return list(FILES) if TrainConfig in kinds else ["--config"]
+
+
+def _read_files(command, function, arguments):
+    """Makes the settings of files the defaults of a command.
+
+    Returns:
+        The arguments without the files: flags count more, in any order.
+    """
+    parser = argparse.ArgumentParser(
+        prog=command.prog, usage=command.usage, add_help=False,
+        allow_abbrev=False,
+    )  # fmt: skip
+    for flag in _files_of(function):
+        parser.add_argument(flag)
+    files, arguments = parser.parse_known_args(arguments)
+    if len(vars(files)) == 1 and files.config is not None:
+        settings = recipes.read_yaml(files.config)
+        known = [action.dest for action in command._actions]
+        check_keys(f"`{command.usage.split()[1]}`", settings, known)
+        command.set_defaults(settings)
+    elif len(vars(files)) > 1:
+        settings = {}
+        for file in (files.recipe, files.config):
+            if file is not None:
+                settings = recipes.merge(settings, recipes.read(file))
+        command.set_defaults(_dotted(settings))
+    return arguments
+
+
+def _dotted(settings):
+    """Settings of files as defaults: groups whole and by dotted names."""
+    defaults = {}
     for name, value in settings.items():
-        if dataclasses.is_dataclass(value):
-            value = dataclasses.asdict(value)
-        if isinstance(value, dict):
-            dotted |= _dotted(value, f"{prefix}{name}.")
+        kind = kinds_of(TrainConfig)[name]
+        if name in GROUPS:
+            group = from_dict(kind, value, f"`{name}`")
+            defaults |= {
+                f"{name}.{field.name}": _plain(getattr(group, field.name))
+                for field in dataclasses.fields(group)
+            }
+        elif dataclasses.is_dataclass(kind) and value is not None:
+            make = getattr(kind, "from_dict", None)
+            made = make(value) if make else from_dict(kind, value, f"`{name}`")
+            defaults[name] = _plain(made)
         else:
-            dotted[prefix + name] = value
-    return dotted
+            defaults[name] = value
+    return defaults
 
 
-def _train_parser(jsonargparse):
-    parser = jsonargparse.ArgumentParser(
-        usage="keras-vmoe train [options]",
-        description="Trains a ViTMoE on a TFDS dataset; writes a run folder.",
-        epilog=TRAIN_EPILOG,
-        allow_abbrev=False,
-    )
-    add_config(parser)
-    parser.add_class_arguments(training.TrainConfig)
-    parser.add_argument(
-        "--recipe",
-        type=str | None,
-        default=None,
-        help="Name of a recipe whose settings are the defaults of all others: "
-        + ", ".join(training.recipes.RECIPES),
-    )
-    for name, kind, text in (
-        ("job_addresses", str, "host:port of the first of several processes."),
-        ("num_processes", int, "How many processes train together."),
-        ("process_id", int, "Which of them this one is, from 0."),
-    ):
-        parser.add_argument(
-            f"--{name}",
-            type=kind | None,
-            default=None,
-            help=f"{text} Default: KERAS_DISTRIBUTION_{name.upper()}.",
-        )
-    add_dry_run(parser)
-    return parser
+def _plain(value):
+    """A dataclass as a dict."""
+    is_settings = dataclasses.is_dataclass(value)
+    return dataclasses.asdict(value) if is_settings else value
 
 
-def _evaluate_parser(jsonargparse):
-    parser = jsonargparse.ArgumentParser(
-        usage="keras-vmoe evaluate [options] model dataset",
-        description="Accuracy, loss, a table of the classes and what the "
-        "routers do, on one split of a TFDS dataset. Prints, and writes no "
-        "logs.",
-        epilog=EVALUATE_EPILOG,
-        allow_abbrev=False,
-    )
-    add_config(parser)
-    parser.add_argument("model", type=str, help="Run folder or .keras file.")
-    parser.add_argument("dataset", type=str, help='TFDS dataset or "digits".')
-    parser.add_argument("--split", type=str, default="test", help="TFDS split.")
-    parser.add_argument(
-        "--data_dir", type=str | None, default=None, help="Folder of datasets."
-    )
-    parser.add_argument(
-        "--batch_size", type=int, default=64, help="Images at a time."
-    )
-    parser.add_argument(
-        "--test_crop",
-        type=float | None,
-        default=None,
-        help="Share of the shorter side that the centre crop keeps; default: "
-        "that of the run folder.",
-    )
-    parser.add_argument(
-        "--skip_corrupt",
-        type=bool,
-        default=False,
-        help="Skip images that cannot be decoded, with a warning.",
-    )
-    add_classes(parser)
-    add_backend(parser)
-    add_dry_run(parser)
-    return parser
-
-
-def _predict_parser(jsonargparse):
-    parser = jsonargparse.ArgumentParser(
-        usage="keras-vmoe predict [options] model image [image ...]",
-        description="Prints the most probable classes of image files.",
-        epilog=PREDICT_EPILOG,
-        allow_abbrev=False,
-    )
-    add_config(parser)
-    parser.add_argument("model", type=str, help="Run folder or .keras file.")
-    parser.add_argument(
-        "images",
-        type=str,
-        nargs="+",
-        help="PNG, JPEG, BMP or GIF files that look like the training images "
-        "(the embedded digits are white on black).",
-    )
-    add_classes(parser)
-    parser.add_argument(
-        "--top", type=int, default=3, help="Classes to print for each image."
-    )
-    add_backend(parser)
-    add_dry_run(parser)
-    return parser
+def _by_parameter(function, settings):
+    """The arguments of a command's function, and the backend."""
+    found = {}
+    for name, kind in typing.get_type_hints(function).items():
+        if kind is TrainConfig:
+            names = [field.name for field in dataclasses.fields(TrainConfig)]
+            found[name] = TrainConfig(**{x: settings[x] for x in names})
+        else:
+            found[name] = settings[name]
+    return found, settings.backend

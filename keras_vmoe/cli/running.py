@@ -1,6 +1,5 @@
 """`train`, `evaluate` and `predict`."""
 
-import dataclasses
 import sys
 
 import keras
@@ -11,29 +10,43 @@ from keras_vmoe import evaluation
 from keras_vmoe import training
 from keras_vmoe.cli.opening import numbers
 from keras_vmoe.cli.opening import open_model
-from keras_vmoe.cli.opening import restart
 from keras_vmoe.cli.opening import setting_of_run
 from keras_vmoe.data import _corruption
-from keras_vmoe.data.schema import num_images
+from keras_vmoe.data import schema
 from keras_vmoe.distribution import _processes
 from keras_vmoe.evaluation import _description
 
 
-def train(settings, arguments):
-    """`keras-vmoe train`: trains a model and prints its test accuracy."""
-    names = [field.name for field in dataclasses.fields(training.TrainConfig)]
-    config = training.TrainConfig(**{name: settings[name] for name in names})
-    if settings.recipe is not None:
-        training.recipes.find_recipe(settings.recipe).check_model(config)
-    if config.backend not in (None, keras.backend.backend()):
-        restart(config.backend, arguments)
-    distribution.initialize(
-        settings.job_addresses, settings.num_processes, settings.process_id
-    )
+def train(
+    config: training.TrainConfig,
+    *,
+    job_addresses: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    dry_run: bool = False,
+):
+    """Train a model; writes a run folder, or resumes a stopped run.
+
+    A setting is written with its group as well, as in YAML: --optimizer.ema.
+
+    Args:
+        config: The run.
+        job_addresses: host:port of the first process.
+        num_processes: Processes that train together.
+        process_id: Which of them this is, from 0.
+        dry_run: Print settings, cost, memory and steps only.
+
+    Example:
+        keras-vmoe train --run_dir runs/digits
+        keras-vmoe train --run_dir runs/dense --moe null
+        keras-vmoe train --run_dir runs/big --moe.num_experts 16 --epochs 100
+        keras-vmoe train --config runs/digits/config.yaml --run_dir runs/again
+    """
+    distribution.initialize(job_addresses, num_processes, process_id)
     first = _processes.is_first_process()
     if first:
         print(f"backend: {keras.backend.backend()}", flush=True)
-    if settings.dry_run:
+    if dry_run:
         print(training.describe(config))
         return
     result = training.train(config)
@@ -45,84 +58,119 @@ def train(settings, arguments):
     print(f"test accuracy: {result.test_accuracy:.4f}")
 
 
-def predict(settings, arguments):
-    """`keras-vmoe predict`: prints the classes of image files."""
-    if settings.backend not in (None, keras.backend.backend()):
-        restart(settings.backend, arguments)
-    model, names = open_model(settings.model, settings.classes)
-    test_crop = setting_of_run(settings.model, "test_crop")
-    size = model.input_shape[1:3]
-    images = data.read_images(settings.images, size, test_crop)
-    if settings.dry_run:
-        resolved = _resolved(settings, test_crop=test_crop)
-        print(_description.describe(model, resolved, len(images), 1))
+def predict(
+    model: str,
+    images: list[str],
+    *,
+    classes: str | None = None,
+    top: int = 3,
+    dry_run: bool = False,
+):
+    """Classify image files.
+
+    Args:
+        model: Run folder or .keras file.
+        images: PNG, JPEG, BMP or GIF files like the training images.
+        classes: JSON list of class names; null: the run folder's.
+        top: Classes to print for each image.
+        dry_run: Print settings, cost, memory and steps only.
+
+    Example:
+        keras-vmoe predict runs/digits seven.png three.png
+        keras-vmoe predict model.keras *.jpg --classes names.json --top 5
+    """
+    settings = {"model": model, "images": images, "classes": classes}
+    settings["top"] = top
+    opened, names = open_model(model, classes)
+    test_crop = setting_of_run(model, "data.test_crop")
+    pixels = data.read_images(images, opened.input_shape[1:3], test_crop)
+    if dry_run:
+        settings = _resolved(settings, test_crop=test_crop)
+        print(_description.describe(opened, settings, len(pixels), 1))
         return
     shows = sys.stdout.isatty()
-    found = evaluation.classify(model, images, names, settings.top, shows)
-    for image, predictions in zip(settings.images, found, strict=True):
-        classes = "  ".join(f"{name} {p:.3f}" for name, p in predictions)
-        print(f"{image}: {classes}")
+    found = evaluation.classify(opened, pixels, names, top, shows)
+    for image, predictions in zip(images, found, strict=True):
+        line = "  ".join(f"{name} {p:.3f}" for name, p in predictions)
+        print(f"{image}: {line}")
 
 
-def evaluate(settings, arguments):
-    """`keras-vmoe evaluate`: measures a model on a split of a dataset."""
-    if settings.backend not in (None, keras.backend.backend()):
-        restart(settings.backend, arguments)
-    model, names = open_model(settings.model, settings.classes)
-    _check_classes(settings, model, names)
-    test_crop = settings.test_crop
+def evaluate(
+    model: str,
+    dataset: str,
+    *,
+    split: str = "test",
+    data_dir: str | None = None,
+    batch_size: int = 64,
+    test_crop: float | None = None,
+    skip_corrupt: bool = False,
+    classes: str | None = None,
+    dry_run: bool = False,
+):
+    """Measure a model on a split of a dataset; writes nothing.
+
+    Prints accuracy, loss, a table of the classes and what the routers do.
+
+    Args:
+        model: Run folder or .keras file.
+        dataset: TFDS dataset, "digits" or "image_folder".
+        split: TFDS split.
+        data_dir: Folder of the dataset (image_folder: of the images).
+        batch_size: Images at a time.
+        test_crop: Share of the shorter side kept; null: the run's.
+        skip_corrupt: Skip damaged images with a warning.
+        classes: JSON list of class names; null: the run folder's.
+        dry_run: Print settings, cost, memory and steps only.
+
+    Example:
+        keras-vmoe evaluate runs/digits digits
+        keras-vmoe evaluate model.keras cifar10 --split 'test[:50%]'
+    """
     if test_crop is None:
-        test_crop = setting_of_run(settings.model, "test_crop")
-    reads = (settings.dataset, settings.split, settings.data_dir)
-    if settings.dry_run:
-        resolved = _resolved(settings, test_crop=test_crop)
-        count = num_images(*reads)
-        size = settings.batch_size
-        print(_description.describe(model, resolved, count, size))
+        test_crop = setting_of_run(model, "data.test_crop")
+    reads = {"split": split, "data_dir": data_dir, "batch_size": batch_size}
+    reads |= {"test_crop": test_crop, "skip_corrupt": skip_corrupt}
+    opened, names = open_model(model, classes)
+    _check_classes(model, opened, names, dataset, data_dir)
+    if dry_run:
+        settings = {"model": model, "dataset": dataset, "classes": classes}
+        count = schema.num_images(dataset, split, data_dir)
+        settings = _resolved({**settings, **reads})
+        print(_description.describe(opened, settings, count, batch_size))
         return
     images = data.load(
-        settings.dataset,
-        settings.split,
-        model.input_shape[1:3],
-        settings.batch_size,
+        dataset,
+        image_size=opened.input_shape[1:3],
         training=False,
-        data_dir=settings.data_dir,
-        num_classes=model.output_shape[-1],
-        test_crop=test_crop,
-        skip_corrupt=settings.skip_corrupt,
+        num_classes=opened.output_shape[-1],
+        **reads,
     )
-    splits = [] if settings.skip_corrupt else [settings.split]
-    with _corruption.named_corruption(
-        settings.dataset, splits, settings.data_dir
-    ):
-        measured = evaluation.measure(model, images, sys.stdout.isatty())
+    splits = [] if skip_corrupt else [split]
+    with _corruption.named_corruption(dataset, splits, data_dir):
+        measured = evaluation.measure(opened, images, sys.stdout.isatty())
     print(evaluation.report(measured, names))
 
 
-def _check_classes(settings, model, names):
+def _check_classes(path, model, names, dataset, data_dir):
     """Raises for a dataset of more or fewer classes, warns of other names."""
-    classes = model.output_shape[-1]
-    info = data.info(settings.dataset, settings.data_dir)
-    known = info.num_classes
-    if known not in (None, classes):
+    classes, info = model.output_shape[-1], data.info(dataset, data_dir)
+    if info.num_classes not in (None, classes):
         raise ValueError(
-            "The model must know the classes of the dataset. "
-            f"Received: a model of {classes} classes for the {known} of "
-            f"{settings.dataset!r}. Train its head on them: keras-vmoe train "
-            f"--init {settings.model} --freeze backbone."
+            "The model must know the classes of the dataset. Received: a model "
+            f"of {classes} classes for the {info.num_classes} of {dataset!r}. "
+            "Train its head on them: keras-vmoe train --init "
+            f"{path} --freeze backbone."
         )
     given = names != numbers(classes)
     if given and info.class_names and list(info.class_names) != names:
         print(
-            f"keras-vmoe: warning: the classes of {settings.dataset!r} have "
-            "other names than those that the model was trained on: the "
-            "accuracy means something only if they are the same classes in "
-            "the same order.",
+            f"keras-vmoe: warning: the classes of {dataset!r} have other names "
+            "than those that the model was trained on: the accuracy means "
+            "something only if they are the same classes in the same order.",
             file=sys.stderr,
         )
 
 
 def _resolved(settings, **found):
     """The configuration of a command, with what was found for it."""
-    plain = {**vars(settings), "backend": keras.backend.backend(), **found}
-    return {k: v for k, v in plain.items() if k not in ("config", "dry_run")}
+    return {**settings, "backend": keras.backend.backend(), **found}

@@ -29,7 +29,8 @@ def datasets(config, info):
 def load(config, info, split, training, **options):
     """One of the run's datasets, or this process's part of it."""
     processes = _processes.num_processes()
-    batch_size, seed = config.batch_size, config.seed
+    images, seed = config.data, config.seed
+    batch_size = images.batch_size
     if processes > 1 and "shard" not in options:
         _replicas.check_batch(batch_size, 1, 1, processes)
         batch_size //= processes
@@ -38,18 +39,18 @@ def load(config, info, split, training, **options):
         seed = seed_of_epoch(seed, index)  # Or all would crop alike.
     try:
         return data.load(
-            config.dataset,
-            getattr(config, split),
+            images.dataset,
+            getattr(images, split),
             config.image_size,
             batch_size,
             training,
-            config.data_dir,
-            num_classes=config.num_classes or info.num_classes,
+            images.data_dir,
+            num_classes=images.num_classes or info.num_classes,
             seed=seed,
-            class_weights=config.class_weights if training else None,
-            augmentation=config.augmentation,
-            test_crop=config.test_crop,
-            skip_corrupt=config.skip_corrupt,
+            class_weights=images.class_weights if training else None,
+            augmentation=images.augmentation,
+            test_crop=images.test_crop,
+            skip_corrupt=images.skip_corrupt,
             **options,
         )
     except ValueError as error:
@@ -65,12 +66,12 @@ def check_batches(config, model, strategy):
     if replicas == 1:
         return  # Where a last group may be a part of one.
     processes = _processes.num_processes()
-    _replicas.check_batch(config.batch_size, group, replicas, processes)
+    _replicas.check_batch(config.data.batch_size, group, replicas, processes)
 
 
 def parts_of(config, length):
     """Steps from checkpoint to checkpoint, and how many of these there are."""
-    parts = config.checkpoints_per_epoch
+    parts = config.checkpoint.checkpoints_per_epoch
     if parts > length:
         raise ValueError(
             "An epoch must have a step for each of its checkpoints. Received: "
@@ -126,5 +127,7 @@ def stream(config, info, first_step, example, strategy):
 
 def is_one_hot(config):
     """Whether the labels are distributions over the classes."""
-    smoothed = config.label_smoothing > 0
-    return smoothed or config.loss != "ce" or config.augmentation.mixes
+    optimizer, augmentation = config.optimizer, config.data.augmentation
+    smoothed = optimizer.label_smoothing > 0
+    mixes = augmentation is not None and augmentation.mixes
+    return smoothed or optimizer.loss != "ce" or mixes

@@ -10,7 +10,6 @@ import keras
 
 from keras_vmoe import _files
 from keras_vmoe import inspection
-from keras_vmoe import models
 from keras_vmoe._checks import is_number
 from keras_vmoe._extras import require
 from keras_vmoe.distribution import _processes
@@ -262,27 +261,6 @@ class StopOnNonFiniteLoss(keras.callbacks.Callback):
             "another run with a lower learning rate or a longer warm-up, or "
             "look for broken images."
         )
-
-
-class SaveModel(keras.callbacks.Callback):
-    """Saves the model after every epoch that leaves it finite, atomically.
-
-    Args:
-        path: `.keras` file; always the last good model, whole.
-
-    Example:
-
-    >>> model.fit(x, y, callbacks=[SaveModel("m.keras")])  # doctest: +SKIP
-    """
-
-    def __init__(self, path):
-        super().__init__()
-        self.path = pathlib.Path(path)
-
-    def on_epoch_end(self, epoch, logs=None):
-        losses = [v for k, v in (logs or {}).items() if k.endswith("loss")]
-        if all(map(math.isfinite, losses)) and is_finite(self.model):
-            models.save(self.model, self.path)
 
 
 def is_finite(model):

@@ -1,56 +1,103 @@
 """What a training run needs to know, as one typed value."""
 
 import dataclasses
-import math
-import typing
 from typing import Literal
 
+from keras_vmoe._checks import check_not_negative
+from keras_vmoe._checks import check_rates
 from keras_vmoe._checks import check_sizes
+from keras_vmoe._checks import is_integer
+from keras_vmoe._checks import is_number
 from keras_vmoe.data import Augmentation
 from keras_vmoe.models import MoEConfig
 from keras_vmoe.models.presets import find_preset
 from keras_vmoe.routing.groups import check_capacity_factor
+from keras_vmoe.training.typed import check_optional_sizes
+from keras_vmoe.training.typed import check_positive
+from keras_vmoe.training.typed import check_types
+from keras_vmoe.training.typed import check_value
 
 DEFAULT_IMAGE_SIZE = 32
 DEFAULT_WARMUP = 1 / 12  # Of all steps, where no warm-up is set.
 WARMUPS = ("warmup", "warmup_epochs", "warmup_steps")
-INTEGERS = (
-    "batch_size",
-    "epochs",
-    "accumulate",
-    "checkpoints_per_epoch",
-    "keep_checkpoints",
-    "warmup_steps",
-    "num_classes",
-    "expert_shards",
-)
-# What a preset takes from the model's settings.
-SHARED = ("image_size", "drop_path", "dtype")
+# What describes a ViT alone: a preset or a ConvNeXt has sizes of its own.
+VIT_SIZES = (
+    "patch_size", "hidden_dim", "num_layers", "num_heads", "mlp_dim",
+    "pooling", "position_embedding", "representation_size", "dropout",
+    "layer_scale_init_value",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig:
-    """The dense part of a `ViTMoE`; attributes are its arguments.
+class DataConfig:
+    """Images and batches.
 
     Attributes:
-        image_size: Side of the images in pixels; others are resized. null is
-            that of the preset, or 32.
+        dataset: Of TFDS, or digits, image_folder.
+        data_dir: Folder of the dataset or the images.
+        train_split: Such as train[:90%].
+        validation_split: Measured after each epoch.
+        test_split: Measured once, at the end.
+        num_classes: If the dataset does not know them.
+        batch_size: Images per training step.
+        augmentation: Random changes (--augmentation.help).
+        test_crop: Share of the side a centre crop keeps.
+        class_weights: How often a class is drawn.
+        skip_corrupt: Skip damaged images, with a warning.
+    """
+
+    dataset: str = "digits"
+    data_dir: str | None = None
+    train_split: str = "train"
+    validation_split: str = "validation"
+    test_split: str = "test"
+    num_classes: int | None = None
+    batch_size: int = 64
+    augmentation: Augmentation | None = Augmentation(crop_padding=3)
+    test_crop: float | None = None
+    class_weights: tuple[float, ...] | None = None
+    skip_corrupt: bool = False
+
+    def __post_init__(self):
+        check_types(self, "data.")
+        check_optional_sizes(self, "batch_size", "num_classes")
+        check_positive(self, "test_crop", at_most=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The dense part of the model; sizes are those of a `ViTMoE`.
+
+    Attributes:
+        preset: See `keras-vmoe presets`.
+        family: Refuse models of the other family.
+        image_size: In pixels; null: the preset's, or 32.
+        init: .keras file, run folder or checkpoint.
+        freeze: What is not trained.
+        head_bias: Starting value of the head's bias.
+        capacity_factor: Of the experts; null: the model's.
+        drop_path_rate: A dict has it by dense preset.
         patch_size: Side of a patch in pixels.
         hidden_dim: Features of a token.
         num_layers: Encoder blocks.
         num_heads: Attention heads.
-        mlp_dim: Hidden features of the MLPs and experts.
+        mlp_dim: Hidden features of MLPs and experts.
         pooling: How tokens become one vector.
-        position_embedding: Learned positions, or fixed sines and cosines.
-        representation_size: Features of an extra tanh layer before the head;
-            null leaves it out.
+        position_embedding: Learned or fixed positions.
+        representation_size: Of a tanh layer before the head.
         dropout: Dropout rate.
-        drop_path: Probability of dropping a residual branch in the last block.
-        layer_scale: Starting value of the layer scale; null leaves it out.
+        layer_scale_init_value: Starting value of the layer scale.
         dtype: Dtype policy of the layers.
     """
 
+    preset: str | None = None
+    family: Literal["vit", "convnext"] | None = None
     image_size: int | None = None
+    init: str | None = None
+    freeze: Literal["routers", "backbone"] | None = None
+    head_bias: float = 0.0
+    capacity_factor: float | Literal["dropless"] | None = None
+    drop_path_rate: float | dict[str, float] = 0.0
     patch_size: int = 8
     hidden_dim: int = 64
     num_layers: int = 4
@@ -60,9 +107,23 @@ class ViTConfig:
     position_embedding: Literal["learned", "sincos2d"] = "learned"
     representation_size: int | None = None
     dropout: float = 0.0
-    drop_path: float = 0.0
-    layer_scale: float | None = None
+    layer_scale_init_value: float | None = None
     dtype: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
+
+    def __post_init__(self):
+        check_types(self, "model.")
+        check_optional_sizes(self, "image_size")
+        if self.preset is not None:
+            find_preset(self.preset)
+        if self.capacity_factor not in (None, "dropless"):
+            check_capacity_factor(self.capacity_factor)
+        check_value(
+            is_number(self.head_bias), self, "head_bias", "a finite number"
+        )
+        rates = self.drop_path_rate
+        rates = rates.values() if isinstance(rates, dict) else [rates]
+        for rate in rates:
+            check_rates(drop_path_rate=rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +134,9 @@ class ConvNeXtConfig:
         depths: Blocks of each stage.
         dims: Features of each stage.
         patch_size: Side of a patch of the stem in pixels.
-        isotropic: Whether there is one stage, without steps between.
-        mlp_ratio: Hidden features of the MLPs, as a multiple of the stage's.
-        layer_scale: Starting value of the layer scale; null leaves it out.
+        isotropic: Whether there is one stage, without downsampling.
+        mlp_ratio: Hidden features of the MLPs, relative to the stage's.
+        layer_scale_init_value: Starting value of the layer scale.
     """
 
     depths: tuple[int, ...] = (2, 2, 2)
@@ -83,105 +144,33 @@ class ConvNeXtConfig:
     patch_size: int = 2
     isotropic: bool = False
     mlp_ratio: int = 4
-    layer_scale: float | None = None
+    layer_scale_init_value: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """A training run. The defaults train a V-MoE on the embedded digits.
+class OptimizerConfig:
+    """Loss, optimizer and learning rate.
 
     Attributes:
-        run_dir: Folder that the run writes into: a new or empty one, or that
-            of a run with the same settings that was stopped, which is resumed.
-        backend: Keras backend; null leaves the choice to Keras.
-        dataset: Name of a TFDS image-classification dataset, or "digits".
-        data_dir: Folder of the prepared dataset; null means TFDS's default
-            (for "digits" the user's cache folder). With the dataset
-            "image_folder" the images themselves, as
-            `data_dir/split/class/image.jpg`.
-        train_split: TFDS split to train on, such as "train[:90%]".
-        validation_split: TFDS split to watch while training.
-        test_split: TFDS split to measure once, at the end.
-        num_classes: Classes of a dataset whose labels are plain integers; null
-            for one that knows them.
-        skip_corrupt: Whether to skip damaged records and images that cannot be
-            decoded, with a warning that names them, instead of an error.
-        class_weights: How often an image of each class is drawn for training,
-            against the others; null draws all alike.
-        augmentation: What happens to the training images.
-        test_crop: Share of the shorter side that the centre crop of evaluation
-            keeps; null resizes the whole image.
-        batch_size: Images per training step.
-        epochs: Passes over the training split.
-        loss: Cross-entropy over the classes, or a binary one for each class:
-            their mean ("bce") or their sum ("sigmoid", V-MoE's).
-        label_smoothing: Share of the label's 1 that all classes get, in [0, 1).
-        optimizer: AdamW, LAMB or SGD with momentum 0.9.
-        learning_rate: Peak learning rate, reached after the warm-up.
-        schedule: How the learning rate falls from there.
-        final_learning_rate: Where a cosine or linear schedule ends.
-        warmup: Share of the training steps that is linear warm-up, in [0, 1).
-            Where none of the three is set, a twelfth.
-        warmup_epochs: Epochs of it instead, which stay as many when `epochs`
-            changes.
-        warmup_steps: Updates of it instead.
-        weight_decay: Decoupled weight decay of the kernels of all layers; not
-            of biases, norms, the class token, the layer scale and the
-            attention pooling's probe.
-        expert_weight_decay: That of the experts' kernels; null means the same.
-        decay_positions: Whether learned positions are decayed as well.
-        decay_gates: Whether the routers' kernels are decayed as well.
-        clip_norm: Largest norm of all gradients together; null clips nothing.
-        accumulate: Steps whose gradients are added up for one update.
-        ema: Momentum of an exponential moving average of the weights, which
-            the saved model then has; null for none.
-        init: Weights to start from: a .keras file, or a checkpoint of the
-            reference program, see `keras-vmoe convert`. The head starts anew
-            where the classes differ, positions are resized.
-        head_bias: Starting value of the head's bias.
-        freeze: What is not trained: the routers, or all but the head.
-        checkpoints_per_epoch: Into how many parts a long pass over the images
-            is cut. The logs' epochs, with validation and a checkpoint at each
-            end, are then these parts.
-        keep_checkpoints: How many checkpoints to keep until the run is
-            finished.
-        tensorboard: Whether to write logs for TensorBoard into the run folder.
-        distribution: How a run is spread over several devices, see
-            `distribution.resolve`; null uses one. Validation then leaves a last
-            batch out that is not full.
-        expert_shards: Over how many devices "expert_parallel" spreads the
-            experts; null takes as many as divide them.
-        shard_dense: Whether "expert_parallel" spreads the dense kernels, too.
-        seed: Makes a run repeatable on one machine and backend.
-        preset: One of the papers' models, see `keras-vmoe presets`, in the
-            place of `model`, whose image size, drop path and dtype it takes.
-        capacity_factor: That of the MoE layers, if there are any; null leaves
-            it as it is.
-        model: The size of a ViT.
-        convnext: That of a ConvNeXt in the ViT's place, which takes the image
-            size, drop path and dtype of `model`.
-        moe: Its MoE layers; null trains the dense twin.
+        name: The optimizer; SGD has momentum 0.9.
+        learning_rate: Its peak, after the warm-up.
+        schedule: How it falls from there.
+        final_learning_rate: End of cosine and linear.
+        warmup: Share of the steps (default: 1/12).
+        warmup_epochs: Epochs of warm-up instead.
+        warmup_steps: Updates of warm-up instead.
+        weight_decay: Decoupled decay of kernels.
+        expert_weight_decay: Of experts; null: the same.
+        decay_positions: Decay learned positions too.
+        decay_gates: Decay the routers' kernels too.
+        clip_norm: Largest global norm of the gradients.
+        accumulate: Steps whose gradients make one update.
+        ema: Momentum of an average of the weights.
+        loss: Softmax, or mean or sum of sigmoids.
+        label_smoothing: Share spread over all classes.
     """
 
-    run_dir: str = "runs/digits"
-    backend: Literal["jax", "tensorflow", "torch"] | None = None
-    dataset: str = "digits"
-    data_dir: str | None = None
-    train_split: str = "train"
-    validation_split: str = "validation"
-    test_split: str = "test"
-    num_classes: int | None = None
-    skip_corrupt: bool = False
-    class_weights: tuple[float, ...] | None = None
-    augmentation: Augmentation = dataclasses.field(
-        default_factory=lambda: Augmentation(crop_padding=3)
-    )
-    test_crop: float | None = None
-    batch_size: int = 64
-    epochs: int = 60
-    loss: Literal["ce", "bce", "sigmoid"] = "ce"
-    label_smoothing: float = 0.0
-    optimizer: Literal["adamw", "lamb", "sgd"] = "adamw"
+    name: Literal["adamw", "lamb", "sgd"] = "adamw"
     learning_rate: float = 2e-3
     schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
     final_learning_rate: float = 0.0
@@ -195,62 +184,161 @@ class TrainConfig:
     clip_norm: float | None = None
     accumulate: int = 1
     ema: float | None = None
-    init: str | None = None
-    head_bias: float = 0.0
-    freeze: Literal["routers", "backbone"] | None = None
-    checkpoints_per_epoch: int = 1
-    keep_checkpoints: int = 2
-    tensorboard: bool = False
-    distribution: (
-        Literal["auto", "data_parallel", "expert_parallel", "mirrored", "tpu"]
-        | None
-    ) = None
-    expert_shards: int | None = None
-    shard_dense: bool = False
-    seed: int = 0
-    preset: str | None = None
-    capacity_factor: float | None = None
-    model: ViTConfig = dataclasses.field(default_factory=ViTConfig)
-    convnext: ConvNeXtConfig | None = None
-    moe: MoEConfig | None = dataclasses.field(default_factory=MoEConfig)
+    loss: Literal["ce", "bce", "sigmoid"] = "ce"
+    label_smoothing: float = 0.0
 
     def __post_init__(self):
-        self._check_choices()
-        for name in INTEGERS:
-            value = getattr(self, name)
-            if value is not None:
-                check_sizes(**{name: value})
-        self._check("learning_rate", self.learning_rate > 0, "positive")
-        if self.capacity_factor is not None:
-            check_capacity_factor(self.capacity_factor)
-        for name in ("weight_decay", "final_learning_rate"):
-            self._check(name, getattr(self, name) >= 0, "at least 0")
-        self._check("head_bias", True, "a number")
-        smoothing = 0 <= self.label_smoothing < 1
-        self._check("label_smoothing", smoothing, "at least 0 and below 1")
-        self._check_warmup()
-        for name, good in (
-            ("expert_weight_decay", lambda x: x >= 0),
-            ("clip_norm", lambda x: x > 0),
-            ("ema", lambda x: 0 < x < 1),
-            ("test_crop", lambda x: 0 < x <= 1),
-        ):
-            value = getattr(self, name)
-            if value is not None:
-                self._check(name, good(value), "null or in its range")
-        if self.preset is not None:
-            find_preset(self.preset)
-            self._check_sizes("preset")
-        elif self.convnext is not None:
-            self._check_sizes("convnext")
+        check_types(self, "optimizer.")
+        check_optional_sizes(self, "accumulate", "warmup_steps")
+        check_positive(self, "learning_rate")
+        check_positive(self, "clip_norm")
+        decay = self.expert_weight_decay
+        check_not_negative(
+            weight_decay=self.weight_decay,
+            final_learning_rate=self.final_learning_rate,
+            expert_weight_decay=0 if decay is None else decay,
+            warmup_epochs=self.warmup_epochs or 0,
+        )
+        check_rates(
+            label_smoothing=self.label_smoothing, warmup=self.warmup or 0
+        )
+        if self.ema is not None:
+            good = is_number(self.ema) and 0 < self.ema < 1
+            check_value(good, self, "ema", "above 0 and below 1")
+        given = {name: getattr(self, name) for name in WARMUPS}
+        given = [f"{k}={x}" for k, x in given.items() if x is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"The warm-up must be set by one of {WARMUPS}. "
+                f"Received: {', '.join(given)}. Set the others to null (a "
+                "recipe may set one as well)."
+            )
         if self.label_smoothing and self.loss != "ce":
             raise ValueError(
                 "Labels are smoothed over the classes of a cross-entropy. "
                 f"Received: label_smoothing={self.label_smoothing} with "
                 f"loss={self.loss!r}. Leave one of them out."
             )
-        seed = 0 <= self.seed < 2**32
-        self._check("seed", seed, "at least 0 and below 2**32")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What a stopped run is resumed from.
+
+    Attributes:
+        checkpoints_per_epoch: Parts an epoch is cut into.
+        keep_checkpoints: How many to keep until the end.
+    """
+
+    checkpoints_per_epoch: int = 1
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        check_sizes(**dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class DevicesConfig:
+    """How a run is spread over several devices.
+
+    Attributes:
+        distribution: null uses one device.
+        expert_shards: Devices that share the experts.
+        shard_dense: Shard the dense kernels too.
+    """
+
+    distribution: (
+        Literal["auto", "data_parallel", "expert_parallel", "mirrored", "tpu"]
+        | None
+    ) = None
+    expert_shards: int | None = None
+    shard_dense: bool = False
+
+    def __post_init__(self):
+        check_types(self, "devices.")
+        check_optional_sizes(self, "expert_shards")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run. The defaults train a V-MoE on the embedded digits.
+
+    Attributes:
+        run_dir: New, or of a stopped run.
+        epochs: Passes over the training split.
+        seed: Makes a run repeatable on one machine.
+        backend: null leaves the choice to Keras.
+        tensorboard: Write logs for TensorBoard.
+        data: Images and batches.
+        model: The dense part of the model, a preset or the size of a ViT.
+        convnext: Not a ViT (--convnext.help).
+        moe: MoE layers (--moe.help); null: dense.
+        optimizer: Loss, optimizer and learning rate.
+        checkpoint: What a stopped run is resumed from.
+        devices: How the run is spread over several devices.
+    """
+
+    run_dir: str = "runs/digits"
+    epochs: int = 60
+    seed: int = 0
+    backend: Literal["jax", "tensorflow", "torch"] | None = None
+    tensorboard: bool = False
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    convnext: ConvNeXtConfig | None = None
+    moe: MoEConfig | None = MoEConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    devices: DevicesConfig = DevicesConfig()
+
+    def __post_init__(self):
+        check_types(self)
+        check_sizes(epochs=self.epochs)
+        good = is_integer(self.seed) and 0 <= self.seed < 2**32
+        check_value(good, self, "seed", "an integer from 0 to 2**32 - 1")
+        warmup = self.optimizer.warmup_epochs
+        if warmup is not None and warmup >= self.epochs:
+            raise ValueError(
+                f"`warmup_epochs` must be below epochs={self.epochs}. "
+                f"Received: warmup_epochs={warmup}."
+            )
+        if self.model.preset is not None:
+            self._check_sizes("preset", self.model.preset)
+        elif self.convnext is not None:
+            self._check_sizes("convnext", self.convnext)
+        if self.model.family not in (None, self.family):
+            kinds = {"vit": "a ViT", "convnext": "a ConvNeXt"}
+            raise ValueError(
+                f"This recipe is for {kinds[self.model.family]}. Received: "
+                f"{kinds[self.family]}. Name a preset of the family "
+                "(`keras-vmoe presets`), or set `convnext.dims` and "
+                "`convnext.depths` for a ConvNeXt."
+            )
+
+    @property
+    def family(self):
+        """`"vit"` or `"convnext"`."""
+        preset = self.model.preset
+        if preset is not None:
+            return "convnext" if preset.startswith("convnext") else "vit"
+        return "vit" if self.convnext is None else "convnext"
+
+    @property
+    def image_size(self):
+        """Side of the images in pixels."""
+        default, preset = DEFAULT_IMAGE_SIZE, self.model.preset
+        if preset is not None:
+            default = find_preset(preset).arguments.get("image_size", 224)
+        return self.model.image_size or default
+
+    @property
+    def drop_path_rate(self):
+        """Rate of the last block: one for all models, or that of this one."""
+        rate = self.model.drop_path_rate
+        if isinstance(rate, dict):
+            dense = (self.model.preset or "").partition("_e")[0]
+            return rate.get(dense, 0.0)
+        return rate
 
     def warmup_of(self, steps):
         """Steps of the warm-up in a run.
@@ -262,71 +350,21 @@ class TrainConfig:
         Returns:
             An integer.
         """
-        if self.warmup_steps is not None:
-            return self.warmup_steps * self.accumulate
-        share = DEFAULT_WARMUP if self.warmup is None else self.warmup
-        if self.warmup_epochs is not None:
-            share = self.warmup_epochs / self.epochs
+        optimizer = self.optimizer
+        if optimizer.warmup_steps is not None:
+            return optimizer.warmup_steps * optimizer.accumulate
+        share = optimizer.warmup
+        share = DEFAULT_WARMUP if share is None else share
+        if optimizer.warmup_epochs is not None:
+            share = optimizer.warmup_epochs / self.epochs
         return min(round(share * steps), steps - 1)
 
-    def _check_warmup(self):
-        """Raises unless one warm-up is set at most, and ends in time."""
-        given = {name: getattr(self, name) for name in WARMUPS}
-        given = {name: x for name, x in given.items() if x is not None}
-        if len(given) > 1:
-            received = ", ".join(f"{name}={x}" for name, x in given.items())
-            raise ValueError(
-                f"The warm-up must be set by one of {WARMUPS}. "
-                f"Received: {received}. Set the others to null (a recipe sets "
-                "one, too)."
-            )
-        if self.warmup is not None:
-            good = 0 <= self.warmup < 1
-            self._check("warmup", good, "at least 0 and below 1")
-        if self.warmup_epochs is not None:
-            good = 0 <= self.warmup_epochs < self.epochs
-            words = f"at least 0 and below epochs={self.epochs}"
-            self._check("warmup_epochs", good, words)
-
-    def _check_choices(self):
-        """Raises if a setting is none of the words that it may be."""
-        for name, kind in typing.get_type_hints(type(self)).items():
-            words = [
-                word
-                for part in (kind, *typing.get_args(kind))
-                if typing.get_origin(part) is Literal
-                for word in typing.get_args(part)
-            ]
-            value = getattr(self, name)
-            is_null = value is None and type(None) in typing.get_args(kind)
-            if words and not is_null and value not in words:
-                raise ValueError(
-                    f"`{name}` must be one of {words}. "
-                    f"Received: {name}={value!r}. "
-                    f"The default is {getattr(type(self), name)!r}."
-                )
-
-    @property
-    def image_size(self):
-        """Side of the images in pixels."""
-        default = DEFAULT_IMAGE_SIZE
-        if self.preset is not None:
-            default = find_preset(self.preset).arguments.get("image_size", 224)
-        return self.model.image_size or default
-
-    def _check_sizes(self, what):
-        """Raises if sizes of a ViT are set that will not be used.
-
-        Args:
-            what: The setting that has sizes of its own.
-        """
-        here, default = (
-            dataclasses.asdict(model) for model in (self.model, ViTConfig())
-        )
+    def _check_sizes(self, what, value):
+        """Raises if sizes of a ViT are set that will not be used."""
         changed = [
-            f"model.{name}={value!r}"
-            for name, value in here.items()
-            if value != default[name] and name not in SHARED
+            f"model.{name}={getattr(self.model, name)!r}"
+            for name in VIT_SIZES
+            if getattr(self.model, name) != getattr(ModelConfig, name)
         ]
         if what == "preset" and self.moe != MoEConfig():
             changed.append(f"moe={self.moe!r}")
@@ -335,14 +373,10 @@ class TrainConfig:
         if changed:
             raise ValueError(
                 f"A {what} has its own sizes. Received: {', '.join(changed)} "
-                f"with {what}={getattr(self, what)!r}. Leave one of them out; "
-                "the dense twin of a preset is a preset as well."
+                f"with {what}={value!r}. Leave one of them out; the dense twin "
+                "of a preset is a preset as well."
             )
 
-    def _check(self, name, good, words):
-        value = getattr(self, name)
-        if not good or not math.isfinite(value):
-            raise ValueError(
-                f"`{name}` must be {words}. Received: {name}={value}. "
-                f"The default is {getattr(type(self), name)}."
-            )
+
+# Groups whose name may be left out, on the command line and in files.
+GROUPS = ("data", "model", "optimizer", "checkpoint", "devices")

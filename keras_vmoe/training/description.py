@@ -6,12 +6,12 @@ from keras_vmoe import data
 from keras_vmoe import models
 from keras_vmoe._extras import require
 from keras_vmoe.evaluation._description import cost_lines
+from keras_vmoe.training.batches import check_batches
+from keras_vmoe.training.batches import datasets
+from keras_vmoe.training.building import make_model
+from keras_vmoe.training.building import make_schedule
+from keras_vmoe.training.building import make_strategy
 from keras_vmoe.training.initialization import check_start
-from keras_vmoe.training.loop import check_batches
-from keras_vmoe.training.loop import datasets
-from keras_vmoe.training.loop import make_model
-from keras_vmoe.training.loop import make_schedule
-from keras_vmoe.training.loop import make_strategy
 from keras_vmoe.training.run_folder import check_run
 from keras_vmoe.training.run_folder import settings_of
 
@@ -39,21 +39,24 @@ def describe(config):
     >>> print(describe(TrainConfig()))  # doctest: +SKIP
     """
     strategy = make_strategy(config)  # Raises where a run would.
-    info = data.info(config.dataset, config.data_dir)
+    info = data.info(config.data.dataset, config.data.data_dir)
     check_run(config, info.class_names)
-    if config.init is not None:
-        check_start(config.init)
+    if config.model.init is not None:
+        check_start(config.model.init)
     steps = len(datasets(config, info)[0])
     schedule = make_schedule(config, steps * config.epochs)
-    without_values = dataclasses.replace(config, init=None, head_bias=0.0)
+    no_values = dataclasses.replace(config.model, init=None, head_bias=0.0)
     with models.without_weights():
-        model = make_model(without_values, info)
+        model = make_model(
+            dataclasses.replace(config, model=no_values), info.num_classes
+        )
     check_batches(config, model, strategy)
     cost = models.cost(model)
-    copies = COPIES[config.optimizer] + (config.ema is not None)
-    copies += config.accumulate > 1
+    optimizer = config.optimizer
+    copies = COPIES[optimizer.name] + (optimizer.ema is not None)
+    copies += optimizer.accumulate > 1
     weights = 4 * copies * cost.params
-    activations = cost.activation_bytes * config.batch_size
+    activations = cost.activation_bytes * config.data.batch_size
     yaml = require("yaml", "cli")
     lines = [
         yaml.safe_dump(settings_of(config), sort_keys=False).rstrip(),

@@ -1,4 +1,4 @@
-"""What a training starts from: other weights, frozen parts."""
+"""What a training starts from, and what it left: weights, frozen parts."""
 
 import json
 import pathlib
@@ -8,6 +8,77 @@ from keras_vmoe import checkpoints
 from keras_vmoe import layers
 from keras_vmoe import models
 from keras_vmoe.checkpoints.assignment import fit_positions
+from keras_vmoe.training import recipes
+from keras_vmoe.training.building import compile_model
+from keras_vmoe.training.building import make_model
+from keras_vmoe.training.checkpointing import Checkpoints
+from keras_vmoe.training.run_folder import CHECKPOINTS
+from keras_vmoe.training.run_folder import CLASSES
+from keras_vmoe.training.run_folder import CONFIG
+from keras_vmoe.training.run_folder import MODEL
+
+ANY_STEPS = 2**31  # The schedule of a model that is not trained.
+
+
+def starting_model(config, info):
+    """The model of a run before its first step.
+
+    Args:
+        config: A `TrainConfig`.
+        info: The dataset's `data.info`.
+
+    Returns:
+        A model with the weights of `model.init`, if any, frozen as is asked.
+    """
+    model = make_model(config, info.num_classes)
+    if config.model.init is not None:
+        initialize(model, config.model.init, info.class_names)
+    freeze(model, config.model.freeze)
+    return model
+
+
+def restore(run_dir):
+    """The model of a run, whether it is finished or was stopped.
+
+    Args:
+        run_dir: Folder of the run.
+
+    Returns:
+        The model of the last epoch that is whole: of `model.keras`, or of the
+        newest checkpoint while there are checkpoints. With `optimizer.ema` its
+        weights are the averages.
+
+    Raises:
+        FileNotFoundError: If the folder holds neither.
+        ValueError: If its configuration is not one of a run.
+
+    Example:
+
+    >>> model = restore("runs/digits")  # doctest: +SKIP
+    """
+    run_dir = pathlib.Path(run_dir)
+    kept = Checkpoints(run_dir / CHECKPOINTS)
+    if not kept.epochs():
+        if (run_dir / MODEL).exists():
+            return models.load(run_dir / MODEL, compile=False)
+        raise FileNotFoundError(
+            f"A run folder must hold {MODEL} or a checkpoint. Received: "
+            f"{str(run_dir)!r}, which has neither. A stopped run goes on by "
+            f"keras-vmoe train --config {run_dir / CONFIG}."
+        )
+    config = recipes.load(run_dir / CONFIG)
+    classes = json.loads((run_dir / CLASSES).read_text())
+    model = make_model(config, len(classes))
+    freeze(model, config.model.freeze)
+    compile_model(model, config, ANY_STEPS)
+    if kept.restore(model) is None:
+        raise ValueError(
+            "A checkpoint of the run must be whole. Received: "
+            f"{str(run_dir)!r}, where all are damaged. Train it again."
+        )
+    if config.optimizer.ema:
+        model.optimizer.finalize_variable_values(model.trainable_variables)
+    return model
 
 
 def initialize(model, path, class_names=()):
@@ -16,9 +87,8 @@ def initialize(model, path, class_names=()):
     Args:
         model: The model to train.
         path: A `.keras` file, the folder of a run, or a checkpoint that
-            `checkpoints.read` knows.
-            The head starts anew where the classes differ, learned positions
-            are resized.
+            `checkpoints.read` knows. The head starts anew where the classes
+            differ, learned positions are resized.
         class_names: Names of the model's classes, compared with those of the
             run that a file is from.
 
@@ -28,11 +98,13 @@ def initialize(model, path, class_names=()):
         FileNotFoundError, CheckpointError: As `checkpoints.read`.
     """
     check_start(path)
-    if (pathlib.Path(path) / "model.keras").exists():
-        path = pathlib.Path(path) / "model.keras"
-    if pathlib.Path(path).suffix == ".keras":
+    path = pathlib.Path(path)
+    if (path / CONFIG).exists() or (path / MODEL).exists():
+        copy_weights(restore(path), model, _same_classes(path, class_names))
+    elif path.suffix == ".keras":
         source = models.load(path, compile=False)
-        copy_weights(source, model, _same_classes(path, class_names))
+        same = _same_classes(path.parent, class_names)
+        copy_weights(source, model, same)
     elif isinstance(model, models.ViTMoE):
         checkpoints.load(model, path)
     else:
@@ -53,9 +125,9 @@ def check_start(path):
         )
 
 
-def _same_classes(path, class_names):
+def _same_classes(run_dir, class_names):
     """Whether the classes of a run's model are these, as far as is known."""
-    file = pathlib.Path(path).parent / "classes.json"
+    file = run_dir / CLASSES
     if not class_names or not file.exists():
         return True
     return json.loads(file.read_text()) == list(class_names)

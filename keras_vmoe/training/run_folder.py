@@ -10,18 +10,20 @@ import keras
 from keras_vmoe import _files
 from keras_vmoe._extras import require
 from keras_vmoe.distribution import _processes
+from keras_vmoe.training import recipes
 
 CONFIG, CLASSES = "config.yaml", "classes.json"
-RESULT = "result.json"
+MODEL, RESULT = "model.keras", "result.json"
+CHECKPOINTS = "checkpoints"
 # Settings that may differ when a run is resumed.
 FREE = (
     "run_dir",
-    "data_dir",
-    "keep_checkpoints",
     "tensorboard",
-    "distribution",
-    "expert_shards",
-    "shard_dense",
+    "data.data_dir",
+    "checkpoint.keep_checkpoints",
+    "devices.distribution",
+    "devices.expert_shards",
+    "devices.shard_dense",
 )
 
 
@@ -75,7 +77,7 @@ def write_result(run_dir, test):
     names = ("accuracy", "top5", "loss")
     result = {name: getattr(test, name) for name in names}
     _files.write_text(run_dir / RESULT, json.dumps(result))
-    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+    shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)
 
 
 def _check_same(run_dir, settings, class_names):
@@ -89,16 +91,14 @@ def _check_same(run_dir, settings, class_names):
             f"so that no run is overwritten. Received: run_dir={str(run_dir)!r}"
             f", which holds {kind}. Name another folder or remove this one."
         )
-    if not any(run_dir.glob("checkpoints/*")):
+    if not any(run_dir.glob(f"{CHECKPOINTS}/*")):
         return  # It stopped before there was anything to resume.
-    text = (run_dir / CONFIG).read_text()
-    there = require("yaml", "cli").safe_load(text) or {}
+    config = recipes.load(run_dir / CONFIG)
+    there, here = _flat(settings_of(config)), _flat(settings)
+    there["backend"] = config.backend
     # The same folder of datasets may lie elsewhere, its classes stay.
     there["classes"] = json.loads((run_dir / CLASSES).read_text())
-    there, here = (
-        _flat(there),
-        _flat({**settings, "classes": list(class_names)}),
-    )
+    here["classes"] = list(class_names)
     different = [
         f"{name}: {there.get(name)!r} there, {here.get(name)!r} here"
         for name in {**there, **here}

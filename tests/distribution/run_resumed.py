@@ -3,7 +3,6 @@
 KERAS_BACKEND=jax python -m tests.distribution.run_resumed FOLDER
 """
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -28,14 +27,16 @@ else:
 
 from keras_vmoe import models  # noqa: E402
 from keras_vmoe import training  # noqa: E402
+from keras_vmoe.training.checkpointing import SaveCheckpoint  # noqa: E402
 from tests.training.small import SMALL  # noqa: E402
+from tests.training.small import changed  # noqa: E402
 from tests.training.small import history  # noqa: E402
 
 COLUMNS = ("loss", "accuracy", "val_loss", "val_accuracy", "auxiliary_loss")
 FOLDER = pathlib.Path(sys.argv[1])
 # Under tf.distribute replicas have noise of their own. The last batch of 50 has
 # 18 images, four groups and a half: no even part for any number of devices.
-RUN = dataclasses.replace(
+RUN = changed(
     SMALL,
     data_dir=str(FOLDER / "data"),
     validation_split="validation[:50]",
@@ -68,7 +69,7 @@ class Stop(Exception):
 
 def train(name, **changes):
     """A run in a folder of its own: its history, weights and test."""
-    run = dataclasses.replace(RUN, run_dir=str(FOLDER / name), **changes)
+    run = changed(RUN, run_dir=str(FOLDER / name), **changes)
     result = training.train(run)
     keras.distribution.set_distribution(None)
     saved = models.load(result.run_dir / "model.keras")
@@ -83,15 +84,16 @@ def train(name, **changes):
 def stop_after_one_epoch(name):
     """Starts a run, and leaves a folder with a checkpoint of it."""
 
-    def stop(*_):
-        raise Stop
+    def stop(self, epoch, logs=None):
+        if epoch == 1:
+            raise Stop
 
-    save = training.callbacks.SaveModel.on_epoch_end
-    training.callbacks.SaveModel.on_epoch_end = stop
+    save = SaveCheckpoint.on_epoch_begin
+    SaveCheckpoint.on_epoch_begin = stop
     try:
         train(name, **SPREAD)
     except Stop:
-        training.callbacks.SaveModel.on_epoch_end = save
+        SaveCheckpoint.on_epoch_begin = save
     keras.distribution.set_distribution(None)
 
 

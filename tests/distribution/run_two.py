@@ -3,7 +3,6 @@
 KERAS_BACKEND=jax python -m tests.distribution.run_two localhost:12345 0 FOLDER
 """
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -17,11 +16,13 @@ os.environ["XLA_FLAGS"] = devices.flags(2)  # Read when JAX is imported.
 from keras_vmoe import distribution  # noqa: E402
 from keras_vmoe import models  # noqa: E402
 from keras_vmoe import training  # noqa: E402
+from keras_vmoe.training.checkpointing import SaveCheckpoint  # noqa: E402
 from tests.training.small import SMALL  # noqa: E402
+from tests.training.small import changed  # noqa: E402
 from tests.training.small import history  # noqa: E402
 
 # The last batch of 50 has 18 images: they are shared by no four devices.
-RUN = dataclasses.replace(
+RUN = changed(
     SMALL,
     data_dir=f"{folder}/data",
     validation_split="validation[:50]",
@@ -34,14 +35,14 @@ class Stop(Exception):
     """Stops a run behind its first checkpoint."""
 
 
-def stop(*_):
-    raise Stop
+def stop(self, epoch, logs=None):
+    if epoch == 1:
+        raise Stop
 
 
 def train(name, **changes):
     """A run: its losses, of training and validation."""
-    run_dir = str(pathlib.Path(folder) / name)
-    run = dataclasses.replace(RUN, run_dir=run_dir, **changes)
+    run = changed(RUN, run_dir=str(pathlib.Path(folder) / name), **changes)
     rows = history(training.train(run).run_dir)
     return [[float(row[x]) for x in ("loss", "val_loss")] for row in rows]
 
@@ -59,12 +60,12 @@ def main():
     distribution.initialize(address, 2, int(index))
     words = refused()
     whole = train("whole")
-    save = training.callbacks.SaveModel.on_epoch_end
-    training.callbacks.SaveModel.on_epoch_end = stop
+    save = SaveCheckpoint.on_epoch_begin
+    SaveCheckpoint.on_epoch_begin = stop
     try:
         train("stopped")
     except Stop:
-        training.callbacks.SaveModel.on_epoch_end = save
+        SaveCheckpoint.on_epoch_begin = save
     found = {"refused": words, "whole": whole, "resumed": train("stopped")}
     print(json.dumps(found))
 

@@ -1,11 +1,10 @@
 """One small run, and the settings of others."""
 
-import dataclasses
-
 import pytest
 
 from keras_vmoe import training
 from tests.training.small import SMALL
+from tests.training.small import changed
 
 
 @pytest.fixture(scope="module")
@@ -16,14 +15,10 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def config(tmp_path, cache):
-    return dataclasses.replace(
-        SMALL, run_dir=str(tmp_path / "run"), data_dir=cache
-    )
+    return changed(SMALL, run_dir=str(tmp_path / "run"), data_dir=cache)
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory, cache):
     run_dir = str(tmp_path_factory.mktemp("runs") / "run")
-    return training.train(
-        dataclasses.replace(SMALL, run_dir=run_dir, data_dir=cache)
-    )
+    return training.train(changed(SMALL, run_dir=run_dir, data_dir=cache))

@@ -1,20 +1,23 @@
 """A training so small that a test can run it."""
 
 import csv
+import dataclasses
 
 from keras_vmoe import data
 from keras_vmoe import models
 from keras_vmoe import training
+from keras_vmoe.training.recipes import GROUP_OF
 
 SMALL = training.TrainConfig(
-    train_split="train[:128]",
-    validation_split="validation[:64]",
-    test_split="test[:64]",
-    augmentation=data.Augmentation(crop_padding=1),
-    batch_size=32,
     epochs=2,
-    warmup=0.5,
-    model=training.ViTConfig(
+    data=training.DataConfig(
+        train_split="train[:128]",
+        validation_split="validation[:64]",
+        test_split="test[:64]",
+        augmentation=data.Augmentation(crop_padding=1),
+        batch_size=32,
+    ),
+    model=training.ModelConfig(
         image_size=8,
         patch_size=4,
         hidden_dim=16,
@@ -23,7 +26,22 @@ SMALL = training.TrainConfig(
         mlp_dim=32,
     ),
     moe=models.MoEConfig(layers="last_1", num_experts=4),
+    optimizer=training.OptimizerConfig(warmup=0.5),
 )
+
+
+def changed(config, **changes):
+    """A configuration with other settings, whatever group they are in."""
+    if isinstance(changes.get("optimizer"), str):
+        name = changes["optimizer"]
+        changes["optimizer"] = dataclasses.replace(config.optimizer, name=name)
+    groups = {}
+    for name in GROUP_OF.keys() & changes.keys():
+        groups.setdefault(GROUP_OF[name], {})[name] = changes.pop(name)
+    for name, settings in groups.items():
+        group = changes.get(name, getattr(config, name))
+        changes[name] = dataclasses.replace(group, **settings)
+    return dataclasses.replace(config, **changes)
 
 
 def history(run_dir):

@@ -6,12 +6,13 @@ import keras
 import numpy as np
 import pytest
 
-from keras_vmoe.training import loop
+from keras_vmoe.training import building
 from keras_vmoe.training import optimizers
 from tests.layers.definitions import float64
 from tests.models.definitions import images_of
 from tests.models.definitions import tiny
 from tests.training.small import SMALL
+from tests.training.small import changed
 
 RATE = 0.1
 LABELS = np.eye(10, dtype="float32")
@@ -93,23 +94,21 @@ TARGETS = np.random.default_rng(1).dirichlet(np.ones(10), 6)
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_cross_entropy_with_smoothed_labels(smoothing):
-    mixes = dataclasses.replace(SMALL.augmentation, mixup=0.8)
-    config = dataclasses.replace(
-        SMALL, label_smoothing=smoothing, augmentation=mixes
-    )
+    mixes = dataclasses.replace(SMALL.data.augmentation, mixup=0.8)
+    config = changed(SMALL, label_smoothing=smoothing, augmentation=mixes)
     log_softmax = LOGITS - np.log(np.exp(LOGITS).sum(-1, keepdims=True))
     labels = (1 - smoothing) * TARGETS + smoothing / 10
     expected = -(labels * log_softmax).sum(-1).mean()
-    loss = loop.make_loss(config)(TARGETS, LOGITS)
+    loss = building.make_loss(config)(TARGETS, LOGITS)
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
 def test_binary_cross_entropies():
     p = 1 / (1 + np.exp(-LOGITS))
     each = -TARGETS * np.log(p) - (1 - TARGETS) * np.log(1 - p)
-    config = dataclasses.replace(SMALL, loss="bce")
-    mean = float(loop.make_loss(config)(TARGETS, LOGITS))
+    config = changed(SMALL, loss="bce")
+    mean = float(building.make_loss(config)(TARGETS, LOGITS))
     assert mean == pytest.approx(each.mean(), rel=1e-5)
-    config = dataclasses.replace(SMALL, loss="sigmoid")
-    sums = loop.make_loss(config)(TARGETS, LOGITS)
+    config = changed(SMALL, loss="sigmoid")
+    sums = building.make_loss(config)(TARGETS, LOGITS)
     np.testing.assert_allclose(float64(sums), each.sum(-1), rtol=1e-5)

@@ -89,27 +89,20 @@ def test_model_without_moe_layers_logs_nothing():
     assert set(history) == {"loss"}
 
 
-def test_nan_stops_with_the_step_and_keeps_the_last_good_model(tmp_path):
-    model, path = moe_model(), tmp_path / "model.keras"
+def test_nan_stops_with_the_step(tmp_path):
+    """And names the last good model, if there is one."""
+    guard = callbacks.StopOnNonFiniteLoss(tmp_path / "checkpoints")
     x, y = tokens_and_labels()
-    guard = callbacks.StopOnNonFiniteLoss(path)
-    save = callbacks.SaveModel(path)
-    model.fit(x, y, batch_size=4, verbose=0, callbacks=[guard, save])
-    good = path.read_bytes()
     x[5] = np.nan  # In the second batch of four.
-    with pytest.raises(
-        callbacks.NonFiniteLossError,
-        match=r"loss=nan at step 2 of epoch 1.*last good model is kept at",
+    for words in (
+        "loss=nan at step 2 of epoch 1. No good model was saved before",
+        "loss=nan at step 2 of epoch 1. The last good model is kept at .*check",
     ):
-        model.fit(
-            x,
-            y,
-            batch_size=4,
-            verbose=0,
-            shuffle=False,
-            callbacks=[guard, save],
-        )
-    assert path.read_bytes() == good
+        with pytest.raises(callbacks.NonFiniteLossError, match=words):
+            moe_model().fit(
+                x, y, batch_size=4, verbose=0, shuffle=False, callbacks=[guard]
+            )
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
 
 
 def test_weights_that_the_last_update_spoils(tmp_path):
@@ -117,30 +110,12 @@ def test_weights_that_the_last_update_spoils(tmp_path):
     inputs = keras.Input((2,))
     model = keras.Model(inputs, keras.layers.Dense(1)(inputs))
     model.compile(keras.optimizers.SGD(1e38), "mse")
-    path = tmp_path / "model.keras"
-    guards = [callbacks.StopOnNonFiniteLoss(path), callbacks.SaveModel(path)]
+    guard = callbacks.StopOnNonFiniteLoss()
     x = np.full((4, 2), 100, "float32")
     with pytest.raises(
         callbacks.NonFiniteLossError, match="not finite at the end of epoch 1"
     ):
-        model.fit(x, x[:, 0], batch_size=4, verbose=0, callbacks=guards)
-    assert not path.exists()
-
-
-def test_nan_without_a_saved_model_says_so():
-    guard = callbacks.StopOnNonFiniteLoss()
-    with pytest.raises(
-        callbacks.NonFiniteLossError, match="No good model was saved before"
-    ):
-        guard.on_train_batch_end(0, {"loss": float("inf")})
-
-
-@pytest.mark.parametrize("name", ["loss", "val_loss"])
-def test_epoch_with_a_nan_is_not_saved(tmp_path, name):
-    save = callbacks.SaveModel(tmp_path / "model.keras")
-    save.set_model(moe_model())
-    save.on_epoch_end(0, {"loss": 1.0, name: float("nan")})
-    assert not list(tmp_path.iterdir())
+        model.fit(x, x[:, 0], batch_size=4, verbose=0, callbacks=[guard])
 
 
 def test_history_file_holds_every_expert(tmp_path):

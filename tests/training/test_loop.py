@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import keras
 import numpy as np
@@ -11,9 +12,13 @@ import yaml
 from keras_vmoe import data
 from keras_vmoe import models
 from keras_vmoe import training
+from keras_vmoe.training import building
 from keras_vmoe.training import loop
 from keras_vmoe.training.callbacks import NonFiniteLossError
+from keras_vmoe.training.checkpointing import SaveCheckpoint
+from keras_vmoe.training.initialization import starting_model
 from tests.training.small import SMALL
+from tests.training.small import changed
 from tests.training.small import history
 
 
@@ -58,15 +63,18 @@ def test_one_seed_one_run(result, config):
 
 
 def test_weight_decay_is_on_kernels_and_positions():
-    config = dataclasses.replace(
+    config = changed(
         SMALL,
         model=dataclasses.replace(
-            SMALL.model, pooling="token", layer_scale=0.1, representation_size=4
+            SMALL.model,
+            pooling="token",
+            layer_scale_init_value=0.1,
+            representation_size=4,
         ),
     )
     info = data.info("digits")
-    model = loop.make_model(config, info)
-    loop.compile_model(model, config, 4 * config.epochs)
+    model = starting_model(config, info)
+    building.compile_model(model, config, 4 * config.epochs)
     decayed = [
         weight.path
         for weight in model.trainable_weights
@@ -80,7 +88,7 @@ def test_weight_decay_is_on_kernels_and_positions():
 
 
 def test_dense_twin(config):
-    result = training.train(dataclasses.replace(config, moe=None, epochs=2))
+    result = training.train(changed(config, moe=None, epochs=2))
     assert result.model.moe_layers == []
     assert "auxiliary_loss" not in history(result.run_dir)[0]
 
@@ -103,13 +111,13 @@ def folder(tmp_path):
 
 @pytest.mark.backends("jax")
 def test_corrupt_images_are_named_or_skipped(config, folder):
-    config = dataclasses.replace(
+    config = changed(
         config, dataset="image_folder", data_dir=str(folder), batch_size=4,
         train_split="train", validation_split="validation", test_split="test",
     )  # fmt: skip
     with pytest.raises(OSError, match="05.jpg, which is corrupt, in the split"):
         training.train(config)
-    config = dataclasses.replace(
+    config = changed(
         config, skip_corrupt=True, run_dir=config.run_dir + "_skips"
     )
     with pytest.warns(UserWarning, match="05.jpg cannot be decoded"):
@@ -119,7 +127,7 @@ def test_corrupt_images_are_named_or_skipped(config, folder):
 
 @pytest.mark.backends("jax")
 def test_logs_for_tensorboard(config):
-    result = training.train(dataclasses.replace(config, tensorboard=True))
+    result = training.train(changed(config, tensorboard=True))
     files = {
         path.relative_to(result.run_dir / "tensorboard").parts[0]
         for path in result.run_dir.glob("tensorboard/*/*tfevents*")
@@ -129,9 +137,34 @@ def test_logs_for_tensorboard(config):
 
 def test_nan_keeps_the_last_good_model(config):
     """A learning rate that blows up: the error names the step."""
-    wild = dataclasses.replace(config, learning_rate=1e30, warmup=0.0)
+    wild = changed(config, learning_rate=1e30, warmup=0.0)
     with pytest.raises(NonFiniteLossError, match="at step .* of epoch"):
         training.train(wild)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, NonFiniteLossError])
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_an_interrupted_run_leaves_its_last_whole_epoch(
+    config, result, kind, ema, monkeypatch
+):
+    config = changed(config, ema=ema)
+
+    class Interrupted(SaveCheckpoint):
+        def on_train_batch_end(self, batch, logs=None):
+            if (batch, len(self.checkpoints.epochs())) == (1, 1):
+                raise kind
+
+    monkeypatch.setattr(loop, "SaveCheckpoint", Interrupted)
+    with pytest.raises(kind):
+        training.train(config)
+    model = models.load(pathlib.Path(config.run_dir) / "model.keras")
+    again = training.restore(config.run_dir)
+    for mine, theirs in zip(model.weights, again.weights, strict=True):
+        np.testing.assert_array_equal(mine.numpy(), theirs.numpy())
+    monkeypatch.undo()
+    whole = training.train(config)
+    if ema is None:
+        assert history(whole.run_dir) == history(result.run_dir)
 
 
 def test_folder_with_files_is_not_overwritten(config, tmp_path):
@@ -163,7 +196,7 @@ def test_folder_with_files_is_not_overwritten(config, tmp_path):
 )
 def test_bad_settings_write_nothing(config, tmp_path, change, words):
     with pytest.raises((ValueError, OSError), match=words):
-        training.train(dataclasses.replace(config, **change))
+        training.train(changed(config, **change))
     assert not (tmp_path / "run").exists()
 
 
@@ -173,22 +206,25 @@ def test_bad_settings_write_nothing(config, tmp_path, change, words):
         (dict(batch_size=0), "`batch_size` must be an integer of at least 1"),
         (dict(epochs=-1), "`epochs` must be an integer"),
         (dict(learning_rate=0.0), "`learning_rate` must be positive"),
-        (dict(optimizer="adam"), "`optimizer` must be one of .*lamb"),
-        (dict(freeze="router"), "`freeze` must be one of .*'backbone'"),
+        (dict(optimizer="adam"), "`optimizer.name` must be one of .*lamb"),
+        (dict(freeze="router"), "`model.freeze` must be one of .*'backbone'"),
         (dict(capacity_factor=-1.0), "`capacity_factor` must be positive"),
         (
             dict(weight_decay=-1.0),
-            "`weight_decay` must be at least 0. Received",
+            "`weight_decay` must be .* not negative. Received",
         ),
         (dict(learning_rate=float("nan")), "learning_rate=nan"),
-        (dict(warmup=1.0), "`warmup` must be at least 0 and below 1"),
+        (
+            dict(warmup=1.0),
+            "`warmup` must be a number of at least 0",
+        ),
         (
             dict(warmup=0.1, warmup_steps=9),
             "must be set by one of .*Received: warmup=0.1, warmup_steps=9. Set",
         ),
         (
             dict(warmup=None, warmup_epochs=2),
-            "`warmup_epochs` must be at least 0 and below epochs=2. Received",
+            "`warmup_epochs` must be below epochs=2. Received",
         ),
         (dict(warmup=None, warmup_epochs=-1), "warmup_epochs=-1"),
         (dict(warmup=None, warmup_steps=0), "warmup_steps"),
@@ -196,12 +232,12 @@ def test_bad_settings_write_nothing(config, tmp_path, change, words):
 )
 def test_settings_are_checked_when_made(change, words):
     with pytest.raises(ValueError, match=words):
-        dataclasses.replace(SMALL, **change)
+        changed(SMALL, **change)
 
 
 @pytest.mark.slow
 def test_policies_of_the_configuration_reach_the_model(config):
     model = dataclasses.replace(config.model, dtype="mixed_bfloat16")
-    result = training.train(dataclasses.replace(config, model=model))
+    result = training.train(changed(config, model=model))
     assert result.model.get_layer("block_1_moe").compute_dtype == "bfloat16"
     assert keras.config.dtype_policy().name == "float32"

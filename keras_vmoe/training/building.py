@@ -1,0 +1,199 @@
+"""What a run is made of: devices, model, optimizer and loss."""
+
+import dataclasses
+
+import keras
+import numpy as np
+
+from keras_vmoe import distribution
+from keras_vmoe import models
+from keras_vmoe.distribution import _processes
+from keras_vmoe.models.presets import find_preset
+from keras_vmoe.training import optimizers
+from keras_vmoe.training.batches import is_one_hot
+from keras_vmoe.training.config import VIT_SIZES
+
+POSITIONS = r"positions/embedding$"
+MOMENTUM = 0.9  # Of SGD.
+
+
+def make_strategy(config):
+    """What spreads a run over several devices; None on one.
+
+    Raises:
+        ValueError: If the run cannot be spread so.
+    """
+    devices, optimizer = config.devices, config.optimizer
+    name, processes = devices.distribution, _processes.num_processes()
+    if name is None:
+        if devices.expert_shards or devices.shard_dense or processes > 1:
+            raise ValueError(
+                "Several processes or expert shards need a distribution. "
+                f"Received: expert_shards={devices.expert_shards}, "
+                f"shard_dense={devices.shard_dense}, {processes} processes, "
+                "distribution=None. Set distribution='auto'."
+            )
+        return None
+    num_experts, dropless = _experts_of(config)
+    if dropless and name == "expert_parallel":
+        raise ValueError(
+            "Under 'expert_parallel' tokens travel in buffers of a fixed "
+            "capacity. Received: dropless experts. Set a capacity factor, or "
+            "use 'data_parallel'."
+        )
+    strategy = distribution.resolve(
+        name,
+        None if dropless else num_experts,
+        devices.expert_shards,
+        devices.shard_dense,
+    )
+    if hasattr(strategy, "num_replicas_in_sync") and optimizer.accumulate > 1:
+        raise ValueError(
+            "Keras adds up gradients on one device of TensorFlow only. "
+            f"Received: accumulate={optimizer.accumulate} with distribution="
+            f"{name!r}. Leave it out; more devices take larger batches."
+        )
+    if optimizer.ema is not None and processes > 1:
+        raise ValueError(
+            "Keras keeps an average of the weights in one process only. "
+            f"Received: ema={optimizer.ema} in {processes} processes. Leave it "
+            "out."
+        )
+    return strategy
+
+
+def _experts_of(config):
+    """How many experts a model will have, and whether they drop nothing."""
+    moe, preset = config.moe, config.model.preset
+    if preset is not None:
+        moe = find_preset(preset).moe
+        moe = None if moe is None else models.MoEConfig.from_dict(moe)
+    if moe is None:
+        return None, False
+    factor = config.model.capacity_factor or moe.capacity_factor
+    # merge: without the None.
+    return moe.num_experts, factor in (None, "dropless")
+
+
+def make_model(config, num_classes):
+    """The model of a configuration, with weights of its own.
+
+    Args:
+        config: A `TrainConfig`.
+        num_classes: Classes of the dataset, if it knows them.
+
+    Returns:
+        A `ViTMoE` or `ConvNeXtMoE`.
+    """
+    sizes, moe = config.model, config.moe
+    settings = {
+        "num_classes": config.data.num_classes or num_classes,
+        "image_size": config.image_size,
+        "drop_path_rate": config.drop_path_rate,
+        "dtype": sizes.dtype,
+    }
+    factor = sizes.capacity_factor
+    change = {} if factor is None else {"capacity_factor": factor}
+    if sizes.preset is not None:
+        if change and find_preset(sizes.preset).moe:
+            settings["moe"] = change
+        model = models.from_preset(sizes.preset, **_words(settings))
+    else:
+        if moe is not None:
+            moe = dataclasses.replace(moe, **_words(change))
+        make, parts = models.ViTMoE, {x: getattr(sizes, x) for x in VIT_SIZES}
+        if config.convnext is not None:
+            make = models.ConvNeXtMoE
+            parts = dataclasses.asdict(config.convnext)
+        model = make(**_words({**settings, **parts}), moe=moe)
+    if sizes.head_bias:
+        bias = model.get_layer("head").bias
+        bias.assign(np.full(bias.shape, sizes.head_bias))
+    return model
+
+
+def _words(settings):
+    """# merge: goes, with its calls."""
+    old = {
+        "drop_path_rate": "drop_path",
+        "layer_scale_init_value": "layer_scale",
+    }
+    settings = {old.get(k, k): v for k, v in settings.items()}
+    if settings.get("capacity_factor") == "dropless":
+        settings["capacity_factor"] = None
+    return settings
+
+
+def compile_model(model, config, steps):
+    """Compiles a model with the optimizer, loss and metrics of a run.
+
+    Args:
+        model: A model.
+        config: A `TrainConfig`.
+        steps: Steps of the whole run; Keras counts also those that only add up
+            their gradients.
+    """
+    settings = config.optimizer
+    decayed = list(optimizers.KERNELS)
+    arguments = {"momentum": MOMENTUM} if settings.name == "sgd" else {}
+    optimizer = optimizers.OPTIMIZERS[settings.name](
+        make_schedule(config, steps),
+        weight_decay=settings.weight_decay,
+        expert_weight_decay=settings.expert_weight_decay,
+        decayed=decayed + [POSITIONS] * settings.decay_positions,
+        decay_gates=settings.decay_gates,
+        global_clipnorm=settings.clip_norm,
+        use_ema=settings.ema is not None,
+        # The average moves at every step, and by an update's momentum in all.
+        ema_momentum=(settings.ema or 0.99) ** (1 / settings.accumulate),
+        gradient_accumulation_steps=(
+            settings.accumulate if settings.accumulate > 1 else None
+        ),
+        **arguments,
+    )
+    model.compile(optimizer, make_loss(config), metrics=make_metrics(config))
+
+
+def make_schedule(config, steps):
+    """The learning rate of a run, which has so many steps."""
+    return optimizers.WarmUp(
+        config.optimizer.learning_rate,
+        steps=steps,
+        warmup_steps=config.warmup_of(steps),
+        decay=config.optimizer.schedule,
+        end=config.optimizer.final_learning_rate,
+    )
+
+
+def make_loss(config):
+    """The loss of a run, of logits."""
+    if config.optimizer.loss == "bce":
+        return keras.losses.BinaryCrossentropy(from_logits=True)
+    if config.optimizer.loss == "sigmoid":
+        return sigmoid_crossentropy
+    if is_one_hot(config):
+        return keras.losses.CategoricalCrossentropy(
+            from_logits=True, label_smoothing=config.optimizer.label_smoothing
+        )
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def sigmoid_crossentropy(labels, logits):
+    """Binary cross-entropies, summed over the classes: V-MoE's loss.
+
+    Args:
+        labels: `(B, classes)`, in [0, 1].
+        logits: `(B, classes)`.
+
+    Returns:
+        `(B,)` tensor.
+    """
+    losses = keras.ops.binary_crossentropy(labels, logits, from_logits=True)
+    return keras.ops.sum(losses, axis=-1)
+
+
+def make_metrics(config):
+    """The metrics of a run."""
+    if is_one_hot(config):
+        return [keras.metrics.CategoricalAccuracy(name="accuracy")]
+    return [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]

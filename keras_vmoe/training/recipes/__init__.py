@@ -1,0 +1,156 @@
+"""Recipes: settings of runs as YAML files, with the papers' among them.
+
+A recipe is a file such as those beside this one, or the `config.yaml` of a run
+folder: settings of a `TrainConfig` in groups. The name of a group may be left
+out (`learning_rate` is `optimizer.learning_rate`), as in files of version
+0.1.0, and `recipe: NAME` bases a file on another.
+"""
+
+import dataclasses
+import pathlib
+
+from keras_vmoe._checks import nearest
+from keras_vmoe._extras import require
+from keras_vmoe.training.config import GROUPS
+from keras_vmoe.training.config import TrainConfig
+from keras_vmoe.training.typed import from_dict
+from keras_vmoe.training.typed import kinds_of
+
+FOLDER = pathlib.Path(__file__).parent
+# The group of each setting whose name is one of a kind.
+GROUP_OF = {
+    field.name: group
+    for group in GROUPS
+    for field in dataclasses.fields(kinds_of(TrainConfig)[group])
+    if field.name != "name"
+}
+# Words of version 0.1.0.
+RENAMED = {
+    "drop_path": "drop_path_rate",
+    "layer_scale": "layer_scale_init_value",
+}
+
+
+def names():
+    """Names of all recipes that come with the package.
+
+    Example:
+
+    >>> [name for name in names() if name.endswith("small")]
+    ['cifar10_small', 'digits_small']
+    """
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def read(source):
+    """The settings of a recipe, those of the recipe it is based on below them.
+
+    Args:
+        source: Name of a recipe, or path of a YAML file.
+
+    Returns:
+        Dict of `TrainConfig`'s attributes, groups as dicts; only what is set.
+
+    Raises:
+        ValueError: If there is no such recipe, or it has an unknown key; the
+            message has the nearest.
+
+    Example:
+
+    >>> read("sweet_spot_vit_in1k")["optimizer"]["name"]
+    'lamb'
+    """
+    path = pathlib.Path(source)
+    if str(source) in names():
+        path = FOLDER / f"{source}.yaml"
+    elif not path.is_file():
+        raise ValueError(
+            f"The recipe must be a YAML file or one of {names()}. "
+            f"Received: {source}.{nearest(source, names())}"
+        )
+    settings = read_yaml(path)
+    base = settings.pop("recipe", None)
+    settings = _grouped(settings, path)
+    return settings if base is None else merge(read(base), settings)
+
+
+def load(source, **settings):
+    """A recipe as a `TrainConfig`.
+
+    Args:
+        source: Name of a recipe, or path of a YAML file.
+        **settings: Attributes that count more than those of the recipe; of
+            groups dicts with some of theirs.
+
+    Returns:
+        A `TrainConfig`.
+
+    Raises:
+        ValueError: If there is no such recipe or setting, or the recipe is for
+            other models than this.
+
+    Example:
+
+    >>> config = load("sweet_spot_vit_in1k", model={"preset": "vit_s16"})
+    >>> config.optimizer.name, config.drop_path_rate
+    ('lamb', 0.1)
+    """
+    return from_dict(TrainConfig, merge(read(source), settings), str(source))
+
+
+def merge(below, above):
+    """Nested settings over others."""
+    merged = {**below, **above}
+    for name in below.keys() & above.keys():
+        if isinstance(below[name], dict) and isinstance(above[name], dict):
+            merged[name] = merge(below[name], above[name])
+    return merged
+
+
+def read_yaml(path):
+    """The mapping in a YAML file, a dict."""
+    path = pathlib.Path(path)
+    jsonargparse = require("jsonargparse", "cli")
+    yaml = require("yaml", "cli")
+    try:
+        # Not PyYAML's own, which takes 1e-3 for a string.
+        settings = jsonargparse.get_loader("yaml")(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"A recipe must be a YAML file. Received: {path} ({error})."
+        ) from error
+    settings = {} if settings is None else settings
+    if not isinstance(settings, dict):
+        raise ValueError(
+            "A recipe must be a mapping of names to values. "
+            f"Received: {path}, which holds {settings!r}."
+        )
+    return settings
+
+
+def _grouped(settings, path):
+    """Settings in their groups, by the words of today."""
+    known = kinds_of(TrainConfig)
+    grouped = {}
+    for name, value in settings.items():
+        if name in known:
+            value = _renamed(name, value)
+        elif name in GROUP_OF:
+            name, value = GROUP_OF[name], {name: value}
+        else:
+            raise ValueError(
+                f"A recipe holds settings of `keras-vmoe train`. Received: "
+                f"{path}, with {name}={value!r}."
+                f"{nearest(name, [*known, *GROUP_OF])}"
+            )
+        grouped = merge(grouped, {name: value})
+    return grouped
+
+
+def _renamed(group, value):
+    """A group of version 0.1.0 by the words of today."""
+    if group == "optimizer" and isinstance(value, str):
+        return {"name": value}
+    if group in ("model", "convnext") and isinstance(value, dict):
+        return {RENAMED.get(name, name): x for name, x in value.items()}
+    return value
