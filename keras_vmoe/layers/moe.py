@@ -285,8 +285,9 @@ class MoEMLP(keras.layers.Layer):
             **super().get_config(),
             "num_experts": self.num_experts,
             "hidden_dim": self.hidden_dim,
-            "router": keras.saving.serialize_keras_object(self.router),
-            "experts": keras.saving.serialize_keras_object(self.experts),
+            # Objects: Keras finds those that several layers share.
+            "router": self.router,
+            "experts": self.experts,
             "images_per_group": self.images_per_group,
             "activation": serialize_activation(self.activation),
             "dropout": self.dropout,
@@ -368,9 +369,7 @@ class SharedExpertMoEMLP(MoEMLP):
         return {
             **super().get_config(),
             "shared_hidden_dim": self.shared_hidden_dim,
-            "shared_expert": keras.saving.serialize_keras_object(
-                self.shared_expert
-            ),
+            "shared_expert": self.shared_expert,
         }
 
     @classmethod

@@ -189,16 +189,18 @@ def share(layer, **changes):
         for name, part in parts.items()
         if isinstance(part, keras.layers.Layer)
     }
-    return type(layer).from_config({**config, **parts, **changes})
+    return type(layer)(**{**config, **parts, **changes})
 
 
 def with_layers(config, *names):
-    """A config whose layers of these names are deserialized."""
-    made = {
-        name: keras.saving.deserialize_keras_object(config[name])
-        for name in names
-        if isinstance(config.get(name), dict)
-    }
+    """A config with new layers of these names: a config is never shared."""
+    made = {}
+    for name in names:
+        part = config.get(name)
+        if isinstance(part, keras.layers.Layer):
+            made[name] = type(part).from_config(part.get_config())
+        elif isinstance(part, dict):
+            made[name] = keras.saving.deserialize_keras_object(part)
     return {**config, **made}
 
 

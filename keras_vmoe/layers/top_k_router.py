@@ -262,7 +262,7 @@ class BiasBalancedRouter(TopKRouter):
         self.balance.store_in(store)
 
     def load_own_variables(self, store):
-        store = dict(store.items())
+        store = {key: store[key] for key in store.keys()}
         self.balance.load_from(store)
         super().load_own_variables(store)
 
