@@ -120,7 +120,12 @@ def plain(config):
             }
         return value
 
-    return strip(json.loads(json.dumps(config, default=repr)))
+    def write(value):
+        if isinstance(value, keras.layers.Layer):
+            return keras.saving.serialize_keras_object(value)
+        return repr(value)
+
+    return strip(json.loads(json.dumps(config, default=write)))
 
 
 def check_outputs(case, folder):

@@ -10,8 +10,8 @@ from keras_vmoe.distribution.data_parallel import DataParallel
 
 REPLICA, EXPERT = "replica", "expert"
 DATA = (REPLICA, EXPERT)  # In this order: the other one permutes all buffers.
-# Stacked kernels and biases of `MLPExperts`, and what optimizers keep of them.
-EXPERTS = re.compile(r"(^|/)experts/(hidden|output)_(kernel|bias)$")
+# The variables of an MoE layer's bank, whose first axis is E; see `MoEMLP`.
+EXPERTS = re.compile(r"(^|/)experts/")
 
 
 class ExpertParallel(DataParallel):
@@ -93,7 +93,8 @@ class ExpertParallel(DataParallel):
         if layout is not None:
             return layout
         rest = [None] * (len(variable.shape) - 1)
-        if EXPERTS.search(variable.path):
+        # Seeds and counters of a bank have one axis.
+        if EXPERTS.search(variable.path) and len(variable.shape) > 1:
             self._check_experts(variable)
             self._has_experts = True
             return self.layout(EXPERT, *rest)

@@ -12,8 +12,6 @@ from keras_vmoe.layers.experts import MLPExperts
 from keras_vmoe.layers.quantized_experts import QuantizedMLPExperts
 from keras_vmoe.models.cloning import clone_around
 from keras_vmoe.models.cloning import is_graph
-from keras_vmoe.models.cloning import set_part
-from keras_vmoe.models.cloning import share_parts
 
 # Layers and operations that end a model in something else than logits.
 ACTIVATIONS = (
@@ -211,12 +209,7 @@ def with_quantized_experts(model, kind):
     """
 
     def change(layer):
-        new = type(layer).from_config(layer.get_config())
-        share_parts(new, layer)
-        set_part(new, "router", layer.router)
         experts = QuantizedMLPExperts.from_experts(layer.experts, kind)
-        set_part(new, "experts", experts)
-        new.build(layer.get_build_config()["input_shape"])
-        return new
+        return layer.sharing(experts=experts)
 
     return clone_around(model, change)

@@ -45,6 +45,8 @@ class MLPExperts(keras.layers.Layer):
     (2, 4, 3, 8)
     """
 
+    takes_blocks = True  # Dropless buffers as well.
+
     def __init__(
         self,
         num_experts,

@@ -1,5 +1,7 @@
 """The MoE layer: router and experts, for any Keras model."""
 
+import contextlib
+import inspect
 import math
 
 import keras
@@ -15,6 +17,8 @@ from keras_vmoe.layers.experts import MLPExperts
 from keras_vmoe.layers.mlp import MLP
 from keras_vmoe.layers.routers import OWNERS
 from keras_vmoe.layers.routers import Router
+from keras_vmoe.layers.routers import share
+from keras_vmoe.layers.routers import with_layers
 from keras_vmoe.layers.top_k_router import TopKRouter
 
 IMAGES_PER_GROUP = 8  # That of V-MoE.
@@ -37,15 +41,22 @@ class MoEMLP(keras.layers.Layer):
 
     Args:
         num_experts: E.
-        hidden_dim: F, hidden features of one expert.
+        hidden_dim: F, hidden features of one expert. A bank of your own brings
+            its own sizes.
         router: A router, such as `layers.TopKRouter(num_experts, ...)`. None
-            means `TopKRouter(num_experts)`.
+            means `TopKRouter(num_experts)`. One router may serve several
+            layers of equal feature width, which then share its weights.
+        experts: An expert bank: any layer from buffers `(G, E, C, D)` to the
+            same shape, whose weights of two or more axes begin with axis E.
+            None means `MLPExperts`. A bank that several layers are given is
+            shared. Dropless routing needs a bank with `takes_blocks = True`.
         images_per_group: Images that are routed together. None routes the
             whole batch as one group; 1 makes images independent, which a
             `SoftRouter` always does.
-        activation: Activation of the experts. `"gelu"` is the exact one, as in
-            Keras; `"gelu_tanh"` is that of V-MoE.
-        dropout: Dropout rate behind each layer of an expert, in `[0, 1]`.
+        activation: Activation of the default bank. `"gelu"` is the exact one,
+            as in Keras; `"gelu_tanh"` is that of V-MoE.
+        dropout: Dropout rate after each layer of the default bank's experts,
+            in `[0, 1]`.
 
     Call arguments:
         inputs: `(B, ..., D)` float tensor with at least one axis of tokens.
@@ -76,13 +87,12 @@ class MoEMLP(keras.layers.Layer):
         batch; ours take any batch.
     """
 
-    parts = ("experts",)  # Sublayers beside the router.
-
     def __init__(
         self,
         num_experts,
-        hidden_dim,
+        hidden_dim=None,
         router=None,
+        experts=None,
         images_per_group=IMAGES_PER_GROUP,
         activation="gelu",
         dropout=0.0,
@@ -117,22 +127,31 @@ class MoEMLP(keras.layers.Layer):
             )
         if router.images_per_group is not None:
             images_per_group = _fixed_group(router, images_per_group)
-        check_sizes(num_experts=num_experts, hidden_dim=hidden_dim)
+        check_sizes(num_experts=num_experts)
+        if experts is None:
+            experts = MLPExperts(
+                num_experts,
+                hidden_dim,
+                activation=activation,
+                dropout=dropout,
+                dtype=self.dtype_policy,
+                name="experts",
+            )
+        else:
+            _check_bank(experts, num_experts)
+            _check_settings_of(experts, hidden_dim, activation, dropout)
+            hidden_dim = getattr(experts, "hidden_dim", None)
+            activation = getattr(experts, "activation", activation)
+            dropout = getattr(experts, "dropout", dropout)
         self.num_experts = int(num_experts)
-        self.hidden_dim = int(hidden_dim)
+        self.hidden_dim = hidden_dim and int(hidden_dim)
         self.router = router
         self.images_per_group = images_per_group and int(images_per_group)
         self.activation = get_activation(activation)
         self.dropout = dropout
-        self.experts = MLPExperts(
-            num_experts,
-            hidden_dim,
-            activation=activation,
-            dropout=dropout,
-            dtype=self.dtype_policy,
-            name="experts",
-        )
-        router.owned = True  # Last: a constructor that fails owns nothing.
+        self.experts = experts
+        call = inspect.signature(experts.call).parameters
+        self._takes_training = "training" in call
 
     def build(self, input_shape):
         self._check_rank(input_shape)
@@ -143,10 +162,16 @@ class MoEMLP(keras.layers.Layer):
                 f"Received: input_shape={tuple(input_shape)}."
             )
         self.features = features
-        if not self.router.built:  # A deserialized one comes built.
-            self.router.build((None, self._group_size(input_shape), features))
-        if not self.experts.built:  # Those of `set_routing` are.
-            self.experts.build((None, self.num_experts, None, features))
+        group = (None, self._group_size(input_shape), features)
+        if not self.router.built:
+            self.router.build(group)
+        self.router.check_features(features)
+        if not self.experts.built:
+            # Variables are found as the experts' by this part of their path.
+            is_named = self.experts.name == "experts"
+            scope = contextlib.nullcontext if is_named else keras.name_scope
+            with scope("experts"):
+                self.experts.build((None, self.num_experts, None, features))
 
     def _group_size(self, input_shape):
         """S of a full group, None where it is not known."""
@@ -162,8 +187,44 @@ class MoEMLP(keras.layers.Layer):
         groups = routing.group_tokens(inputs, self.images_per_group, mask)
         plan = self._plan(groups, training)
         buffers = plan.dispatch(groups.tokens)  # (G, E, C, D)
-        buffers = self.experts(buffers, training=training)
+        buffers = self._run(buffers, training)
         return routing.ungroup_tokens(plan.combine(buffers), ops.shape(inputs))
+
+    def _run(self, buffers, training):
+        """The bank's outputs, of the shape of the buffers."""
+        options = {"training": training} if self._takes_training else {}
+        if isinstance(buffers, routing.Blocks):
+            if not getattr(self.experts, "takes_blocks", False):
+                raise ValueError(
+                    f"The bank {self.experts.name!r} takes buffers (groups, "
+                    "experts, capacity, features), of which dropless routing "
+                    "has none. Received: capacity_factor=None. Set "
+                    "capacity_factor=num_experts / num_selected_experts, with "
+                    "which nothing is dropped either."
+                )
+            return self.experts(buffers, **options)
+        outputs = self.experts(buffers, **options)
+        if tuple(outputs.shape) != tuple(buffers.shape):
+            raise ValueError(
+                "An expert bank must return the shape it was given. Received: "
+                f"{tuple(outputs.shape)} for buffers of {tuple(buffers.shape)}"
+                f" from {self.experts.name!r}. Project back to the features."
+            )
+        return outputs
+
+    def sharing(self, **changes):
+        """A new layer of the same settings and weights.
+
+        Args:
+            **changes: Constructor arguments that differ.
+
+        Returns:
+            A layer, built; what has weights is this layer's own unless it is
+            among the changes.
+        """
+        new = share(self, **changes)
+        new.build(self.get_build_config()["input_shape"])
+        return new
 
     def plan(self, inputs, mask=None):
         """The routing plan of a batch, as in evaluation.
@@ -220,12 +281,13 @@ class MoEMLP(keras.layers.Layer):
             )
 
     def get_config(self):
-        router = keras.saving.serialize_keras_object(self.router)
         return {
             **super().get_config(),
             "num_experts": self.num_experts,
             "hidden_dim": self.hidden_dim,
-            "router": router,
+            # Objects: Keras finds those that several layers share.
+            "router": self.router,
+            "experts": self.experts,
             "images_per_group": self.images_per_group,
             "activation": serialize_activation(self.activation),
             "dropout": self.dropout,
@@ -233,10 +295,7 @@ class MoEMLP(keras.layers.Layer):
 
     @classmethod
     def from_config(cls, config):
-        if isinstance(config.get("router"), dict):
-            router = keras.saving.deserialize_keras_object(config["router"])
-            config = {**config, "router": router}
-        return cls(**config)
+        return cls(**with_layers(config, "router", "experts"))
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -251,6 +310,7 @@ class SharedExpertMoEMLP(MoEMLP):
         num_experts: E, without the shared expert.
         hidden_dim: F, hidden features of one routed expert.
         shared_hidden_dim: Hidden features of the shared expert.
+        shared_expert: An `MLP` to use as the shared expert; None makes one.
         **kwargs: Further arguments of `MoEMLP`.
 
     Call arguments:
@@ -275,13 +335,20 @@ class SharedExpertMoEMLP(MoEMLP):
         [Han et al., 2024](https://arxiv.org/abs/2410.15732) (ViMoE).
     """
 
-    parts = ("experts", "shared_expert")
-
-    def __init__(self, num_experts, hidden_dim, shared_hidden_dim, **kwargs):
+    def __init__(
+        self,
+        num_experts,
+        hidden_dim=None,
+        shared_hidden_dim=None,
+        shared_expert=None,
+        **kwargs,
+    ):
         super().__init__(num_experts, hidden_dim, **kwargs)
+        if shared_expert is not None and shared_hidden_dim is None:
+            shared_hidden_dim = shared_expert.hidden_dim
         check_sizes(shared_hidden_dim=shared_hidden_dim)
         self.shared_hidden_dim = int(shared_hidden_dim)
-        self.shared_expert = MLP(
+        self.shared_expert = shared_expert or MLP(
             self.shared_hidden_dim,
             activation=self.activation,
             dropout=self.dropout,
@@ -302,7 +369,12 @@ class SharedExpertMoEMLP(MoEMLP):
         return {
             **super().get_config(),
             "shared_hidden_dim": self.shared_hidden_dim,
+            "shared_expert": self.shared_expert,
         }
+
+    @classmethod
+    def from_config(cls, config):
+        return super().from_config(with_layers(config, "shared_expert"))
 
 
 def _fixed_group(router, images_per_group):
@@ -316,16 +388,42 @@ def _fixed_group(router, images_per_group):
 
 
 def _check_router(router):
-    """Raises unless this is a router that no other layer holds."""
+    """Raises unless this is a router."""
     if not isinstance(router, Router):
         raise ValueError(
             "`router` must be a router object or None. "
             f"Received: router={router!r}. "
             "Write `layers.TopKRouter(num_experts, ...)`."
         )
-    if router.owned:
+
+
+def _check_bank(experts, num_experts):
+    """Raises unless this is a bank of as many experts, as far as it says."""
+    if not isinstance(experts, keras.layers.Layer):
         raise ValueError(
-            "Every MoE layer needs a router of its own: a shared one could "
-            f"not be saved. Received: router={router.name!r}, which another "
-            "layer holds. Make a new router for each layer."
+            "`experts` must be a Keras layer from buffers (groups, experts, "
+            "capacity, features) to the same shape, or None. "
+            f"Received: experts={experts!r}. Write `layers.MLPExperts(...)`."
         )
+    own = getattr(experts, "num_experts", num_experts)
+    if own != num_experts:
+        raise ValueError(
+            "Bank and layer must have the same number of experts. "
+            f"Received: experts.num_experts={own} and "
+            f"num_experts={num_experts}. Give both the same number."
+        )
+
+
+def _check_settings_of(experts, hidden_dim, activation, dropout):
+    """Raises for settings that a given bank would not follow."""
+    activation = get_activation(activation)
+    for name, value, default in (
+        ("hidden_dim", hidden_dim, None),
+        ("activation", activation, get_activation("gelu")),
+        ("dropout", dropout, 0.0),
+    ):
+        if value not in (default, getattr(experts, name, default)):
+            raise ValueError(
+                f"A bank brings its own `{name}`. Received: {name}={value!r} "
+                f"together with experts={experts.name!r}. Set it on the bank."
+            )

@@ -27,7 +27,6 @@ class Router(SavesSeedState, keras.layers.Layer):
         seed: Optional integer seed of the noise.
     """
 
-    parts = ("gate_layer",)  # Sublayers with weights.
     # Images of a group, where the router's mathematics fixes them.
     images_per_group = None
 
@@ -47,18 +46,11 @@ class Router(SavesSeedState, keras.layers.Layer):
         self.gate = gate
         self.seed = seed
         self.seed_generator = SeedGenerator(seed)
-        if getattr(gate, "owned", False):
-            raise ValueError(
-                "Every router needs a gate of its own: a shared one could not "
-                f"be saved. Received: gate={gate.name!r}, which another router "
-                "holds. Make a new gate for each router."
-            )
         self.gate_layer = get_gate(
             gate, num_experts, dtype=self.dtype_policy, name="gate"
         )
-        self.gate_layer.owned = True
         self.statistics = RoutingStatistics(num_experts)
-        self.owned = False  # Set by the MoE layer that takes the router.
+        self.features = None
 
     @property
     def variables(self):
@@ -73,8 +65,24 @@ class Router(SavesSeedState, keras.layers.Layer):
                 f"features). Received: input_shape={tuple(input_shape)}. "
                 "`routing.group_tokens` makes groups of a batch."
             )
+        self.features = input_shape[-1]
         if not self.gate_layer.built:
             self.gate_layer.build(input_shape)
+
+    def check_features(self, features):
+        """Raises if the router was built for layers of another width."""
+        if self.features != features:
+            raise ValueError(
+                "One router serves layers of one feature width. Received: "
+                f"router={self.name!r}, built for {self.features} features, in "
+                f"a layer of {features}. Make a router for this layer."
+            )
+
+    def sharing(self, **changes):
+        """A new router of the same weights and settings, but for `changes`."""
+        new = share(self, gate=self.gate_layer, **changes)
+        new.gate = self.gate  # A name stays one: files hold its layer there.
+        return new
 
     def call(
         self,
@@ -164,10 +172,36 @@ class Router(SavesSeedState, keras.layers.Layer):
 
     @classmethod
     def from_config(cls, config):
-        if isinstance(config.get("gate"), dict):
-            gate = keras.saving.deserialize_keras_object(config["gate"])
-            config = {**config, "gate": gate}
-        return cls(**config)
+        return cls(**with_layers(config, "gate"))
+
+
+def share(layer, **changes):
+    """A new layer of the same settings around the same sublayers.
+
+    Args:
+        layer: A layer whose sublayers go in through its constructor.
+        **changes: Constructor arguments that differ.
+    """
+    config = layer.get_config()
+    parts = {name: getattr(layer, name, None) for name in config}
+    parts = {
+        name: part
+        for name, part in parts.items()
+        if isinstance(part, keras.layers.Layer)
+    }
+    return type(layer)(**{**config, **parts, **changes})
+
+
+def with_layers(config, *names):
+    """A config with new layers of these names: a config is never shared."""
+    made = {}
+    for name in names:
+        part = config.get(name)
+        if isinstance(part, keras.layers.Layer):
+            made[name] = type(part).from_config(part.get_config())
+        elif isinstance(part, dict):
+            made[name] = keras.saving.deserialize_keras_object(part)
+    return {**config, **made}
 
 
 def _mean(values):

@@ -9,6 +9,7 @@ from keras_vmoe._checks import check_flags
 from keras_vmoe._checks import check_not_negative
 from keras_vmoe.layers.routers import Router
 from keras_vmoe.layers.routers import places
+from keras_vmoe.layers.routers import with_layers
 from keras_vmoe.routing.groups import check_capacity_factor
 from keras_vmoe.routing.groups import check_selection
 
@@ -204,6 +205,8 @@ class BiasBalancedRouter(TopKRouter):
         update_rate: Change of a bias per step, in units of the gates.
         importance_loss_weight: As in `TopKRouter`, but 0 by default.
         load_loss_weight: As in `TopKRouter`, but 0 by default.
+        balance: The layer that holds the bias; None makes one. Routers that are
+            given the same one share it.
         **kwargs: Further arguments of `TopKRouter`.
 
     Call arguments:
@@ -225,14 +228,13 @@ class BiasBalancedRouter(TopKRouter):
         [Wang et al., 2024](https://arxiv.org/abs/2408.15664), algorithm 1.
     """
 
-    parts = ("gate_layer", "bias")
-
     def __init__(
         self,
         num_experts,
         update_rate=0.001,
         importance_loss_weight=0.0,
         load_loss_weight=0.0,
+        balance=None,
         **kwargs,
     ):
         super().__init__(
@@ -243,22 +245,26 @@ class BiasBalancedRouter(TopKRouter):
         )
         check_not_negative(update_rate=update_rate)
         self.update_rate = update_rate
-        self.bias = None
+        self.balance = balance or BalanceBias(num_experts, name="balance")
 
     def build(self, input_shape):
         super().build(input_shape)
-        if self.bias is not None:  # That of another router; see `set_routing`.
-            return
-        self.bias = self.add_weight(
-            name="bias",
-            shape=(self.num_experts,),
-            initializer="zeros",
-            trainable=False,
-            dtype="float32",
-            autocast=False,
-            # Replicas move it by their own load; the mean is what counts.
-            aggregation="mean",
-        )
+        if not self.balance.built:
+            self.balance.build((self.num_experts,))
+
+    @property
+    def bias(self):
+        """`(E,)`, what is added to the gates before the selection."""
+        return self.balance.bias
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        self.balance.store_in(store)
+
+    def load_own_variables(self, store):
+        store = {key: store[key] for key in store.keys()}
+        self.balance.load_from(store)
+        super().load_own_variables(store)
 
     def scores(self, gates):
         return gates + ops.convert_to_tensor(self.bias)
@@ -271,4 +277,53 @@ class BiasBalancedRouter(TopKRouter):
         self.bias.assign_add(self.update_rate * ops.sign(missing))
 
     def get_config(self):
-        return {**super().get_config(), "update_rate": self.update_rate}
+        return {
+            **super().get_config(),
+            "update_rate": self.update_rate,
+            "balance": keras.saving.serialize_keras_object(self.balance),
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        return super().from_config(with_layers(config, "balance"))
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class BalanceBias(keras.layers.Layer):
+    """The bias of a `BiasBalancedRouter`, one number for each expert.
+
+    Files hold it among the router's own variables, as those of version 0.1.0.
+    """
+
+    def __init__(self, num_experts, **kwargs):
+        super().__init__(**kwargs)
+        self.num_experts = num_experts
+
+    def build(self, input_shape):
+        self.bias = self.add_weight(
+            name="bias",
+            shape=(self.num_experts,),
+            initializer="zeros",
+            trainable=False,
+            dtype="float32",
+            autocast=False,
+            # Replicas move it by their own load; the mean is what counts.
+            aggregation="mean",
+        )
+
+    def store_in(self, store):
+        """Writes the bias into the store of its router."""
+        store["0"] = keras.ops.convert_to_numpy(self.bias)
+
+    def load_from(self, store):
+        """Takes the bias out of the store of its router."""
+        self.bias.assign(store.pop("0"))
+
+    def save_own_variables(self, store):
+        pass
+
+    def load_own_variables(self, store):
+        pass
+
+    def get_config(self):
+        return {**super().get_config(), "num_experts": self.num_experts}

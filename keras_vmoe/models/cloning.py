@@ -65,16 +65,3 @@ def _alias(layer):
     alias.__dict__.update(vars(layer))
     alias.__dict__.update(_inbound_nodes=[], _outbound_nodes=[])
     return alias
-
-
-def share_parts(new, old):
-    """Gives a layer the sublayers of another, and so their weights."""
-    for name in old.parts:
-        set_part(new, name, getattr(old, name))
-
-
-def set_part(layer, name, part):
-    """Gives a layer, before it is built, a sublayer in another's place."""
-    if isinstance(getattr(layer, name), keras.layers.Layer):
-        layer._tracker.untrack(getattr(layer, name))
-    setattr(layer, name, part)

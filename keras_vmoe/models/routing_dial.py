@@ -8,7 +8,6 @@ import keras
 from keras_vmoe import layers
 from keras_vmoe.models.cloning import clone_around
 from keras_vmoe.models.cloning import is_graph
-from keras_vmoe.models.cloning import share_parts
 
 WHOLE_BATCH = "batch"
 DROPLESS = "dropless"
@@ -127,8 +126,11 @@ def _compile_alike(clone, model):
 
 def _with_routing(layer, settings, images_per_group):
     """A MoE layer with another router around the same weights."""
-    router = _changed_router(layer.router, settings, layer.name)
-    config = {**layer.get_config(), "router": router}
+    router = layer.router
+    if settings:
+        _check_router_dials(router, settings, layer.name)
+        router = router.sharing(**_with_priority(router, settings))
+    changes = {"router": router}
     if images_per_group is not None:
         if router.images_per_group is not None:
             raise ValueError(
@@ -136,27 +138,25 @@ def _with_routing(layer, settings, images_per_group):
                 "image alone. Received: images_per_group="
                 f"{images_per_group!r}. Leave it out."
             )
-        config["images_per_group"] = _images(images_per_group)
-    new = type(layer).from_config(config)
-    share_parts(router, layer.router)
-    if isinstance(router.gate, keras.layers.Layer):
-        router.gate = router.gate_layer
-    share_parts(new, layer)
-    new.build(layer.get_build_config()["input_shape"])
-    return new
+        changes["images_per_group"] = _images(images_per_group)
+    return layer.sharing(**changes)
 
 
-def _changed_router(router, settings, layer):
+def _with_priority(router, settings):
+    """Dropless settings come without priority: nobody has to wait."""
+    if _is_dropless(settings) and hasattr(router, "batch_priority"):
+        return {"batch_priority": False, **settings}
+    return settings
+
+
+def _check_router_dials(router, settings, layer):
     config = router.get_config()
-    if _is_dropless(settings) and "batch_priority" in config:
-        settings = {"batch_priority": False, **settings}  # Nobody has to wait.
     for name, value in settings.items():
         if name not in config or isinstance(router, layers.SoftRouter):
             raise ValueError(
                 f"The {type(router).__name__} of {layer!r} has no such dial. "
                 f"Received: {name}={value!r}. Leave it out."
             )
-    return type(router).from_config({**config, **settings})
 
 
 def _changed_config(moe, settings, images_per_group):
@@ -167,7 +167,12 @@ def _changed_config(moe, settings, images_per_group):
         if _is_dropless(settings):
             settings = {"batch_priority": None, **settings}
         return dataclasses.replace(moe, **settings)
-    router = _changed_router(moe.router, settings, "moe")
+    _check_router_dials(moe.router, settings, "moe")
+    config = {
+        **moe.router.get_config(),
+        **_with_priority(moe.router, settings),
+    }
+    router = type(moe.router).from_config(config)
     return dataclasses.replace(moe, router=router)
 
 

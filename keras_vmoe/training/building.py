@@ -97,31 +97,19 @@ def make_model(config, num_classes):
     if sizes.preset is not None:
         if change and find_preset(sizes.preset).moe:
             settings["moe"] = change
-        model = models.from_preset(sizes.preset, **_words(settings))
+        model = models.from_preset(sizes.preset, **settings)
     else:
         if moe is not None:
-            moe = dataclasses.replace(moe, **_words(change))
+            moe = dataclasses.replace(moe, **change)
         make, parts = models.ViTMoE, {x: getattr(sizes, x) for x in VIT_SIZES}
         if config.convnext is not None:
             make = models.ConvNeXtMoE
             parts = dataclasses.asdict(config.convnext)
-        model = make(**_words({**settings, **parts}), moe=moe)
+        model = make(**settings, **parts, moe=moe)
     if sizes.head_bias:
         bias = model.get_layer("head").bias
         bias.assign(np.full(bias.shape, sizes.head_bias))
     return model
-
-
-def _words(settings):
-    """# merge: goes, with its calls."""
-    old = {
-        "drop_path_rate": "drop_path",
-        "layer_scale_init_value": "layer_scale",
-    }
-    settings = {old.get(k, k): v for k, v in settings.items()}
-    if settings.get("capacity_factor") == "dropless":
-        settings["capacity_factor"] = None
-    return settings
 
 
 def compile_model(model, config, steps):

@@ -26,7 +26,9 @@ def make_model():
         4, num_selected_experts=2, capacity_factor=0.5, noise_std=0.0
     )
     inputs = keras.Input((6, 8))
-    outputs = layers.MoEMLP(4, 8, router, 2, name="moe")(inputs)
+    outputs = layers.MoEMLP(4, 8, router, images_per_group=2, name="moe")(
+        inputs
+    )
     model = keras.Model(inputs, outputs)
     model.compile(keras.optimizers.SGD(0.0), "mse")
     return model

@@ -14,7 +14,9 @@ def test_numpy_integers_are_integers(tmp_path):
     router = layers.TopKRouter(
         np.int64(4), np.int64(2), capacity_factor=np.float32(1.5)
     )
-    layer = layers.MoEMLP(np.int64(4), np.int64(8), router, np.int32(2))
+    layer = layers.MoEMLP(
+        np.int64(4), np.int64(8), router, images_per_group=np.int32(2)
+    )
     inputs = keras.Input((3, 8))
     model = keras.Model(inputs, layer(inputs))
     model.save(tmp_path / "model.keras")
@@ -25,11 +27,19 @@ def test_numpy_integers_are_integers(tmp_path):
     )
 
 
-def test_a_router_serves_one_layer():
+def test_a_router_serves_layers_of_one_width(tmp_path):
     router = layers.TopKRouter(4)
-    layers.MoEMLP(4, 8, router)
-    with pytest.raises(ValueError, match="router of its own.*Received: router"):
-        layers.MoEMLP(4, 8, router)
+    inputs = keras.Input((3, 6))
+    x = layers.MoEMLP(4, 8, router, name="first")(inputs)
+    x = layers.MoEMLP(4, 8, router, name="second")(x)
+    model = keras.Model(inputs, x)
+    assert len(model.weights) == 9  # Two banks, one gate.
+    images = np.random.default_rng(0).normal(size=(3, 3, 6))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(model(images), loaded(images))
+    with pytest.raises(ValueError, match="built for 6 .*in a layer of 5"):
+        layers.MoEMLP(4, 8, router).build((None, 3, 5))
 
 
 @pytest.mark.parametrize("router", ["top_k", 3])

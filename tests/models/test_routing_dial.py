@@ -172,7 +172,7 @@ def plain(name="moe"):
     """A functional model with a MoE layer and a skip."""
     inputs = keras.Input((6, 8))
     router = layers.TopKRouter(4, 2, capacity_factor=0.5)
-    moe = layers.MoEMLP(4, 16, router, 2, name=name)
+    moe = layers.MoEMLP(4, 16, router, images_per_group=2, name=name)
     return keras.Model(inputs, inputs + moe(inputs))
 
 

@@ -16,7 +16,10 @@ def moe_model(learning_rate=1e-3, noise_std=1.0):
     tokens = keras.Input((6, 8))
     router = layers.TopKRouter(4, 2, capacity_factor=0.3, noise_std=noise_std)
     inner = keras.Model(
-        tokens, layers.MoEMLP(4, 16, router, 4, name="inner_moe")(tokens)
+        tokens,
+        layers.MoEMLP(4, 16, router, images_per_group=4, name="inner_moe")(
+            tokens
+        ),
     )
     x = keras.layers.GlobalAveragePooling1D()(tokens + inner(tokens))
     model = keras.Model(tokens, keras.layers.Dense(3)(x))

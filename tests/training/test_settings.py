@@ -99,8 +99,7 @@ def test_a_preset(config):
     large = changed(config, **PRESET, model=PLAIN)
     other = changed(large, image_size=32, drop_path_rate=0.1)
     made = building.make_model(other, 10)
-    # merge: drop_path_rate
-    assert made.drop_path == 0.1 and made.output_shape == (None, 10)
+    assert made.drop_path_rate == 0.1 and made.output_shape == (None, 10)
     assert other.image_size == 32 and large.image_size == 224
 
 
