@@ -141,7 +141,7 @@ def test_what_is_no_number_changes_nothing(loaded, bias):
     [
         ({"layer_scale_init_value": 0.1}, "block_0_attention_scale/scale"),
         ({"moe": {"shared_hidden_dim": 4}}, "shared_expert"),
-        ({"moe": {"router": "bias_balanced"}}, "router/bias"),
+        ({"moe": {"router": "bias_balanced"}}, "router/balance/bias"),
     ],
 )
 def test_weights_that_the_reference_lacks_are_listed(arguments, name):

@@ -122,7 +122,9 @@ def fit(shards, experts=8, images=8, per_group=2, moe=True, capacity=1.0):
     with parallel.scope():
         inputs = keras.Input((4, 6))
         router = layers.TopKRouter(experts, 2, capacity_factor=capacity)
-        layer = layers.MoEMLP(experts, 8, router, per_group, name="moe")
+        layer = layers.MoEMLP(
+            experts, 8, router, images_per_group=per_group, name="moe"
+        )
         x = (layer if moe else keras.layers.Dense(6))(inputs)
         model = keras.Model(inputs, x)
         model.compile("sgd", "mse")

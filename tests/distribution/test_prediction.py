@@ -15,7 +15,7 @@ def model_of(*images_per_group):
     x = inputs = keras.Input((4, 6))
     for images in images_per_group:
         router = layers.TopKRouter(4, 2, capacity_factor=0.5, noise_std=0.0)
-        x = x + layers.MoEMLP(4, 8, router, images)(x)
+        x = x + layers.MoEMLP(4, 8, router, images_per_group=images)(x)
     return keras.Model(inputs, x)
 
 

@@ -156,6 +156,10 @@ lower_precision = pytest.mark.parametrize(
 )
 
 
+# Layers that are passed from one to another: `test_bank.py`, `test_routers.py`.
+SHARED_PARTS = {"balance", "experts", "shared_expert"}
+
+
 def test_no_layer_and_no_argument_is_left_out():
     public = {
         getattr(layers, name)
@@ -166,6 +170,8 @@ def test_no_layer_and_no_argument_is_left_out():
     assert public - {case.layer for case in cases} == {layers.Router}
     for layer in public - {layers.Router}:
         for name, default in arguments_of(layer).items():
+            if name in SHARED_PARTS:
+                continue
             values = [c.arguments.get(name) for c in cases if c.layer is layer]
             used = [v for v in values if v is not None and v is not default]
             assert used, f"{layer.__name__}: {name} never differs"

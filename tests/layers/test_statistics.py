@@ -240,7 +240,7 @@ def test_every_figure_of_every_router(name, masked):
     router, settings = ROUTERS[name]
     router = router(3, **{"noise_std": 0.0, **settings})
     images_per_group = 1 if name == "soft" else 2
-    layer = layers.MoEMLP(3, 5, router, images_per_group)
+    layer = layers.MoEMLP(3, 5, router, images_per_group=images_per_group)
     layer.build((None, 6, 4))
     randomize(layer)
     generator = np.random.default_rng(0)

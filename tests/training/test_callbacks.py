@@ -180,7 +180,9 @@ def monitored(router, epochs=1, **arguments):
     """The messages of a monitor over one layer of 4 experts, and warnings."""
     inputs = keras.Input((6, 8))
     images_per_group = router.images_per_group or 2
-    layer = layers.MoEMLP(4, 16, router, images_per_group, name="moe")
+    layer = layers.MoEMLP(
+        4, 16, router, images_per_group=images_per_group, name="moe"
+    )
     model = keras.Model(inputs, layer(inputs))
     model.compile(keras.optimizers.SGD(0.0), "mse")
     monitor = callbacks.RoutingMonitor(**arguments)
