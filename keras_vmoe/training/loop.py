@@ -29,6 +29,7 @@ from keras_vmoe.training.initialization import restore
 from keras_vmoe.training.initialization import starting_model
 from keras_vmoe.training.run_folder import CHECKPOINTS
 from keras_vmoe.training.run_folder import MODEL
+from keras_vmoe.training.run_folder import flat
 from keras_vmoe.training.run_folder import open_run
 from keras_vmoe.training.run_folder import settings_of
 from keras_vmoe.training.run_folder import write_result
@@ -86,7 +87,7 @@ def train(config):
         require("tensorboard", "data")
     _processes.check_agreement(
         "configuration and versions",
-        **settings_of(config),
+        **flat(settings_of(config)),
         **_processes.versions(),
     )
     keras.utils.set_random_seed(config.seed)

@@ -94,7 +94,7 @@ def _check_same(run_dir, settings, class_names):
     if not any(run_dir.glob(f"{CHECKPOINTS}/*")):
         return  # It stopped before there was anything to resume.
     config = recipes.load(run_dir / CONFIG)
-    there, here = _flat(settings_of(config)), _flat(settings)
+    there, here = flat(settings_of(config)), flat(settings)
     there["backend"] = config.backend
     # The same folder of datasets may lie elsewhere, its classes stay.
     there["classes"] = json.loads((run_dir / CLASSES).read_text())
@@ -113,15 +113,15 @@ def _check_same(run_dir, settings, class_names):
         )
 
 
-def _flat(settings, prefix=""):
+def flat(settings, prefix=""):
     """Nested settings by dotted names."""
-    flat = {}
+    found = {}
     for name, value in settings.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+            found |= flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
-    return flat
+            found[prefix + name] = value
+    return found
 
 
 def _is_empty(folder):
