@@ -144,6 +144,8 @@ def _argument(parameter, kind):
         options = {"action": "store_true"}
     elif kind == list[str]:
         options |= {"type": str, "nargs": "*" if is_optional else "+"}
+        if is_optional:  # A flag that is given twice adds to the first.
+            options |= {"action": "extend", "default": []}
     elif is_optional and not is_flag:
         options["nargs"] = "?"
     return f"--{parameter.name}" if is_flag else parameter.name, options

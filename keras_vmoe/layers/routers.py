@@ -81,7 +81,9 @@ class Router(SavesSeedState, keras.layers.Layer):
     def sharing(self, **changes):
         """A new router of the same weights and settings, but for `changes`."""
         new = share(self, gate=self.gate_layer, **changes)
-        new.gate = self.gate  # A name stays one: files hold its layer there.
+        if not isinstance(self.gate, keras.layers.Layer):
+            del new.gate  # PyTorch puts no name in a layer's place.
+            new.gate = self.gate  # Files hold the layer of a name elsewhere.
         return new
 
     def call(

@@ -37,7 +37,8 @@ def test_a_router_serves_layers_of_one_width(tmp_path):
     images = np.random.default_rng(0).normal(size=(3, 3, 6))
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(model(images), loaded(images))
+    ours, theirs = (x.predict(images, verbose=0) for x in (model, loaded))
+    np.testing.assert_array_equal(ours, theirs)
     with pytest.raises(ValueError, match="built for 6 .*in a layer of 5"):
         layers.MoEMLP(4, 8, router).build((None, 3, 5))
 
