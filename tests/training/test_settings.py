@@ -32,7 +32,7 @@ def losses_of(config):
         dict(optimizer="lamb", loss="bce", expert_weight_decay=0.1,
              learning_rate=0.05),
         dict(optimizer="sgd", label_smoothing=0.1, clip_norm=1.0,
-             schedule="linear", learning_rate=0.1),
+             schedule="linear", learning_rate=0.05, epochs=10),
         dict(accumulate=2, schedule="rsqrt"),
         dict(augmentation=data.Augmentation(mixup=0.2), moe=None),
         dict(
@@ -43,11 +43,12 @@ def losses_of(config):
     ids=["lamb-bce", "sgd-smoothing", "accumulate", "mixup-dense", "convnext"],
 )  # fmt: skip
 def test_other_settings_learn(config, changes):
-    """Five epochs end well below the loss of a guess, where they start."""
-    changes = {"learning_rate": 0.02, **changes}
-    losses = losses_of(changed(config, epochs=5, **changes))
+    """A few epochs end well below the loss of a guess, where they start."""
+    changes = {"learning_rate": 0.02, "epochs": 5, **changes}
+    losses = losses_of(changed(config, **changes))
     guess = np.log(2) if changes.get("loss") == "bce" else np.log(10)
-    assert len(losses) == 5 and losses[-1] < 0.98 * guess
+    assert len(losses) == changes["epochs"]
+    assert losses[-1] < 0.97 * guess
 
 
 def test_the_average_of_a_runs_weights(config):
