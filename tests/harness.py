@@ -40,10 +40,10 @@ class Case:
 
     def make(self, **arguments):
         arguments = {**self.arguments, **arguments}
-        # A router serves one layer: every layer gets a copy of its own.
-        if isinstance(arguments.get("router"), keras.layers.Layer):
-            router = arguments["router"]
-            arguments["router"] = type(router).from_config(router.get_config())
+        # Parts would be shared: every layer gets copies of its own.
+        for name, part in arguments.items():
+            if isinstance(part, keras.layers.Layer):
+                arguments[name] = type(part).from_config(part.get_config())
         return self.layer(**arguments)
 
     def inputs(self):

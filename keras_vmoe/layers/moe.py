@@ -188,7 +188,9 @@ class MoEMLP(keras.layers.Layer):
         plan = self._plan(groups, training)
         buffers = plan.dispatch(groups.tokens)  # (G, E, C, D)
         buffers = self._run(buffers, training)
-        return routing.ungroup_tokens(plan.combine(buffers), ops.shape(inputs))
+        # A bank that was passed in may have a dtype policy of its own.
+        tokens = ops.cast(plan.combine(buffers), inputs.dtype)
+        return routing.ungroup_tokens(tokens, ops.shape(inputs))
 
     def _run(self, buffers, training):
         """The bank's outputs, of the shape of the buffers."""
@@ -363,7 +365,8 @@ class SharedExpertMoEMLP(MoEMLP):
 
     def call(self, inputs, mask=None, training=False):
         outputs = super().call(inputs, mask=mask, training=training)
-        return outputs + self.shared_expert(inputs, training=training)
+        shared = self.shared_expert(inputs, training=training)
+        return outputs + ops.cast(shared, outputs.dtype)
 
     def get_config(self):
         return {

@@ -161,14 +161,11 @@ class Router(SavesSeedState, keras.layers.Layer):
         )
 
     def get_config(self):
-        gate = self.gate
-        if isinstance(gate, keras.layers.Layer):
-            gate = keras.saving.serialize_keras_object(gate)
         return {
             **super().get_config(),
             "num_experts": self.num_experts,
             "noise_std": self.noise_std,
-            "gate": gate,
+            "gate": self.gate,  # An object: Keras finds one that is shared.
             "seed": self.seed,
         }
 

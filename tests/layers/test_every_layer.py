@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 from keras_vmoe import layers
+from keras_vmoe.layers.top_k_router import BalanceBias
 from tests.gradients import compiled
 from tests.harness import Case
 from tests.harness import arguments_of
@@ -102,7 +103,11 @@ CASES = [
     moe("soft with more slots", layers.SoftRouter(3, capacity_factor=1.5)),
     moe("soft with all flags", layers.SoftRouter(3, **SOFT_FLAGS),
         images_per_group=1, activation="gelu_tanh", dropout=0.1),
+    moe("with a bank", {"num_selected_experts": 3, "capacity_factor": 3.0},
+        experts=layers.MLPExperts(3, 5)),
     moe("as it comes", {"num_selected_experts": 3}, shared_hidden_dim=4),
+    moe("with a layer", {"num_selected_experts": 3}, shared_hidden_dim=4,
+        shared_expert=layers.MLP(4)),
     moe("with all flags", ROUTER_FLAGS, images_per_group=2,
         activation="gelu_tanh", dropout=0.1, shared_hidden_dim=4),
 ]  # fmt: skip
@@ -133,7 +138,11 @@ ROUTERS = [
         TOKENS,
         label="TopKRouter with a layer as gate",
     ),
-    Case(layers.BiasBalancedRouter, {"num_experts": 3, **BIAS_FLAGS}, TOKENS),
+    Case(
+        layers.BiasBalancedRouter,
+        {"num_experts": 3, "balance": BalanceBias(3), **BIAS_FLAGS},
+        TOKENS,
+    ),
     Case(
         layers.ExpertChoiceRouter,
         {"num_experts": 3, "gate": "cosine", **CHOICE_FLAGS},
@@ -156,10 +165,6 @@ lower_precision = pytest.mark.parametrize(
 )
 
 
-# Layers that are passed from one to another: `test_bank.py`, `test_routers.py`.
-SHARED_PARTS = {"balance", "experts", "shared_expert"}
-
-
 def test_no_layer_and_no_argument_is_left_out():
     public = {
         getattr(layers, name)
@@ -170,8 +175,6 @@ def test_no_layer_and_no_argument_is_left_out():
     assert public - {case.layer for case in cases} == {layers.Router}
     for layer in public - {layers.Router}:
         for name, default in arguments_of(layer).items():
-            if name in SHARED_PARTS:
-                continue
             values = [c.arguments.get(name) for c in cases if c.layer is layer]
             used = [v for v in values if v is not None and v is not default]
             assert used, f"{layer.__name__}: {name} never differs"

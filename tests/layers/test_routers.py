@@ -43,6 +43,22 @@ def test_a_router_serves_layers_of_one_width(tmp_path):
         layers.MoEMLP(4, 8, router).build((None, 3, 5))
 
 
+def test_a_gate_serves_routers_of_other_settings(tmp_path):
+    """Its weights are one in the model, in its file and in what is loaded."""
+    gate, inputs = layers.LinearGate(4), keras.Input((3, 6))
+    x = inputs
+    for name, selected in (("first", 1), ("second", 2)):
+        router = layers.TopKRouter(4, selected, gate=gate)
+        x = layers.MoEMLP(4, 8, router, name=name)(x)
+    model = keras.Model(inputs, x)
+    images = np.random.default_rng(0).normal(size=(3, 3, 6))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert len(model.weights) == len(loaded.weights) == 9
+    ours, theirs = (x.predict(images, verbose=0) for x in (model, loaded))
+    np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("router", ["top_k", 3])
 def test_a_router_is_an_object(router):
     with pytest.raises(ValueError, match="must be a router object.*Received"):
