@@ -68,6 +68,15 @@ class Router(SavesSeedState, keras.layers.Layer):
         self.features = input_shape[-1]
         if not self.gate_layer.built:
             self.gate_layer.build(input_shape)
+            return
+        built_for = self.gate_layer.get_build_config() or {}
+        features = (built_for.get("input_shape") or input_shape)[-1]
+        if features != self.features:
+            raise ValueError(
+                "One gate serves routers of one feature width. Received: "
+                f"gate={self.gate_layer.name!r}, built for {features} features,"
+                f" in a router of {self.features}. Make a gate for this router."
+            )
 
     def check_features(self, features):
         """Raises if the router was built for layers of another width."""

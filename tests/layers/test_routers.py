@@ -59,6 +59,15 @@ def test_a_gate_serves_routers_of_other_settings(tmp_path):
     np.testing.assert_array_equal(ours, theirs)
 
 
+def test_a_gate_of_another_width_or_number_of_experts():
+    gate = layers.LinearGate(4)
+    layers.TopKRouter(4, gate=gate).build((None, 3, 6))
+    with pytest.raises(ValueError, match="built for 6 features, in a router"):
+        layers.TopKRouter(4, gate=gate).build((None, 3, 5))
+    with pytest.raises(ValueError, match="one logit for each of 3 experts"):
+        layers.TopKRouter(3, gate=gate)(np.ones((1, 3, 6), "float32"))
+
+
 @pytest.mark.parametrize("router", ["top_k", 3])
 def test_a_router_is_an_object(router):
     with pytest.raises(ValueError, match="must be a router object.*Received"):
