@@ -213,11 +213,16 @@ def _(layer, inputs, outputs):
 def _(layer, inputs, outputs):
     num_tokens, features = math.prod(inputs.shape[1:-1]), inputs.shape[-1]
     slots = slots_of(layer, num_tokens)
-    gate = num_tokens * _matrices(layer.router.gate_layer)
-    # Every matrix of an expert is applied once to each of its slots.
-    bank = slots * _matrices(layer.experts, axis=1) / layer.num_experts
+    gate = num_tokens * sum(
+        _size(w) for w in layer.router.gate_layer.weights if len(w.shape) > 1
+    )
+    # Every matrix of an expert is applied once to each of its slots. Quantized
+    # kernels have a row of scales beside them, which is none.
+    stacks = [w for w in layer.experts.weights if len(w.shape) > 2]
+    matrices = [w for w in stacks if 1 not in w.shape[1:]]
+    bank = slots * sum(map(_size, matrices)) / layer.num_experts
     multiply_adds = gate + bank
-    values = slots * (2 * features + layer.hidden_dim)
+    values = slots * (features + sum(w.shape[-1] for w in matrices))
     if isinstance(layer.router, layers.SoftRouter):
         # Every slot is a mixture of all tokens, and every token of all slots.
         multiply_adds += 2 * num_tokens * slots * features
@@ -227,11 +232,6 @@ def _(layer, inputs, outputs):
         multiply_adds += shared.multiply_adds
         values += shared.values
     return Work(multiply_adds, values)
-
-
-def _matrices(layer, axis=0):
-    """Values of a layer's variables that are matrices from an axis on."""
-    return sum(_size(w) for w in layer.weights if len(w.shape) > axis + 1)
 
 
 def _mlp_work(layer, positions):

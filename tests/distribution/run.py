@@ -24,7 +24,7 @@ from keras_vmoe import distribution  # noqa: E402
 from keras_vmoe import models  # noqa: E402
 from keras_vmoe import routing  # noqa: E402
 
-BATCH, STEPS, EXPERTS = 16, 4, 8
+BATCH, STEPS, EXPERTS = 16, 5, 8
 
 parser = argparse.ArgumentParser()
 parser.add_argument("family", choices=["vit", "convnext"])

@@ -19,7 +19,7 @@ IS_JAX = keras.backend.backend() == "jax"
 CASES = {
     "vit": "0 1 2 4 8 data",
     "vit --noise": "0 4",
-    "convnext": "0 2 8 data",
+    "convnext": "0 1 2 4 8 data",
     "convnext --noise": "0 4",
     "vit --router expert_choice": "0 4",
     "vit --router soft": "0 4",

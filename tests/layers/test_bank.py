@@ -3,10 +3,14 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import ops
 
+from keras_vmoe import distribution
+from keras_vmoe import export
 from keras_vmoe import layers
 from keras_vmoe import models
+from keras_vmoe.layers.quantized_experts import QuantizedMLPExperts
 
 
 @keras.saving.register_keras_serializable("tests")
@@ -81,3 +85,65 @@ def test_a_bank_of_another_number_of_experts():
 def test_settings_that_a_bank_would_not_follow():
     with pytest.raises(ValueError, match="its own `dropout`. Received"):
         layers.MoEMLP(4, experts=layers.MLPExperts(4, 8), dropout=0.1)
+
+
+def test_what_a_bank_costs():
+    """Three matrices of 6 by 6 for each slot."""
+    cost = models.cost(make(capacity_factor=1.0))
+    slots = 4 * 20 / 8  # ceil(40 * 2 / 4) of each expert, by images.
+    assert cost.macs == 5 * 6 * 4 + slots * 3 * 36
+    assert cost.active_params == 6 * 4 + 2 * 3 * 36
+
+
+def test_a_quantized_bank_costs_as_much():
+    def macs(experts):
+        inputs = keras.Input((5, 6))
+        layer = layers.MoEMLP(4, experts=experts)
+        return models.cost(keras.Model(inputs, layer(inputs))).macs
+
+    bank = layers.MLPExperts(4, 8)
+    expected = macs(bank)
+    assert macs(QuantizedMLPExperts.from_experts(bank, "int8")) == expected
+
+
+def test_exported(tmp_path):
+    """The process that writes imports the module that holds the bank."""
+    inputs = keras.Input((8, 8, 3))
+    x = keras.layers.Reshape((4, 48))(inputs)
+    router = layers.TopKRouter(4, 2, capacity_factor=2.0)
+    x = layers.MoEMLP(4, router=router, experts=GatedExperts())(x)
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    model = keras.Model(inputs, keras.layers.Dense(3)(x))
+    pixels = np.random.default_rng(0).normal(size=(5, 8, 8, 3))
+    pixels = pixels.astype("float32")
+    path = export.saved_model(model, tmp_path / "served", warmup=False)
+    served = tf.saved_model.load(str(path)).signatures["serving_default"]
+    logits = served(tf.constant(pixels))["logits"]
+    expected = models.set_routing(model, images_per_group=1)
+    expected = expected.predict(pixels, verbose=0)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.backends("jax")
+def test_on_several_devices():
+    """On four shards it learns what it learns on one device."""
+    x, losses, kernels = images(), [], []
+    for shards in (None, 4):
+        parallel = shards and distribution.ExpertParallel(shards)
+        keras.distribution.set_distribution(parallel)
+        try:
+            keras.utils.set_random_seed(0)
+            model = make(noise_std=0.0)
+            model.compile("sgd", "mse")
+            data = tf.data.Dataset.from_tensor_slices((x, 3 * x))
+            data = data.repeat(4).batch(8, drop_remainder=True)
+            losses.append(model.fit(data, verbose=0).history["loss"])
+            bank = model.get_layer("moe").experts
+            if shards:
+                (shard, *_) = bank.value.value.addressable_shards
+                assert shard.data.shape == (1, 6, 6)  # One of four experts.
+            kernels.append(np.asarray(bank.value))
+        finally:
+            keras.distribution.set_distribution(None)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    np.testing.assert_allclose(kernels[1], kernels[0], atol=1e-5)
