@@ -5,7 +5,6 @@ exactly: kernels, codes and logits of a gate are float32, and its tokens are
 cast to it.
 """
 
-import difflib
 import math
 
 import keras
@@ -13,6 +12,7 @@ from keras import ops
 
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_number
+from keras_vmoe._checks import nearest
 from keras_vmoe.routing.groups import check_capacity_factor
 
 
@@ -383,10 +383,8 @@ def get_gate(identifier, num_experts, **kwargs):
     if isinstance(identifier, keras.layers.Layer):
         return identifier
     if not isinstance(identifier, str) or identifier not in GATES:
-        near = difflib.get_close_matches(str(identifier), GATES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
             f"`gate` must be one of {sorted(GATES)} or a Keras layer. "
-            f"Received: gate={identifier!r}.{hint}"
+            f"Received: gate={identifier!r}.{nearest(identifier, GATES)}"
         )
     return GATES[identifier](num_experts, **kwargs)

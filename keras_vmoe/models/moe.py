@@ -1,7 +1,6 @@
 """What a model needs to know to make its MoE layers."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 from typing import Literal
@@ -9,7 +8,9 @@ from typing import Literal
 import keras
 
 from keras_vmoe import layers as moe_layers
+from keras_vmoe._checks import check_keys
 from keras_vmoe._checks import is_number
+from keras_vmoe._checks import nearest
 
 ROUTERS = {
     "bias_balanced": moe_layers.BiasBalancedRouter,
@@ -100,11 +101,10 @@ class MoEConfig:
                     "router by a string."
                 )
         elif not isinstance(self.router, str) or self.router not in ROUTERS:
-            near = difflib.get_close_matches(str(self.router), ROUTERS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
                 f"`router` must be one of {sorted(ROUTERS)} or a router "
-                f"object. Received: router={self.router!r}.{hint} "
+                f"object. Received: router={self.router!r}."
+                f"{nearest(self.router, ROUTERS)} "
                 "A router object is made by, say, layers.TopKRouter(8)."
             )
 
@@ -132,14 +132,7 @@ class MoEConfig:
             )
         moe = dict(moe)
         known = [field.name for field in dataclasses.fields(cls)]
-        for key in moe:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ValueError(
-                    f"`moe` takes the keys {known}. "
-                    f"Received: {key}={moe[key]!r}.{hint}"
-                )
+        check_keys("`moe`", moe, known)
         if isinstance(moe.get("router"), dict):
             router = keras.saving.deserialize_keras_object(moe["router"])
             moe["router"] = router
