@@ -222,7 +222,7 @@ def candidates(shape):
             size, layers.ExpertChoiceRouter(8, capacity_factor=2.0)
         ),
         "soft": lambda: moe(size, layers.SoftRouter(8, capacity_factor=2.0)),
-        "dropless": lambda: top_k(size, capacity_factor=None),
+        "dropless": lambda: top_k(size, capacity_factor="dropless"),
         "einsum": lambda: others.EinsumMoE(8, hidden, 2, 1.0),
         **found,
     }

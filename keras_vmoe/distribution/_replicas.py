@@ -41,14 +41,14 @@ def check_groups(batch_size, images_per_group):
 
     Args:
         batch_size: Images of this replica; None if not known when traced.
-        images_per_group: Images that are routed together; None for all of the
-            batch.
+        images_per_group: Images that are routed together; "batch" for all.
     """
     replicas = _replicas_in_sync()
     if replicas == 1 or batch_size is None:
         return
     total = batch_size * replicas
-    check_batch(total, images_per_group or total, replicas)
+    whole = images_per_group == "batch"
+    check_batch(total, total if whole else images_per_group, replicas)
 
 
 def replica_id():

@@ -59,7 +59,7 @@ def _images_together(model, batch_size):
         for layer in all_layers(model)
         if hasattr(layer, "router")
     ]
-    if None in groups:  # All of the batch: nothing that could be filled up.
+    if "batch" in groups:  # All of the batch: nothing that could be filled up.
         return batch_size + 1
     return math.lcm(*groups)
 

@@ -62,7 +62,7 @@ class ExpertChoiceRouter(Router):
     def __init__(
         self,
         num_experts,
-        capacity_factor=1.0,
+        capacity_factor=None,
         noise_std=1.0,
         gate="linear",
         z_loss_weight=0.0,
@@ -71,9 +71,11 @@ class ExpertChoiceRouter(Router):
     ):
         super().__init__(num_experts, noise_std, gate, seed, **kwargs)
         if capacity_factor is None:
+            capacity_factor = 1.0
+        if capacity_factor == "dropless":
             raise ValueError(
                 "Expert choice fills each expert up to its capacity, and cannot"
-                " be dropless. Received: capacity_factor=None. "
+                f" be dropless. Received: {capacity_factor=!r}. "
                 "Set a capacity factor such as 1.0, or use a TopKRouter."
             )
         check_capacity_factor(capacity_factor)

@@ -106,13 +106,15 @@ class MoEMLP(keras.layers.Layer):
             )
         super().__init__(**kwargs)
         self.supports_masking = True
-        if images_per_group is not None and (
+        if images_per_group is None:
+            images_per_group = IMAGES_PER_GROUP
+        if images_per_group != "batch" and (
             not is_integer(images_per_group) or images_per_group < 1
         ):
             raise ValueError(
-                "`images_per_group` must be an integer of at least 1, or None "
-                "for one group per batch. Received: "
-                f"images_per_group={images_per_group!r}. V-MoE has 8."
+                "`images_per_group` must be an integer of at least 1, or "
+                f"'batch' for one group per batch. Received: "
+                f"{images_per_group=!r}. V-MoE has 8."
             )
         if router is None:
             router = TopKRouter(
@@ -146,7 +148,9 @@ class MoEMLP(keras.layers.Layer):
         self.num_experts = int(num_experts)
         self.hidden_dim = hidden_dim and int(hidden_dim)
         self.router = router
-        self.images_per_group = images_per_group and int(images_per_group)
+        if images_per_group != "batch":
+            images_per_group = int(images_per_group)
+        self.images_per_group = images_per_group
         self.activation = get_activation(activation)
         self.dropout = dropout
         self.experts = experts
@@ -176,7 +180,8 @@ class MoEMLP(keras.layers.Layer):
     def _group_size(self, input_shape):
         """S of a full group, None where it is not known."""
         sizes = (self.images_per_group, *input_shape[1:-1])
-        return None if None in sizes else math.prod(sizes)
+        is_open = None in sizes or "batch" in sizes
+        return None if is_open else math.prod(sizes)
 
     def call(self, inputs, mask=None, training=False):
         self._check_features(inputs.shape)
@@ -200,7 +205,7 @@ class MoEMLP(keras.layers.Layer):
                 raise ValueError(
                     f"The bank {self.experts.name!r} takes buffers (groups, "
                     "experts, capacity, features), of which dropless routing "
-                    "has none. Received: capacity_factor=None. Set "
+                    "has none. Received: capacity_factor='dropless'. Set "
                     "capacity_factor=num_experts / num_selected_experts, with "
                     "which nothing is dropped either."
                 )
@@ -297,7 +302,10 @@ class MoEMLP(keras.layers.Layer):
 
     @classmethod
     def from_config(cls, config):
-        return cls(**with_layers(config, "router", "experts"))
+        config = with_layers(config, "router", "experts")
+        if config.get("images_per_group", "") is None:  # Of version 0.1.0.
+            config["images_per_group"] = "batch"
+        return cls(**config)
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")

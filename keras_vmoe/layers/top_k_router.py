@@ -13,6 +13,8 @@ from keras_vmoe.layers.routers import with_layers
 from keras_vmoe.routing.groups import check_capacity_factor
 from keras_vmoe.routing.groups import check_selection
 
+CAPACITY_FACTOR = 1.05  # Of V-MoE.
+
 
 @keras.saving.register_keras_serializable("keras_vmoe")
 class TopKRouter(Router):
@@ -30,8 +32,9 @@ class TopKRouter(Router):
     Args:
         num_experts: E, at least 1.
         num_selected_experts: K, between 1 and E.
-        capacity_factor: Room of the experts relative to an even load. None
-            drops nothing, whatever the load: see `routing.dropless_plan`.
+        capacity_factor: Room of the experts relative to an even load, or
+            `"dropless"`, which drops nothing, whatever the load: see
+            `routing.dropless_plan`. None means 1.05.
         batch_priority: Whether confident tokens are served first (BPR).
         renormalize: Whether the combine weights of a token are divided by
             their sum, before any is dropped. With K = 1 they are then 1, and
@@ -80,7 +83,7 @@ class TopKRouter(Router):
         self,
         num_experts,
         num_selected_experts=1,
-        capacity_factor=1.05,
+        capacity_factor=None,
         batch_priority=False,
         renormalize=False,
         noise_std=1.0,
@@ -102,14 +105,15 @@ class TopKRouter(Router):
         )
         check_flags(batch_priority=batch_priority, renormalize=renormalize)
         if capacity_factor is None:
-            if batch_priority:
-                raise ValueError(
-                    "Without a capacity every token is served, and none needs "
-                    "priority. Received: capacity_factor=None and "
-                    "batch_priority=True. Set a capacity factor, or leave "
-                    "`batch_priority` out."
-                )
-        else:
+            capacity_factor = CAPACITY_FACTOR
+        if capacity_factor == "dropless" and batch_priority:
+            raise ValueError(
+                "Without a capacity every token is served, and none needs "
+                f"priority. Received: {capacity_factor=!r} and "
+                "batch_priority=True. Set a capacity factor, or leave "
+                "`batch_priority` out."
+            )
+        if capacity_factor != "dropless":
             check_capacity_factor(capacity_factor)
             capacity_factor = float(capacity_factor)
         self.num_selected_experts = int(num_selected_experts)
@@ -121,9 +125,16 @@ class TopKRouter(Router):
         self.gshard_loss_weight = gshard_loss_weight
         self.z_loss_weight = z_loss_weight
 
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        if config.get("capacity_factor", "") is None:  # Of version 0.1.0.
+            config["capacity_factor"] = "dropless"
+        return super().from_config(config)
+
     def make_plan(self, logits, mask, group_size):
         gates = ops.softmax(logits)
-        if self.capacity_factor is None:
+        if self.capacity_factor == "dropless":
             return routing.dropless_plan(
                 gates,
                 self.num_selected_experts,

@@ -12,6 +12,7 @@ from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
 from keras_vmoe._checks import is_number
 from keras_vmoe._checks import nearest
+from keras_vmoe.models.moe import of_version_0_1
 
 # Arguments of version 0.1.0, under which its `.keras` files hold them.
 RENAMED = {
@@ -64,6 +65,8 @@ class MoEModel(keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
+        if RENAMED.keys() & config.keys() and isinstance(config["moe"], dict):
+            config = {**config, "moe": of_version_0_1(config["moe"])}
         return cls(**{RENAMED.get(k, k): v for k, v in config.items()})
 
     def with_graph(self, inputs, outputs):

@@ -253,9 +253,9 @@ def slots_of(layer, num_tokens):
         return layer.num_experts * router.gate_layer.mu.shape[-1]
     selected = getattr(router, "num_selected_experts", 1)
     factor = _capacity_factor(router)
-    if factor is None:
+    if factor == "dropless":
         return selected * num_tokens
-    if layer.images_per_group is None:  # Of a large batch.
+    if layer.images_per_group == "batch":  # Of a large batch.
         return num_tokens * min(selected * factor, layer.num_experts)
     capacity = routing.capacity(
         layer.images_per_group * num_tokens,
@@ -273,7 +273,7 @@ def _idle_params(layer):
         return 0
     visited = getattr(router, "num_selected_experts", None)
     if visited is None:
-        visited = _capacity_factor(router) or 1.0
+        visited = _capacity_factor(router)
     share = max(0.0, 1 - visited / layer.num_experts)
     return share * layer.experts.count_params()
 

@@ -26,8 +26,8 @@ class MoEConfig:
 
     Users write a dict; `from_dict` checks its keys. The settings from
     `num_selected_experts` on are the router's own. Those that are left at None
-    (`capacity_factor`: "auto") have the router's default; K is that of the
-    model, 2 in a ViT and 1 in a ConvNeXt.
+    have the router's default; K is that of the model, 2 in a ViT and 1 in a
+    ConvNeXt.
 
     Attributes:
         layers: Placement; see `models.moe_blocks` and `models.stage_blocks`.
@@ -35,14 +35,15 @@ class MoEConfig:
         router: `"top_k"`, `"expert_choice"`, `"soft"` or `"bias_balanced"`, or
             a router whose copies, one per layer, are used as they are and
             bring their own settings.
-        images_per_group: Images that are routed together; None for all.
+        images_per_group: Images that are routed together, or `"batch"` for
+            all; None means 8.
         hidden_dim: F of an expert; None means that of the dense MLP.
         mlp_ratio: F / D of an expert, instead of `hidden_dim`.
         shared_hidden_dim: Hidden features of an expert that sees every token;
             None for no such expert. See `layers.SharedExpertMoEMLP`.
         num_selected_experts: K of a top-K router.
-        capacity_factor: Room of the experts relative to an even load; None for
-            dropless top-K routing.
+        capacity_factor: Room of the experts relative to an even load, or
+            `"dropless"`.
         batch_priority: Whether a top-K router serves confident tokens first.
         renormalize: Whether a top-K router divides the combine weights of a
             token by their sum.
@@ -60,12 +61,12 @@ class MoEConfig:
     layers: Any = "last_2"
     num_experts: int = 8
     router: Any = "top_k"
-    images_per_group: int | None = 8
+    images_per_group: int | Literal["batch"] | None = 8
     hidden_dim: int | None = None
     mlp_ratio: float | None = None
     shared_hidden_dim: int | None = None
     num_selected_experts: int | None = None
-    capacity_factor: float | Literal["auto"] | None = "auto"
+    capacity_factor: float | Literal["dropless"] | None = None
     batch_priority: bool | None = None
     renormalize: bool | None = None
     num_slots: int | None = None
@@ -154,10 +155,7 @@ class MoEConfig:
     def router_settings(self):
         """The settings for the router that are not left to its defaults."""
         settings = {key: getattr(self, key) for key in ROUTER_FIELDS}
-        settings = {k: v for k, v in settings.items() if v is not None}
-        if self.capacity_factor != "auto":
-            settings["capacity_factor"] = self.capacity_factor
-        return settings
+        return {k: v for k, v in settings.items() if v is not None}
 
     def make_layer(
         self, block, features, hidden_dim, name, num_selected_experts, **kwargs
@@ -223,6 +221,7 @@ class MoEConfig:
 
 ROUTER_FIELDS = (
     "num_selected_experts",
+    "capacity_factor",
     "batch_priority",
     "renormalize",
     "num_slots",
@@ -234,3 +233,15 @@ ROUTER_FIELDS = (
     "gshard_loss_weight",
     "z_loss_weight",
 )
+
+
+def of_version_0_1(moe):
+    """The `moe` argument of version 0.1.0, a dict, in today's words."""
+    moe = dict(moe)
+    factor = moe.get("capacity_factor", "auto")
+    moe["capacity_factor"] = {"auto": None, None: "dropless"}.get(
+        factor, factor
+    )
+    if moe.get("images_per_group", 8) is None:
+        moe["images_per_group"] = "batch"
+    return moe

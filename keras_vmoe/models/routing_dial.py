@@ -9,9 +9,6 @@ from keras_vmoe import layers
 from keras_vmoe.models.cloning import clone_around
 from keras_vmoe.models.cloning import is_graph
 
-WHOLE_BATCH = "batch"
-DROPLESS = "dropless"
-
 
 def set_routing(
     model,
@@ -22,7 +19,7 @@ def set_routing(
 ):
     """Makes a model with the same weights and other routing settings.
 
-    This is V-MoE's dial at test time: fewer places and Batch Prioritized
+    This is V-MoE's dial at test time: fewer slots and Batch Prioritized
     Routing save compute, more experts per token cost some. Settings left at
     None stay as they are.
 
@@ -73,8 +70,6 @@ def set_routing(
             " or 'dropless'."
         )
     _check_dials(router, images_per_group)
-    if router.get("capacity_factor") == DROPLESS:
-        router["capacity_factor"] = None
     if not is_graph(model) or not model.built:
         raise ValueError(
             "`model` must be a built functional or sequential Keras model, "
@@ -99,15 +94,15 @@ def set_routing(
 def _check_dials(router, images_per_group):
     """Raises for strings other than the two known ones."""
     factor = router.get("capacity_factor")
-    if isinstance(factor, str) and factor != DROPLESS:
+    if isinstance(factor, str) and factor != "dropless":
         raise ValueError(
-            f"`capacity_factor` must be a number above 0 or {DROPLESS!r}. "
+            f"`capacity_factor` must be a number above 0 or 'dropless'. "
             f"Received: capacity_factor={factor!r}. V-MoE has 1.05."
         )
-    if isinstance(images_per_group, str) and images_per_group != WHOLE_BATCH:
+    if isinstance(images_per_group, str) and images_per_group != "batch":
         raise ValueError(
             "`images_per_group` must be an integer of at least 1 or "
-            f"{WHOLE_BATCH!r}. Received: images_per_group="
+            f"'batch'. Received: images_per_group="
             f"{images_per_group!r}. V-MoE has 8."
         )
 
@@ -138,7 +133,7 @@ def _with_routing(layer, settings, images_per_group):
                 "image alone. Received: images_per_group="
                 f"{images_per_group!r}. Leave it out."
             )
-        changes["images_per_group"] = _images(images_per_group)
+        changes["images_per_group"] = images_per_group
     return layer.sharing(**changes)
 
 
@@ -161,8 +156,7 @@ def _check_router_dials(router, settings, layer):
 
 def _changed_config(moe, settings, images_per_group):
     if images_per_group is not None:
-        images = _images(images_per_group)
-        moe = dataclasses.replace(moe, images_per_group=images)
+        moe = dataclasses.replace(moe, images_per_group=images_per_group)
     if not isinstance(moe.router, keras.layers.Layer):
         if _is_dropless(settings):
             settings = {"batch_priority": None, **settings}
@@ -177,8 +171,4 @@ def _changed_config(moe, settings, images_per_group):
 
 
 def _is_dropless(settings):
-    return settings.get("capacity_factor", "unset") is None
-
-
-def _images(images_per_group):
-    return None if images_per_group == WHOLE_BATCH else images_per_group
+    return settings.get("capacity_factor") == "dropless"

@@ -31,7 +31,7 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
         noise_std: Standard deviation of the noise on the experts' kernels, in
             units of that of the kernel's own values.
         preserve_outputs: Whether to set `renormalize=True` and
-            `capacity_factor=None` (dropless), which keeps the function of the
+            `capacity_factor="dropless"`, which keeps the function of the
             dense model. It takes no noise.
         seed: Seed of the noise.
 
@@ -88,7 +88,7 @@ def _preserving(moe, noise_std):
         name: getattr(moe, name)
         for name, good in (
             ("router", ("top_k", "bias_balanced")),
-            ("capacity_factor", ("auto", None)),
+            ("capacity_factor", (None, "dropless")),
             ("renormalize", (None, True)),
             ("batch_priority", (None, False)),
             ("shared_hidden_dim", (None,)),
@@ -105,7 +105,9 @@ def _preserving(moe, noise_std):
             f"model. Received: preserve_outputs=True together with {given}. "
             "Leave these out, or `preserve_outputs`."
         )
-    return dataclasses.replace(moe, renormalize=True, capacity_factor=None)
+    return dataclasses.replace(
+        moe, renormalize=True, capacity_factor="dropless"
+    )
 
 
 def _dense_mlp(model, layer):

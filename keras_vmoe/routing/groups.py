@@ -130,7 +130,8 @@ def group_tokens(inputs, images_per_group, mask=None):
 
     Args:
         inputs: `(B, ..., D)` tensor.
-        images_per_group: Images per group, or None for one group per batch.
+        images_per_group: Images per group, or `"batch"` for one group per
+            batch.
         mask: Optional `(B, ...)` bool tensor, False for tokens to leave out.
 
     Returns:
@@ -150,7 +151,7 @@ def group_tokens(inputs, images_per_group, mask=None):
     static = isinstance(batch, int)
     if static and batch == 0:
         return split(0, 1, num_tokens)
-    if images_per_group is None:
+    if images_per_group == "batch":
         return split(1, batch, total)
     group_size = images_per_group * num_tokens
     if static and batch < images_per_group:

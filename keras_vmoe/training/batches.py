@@ -61,7 +61,8 @@ def load(config, info, split, training, **options):
 
 def check_batches(config, model, strategy):
     """Raises unless each device gets whole groups of a batch."""
-    group = max((x.images_per_group or 1 for x in model.moe_layers), default=1)
+    groups = [x.images_per_group for x in model.moe_layers]
+    group = max([1, *(x for x in groups if x != "batch")])
     replicas = _replicas.num_replicas(strategy)
     if replicas == 1:
         return  # Where a last group may be a part of one.

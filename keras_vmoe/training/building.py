@@ -71,8 +71,7 @@ def _experts_of(config):
     if moe is None:
         return None, False
     factor = config.model.capacity_factor or moe.capacity_factor
-    # merge: without the None.
-    return moe.num_experts, factor in (None, "dropless")
+    return moe.num_experts, factor == "dropless"
 
 
 def make_model(config, num_classes):

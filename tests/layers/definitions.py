@@ -53,7 +53,8 @@ def moe_slowly(
     """
     num_images, num_tokens, features = x.shape
     num_experts = gate_kernel.shape[1]
-    images_per_group = images_per_group or num_images
+    if images_per_group in (None, "batch"):
+        images_per_group = num_images
     out = np.zeros(x.shape)
     mask = np.ones(x.shape[:2], bool) if mask is None else mask
     for start in range(0, num_images, images_per_group):
@@ -129,7 +130,7 @@ def plan_slowly(router, tokens, group_size, mask):
     gates, num_tokens = softmax(logits), tokens.shape[1]
 
     def places(num_selected_experts):
-        if router.capacity_factor is None:
+        if router.capacity_factor == "dropless":
             return num_tokens
         capacity = capacity_slowly(
             group_size,
@@ -154,7 +155,8 @@ def plan_slowly(router, tokens, group_size, mask):
 
 def moe_layer_slowly(layer, images, mask=None, activation=gelu):
     """A `MoEMLP` with any router: `(B, N, D)` to `(B, N, D)`."""
-    size = layer.images_per_group or len(images)
+    whole = layer.images_per_group == "batch"
+    size = len(images) if whole else layer.images_per_group
     mask = np.ones(images.shape[:2], bool) if mask is None else mask
     out = np.zeros(images.shape)
     for start in range(0, len(images), size):

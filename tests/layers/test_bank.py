@@ -68,7 +68,7 @@ def test_variables_are_found_as_those_of_experts():
 
 def test_dropless_needs_a_bank_that_takes_blocks():
     with pytest.raises(ValueError, match="Set capacity_factor=num_experts /"):
-        make(capacity_factor=None)(images())
+        make(capacity_factor="dropless")(images())
 
 
 def test_a_bank_of_another_shape():

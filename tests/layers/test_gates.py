@@ -181,7 +181,7 @@ def test_decisions_of_bfloat16_tokens_are_those_of_float32_gates(name):
 ROUTERS = {
     **{name: (layers.TopKRouter, {"gate": name}) for name in GATES},
     "bias balanced": (layers.BiasBalancedRouter, {}),
-    "dropless": (layers.TopKRouter, {"capacity_factor": None}),
+    "dropless": (layers.TopKRouter, {"capacity_factor": "dropless"}),
     "expert choice": (layers.ExpertChoiceRouter, {}),
     "soft": (layers.SoftRouter, {"num_slots": 4}),
 }
@@ -261,7 +261,8 @@ def test_projection_larger_than_the_tokens(gate):
         ({"num_slots": 1.5}, "Received: num_slots=1.5"),
         ({"capacity_factor": 0.0}, "`capacity_factor` must be positive.*"
          "Received: capacity_factor=0.0"),
-        ({"capacity_factor": None}, "Received: capacity_factor=None"),
+        ({"capacity_factor": "dropless"},
+         "Received: capacity_factor='dropless'"),
         ({"num_experts": 0}, "`num_experts` must be an integer of at least 1. "
          "Received: num_experts=0"),
     ],

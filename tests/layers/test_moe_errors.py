@@ -43,7 +43,7 @@ def test_bad_router(arguments, words):
         ({"router": layers.TopKRouter(3)}, "same number of experts. Received: "
          "router.num_experts=3 and num_experts=4"),
         ({"images_per_group": 0}, "`images_per_group` must be an integer of "
-         "at least 1, or None for one group per batch. Received: "
+         "at least 1, or 'batch' for one group per batch. Received: "
          "images_per_group=0"),
         ({"images_per_group": 2.0}, "Received: images_per_group=2.0"),
         ({"images_per_group": -8}, "Received: images_per_group=-8"),

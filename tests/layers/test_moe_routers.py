@@ -25,7 +25,7 @@ ROUTERS = {
     ),
     "dropless": (
         layers.TopKRouter,
-        {"num_selected_experts": 2, "capacity_factor": None},
+        {"num_selected_experts": 2, "capacity_factor": "dropless"},
     ),
     "bias balanced": (
         layers.BiasBalancedRouter,
@@ -33,7 +33,11 @@ ROUTERS = {
     ),
     "bias balanced, dropless": (
         layers.BiasBalancedRouter,
-        {"num_selected_experts": 2, "capacity_factor": None, "gate": "l2"},
+        {
+            "num_selected_experts": 2,
+            "capacity_factor": "dropless",
+            "gate": "l2",
+        },
     ),
     "expert choice": (layers.ExpertChoiceRouter, {"capacity_factor": 0.6}),
     "soft": (layers.SoftRouter, {"num_slots": 2}),
@@ -77,7 +81,7 @@ def test_any_batch(name, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("images_per_group", [1, 3, 8, None])
+@pytest.mark.parametrize("images_per_group", [1, 3, 8, "batch"])
 @EACH
 def test_any_group(name, images_per_group):
     layer = make_layer(name, images_per_group)
@@ -93,7 +97,7 @@ def test_eager_and_a_feature_map(name):
     assert_same(layer(images), expected.reshape(images.shape))
 
 
-@pytest.mark.parametrize("images_per_group", [2, None])
+@pytest.mark.parametrize("images_per_group", [2, "batch"])
 @EACH
 def test_masked_tokens(name, images_per_group):
     layer = make_layer(name, images_per_group)
@@ -143,7 +147,7 @@ def test_jit_compile_and_one_step_of_fit(name):
 
 
 # Only TensorFlow traces a batch without its size.
-TRACED = [2, None] if keras.backend.backend() == "tensorflow" else []
+TRACED = [2, "batch"] if keras.backend.backend() == "tensorflow" else []
 
 
 @pytest.mark.parametrize("images_per_group", TRACED)
@@ -182,9 +186,9 @@ def test_soft_counts_its_slots_from_the_tokens_of_an_image():
     ("small", "large"),
     [
         # All for one expert: capacity 3 * S / 3.
-        ({"capacity_factor": None}, {"capacity_factor": 3.0}),
+        ({"capacity_factor": "dropless"}, {"capacity_factor": 3.0}),
         (
-            {"capacity_factor": None, "num_selected_experts": 1},
+            {"capacity_factor": "dropless", "num_selected_experts": 1},
             {"capacity_factor": 99.0, "num_selected_experts": 1},
         ),
     ],
@@ -449,8 +453,8 @@ def test_a_bad_token_does_not_crash_a_training_step(name, value):
          "no `batch_priority`. Received: batch_priority=True"),
         ("ExpertChoiceRouter", {"importance_loss_weight": 0.1},
          "no `importance_loss_weight`"),
-        ("ExpertChoiceRouter", {"capacity_factor": None},
-         "cannot be dropless. Received: capacity_factor=None. Set a"),
+        ("ExpertChoiceRouter", {"capacity_factor": "dropless"},
+         "cannot be dropless. Received: capacity_factor='dropless'. Set a"),
         ("ExpertChoiceRouter", {"capacity_factor": 0.0},
          "`capacity_factor` must be positive: with 0 every expert has a "
          "capacity of 0.*Received: capacity_factor=0.0"),
@@ -459,8 +463,8 @@ def test_a_bad_token_does_not_crash_a_training_step(name, value):
         ("ExpertChoiceRouter", {"z_loss_weight": -1.0}, "z_loss_weight=-1.0"),
         ("ExpertChoiceRouter", {"gate": "cosin"}, "Did you mean 'cosine'"),
         ("ExpertChoiceRouter", {"num_experts": 0}, "num_experts=0"),
-        ("TopKRouter", {"capacity_factor": None, "batch_priority": True},
-         "none needs priority. Received: capacity_factor=None and "
+        ("TopKRouter", {"capacity_factor": "dropless", "batch_priority": True},
+         "none needs priority. Received: capacity_factor='dropless' and "
          "batch_priority=True"),
         ("TopKRouter", {"capacity_factor": 0}, "capacity_factor=0"),
         ("BiasBalancedRouter", {"update_rate": -0.1},
@@ -485,7 +489,7 @@ def test_bad_router(router, arguments, words):
         getattr(layers, router)(**{"num_experts": 4, **arguments})
 
 
-@pytest.mark.parametrize("images_per_group", [2, None])
+@pytest.mark.parametrize("images_per_group", [2, "batch"])
 def test_soft_takes_no_groups(images_per_group):
     words = f"routes each image alone. Received: .*={images_per_group}"
     with pytest.raises(ValueError, match=words):

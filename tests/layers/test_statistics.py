@@ -173,7 +173,7 @@ ROUTERS = {
     ),
     "dropless": (
         layers.TopKRouter,
-        {"num_selected_experts": 2, "capacity_factor": None},
+        {"num_selected_experts": 2, "capacity_factor": "dropless"},
     ),
     "bias balanced": (
         layers.BiasBalancedRouter,

@@ -143,10 +143,10 @@ def test_macs_of_a_dense_vit():
     [
         # Capacity 10 * 2 * 1.05 / 4 = 5.25: 8 places for 4 experts, 2 images.
         ({}, 16),
-        ({"capacity_factor": None}, 10),
-        ({"images_per_group": None, "capacity_factor": 2.0}, 20),
+        ({"capacity_factor": "dropless"}, 10),
+        ({"images_per_group": "batch", "capacity_factor": 2.0}, 20),
         # Never more places than tokens.
-        ({"images_per_group": None, "capacity_factor": 16.0}, 20),
+        ({"images_per_group": "batch", "capacity_factor": 16.0}, 20),
         ({"router": "expert_choice", "capacity_factor": 1.0}, 8),
     ],
 )

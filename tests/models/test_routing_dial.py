@@ -38,14 +38,14 @@ def shared_weights(model, dial):
 
 SETTINGS = [
     ({"capacity_factor": 2.0}, {"capacity_factor": 2.0}),
-    ({"capacity_factor": "dropless"}, {"capacity_factor": None}),
+    ({"capacity_factor": "dropless"}, {"capacity_factor": "dropless"}),
     ({"num_selected_experts": 1}, {"num_selected_experts": 1}),
     (
         {"batch_priority": True, "capacity_factor": 0.3},
         {"batch_priority": True, "capacity_factor": 0.3},
     ),
     ({"images_per_group": 4}, {"images_per_group": 4}),
-    ({"images_per_group": "batch"}, {"images_per_group": None}),
+    ({"images_per_group": "batch"}, {"images_per_group": "batch"}),
 ]
 
 
@@ -200,7 +200,7 @@ def test_models_of_anybody(make, tmp_path):
     ]
     assert len(found) == (1 if make is plain else 3)
     for layer in found:
-        assert layer.router.capacity_factor is None
+        assert layer.router.capacity_factor == "dropless"
         assert layer.images_per_group == 5
     got = predict(dial, tokens)
     assert np.abs(got - before).max() > 1e-3
@@ -298,7 +298,7 @@ def test_a_layer_used_twice_is_changed_once():
         ({"router": "expert_choice"}, {"batch_priority": True},
          "Received: batch_priority=True"),
         ({"router": "expert_choice"}, {"capacity_factor": "dropless"},
-         "cannot be dropless. Received: capacity_factor=None"),
+         "cannot be dropless. Received: capacity_factor='dropless'"),
         ({}, {"capacity_factor": 0.0}, "capacity_factor=0.0"),
         ({}, {"capacity_factor": "all"}, "capacity_factor='all'"),
         ({}, {"capacity_factor": "droples"}, "number above 0 or 'dropless'"),

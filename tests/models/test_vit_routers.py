@@ -34,8 +34,12 @@ CASES = {
         },
     ),
     "dropless, cosine": (
-        {"capacity_factor": None, "gate": "cosine"},
-        {"capacity_factor": None, "num_selected_experts": 2, "gate": "cosine"},
+        {"capacity_factor": "dropless", "gate": "cosine"},
+        {
+            "capacity_factor": "dropless",
+            "num_selected_experts": 2,
+            "gate": "cosine",
+        },
     ),
     "expert choice, l2": (
         {"router": "expert_choice", "gate": "l2", "noise_std": 0.0},
@@ -100,8 +104,11 @@ def test_settings_fit_and_reload(name, tmp_path):
 def test_a_setting_of_none_is_the_routers_default():
     config = MoEConfig.from_dict({"router": "expert_choice"})
     assert config.router_settings() == {}
-    config = MoEConfig.from_dict({"capacity_factor": None, "gate": "l2"})
-    assert config.router_settings() == {"capacity_factor": None, "gate": "l2"}
+    config = MoEConfig.from_dict({"capacity_factor": "dropless", "gate": "l2"})
+    assert config.router_settings() == {
+        "capacity_factor": "dropless",
+        "gate": "l2",
+    }
 
 
 def test_the_shared_expert_has_the_activation_and_dropout_of_the_model():
@@ -119,7 +126,7 @@ def test_the_shared_expert_has_the_activation_and_dropout_of_the_model():
          "num_selected_experts=2"),
         ({"router": "expert_choice", "num_slots": 2}, "has no `num_slots`"),
         ({"num_slots": 2}, "TopKRouter has no `num_slots`"),
-        ({"router": "expert_choice", "capacity_factor": None},
+        ({"router": "expert_choice", "capacity_factor": "dropless"},
          "cannot be dropless"),
         ({"router": "soft", "images_per_group": 1, "gate": "l2"},
          "SoftRouter has no `gate`"),
@@ -131,7 +138,7 @@ def test_the_shared_expert_has_the_activation_and_dropout_of_the_model():
          "capacity_factor=0.0"),
         ({"router": "soft", "images_per_group": 1, "capacity_factor": 0.1},
          "at least 1 slot"),
-        ({"capacity_factor": None, "batch_priority": True},
+        ({"capacity_factor": "dropless", "batch_priority": True},
          "none needs priority"),
         ({"shared_hidden_dim": 0}, "`shared_hidden_dim` must be an integer"),
         ({"gate": "cosin"}, "Did you mean 'cosine'"),

@@ -112,7 +112,7 @@ GROUPS = [
     (1, 2, 1, 6, 0),
     (1, 1, 1, 6, 0),
     (3, 1, 3, 6, 0),
-    (5, None, 1, 30, 0),
+    (5, "batch", 1, 30, 0),
 ]
 
 
@@ -129,7 +129,8 @@ def test_groups_are_consecutive_images(
     flat = tokens.reshape(-1, 2)
     np.testing.assert_array_equal(flat[: batch * 6], images.reshape(-1, 2))
     assert not flat[batch * 6 :].any()
-    full = size if images_per_group is None else images_per_group * 6
+    whole = images_per_group == "batch"
+    full = size if whole else images_per_group * 6
     assert grouped.group_size == full
     if filling:
         mask = ops.convert_to_numpy(grouped.mask).ravel()
@@ -156,7 +157,7 @@ def test_an_empty_batch():
 
 
 # Only TensorFlow traces a batch without its size.
-TRACED = [1, 2, 8, None] if keras.backend.backend() == "tensorflow" else []
+TRACED = [1, 2, 8, "batch"] if keras.backend.backend() == "tensorflow" else []
 
 
 @pytest.mark.parametrize("images_per_group", TRACED)

@@ -229,6 +229,10 @@ def test_a_configuration_of_version_0_1_0(tmp_path):
     assert config.data.augmentation == data.Augmentation(crop_padding=1)
     assert config.checkpoint.checkpoints_per_epoch == 2
     assert config.moe == models.MoEConfig(layers="last_1", num_experts=4)
+    words = OLD.replace("images_per_group: 8", "images_per_group: null")
+    words = words.replace("capacity_factor: auto", "capacity_factor: null")
+    moe = recipes.load(write(tmp_path, words)).moe
+    assert (moe.capacity_factor, moe.images_per_group) == ("dropless", "batch")
 
 
 def test_a_stopped_run_of_version_0_1_0_goes_on(tmp_path, cache):
@@ -247,6 +251,8 @@ def test_a_stopped_run_of_version_0_1_0_goes_on(tmp_path, cache):
             sizes["layer_scale"] = sizes.pop("layer_scale_init_value")
             del old["family"]
             old["model"] = sizes
+        if name == "moe":
+            old["moe"] = {**value, "capacity_factor": "auto"}
         flat |= old
     assert "learning_rate" in flat and "optimizer" in flat
     file.write_text(yaml.safe_dump(flat))

@@ -11,6 +11,7 @@ import pathlib
 
 from keras_vmoe._checks import nearest
 from keras_vmoe._extras import require
+from keras_vmoe.models.moe import of_version_0_1
 from keras_vmoe.training.config import GROUPS
 from keras_vmoe.training.config import TrainConfig
 from keras_vmoe.training.typed import from_dict
@@ -131,10 +132,12 @@ def read_yaml(path):
 def _grouped(settings, path):
     """Settings in their groups, by the words of today."""
     known = kinds_of(TrainConfig)
+    # Run folders of version 0.1.0 have all settings, in no groups.
+    is_old = isinstance(settings.get("optimizer"), str)
     grouped = {}
     for name, value in settings.items():
         if name in known:
-            value = _renamed(name, value)
+            value = _renamed(name, value, is_old)
         elif name in GROUP_OF:
             name, value = GROUP_OF[name], {name: value}
         else:
@@ -147,10 +150,12 @@ def _grouped(settings, path):
     return grouped
 
 
-def _renamed(group, value):
+def _renamed(group, value, is_old):
     """A group of version 0.1.0 by the words of today."""
     if group == "optimizer" and isinstance(value, str):
         return {"name": value}
+    if group == "moe" and is_old and isinstance(value, dict):
+        return of_version_0_1(value)
     if group in ("model", "convnext") and isinstance(value, dict):
         return {RENAMED.get(name, name): x for name, x in value.items()}
     return value
