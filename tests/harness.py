@@ -97,9 +97,11 @@ def check_config(case):
     missing = names - set(config)
     assert not missing, f"get_config() lacks {missing}"
     for name, value in case.arguments.items():
-        assert hasattr(layer, name), f"{name} is not an attribute"
+        # What goes on to the default bank is an attribute of the bank.
+        owner = layer if name in config else layer.experts
+        assert hasattr(owner, name), f"{name} is not an attribute"
         if value is None or isinstance(value, bool | int | float | str):
-            assert config[name] == value, name
+            assert owner.get_config()[name] == value, name
 
     twin = case.layer.from_config(config)
     assert plain(twin.get_config()) == plain(config)

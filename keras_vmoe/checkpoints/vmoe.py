@@ -15,8 +15,8 @@ from keras_vmoe.checkpoints.assignment import kernel_bias
 from keras_vmoe.checkpoints.assignment import scale_bias
 from keras_vmoe.checkpoints.sharded import read_vmoe
 from keras_vmoe.layers.gates import LinearGate
-from keras_vmoe.layers.gates import SoftGate
 from keras_vmoe.layers.moe import MoEMLP
+from keras_vmoe.layers.soft_router import SoftGate
 from keras_vmoe.models.vit import ViTMoE
 
 

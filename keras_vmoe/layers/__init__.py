@@ -9,10 +9,8 @@ from keras_vmoe.layers.experts import MLPExperts
 from keras_vmoe.layers.gates import CosineGate
 from keras_vmoe.layers.gates import L2Gate
 from keras_vmoe.layers.gates import LinearGate
-from keras_vmoe.layers.gates import SoftGate
 from keras_vmoe.layers.mlp import MLP
 from keras_vmoe.layers.moe import MoEMLP
-from keras_vmoe.layers.moe import SharedExpertMoEMLP
 from keras_vmoe.layers.patches import ClassToken
 from keras_vmoe.layers.patches import PatchEmbedding
 from keras_vmoe.layers.pooling import AttentionPooling
@@ -20,6 +18,8 @@ from keras_vmoe.layers.pooling import TokenPooling
 from keras_vmoe.layers.positions import LearnedPositions
 from keras_vmoe.layers.positions import SinCos2DPositions
 from keras_vmoe.layers.routers import Router
+from keras_vmoe.layers.shared_expert import SharedExpertMoEMLP
+from keras_vmoe.layers.soft_router import SoftGate
 from keras_vmoe.layers.soft_router import SoftRouter
 from keras_vmoe.layers.stochastic import Dropout
 from keras_vmoe.layers.stochastic import DropPath

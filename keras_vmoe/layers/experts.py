@@ -10,21 +10,34 @@ from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.block_linear import block_linear
 from keras_vmoe.layers.stochastic import Dropout
+from keras_vmoe.layers.weights import BIAS_INITIALIZER
+from keras_vmoe.layers.weights import for_each_expert
+from keras_vmoe.layers.weights import get_options
+from keras_vmoe.layers.weights import options_config
+from keras_vmoe.layers.weights import set_options
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
 class MLPExperts(keras.layers.Layer):
     """E two-layer MLPs, each applied to its own buffer.
 
-    Every expert is initialised as if it were alone: Keras would take the
-    stacked kernel `(E, D, F)` for a convolution and make it √E too small.
+    Every expert is initialised, regularised and constrained as if it were
+    alone: Keras would take the stacked kernel `(E, D, F)` for that of a
+    convolution and make it √E too small.
 
     Args:
         num_experts: E.
         hidden_dim: F, hidden features of one expert.
         activation: Activation between the layers. `"gelu"` is the exact one;
             `"gelu_tanh"` is that of V-MoE.
-        dropout: Dropout rate behind each of the two layers, in `[0, 1]`.
+        dropout: Dropout rate after each of the two layers, in `[0, 1]`.
+        kernel_initializer: Initializer of the kernels, `(D, F)` and `(F, D)`.
+        bias_initializer: Initializer of the biases; None means a normal one
+            with a standard deviation of 1e-6, as in V-MoE.
+        kernel_regularizer: Optional regularizer of the kernels.
+        bias_regularizer: Optional regularizer of the biases.
+        kernel_constraint: Optional constraint on the kernels.
+        bias_constraint: Optional constraint on the biases.
         seed: Optional integer seed of the dropout.
 
     Call arguments:
@@ -53,6 +66,12 @@ class MLPExperts(keras.layers.Layer):
         hidden_dim,
         activation="gelu",
         dropout=0.0,
+        kernel_initializer="glorot_uniform",
+        bias_initializer=None,
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        kernel_constraint=None,
+        bias_constraint=None,
         seed=None,
         **kwargs,
     ):
@@ -62,6 +81,15 @@ class MLPExperts(keras.layers.Layer):
         self.hidden_dim = int(hidden_dim)
         self.activation = get_activation(activation)
         self.dropout = dropout
+        set_options(
+            self,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer or BIAS_INITIALIZER,
+            kernel_regularizer=kernel_regularizer,
+            bias_regularizer=bias_regularizer,
+            kernel_constraint=kernel_constraint,
+            bias_constraint=bias_constraint,
+        )
         self.seed = seed
         self.dropout_layer = Dropout(
             dropout, seed=seed, dtype=self.dtype_policy, name="dropout"
@@ -83,14 +111,12 @@ class MLPExperts(keras.layers.Layer):
         kernel = self.add_weight(
             name=f"{name}_kernel",
             shape=(self.num_experts, fan_in, fan_out),
-            initializer=keras.initializers.GlorotUniform(
-                input_axes=(1,), output_axes=(2,)
-            ),
+            **for_each_expert(**get_options(self, "kernel")),
         )
         bias = self.add_weight(
             name=f"{name}_bias",
             shape=(self.num_experts, fan_out),
-            initializer=keras.initializers.RandomNormal(stddev=1e-6),
+            **for_each_expert(**get_options(self, "bias")),
         )
         setattr(self, f"{name}_kernel", kernel)
         setattr(self, f"{name}_bias", bias)
@@ -127,6 +153,7 @@ class MLPExperts(keras.layers.Layer):
             "hidden_dim": self.hidden_dim,
             "activation": serialize_activation(self.activation),
             "dropout": self.dropout,
+            **options_config(self, "kernel", "bias"),
             "seed": self.seed,
         }
 

@@ -13,7 +13,9 @@ from keras import ops
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_number
 from keras_vmoe._checks import nearest
-from keras_vmoe.routing.groups import check_capacity_factor
+from keras_vmoe.layers.weights import get_options
+from keras_vmoe.layers.weights import options_config
+from keras_vmoe.layers.weights import set_options
 
 
 class Gate(keras.layers.Layer):
@@ -21,15 +23,35 @@ class Gate(keras.layers.Layer):
 
     Args:
         num_experts: E.
+        kernel_initializer: Initializer of the kernel.
+        kernel_regularizer: Optional regularizer of the kernel.
+        kernel_constraint: Optional constraint on the kernel.
     """
 
-    def __init__(self, num_experts, **kwargs):
+    def __init__(
+        self,
+        num_experts,
+        kernel_initializer="lecun_normal",
+        kernel_regularizer=None,
+        kernel_constraint=None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         check_sizes(num_experts=num_experts)
         self.supports_masking = True
         self.num_experts = int(num_experts)
+        set_options(
+            self,
+            kernel_initializer=kernel_initializer,
+            kernel_regularizer=kernel_regularizer,
+            kernel_constraint=kernel_constraint,
+        )
 
-    def add_float32(self, name, shape, initializer):
+    def add_kernel(self, shape):
+        """The kernel, from the tokens' features."""
+        return self.add_float32("kernel", shape, **get_options(self, "kernel"))
+
+    def add_float32(self, name, shape, initializer, **options):
         """A float32 weight under every policy."""
         return self.add_weight(
             name=name,
@@ -37,6 +59,7 @@ class Gate(keras.layers.Layer):
             initializer=initializer,
             dtype="float32",
             autocast=False,
+            **options,
         )
 
     def compute_output_spec(self, tokens):
@@ -44,7 +67,11 @@ class Gate(keras.layers.Layer):
         return keras.KerasTensor(shape, dtype="float32")
 
     def get_config(self):
-        return {**super().get_config(), "num_experts": self.num_experts}
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            **options_config(self, "kernel"),
+        }
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -53,6 +80,9 @@ class LinearGate(Gate):
 
     Args:
         num_experts: E.
+        kernel_initializer: Initializer of the kernel, `(D, E)`.
+        kernel_regularizer: Optional regularizer of the kernel.
+        kernel_constraint: Optional constraint on the kernel.
 
     Call arguments:
         tokens: `(G, S, D)` float tensor.
@@ -72,9 +102,7 @@ class LinearGate(Gate):
     """
 
     def build(self, input_shape):
-        self.kernel = self.add_float32(
-            "kernel", (input_shape[-1], self.num_experts), "lecun_normal"
-        )
+        self.kernel = self.add_kernel((input_shape[-1], self.num_experts))
 
     def call(self, tokens):
         return ops.matmul(ops.cast(tokens, "float32"), self.kernel)
@@ -96,6 +124,7 @@ class ProjectedGate(Gate):
             smaller of 256 and D / 2.
         temperature: Starting value of the temperature, positive.
         min_temperature: Smallest temperature, positive.
+        **kwargs: Further arguments of `Gate`.
     """
 
     def __init__(
@@ -130,9 +159,7 @@ class ProjectedGate(Gate):
                 f" Received: projection_dim={size} for {features} features. "
                 "The default is half of them, at most 256."
             )
-        self.kernel = self.add_float32(
-            "kernel", (features, size), "lecun_normal"
-        )
+        self.kernel = self.add_kernel((features, size))
         self.bias = self.add_float32("bias", (size,), "zeros")
         self.codes = self.add_float32(
             "codes",
@@ -177,6 +204,9 @@ class CosineGate(ProjectedGate):
             smaller of 256 and D / 2. (Chi et al. take E / 2.)
         temperature: Starting value of the learned temperature, 1 / scale.
         min_temperature: Smallest temperature; the scale is at most its inverse.
+        kernel_initializer: Initializer of the kernel of the projection.
+        kernel_regularizer: Optional regularizer of the kernel.
+        kernel_constraint: Optional constraint on the kernel.
 
     Call arguments:
         tokens: `(G, S, D)` float tensor.
@@ -216,6 +246,9 @@ class L2Gate(ProjectedGate):
             smaller of 256 and D / 2.
         temperature: Starting value of the learned temperature, 1 / scale.
         min_temperature: Smallest temperature; the scale is at most its inverse.
+        kernel_initializer: Initializer of the kernel of the projection.
+        kernel_regularizer: Optional regularizer of the kernel.
+        kernel_constraint: Optional constraint on the kernel.
 
     Call arguments:
         tokens: `(G, S, D)` float tensor.
@@ -243,117 +276,6 @@ class L2Gate(ProjectedGate):
         product = 2.0 * ops.matmul(projected, codes)
         differing = product - ops.sum(ops.square(codes), axis=0)
         return differing - ops.sum(ops.square(projected), -1, keepdims=True)
-
-
-@keras.saving.register_keras_serializable("keras_vmoe")
-class SoftGate(keras.layers.Layer):
-    """Similarity of tokens and slots, for Soft MoE.
-
-    `scale * cos(x, mu)` of unit-norm tokens and slot parameters, P slots for
-    each expert.
-
-    Args:
-        num_experts: E.
-        num_slots: P; None means `round(S * capacity_factor / E)` for the S
-            tokens of an image.
-        capacity_factor: Slots relative to tokens, where `num_slots` is None.
-
-    Call arguments:
-        tokens: `(G, S, D)` float tensor; a group is one image.
-
-    Returns:
-        `(G, S, E, P)` float32 logits.
-
-    Raises:
-        ValueError: If the number of slots comes out at 0, or if it follows
-            from a number of tokens that is not known.
-
-    Example:
-
-    >>> SoftGate(num_experts=2, num_slots=3)(keras.ops.ones((1, 6, 8))).shape
-    (1, 6, 2, 3)
-
-    Reference:
-        [Puigcerver et al., 2023](https://arxiv.org/abs/2308.00951), section
-        2.3.
-    """
-
-    def __init__(
-        self, num_experts, num_slots=None, capacity_factor=1.0, **kwargs
-    ):
-        super().__init__(**kwargs)
-        self.supports_masking = True
-        check_sizes(num_experts=num_experts)
-        check_capacity_factor(capacity_factor)
-        if num_slots is not None:
-            check_sizes(num_slots=num_slots)
-        self.num_experts = int(num_experts)
-        self.num_slots = num_slots
-        self.capacity_factor = capacity_factor
-
-    def build(self, input_shape):
-        _, num_tokens, features = input_shape
-        self.mu = self.add_weight(
-            name="mu",
-            shape=(features, self.num_experts, self._slots(num_tokens)),
-            # Of the fan-in D, as if each slot were alone.
-            initializer=keras.initializers.VarianceScaling(
-                mode="fan_in",
-                distribution="truncated_normal",
-                input_axes=(0,),
-                output_axes=(1, 2),
-            ),
-            dtype="float32",
-            autocast=False,
-        )
-        self.scale = self.add_weight(
-            name="scale",
-            shape=(),
-            initializer="ones",
-            dtype="float32",
-            autocast=False,
-        )
-
-    def _slots(self, num_tokens):
-        if self.num_slots is not None:
-            return self.num_slots
-        if num_tokens is None:
-            raise ValueError(
-                "The number of slots follows from the number of tokens of an "
-                "image, which must be known. Received: num_slots=None and "
-                "tokens of unknown number. Set `num_slots`."
-            )
-        slots = round(num_tokens * self.capacity_factor / self.num_experts)
-        if slots < 1:
-            raise ValueError(
-                "Each expert needs at least 1 slot. Received: "
-                f"num_experts={self.num_experts}, capacity_factor="
-                f"{self.capacity_factor} and {num_tokens} tokens per image, "
-                "which gives 0 slots. Set `num_slots`, raise the capacity "
-                "factor or take fewer experts."
-            )
-        return slots
-
-    def call(self, tokens):
-        tokens = unit_norm(ops.cast(tokens, "float32"), -1)
-        mu = unit_norm(ops.convert_to_tensor(self.mu), 0)
-        features, num_experts, num_slots = mu.shape
-        mu = ops.reshape(mu, (features, num_experts * num_slots))
-        logits = self.scale * ops.matmul(tokens, mu)
-        groups, num_tokens, _ = ops.shape(logits)
-        return ops.reshape(logits, (groups, num_tokens, num_experts, num_slots))
-
-    def compute_output_spec(self, tokens):
-        shape = (*tokens.shape[:-1], *self.mu.shape[1:])
-        return keras.KerasTensor(shape, dtype="float32")
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "num_experts": self.num_experts,
-            "num_slots": self.num_slots,
-            "capacity_factor": self.capacity_factor,
-        }
 
 
 def unit_norm(x, axis):

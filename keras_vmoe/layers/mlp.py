@@ -6,6 +6,10 @@ from keras_vmoe._checks import check_sizes
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.stochastic import Dropout
+from keras_vmoe.layers.weights import BIAS_INITIALIZER
+from keras_vmoe.layers.weights import get_options
+from keras_vmoe.layers.weights import options_config
+from keras_vmoe.layers.weights import set_options
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -16,7 +20,15 @@ class MLP(keras.layers.Layer):
         hidden_dim: F, hidden features.
         activation: Activation between the layers. `"gelu"` is the exact one;
             `"gelu_tanh"` is that of V-MoE.
-        dropout: Dropout rate behind each of the two layers, in `[0, 1]`.
+        dropout: Dropout rate after each of the two layers, in `[0, 1]`.
+        kernel_initializer: Initializer of both kernels.
+        bias_initializer: Initializer of both biases; None means a normal one
+            with a standard deviation of 1e-6, as in V-MoE.
+        kernel_regularizer: Optional regularizer of the kernels.
+        bias_regularizer: Optional regularizer of the biases.
+        kernel_constraint: Optional constraint on the kernels.
+        bias_constraint: Optional constraint on the biases.
+        seed: Optional integer seed of the dropout.
 
     Call arguments:
         inputs: `(..., D)` float tensor.
@@ -31,24 +43,48 @@ class MLP(keras.layers.Layer):
     (2, 5, 8)
     """
 
-    def __init__(self, hidden_dim, activation="gelu", dropout=0.0, **kwargs):
+    def __init__(
+        self,
+        hidden_dim,
+        activation="gelu",
+        dropout=0.0,
+        kernel_initializer="glorot_uniform",
+        bias_initializer=None,
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        kernel_constraint=None,
+        bias_constraint=None,
+        seed=None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         check_sizes(hidden_dim=hidden_dim)
         self.hidden_dim = int(hidden_dim)
         self.activation = get_activation(activation)
         self.dropout = dropout
+        set_options(
+            self,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer or BIAS_INITIALIZER,
+            kernel_regularizer=kernel_regularizer,
+            bias_regularizer=bias_regularizer,
+            kernel_constraint=kernel_constraint,
+            bias_constraint=bias_constraint,
+        )
+        self.seed = seed
         self.hidden_dense = self._dense(self.hidden_dim, "hidden")
         self.dropout_layer = Dropout(
-            dropout, dtype=self.dtype_policy, name="dropout"
+            dropout, seed=seed, dtype=self.dtype_policy, name="dropout"
         )
 
     def _dense(self, units, name):
+        options = {
+            f"{prefix}_{kind}": value
+            for prefix in ("kernel", "bias")
+            for kind, value in get_options(self, prefix).items()
+        }
         return keras.layers.Dense(
-            units,
-            kernel_initializer="glorot_uniform",
-            bias_initializer=keras.initializers.RandomNormal(stddev=1e-6),
-            dtype=self.dtype_policy,
-            name=name,
+            units, **options, dtype=self.dtype_policy, name=name
         )
 
     def build(self, input_shape):
@@ -70,4 +106,6 @@ class MLP(keras.layers.Layer):
             "hidden_dim": self.hidden_dim,
             "activation": serialize_activation(self.activation),
             "dropout": self.dropout,
+            **options_config(self, "kernel", "bias"),
+            "seed": self.seed,
         }

@@ -11,10 +11,7 @@ from keras_vmoe import routing
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
 from keras_vmoe.distribution import _replicas
-from keras_vmoe.layers.activations import get_activation
-from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.experts import MLPExperts
-from keras_vmoe.layers.mlp import MLP
 from keras_vmoe.layers.routers import OWNERS
 from keras_vmoe.layers.routers import Router
 from keras_vmoe.layers.routers import share
@@ -22,6 +19,18 @@ from keras_vmoe.layers.routers import with_layers
 from keras_vmoe.layers.top_k_router import TopKRouter
 
 IMAGES_PER_GROUP = 8  # That of V-MoE.
+# What goes from `MoEMLP` to its default bank.
+BANK = {
+    "activation",
+    "dropout",
+    "kernel_initializer",
+    "bias_initializer",
+    "kernel_regularizer",
+    "bias_regularizer",
+    "kernel_constraint",
+    "bias_constraint",
+    "seed",
+}
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -53,10 +62,10 @@ class MoEMLP(keras.layers.Layer):
         images_per_group: Images that are routed together. None routes the
             whole batch as one group; 1 makes images independent, which a
             `SoftRouter` always does.
-        activation: Activation of the default bank. `"gelu"` is the exact one,
-            as in Keras; `"gelu_tanh"` is that of V-MoE.
-        dropout: Dropout rate after each layer of the default bank's experts,
-            in `[0, 1]`.
+        **kwargs: Further arguments of `MLPExperts` for the default bank
+            (`activation`, `dropout`, `kernel_initializer`, `bias_initializer`,
+            `kernel_regularizer`, `bias_regularizer`, `kernel_constraint`,
+            `bias_constraint`, `seed`), and of `keras.layers.Layer`.
 
     Call arguments:
         inputs: `(B, ..., D)` float tensor with at least one axis of tokens.
@@ -94,8 +103,6 @@ class MoEMLP(keras.layers.Layer):
         router=None,
         experts=None,
         images_per_group=IMAGES_PER_GROUP,
-        activation="gelu",
-        dropout=0.0,
         **kwargs,
     ):
         for name in kwargs.keys() & OWNERS:
@@ -104,58 +111,34 @@ class MoEMLP(keras.layers.Layer):
                 f"{kwargs[name]!r}. Write `router=layers.TopKRouter(num_experts"
                 ", ...)` with it."
             )
+        bank = {name: kwargs.pop(name) for name in BANK & kwargs.keys()}
         super().__init__(**kwargs)
+        check_sizes(num_experts=num_experts)
         self.supports_masking = True
-        if images_per_group is None:
-            images_per_group = IMAGES_PER_GROUP
-        if images_per_group != "batch" and (
-            not is_integer(images_per_group) or images_per_group < 1
-        ):
-            raise ValueError(
-                "`images_per_group` must be an integer of at least 1, or "
-                f"'batch' for one group per batch. Received: "
-                f"{images_per_group=!r}. V-MoE has 8."
-            )
+        self.num_experts = int(num_experts)
         if router is None:
             router = TopKRouter(
                 num_experts, dtype=self.dtype_policy, name="router"
             )
-        _check_router(router)
-        if router.num_experts != num_experts:
-            raise ValueError(
-                "Router and layer must have the same number of experts. "
-                f"Received: router.num_experts={router.num_experts} and "
-                f"num_experts={num_experts}. Give both the same number."
-            )
-        if router.images_per_group is not None:
-            images_per_group = _fixed_group(router, images_per_group)
-        check_sizes(num_experts=num_experts)
+        _check_router(router, num_experts)
         if experts is None:
+            dtype = self.dtype_policy
             experts = MLPExperts(
-                num_experts,
-                hidden_dim,
-                activation=activation,
-                dropout=dropout,
-                dtype=self.dtype_policy,
-                name="experts",
+                num_experts, hidden_dim, **bank, dtype=dtype, name="experts"
             )
         else:
             _check_bank(experts, num_experts)
-            _check_settings_of(experts, hidden_dim, activation, dropout)
-            hidden_dim = getattr(experts, "hidden_dim", None)
-            activation = getattr(experts, "activation", activation)
-            dropout = getattr(experts, "dropout", dropout)
-        self.num_experts = int(num_experts)
-        self.hidden_dim = hidden_dim and int(hidden_dim)
+            _check_settings_of(experts, {"hidden_dim": hidden_dim, **bank})
         self.router = router
-        if images_per_group != "batch":
-            images_per_group = int(images_per_group)
-        self.images_per_group = images_per_group
-        self.activation = get_activation(activation)
-        self.dropout = dropout
         self.experts = experts
+        self.images_per_group = _group(router, images_per_group)
         call = inspect.signature(experts.call).parameters
         self._takes_training = "training" in call
+
+    @property
+    def hidden_dim(self):
+        """F of an expert; None where the bank does not say it."""
+        return getattr(self.experts, "hidden_dim", None)
 
     def build(self, input_shape):
         self._check_rank(input_shape)
@@ -296,8 +279,6 @@ class MoEMLP(keras.layers.Layer):
             "router": self.router,
             "experts": self.experts,
             "images_per_group": self.images_per_group,
-            "activation": serialize_activation(self.activation),
-            "dropout": self.dropout,
         }
 
     @classmethod
@@ -308,103 +289,42 @@ class MoEMLP(keras.layers.Layer):
         return cls(**config)
 
 
-@keras.saving.register_keras_serializable("keras_vmoe")
-class SharedExpertMoEMLP(MoEMLP):
-    """A mixture of MLPs, and one more MLP that sees every token.
-
-    The shared expert's output is added to that of the mixture, with weight 1,
-    masked tokens included. It takes over what all tokens need, so that the
-    others can specialise; a token that is dropped still passes through it.
-
-    Args:
-        num_experts: E, without the shared expert.
-        hidden_dim: F, hidden features of one routed expert.
-        shared_hidden_dim: Hidden features of the shared expert.
-        shared_expert: An `MLP` to use as the shared expert; None makes one.
-        **kwargs: Further arguments of `MoEMLP`.
-
-    Call arguments:
-        inputs: `(B, ..., D)` float tensor; others as in `MoEMLP`.
-
-    Returns:
-        Tensor of the shape of `inputs`.
-
-    Raises:
-        ValueError: As `MoEMLP`.
-
-    Example:
-
-    >>> layer = SharedExpertMoEMLP(
-    ...     num_experts=4, hidden_dim=32, shared_hidden_dim=16)
-    >>> layer(keras.random.normal((2, 7, 7, 16))).shape
-    (2, 7, 7, 16)
-
-    Reference:
-        [Dai et al., 2024](https://arxiv.org/abs/2401.06066) (DeepSeekMoE),
-        section 3.2; for vision
-        [Han et al., 2024](https://arxiv.org/abs/2410.15732) (ViMoE).
-    """
-
-    def __init__(
-        self,
-        num_experts,
-        hidden_dim=None,
-        shared_hidden_dim=None,
-        shared_expert=None,
-        **kwargs,
-    ):
-        super().__init__(num_experts, hidden_dim, **kwargs)
-        if shared_expert is not None and shared_hidden_dim is None:
-            shared_hidden_dim = shared_expert.hidden_dim
-        check_sizes(shared_hidden_dim=shared_hidden_dim)
-        self.shared_hidden_dim = int(shared_hidden_dim)
-        self.shared_expert = shared_expert or MLP(
-            self.shared_hidden_dim,
-            activation=self.activation,
-            dropout=self.dropout,
-            dtype=self.dtype_policy,
-            name="shared_expert",
-        )
-
-    def build(self, input_shape):
-        super().build(input_shape)
-        if not self.shared_expert.built:
-            self.shared_expert.build(input_shape)
-
-    def call(self, inputs, mask=None, training=False):
-        outputs = super().call(inputs, mask=mask, training=training)
-        shared = self.shared_expert(inputs, training=training)
-        return outputs + ops.cast(shared, outputs.dtype)
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "shared_hidden_dim": self.shared_hidden_dim,
-            "shared_expert": self.shared_expert,
-        }
-
-    @classmethod
-    def from_config(cls, config):
-        return super().from_config(with_layers(config, "shared_expert"))
-
-
-def _fixed_group(router, images_per_group):
-    """Images per group of a router that fixes them."""
-    if images_per_group not in (router.images_per_group, IMAGES_PER_GROUP):
+def _group(router, images_per_group):
+    """Images per group, or "batch"; some routers fix it."""
+    if images_per_group is None:
+        images_per_group = IMAGES_PER_GROUP
+    if images_per_group != "batch":
+        if not is_integer(images_per_group) or images_per_group < 1:
+            raise ValueError(
+                "`images_per_group` must be an integer of at least 1, or "
+                f"'batch' for one group per batch. Received: "
+                f"{images_per_group=!r}. V-MoE has 8."
+            )
+        images_per_group = int(images_per_group)
+    fixed = router.images_per_group
+    if fixed is None:
+        return images_per_group
+    if images_per_group not in (fixed, IMAGES_PER_GROUP):
         raise ValueError(
             f"A {type(router).__name__} routes each image alone. Received: "
-            f"images_per_group={images_per_group}. Leave it out."
+            f"images_per_group={images_per_group!r}. Leave it out."
         )
-    return router.images_per_group
+    return fixed
 
 
-def _check_router(router):
-    """Raises unless this is a router."""
+def _check_router(router, num_experts):
+    """Raises unless this is a router of as many experts."""
     if not isinstance(router, Router):
         raise ValueError(
             "`router` must be a router object or None. "
             f"Received: router={router!r}. "
             "Write `layers.TopKRouter(num_experts, ...)`."
+        )
+    if router.num_experts != num_experts:
+        raise ValueError(
+            "Router and layer must have the same number of experts. "
+            f"Received: router.num_experts={router.num_experts} and "
+            f"num_experts={num_experts}. Give both the same number."
         )
 
 
@@ -425,15 +345,10 @@ def _check_bank(experts, num_experts):
         )
 
 
-def _check_settings_of(experts, hidden_dim, activation, dropout):
-    """Raises for settings that a given bank would not follow."""
-    activation = get_activation(activation)
-    for name, value, default in (
-        ("hidden_dim", hidden_dim, None),
-        ("activation", activation, get_activation("gelu")),
-        ("dropout", dropout, 0.0),
-    ):
-        if value not in (default, getattr(experts, name, default)):
+def _check_settings_of(experts, settings):
+    """Raises for settings that a given bank does not follow."""
+    for name, value in settings.items():
+        if value not in (None, getattr(experts, name, None)):
             raise ValueError(
                 f"A bank brings its own `{name}`. Received: {name}={value!r} "
                 f"together with experts={experts.name!r}. Set it on the bank."

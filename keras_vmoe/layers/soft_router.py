@@ -4,9 +4,122 @@ import keras
 from keras import ops
 
 from keras_vmoe import routing
-from keras_vmoe.layers.gates import SoftGate
+from keras_vmoe._checks import check_sizes
+from keras_vmoe.layers.gates import unit_norm
 from keras_vmoe.layers.routers import Router
 from keras_vmoe.layers.routers import check_settings
+from keras_vmoe.routing.groups import check_capacity_factor
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class SoftGate(keras.layers.Layer):
+    """Similarity of tokens and slots, for Soft MoE.
+
+    `scale * cos(x, mu)` of unit-norm tokens and slot parameters, P slots for
+    each expert.
+
+    Args:
+        num_experts: E.
+        num_slots: P; None means `round(S * capacity_factor / E)` for the S
+            tokens of an image.
+        capacity_factor: Slots relative to tokens, where `num_slots` is None.
+
+    Call arguments:
+        tokens: `(G, S, D)` float tensor; a group is one image.
+
+    Returns:
+        `(G, S, E, P)` float32 logits.
+
+    Raises:
+        ValueError: If the number of slots comes out at 0, or if it follows
+            from a number of tokens that is not known.
+
+    Example:
+
+    >>> SoftGate(num_experts=2, num_slots=3)(keras.ops.ones((1, 6, 8))).shape
+    (1, 6, 2, 3)
+
+    Reference:
+        [Puigcerver et al., 2023](https://arxiv.org/abs/2308.00951), section
+        2.3.
+    """
+
+    def __init__(
+        self, num_experts, num_slots=None, capacity_factor=1.0, **kwargs
+    ):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        check_sizes(num_experts=num_experts)
+        check_capacity_factor(capacity_factor)
+        if num_slots is not None:
+            check_sizes(num_slots=num_slots)
+        self.num_experts = int(num_experts)
+        self.num_slots = num_slots
+        self.capacity_factor = capacity_factor
+
+    def build(self, input_shape):
+        _, num_tokens, features = input_shape
+        self.mu = self.add_weight(
+            name="mu",
+            shape=(features, self.num_experts, self._slots(num_tokens)),
+            # Of the fan-in D, as if each slot were alone.
+            initializer=keras.initializers.VarianceScaling(
+                mode="fan_in",
+                distribution="truncated_normal",
+                input_axes=(0,),
+                output_axes=(1, 2),
+            ),
+            dtype="float32",
+            autocast=False,
+        )
+        self.scale = self.add_weight(
+            name="scale",
+            shape=(),
+            initializer="ones",
+            dtype="float32",
+            autocast=False,
+        )
+
+    def _slots(self, num_tokens):
+        if self.num_slots is not None:
+            return self.num_slots
+        if num_tokens is None:
+            raise ValueError(
+                "The number of slots follows from the number of tokens of an "
+                "image, which must be known. Received: num_slots=None and "
+                "tokens of unknown number. Set `num_slots`."
+            )
+        slots = round(num_tokens * self.capacity_factor / self.num_experts)
+        if slots < 1:
+            raise ValueError(
+                "Each expert needs at least 1 slot. Received: "
+                f"num_experts={self.num_experts}, capacity_factor="
+                f"{self.capacity_factor} and {num_tokens} tokens per image, "
+                "which gives 0 slots. Set `num_slots`, raise the capacity "
+                "factor or take fewer experts."
+            )
+        return slots
+
+    def call(self, tokens):
+        tokens = unit_norm(ops.cast(tokens, "float32"), -1)
+        mu = unit_norm(ops.convert_to_tensor(self.mu), 0)
+        features, num_experts, num_slots = mu.shape
+        mu = ops.reshape(mu, (features, num_experts * num_slots))
+        logits = self.scale * ops.matmul(tokens, mu)
+        groups, num_tokens, _ = ops.shape(logits)
+        return ops.reshape(logits, (groups, num_tokens, num_experts, num_slots))
+
+    def compute_output_spec(self, tokens):
+        shape = (*tokens.shape[:-1], *self.mu.shape[1:])
+        return keras.KerasTensor(shape, dtype="float32")
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "num_slots": self.num_slots,
+            "capacity_factor": self.capacity_factor,
+        }
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")

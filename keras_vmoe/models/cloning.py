@@ -1,8 +1,11 @@
 """New models around the variables of others."""
 
+import functools
+
 import keras
 
 from keras_vmoe import layers
+from keras_vmoe._keras import all_layers
 from keras_vmoe.models.base import MoEModel
 
 
@@ -32,11 +35,11 @@ def clone_around(model, change=None, change_config=None):
     """
 
     def copy(layer):
-        if change is not None and isinstance(layer, layers.MoEMLP):
-            return change(layer)
+        if isinstance(layer, layers.MoEMLP):
+            return layer.sharing() if change is None else change(layer)
         if is_graph(layer):
             return clone_around(layer, change, change_config)
-        return _alias(layer)
+        return _sharing(layer)
 
     clone = keras.models.clone_model(model, clone_function=copy)
     if isinstance(model, MoEModel):
@@ -46,22 +49,50 @@ def clone_around(model, change=None, change_config=None):
     return clone
 
 
-def _alias(layer):
+def _sharing(layer):
     """A layer of the same variables and sublayers, to stand in another graph.
 
     A layer that is called a second time has two outputs, and features of the
     new model could no longer be taken by name. A copy by `from_config` would
-    fill memory with weights of its own first.
+    fill memory with weights of its own first: here Keras's constructor makes a
+    layer without parts, which then gets those of the other.
     """
-    is_layer = isinstance(layer, keras.layers.Layer)  # Not an operation.
-    inner = layer._flatten_layers(include_self=False) if is_layer else ()
-    if any(isinstance(x, layers.MoEMLP) for x in inner):
+    if not isinstance(layer, keras.layers.Layer):  # An operation.
+        return type(layer).from_config(layer.get_config())
+    if any(isinstance(x, layers.MoEMLP) for x in all_layers(layer)):
         raise ValueError(
             "MoE layers must stand in the graph of a functional model. "
             f"Received: {layer.name!r}, a {type(layer).__name__} that holds "
             "one. Call it on the tensors themselves."
         )
-    alias = object.__new__(type(layer))
-    alias.__dict__.update(vars(layer))
-    alias.__dict__.update(_inbound_nodes=[], _outbound_nodes=[])
-    return alias
+    new = type(layer).__new__(type(layer), **layer.get_config())
+    keras.layers.Layer.__init__(
+        new,
+        activity_regularizer=layer.activity_regularizer,
+        trainable=layer.trainable,
+        dtype=layer.dtype_policy,
+        autocast=layer.autocast,
+        name=layer.name,
+    )
+    for name, part in _attributes(layer).items():
+        if name not in _of_every_layer():
+            setattr(new, name, part)
+    new.supports_masking = layer.supports_masking
+    new.input_spec = layer.input_spec
+    new.built = layer.built
+    return new
+
+
+def _attributes(layer):
+    """The attributes of a layer by name, without those of its class."""
+    children = getattr(layer, "named_children", dict)  # Of PyTorch.
+    return {**vars(layer), **dict(children())}
+
+
+@functools.cache
+def _of_every_layer():
+    """Names of the attributes by which Keras does its own bookkeeping."""
+    layer = keras.layers.Layer()
+    layer.part = keras.layers.Layer()
+    layer.build(())
+    return _attributes(layer).keys() - {"part"}

@@ -33,8 +33,9 @@ class MoEConfig:
         layers: Placement; see `models.moe_blocks` and `models.stage_blocks`.
         num_experts: E.
         router: `"top_k"`, `"expert_choice"`, `"soft"` or `"bias_balanced"`, or
-            a router whose copies, one per layer, are used as they are and
-            bring their own settings.
+            a router without weights yet, which only describes: each layer of
+            the model gets one of its settings. (A router that is given to
+            layers themselves is used by them, and shared.)
         images_per_group: Images that are routed together, or `"batch"` for
             all; None means 8.
         hidden_dim: F of an expert; None means that of the dense MLP.
@@ -93,6 +94,13 @@ class MoEConfig:
                 f"Received: mlp_ratio={ratio!r}. ConvNeXt has 4."
             )
         if isinstance(self.router, keras.layers.Layer):
+            if self.router.built:
+                raise ValueError(
+                    "A model makes a router for each of its layers, of the "
+                    "settings of the given one. Received: router="
+                    f"{self.router.name!r}, which has weights: they would not "
+                    "be used. Pass a new one, or `layers.MoEMLP(router=...)`."
+                )
             if settings:
                 both = [f"{key}={value!r}" for key, value in settings.items()]
                 raise ValueError(

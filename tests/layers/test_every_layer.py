@@ -61,7 +61,20 @@ SOFT_FLAGS = {
     "noise_std": 0.5,
     "seed": 7,
 }
+KERNEL_FLAGS = {
+    "kernel_initializer": keras.initializers.HeNormal(seed=1),
+    "kernel_regularizer": keras.regularizers.L2(0.1),
+    "kernel_constraint": keras.constraints.MaxNorm(2.0),
+}
+WEIGHT_FLAGS = {
+    **KERNEL_FLAGS,
+    "bias_initializer": keras.initializers.RandomNormal(stddev=0.1, seed=2),
+    "bias_regularizer": keras.regularizers.L1(0.1),
+    "bias_constraint": keras.constraints.NonNeg(),
+    "seed": 3,
+}
 GATE_FLAGS = {
+    **KERNEL_FLAGS,
     "projection_dim": 3,
     "temperature": 0.2,
     "min_temperature": 0.05,
@@ -77,7 +90,8 @@ CASES = [
     Case(layers.LayerScale, {"initial_value": 0.1}, TOKENS),
     Case(layers.LearnedPositions, {}, TOKENS),
     Case(layers.MLP,
-         {"hidden_dim": 12, "activation": "gelu_tanh", "dropout": 0.1}, TOKENS),
+         {"hidden_dim": 12, "activation": "gelu_tanh", "dropout": 0.1,
+          **WEIGHT_FLAGS}, TOKENS),
     Case(layers.PatchEmbedding,
          {"hidden_dim": 8, "patch_size": 2}, (2, 4, 6, 3), (2, 6, 8)),
     Case(layers.SelfAttention, {"num_heads": 4}, TOKENS),
@@ -85,7 +99,7 @@ CASES = [
     Case(layers.TokenPooling, {}, TOKENS, (3, 8)),
     moe("as it comes"),
     moe("with all flags", ROUTER_FLAGS, images_per_group=2,
-        activation="gelu_tanh", dropout=0.1),
+        activation="gelu_tanh", dropout=0.1, **WEIGHT_FLAGS),
     moe("one group", {"num_selected_experts": 3}, images_per_group="batch"),
     moe("dropless", {"capacity_factor": "dropless", "num_selected_experts": 2}),
     moe("with a cosine gate", {"gate": "cosine", "num_selected_experts": 3,
@@ -109,11 +123,13 @@ CASES = [
     moe("with a layer", {"num_selected_experts": 3}, shared_hidden_dim=4,
         shared_expert=layers.MLP(4)),
     moe("with all flags", ROUTER_FLAGS, images_per_group=2,
-        activation="gelu_tanh", dropout=0.1, shared_hidden_dim=4),
+        activation="gelu_tanh", dropout=0.1, shared_hidden_dim=4,
+        **WEIGHT_FLAGS),
 ]  # fmt: skip
 # These stand in no functional model by themselves.
 PARTS = [
-    Case(layers.LinearGate, {"num_experts": 3}, TOKENS, (3, 6, 3)),
+    Case(layers.LinearGate, {"num_experts": 3, **KERNEL_FLAGS},
+         TOKENS, (3, 6, 3)),
     Case(layers.CosineGate, {"num_experts": 3, **GATE_FLAGS},
          TOKENS, (3, 6, 3)),
     Case(layers.L2Gate, {"num_experts": 3, **GATE_FLAGS}, TOKENS, (3, 6, 3)),
@@ -123,7 +139,7 @@ PARTS = [
          TOKENS, (3, 6, 3, 2), label="SoftGate with slots"),
     Case(layers.MLPExperts,
          {"num_experts": 3, "hidden_dim": 5, "activation": "gelu_tanh",
-          "dropout": 0.1, "seed": 3},
+          "dropout": 0.1, **WEIGHT_FLAGS},
          (2, 3, 4, 8)),
 ]  # fmt: skip
 ROUTERS = [

@@ -122,10 +122,8 @@ def test_any_batch_and_group(images_per_group):
 
 
 # Only TensorFlow traces a batch without its size.
-TRACED = [1, 2, 8, "batch"] if keras.backend.backend() == "tensorflow" else []
-
-
-@pytest.mark.parametrize("images_per_group", TRACED)
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("images_per_group", [1, 2, 8, "batch"])
 def test_dynamic_batch(images_per_group):
     import tensorflow as tf
 

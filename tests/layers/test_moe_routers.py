@@ -147,10 +147,8 @@ def test_jit_compile_and_one_step_of_fit(name):
 
 
 # Only TensorFlow traces a batch without its size.
-TRACED = [2, "batch"] if keras.backend.backend() == "tensorflow" else []
-
-
-@pytest.mark.parametrize("images_per_group", TRACED)
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("images_per_group", [2, "batch"])
 @EACH
 def test_dynamic_batch(name, images_per_group):
     import tensorflow as tf
@@ -491,7 +489,7 @@ def test_bad_router(router, arguments, words):
 
 @pytest.mark.parametrize("images_per_group", [2, "batch"])
 def test_soft_takes_no_groups(images_per_group):
-    words = f"routes each image alone. Received: .*={images_per_group}"
+    words = f"routes each image alone. Received: .*={images_per_group!r}"
     with pytest.raises(ValueError, match=words):
         layers.MoEMLP(
             4, 8, layers.SoftRouter(4), images_per_group=images_per_group

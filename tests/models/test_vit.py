@@ -243,7 +243,8 @@ def test_defaults_are_those_of_v_moe():
         if isinstance(layer, keras.layers.LayerNormalization):
             assert layer.epsilon == 1e-6
         if isinstance(layer, layers.MLP | layers.MoEMLP):
-            assert layer.activation is layers.gelu_tanh
+            mlp = getattr(layer, "experts", layer)
+            assert mlp.activation is layers.gelu_tanh
     assert not ops.convert_to_numpy(model.get_layer("head").kernel).any()
     router = model.get_layer("block_3_moe").router
     assert (router.num_selected_experts, router.capacity_factor) == (2, 1.05)

@@ -153,3 +153,10 @@ def test_the_shared_expert_has_the_activation_and_dropout_of_the_model():
 def test_bad_input(moe, words):
     with pytest.raises(ValueError, match=words):
         tiny(moe=moe)
+
+
+def test_a_router_with_weights_is_refused():
+    router = layers.TopKRouter(4)
+    layers.MoEMLP(4, 8, router).build((None, 5, 16))
+    with pytest.raises(ValueError, match="which has weights: they would not"):
+        tiny(moe={"layers": "last_1", "router": router})

@@ -1,6 +1,5 @@
 """Capacity, and the way of images into groups and back."""
 
-import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -157,10 +156,8 @@ def test_an_empty_batch():
 
 
 # Only TensorFlow traces a batch without its size.
-TRACED = [1, 2, 8, "batch"] if keras.backend.backend() == "tensorflow" else []
-
-
-@pytest.mark.parametrize("images_per_group", TRACED)
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("images_per_group", [1, 2, 8, "batch"])
 def test_dynamic_batch(images_per_group):
     import tensorflow as tf
 

@@ -1,0 +1,91 @@
+"""The MoE layer with one more expert, which sees every token."""
+
+import keras
+from keras import ops
+
+from keras_vmoe._checks import check_sizes
+from keras_vmoe.layers.mlp import MLP
+from keras_vmoe.layers.moe import BANK
+from keras_vmoe.layers.moe import MoEMLP
+from keras_vmoe.layers.routers import with_layers
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class SharedExpertMoEMLP(MoEMLP):
+    """A mixture of MLPs, and one more MLP that sees every token.
+
+    The shared expert's output is added to that of the mixture, with weight 1,
+    masked tokens included. It takes over what all tokens need, so that the
+    others can specialise; a token that is dropped still passes through it.
+
+    Args:
+        num_experts: E, without the shared expert.
+        hidden_dim: F, hidden features of one routed expert.
+        shared_hidden_dim: Hidden features of the shared expert.
+        shared_expert: An `MLP` to use as the shared expert; None makes one
+            with the settings of the default bank.
+        **kwargs: Further arguments of `MoEMLP`.
+
+    Call arguments:
+        inputs: `(B, ..., D)` float tensor; others as in `MoEMLP`.
+
+    Returns:
+        Tensor of the shape of `inputs`.
+
+    Raises:
+        ValueError: As `MoEMLP`.
+
+    Example:
+
+    >>> layer = SharedExpertMoEMLP(
+    ...     num_experts=4, hidden_dim=32, shared_hidden_dim=16)
+    >>> layer(keras.random.normal((2, 7, 7, 16))).shape
+    (2, 7, 7, 16)
+
+    Reference:
+        [Dai et al., 2024](https://arxiv.org/abs/2401.06066) (DeepSeekMoE),
+        section 3.2; for vision
+        [Han et al., 2024](https://arxiv.org/abs/2410.15732) (ViMoE).
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        hidden_dim=None,
+        shared_hidden_dim=None,
+        shared_expert=None,
+        **kwargs,
+    ):
+        super().__init__(num_experts, hidden_dim, **kwargs)
+        if shared_expert is None:
+            check_sizes(shared_hidden_dim=shared_hidden_dim)
+            settings = {name: kwargs[name] for name in BANK & kwargs.keys()}
+            shared_expert = MLP(
+                shared_hidden_dim,
+                **settings,
+                dtype=self.dtype_policy,
+                name="shared_expert",
+            )
+        self.shared_hidden_dim = shared_expert.hidden_dim
+        self.shared_expert = shared_expert
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        if not self.shared_expert.built:
+            self.shared_expert.build(input_shape)
+
+    def call(self, inputs, mask=None, training=False):
+        outputs = super().call(inputs, mask=mask, training=training)
+        shared = self.shared_expert(inputs, training=training)
+        return outputs + ops.cast(shared, outputs.dtype)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "shared_hidden_dim": self.shared_hidden_dim,
+            "shared_expert": self.shared_expert,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        return super().from_config(with_layers(config, "shared_expert"))
