@@ -2,7 +2,7 @@
 
 from keras.src.utils.rng_utils import get_random_seed
 
-__all__ = ["all_layers", "get_random_seed"]
+__all__ = ["all_layers", "get_random_seed", "parts_of"]
 
 
 def all_layers(layer):
@@ -12,3 +12,9 @@ def all_layers(layer):
     layer is made of.
     """
     return list(layer._flatten_layers())
+
+
+def parts_of(layer):
+    """The layers that a layer or model is directly made of."""
+    parts = layer._flatten_layers(include_self=False, recursive=False)
+    return list(dict.fromkeys(parts))

@@ -18,6 +18,8 @@ def test_layers_in_layers_and_models_are_found():
     found = _keras.all_layers(model)
     for layer in (model, nested, *nested.layers, outer.inner, model.layers[1]):
         assert sum(x is layer for x in found) == 1
+    assert _keras.parts_of(model) == model.layers
+    assert _keras.parts_of(outer) == [outer.inner]
 
 
 def test_the_seed_that_was_set():

@@ -4,6 +4,8 @@ import math
 
 import keras
 
+from keras_vmoe.layers.freezing import hand_down
+
 
 @keras.saving.register_keras_serializable("keras_vmoe")
 class MultiHeadAttention(keras.layers.MultiHeadAttention):
@@ -131,6 +133,7 @@ class SelfAttention(keras.layers.Layer):
             name="attention",
         )
         self.attention.build(input_shape, input_shape)
+        hand_down(self)
 
     def call(self, tokens):
         return self.attention(tokens, tokens)

@@ -5,6 +5,7 @@ import keras
 from keras_vmoe._checks import check_sizes
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
+from keras_vmoe.layers.freezing import hand_down
 from keras_vmoe.layers.stochastic import Dropout
 from keras_vmoe.layers.weights import BIAS_INITIALIZER
 from keras_vmoe.layers.weights import get_options
@@ -91,6 +92,7 @@ class MLP(keras.layers.Layer):
         self.hidden_dense.build(input_shape)
         self.output_dense = self._dense(input_shape[-1], "output")
         self.output_dense.build((*input_shape[:-1], self.hidden_dim))
+        hand_down(self)
 
     def call(self, inputs, training=False):
         x = self.activation(self.hidden_dense(inputs))

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_vmoe._checks import check_sizes
+from keras_vmoe.layers.freezing import hand_down
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -54,6 +55,7 @@ class PatchEmbedding(keras.layers.Layer):
     def build(self, input_shape):
         patch_grid(input_shape[1:3], self.patch_size)
         self.projection.build(input_shape)
+        hand_down(self)
 
     def call(self, images):
         patches = self.projection(images)  # (B, H / p, W / p, D)

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_vmoe.layers.attention import MultiHeadAttention
+from keras_vmoe.layers.freezing import hand_down
 from keras_vmoe.layers.mlp import MLP
 
 
@@ -90,6 +91,7 @@ class AttentionPooling(keras.layers.Layer):
         self.attention.build(probe_shape, input_shape)
         self.norm.build(probe_shape)
         self.mlp.build(probe_shape)
+        hand_down(self)
 
     def call(self, tokens):
         shape = (ops.shape(tokens)[0], 1, tokens.shape[-1])

@@ -5,6 +5,9 @@ from keras import ops
 
 from keras_vmoe import routing
 from keras_vmoe._checks import check_not_negative
+from keras_vmoe.layers.freezing import hand_down
+from keras_vmoe.layers.freezing import set_trainable_parts
+from keras_vmoe.layers.freezing import trainable_parts
 from keras_vmoe.layers.gates import get_gate
 from keras_vmoe.layers.statistics import RoutingStatistics
 from keras_vmoe.layers.stochastic import SavesSeedState
@@ -68,6 +71,7 @@ class Router(SavesSeedState, keras.layers.Layer):
         self.features = input_shape[-1]
         if not self.gate_layer.built:
             self.gate_layer.build(input_shape)
+            hand_down(self)
             return
         built_for = self.gate_layer.get_build_config() or {}
         features = (built_for.get("input_shape") or input_shape)[-1]
@@ -176,11 +180,16 @@ class Router(SavesSeedState, keras.layers.Layer):
             "noise_std": self.noise_std,
             "gate": self.gate,  # An object: Keras finds one that is shared.
             "seed": self.seed,
+            "trainable_parts": trainable_parts(self),
         }
 
     @classmethod
     def from_config(cls, config):
-        return cls(**with_layers(config, "gate"))
+        config = with_layers(config, "gate")
+        found = config.pop("trainable_parts", {})
+        router = cls(**config)
+        set_trainable_parts(router, found)
+        return router
 
 
 def share(layer, **changes):
@@ -191,6 +200,7 @@ def share(layer, **changes):
         **changes: Constructor arguments that differ.
     """
     config = layer.get_config()
+    config.pop("trainable_parts", None)  # The parts are what they are.
     parts = {name: getattr(layer, name, None) for name in config}
     parts = {
         name: part

@@ -12,6 +12,9 @@ from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
 from keras_vmoe._checks import is_number
 from keras_vmoe._checks import nearest
+from keras_vmoe.layers.freezing import hand_down
+from keras_vmoe.layers.freezing import set_trainable_parts
+from keras_vmoe.layers.freezing import trainable_parts
 from keras_vmoe.models.moe import of_version_0_1
 
 # Arguments of version 0.1.0, under which its `.keras` files hold them.
@@ -52,6 +55,7 @@ class MoEModel(keras.Model):
         for name, value in arguments.items():
             setattr(self, name, value)
         self._argument_names = tuple(arguments)
+        hand_down(self)
 
     def get_config(self):
         config = {name: getattr(self, name) for name in self._argument_names}
@@ -61,13 +65,18 @@ class MoEModel(keras.Model):
             "dtype": self.layers_dtype,
             "name": self.name,
             "trainable": self.trainable,
+            "trainable_parts": trainable_parts(self),
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         if RENAMED.keys() & config.keys() and isinstance(config["moe"], dict):
             config = {**config, "moe": of_version_0_1(config["moe"])}
-        return cls(**{RENAMED.get(k, k): v for k, v in config.items()})
+        config = {RENAMED.get(k, k): v for k, v in config.items()}
+        found = config.pop("trainable_parts", {})
+        model = cls(**config)
+        set_trainable_parts(model, found)
+        return model
 
     def with_graph(self, inputs, outputs):
         """A model of the same arguments around another graph."""
