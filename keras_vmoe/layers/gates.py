@@ -13,6 +13,7 @@ from keras import ops
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_number
 from keras_vmoe._checks import nearest
+from keras_vmoe.layers.precision import in_float32
 from keras_vmoe.layers.weights import get_options
 from keras_vmoe.layers.weights import options_config
 from keras_vmoe.layers.weights import set_options
@@ -104,6 +105,7 @@ class LinearGate(Gate):
     def build(self, input_shape):
         self.kernel = self.add_kernel((input_shape[-1], self.num_experts))
 
+    @in_float32
     def call(self, tokens):
         return ops.matmul(ops.cast(tokens, "float32"), self.kernel)
 
@@ -172,6 +174,7 @@ class ProjectedGate(Gate):
             keras.initializers.Constant(-math.log(self.temperature)),
         )
 
+    @in_float32
     def call(self, tokens):
         tokens = ops.cast(tokens, "float32")
         projected = ops.matmul(tokens, self.kernel) + self.bias

@@ -3,22 +3,33 @@
 import contextlib
 import inspect
 import math
+import re
 
 import keras
 from keras import ops
 
 from keras_vmoe import routing
+from keras_vmoe._checks import check_choice
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
 from keras_vmoe.distribution import _replicas
+from keras_vmoe.layers.expert_choice_router import ExpertChoiceRouter
 from keras_vmoe.layers.experts import MLPExperts
 from keras_vmoe.layers.routers import OWNERS
 from keras_vmoe.layers.routers import Router
 from keras_vmoe.layers.routers import share
 from keras_vmoe.layers.routers import with_layers
+from keras_vmoe.layers.soft_router import SoftRouter
+from keras_vmoe.layers.top_k_router import BiasBalancedRouter
 from keras_vmoe.layers.top_k_router import TopKRouter
 
 IMAGES_PER_GROUP = 8  # That of V-MoE.
+ROUTERS = {
+    "bias_balanced": BiasBalancedRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "soft": SoftRouter,
+    "top_k": TopKRouter,
+}
 # What goes from `MoEMLP` to its default bank.
 BANK = {
     "activation",
@@ -52,9 +63,11 @@ class MoEMLP(keras.layers.Layer):
         num_experts: E.
         hidden_dim: F, hidden features of one expert. A bank of your own brings
             its own sizes.
-        router: A router, such as `layers.TopKRouter(num_experts, ...)`. None
-            means `TopKRouter(num_experts)`. One router may serve several
-            layers of equal feature width, which then share its weights.
+        router: A router, such as `layers.TopKRouter(num_experts, ...)`, or
+            the name of one with its default settings: `"top_k"`, also meant by
+            None, `"bias_balanced"`, `"expert_choice"` or `"soft"`. One router
+            may serve several layers of equal feature width, which then share
+            its weights.
         experts: An expert bank: any layer from buffers `(G, E, C, D)` to the
             same shape, whose weights of two or more axes begin with axis E.
             None means `MLPExperts`. A bank that several layers are given is
@@ -112,12 +125,14 @@ class MoEMLP(keras.layers.Layer):
                 ", ...)` with it."
             )
         bank = {name: kwargs.pop(name) for name in BANK & kwargs.keys()}
+        kwargs["name"] = kwargs.get("name") or _new_name(type(self))
         super().__init__(**kwargs)
         check_sizes(num_experts=num_experts)
         self.supports_masking = True
         self.num_experts = int(num_experts)
-        if router is None:
-            router = TopKRouter(
+        if router is None or isinstance(router, str):
+            check_choice("router", router or "top_k", ROUTERS)
+            router = ROUTERS[router or "top_k"](
                 num_experts, dtype=self.dtype_policy, name="router"
             )
         _check_router(router, num_experts)
@@ -289,6 +304,14 @@ class MoEMLP(keras.layers.Layer):
         return cls(**config)
 
 
+def _new_name(layer_class):
+    """`moe_mlp`, then `moe_mlp_1`; Keras would make `mo_emlp` of it."""
+    words = layer_class.__name__.replace("MoEMLP", "MoeMlp")
+    name = re.sub("(?<=[a-z])(?=[A-Z])", "_", words).lower()
+    uid = keras.backend.get_uid(name)
+    return name if uid == 1 else f"{name}_{uid - 1}"
+
+
 def _group(router, images_per_group):
     """Images per group, or "batch"; some routers fix it."""
     if images_per_group is None:
@@ -316,7 +339,7 @@ def _check_router(router, num_experts):
     """Raises unless this is a router of as many experts."""
     if not isinstance(router, Router):
         raise ValueError(
-            "`router` must be a router object or None. "
+            f"`router` must be a router, one of {sorted(ROUTERS)} or None. "
             f"Received: router={router!r}. "
             "Write `layers.TopKRouter(num_experts, ...)`."
         )

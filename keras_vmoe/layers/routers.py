@@ -9,6 +9,7 @@ from keras_vmoe.layers.freezing import hand_down
 from keras_vmoe.layers.freezing import set_trainable_parts
 from keras_vmoe.layers.freezing import trainable_parts
 from keras_vmoe.layers.gates import get_gate
+from keras_vmoe.layers.precision import in_float32
 from keras_vmoe.layers.statistics import RoutingStatistics
 from keras_vmoe.layers.stochastic import SavesSeedState
 from keras_vmoe.layers.stochastic import SeedGenerator
@@ -99,6 +100,7 @@ class Router(SavesSeedState, keras.layers.Layer):
             new.gate = self.gate  # Files hold the layer of a name elsewhere.
         return new
 
+    @in_float32
     def call(
         self,
         tokens,

@@ -6,6 +6,7 @@ from keras import ops
 from keras_vmoe import routing
 from keras_vmoe._checks import check_sizes
 from keras_vmoe.layers.gates import unit_norm
+from keras_vmoe.layers.precision import in_float32
 from keras_vmoe.layers.routers import Router
 from keras_vmoe.layers.routers import check_settings
 from keras_vmoe.routing.groups import check_capacity_factor
@@ -100,6 +101,7 @@ class SoftGate(keras.layers.Layer):
             )
         return slots
 
+    @in_float32
     def call(self, tokens):
         tokens = unit_norm(ops.cast(tokens, "float32"), -1)
         mu = unit_norm(ops.convert_to_tensor(self.mu), 0)

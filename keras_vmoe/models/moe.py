@@ -11,13 +11,7 @@ from keras_vmoe import layers as moe_layers
 from keras_vmoe._checks import check_keys
 from keras_vmoe._checks import is_number
 from keras_vmoe._checks import nearest
-
-ROUTERS = {
-    "bias_balanced": moe_layers.BiasBalancedRouter,
-    "expert_choice": moe_layers.ExpertChoiceRouter,
-    "soft": moe_layers.SoftRouter,
-    "top_k": moe_layers.TopKRouter,
-}
+from keras_vmoe.layers.moe import ROUTERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +46,8 @@ class MoEConfig:
         update_rate: Change of a `bias_balanced` router's bias per step.
         noise_std: Standard deviation of the logits' noise in training, in
             units of `1 / E`.
-        gate: `"linear"`, `"cosine"` or `"l2"`.
+        gate: `"linear"`, `"cosine"` or `"l2"`, or a layer without weights yet
+            from tokens to logits, which only describes, as a router.
         importance_loss_weight: Weight of the importance loss.
         load_loss_weight: Weight of the load loss.
         gshard_loss_weight: Weight of GShard's balance loss.
@@ -73,7 +68,7 @@ class MoEConfig:
     num_slots: int | None = None
     update_rate: float | None = None
     noise_std: float | None = None
-    gate: str | None = None
+    gate: Any = None
     importance_loss_weight: float | None = None
     load_loss_weight: float | None = None
     gshard_loss_weight: float | None = None
@@ -93,14 +88,16 @@ class MoEConfig:
                 "`mlp_ratio` must be a number above 0. "
                 f"Received: mlp_ratio={ratio!r}. ConvNeXt has 4."
             )
-        if isinstance(self.router, keras.layers.Layer):
-            if self.router.built:
+        for name in PARTS:
+            part = getattr(self, name)
+            if isinstance(part, keras.layers.Layer) and part.built:
                 raise ValueError(
-                    "A model makes a router for each of its layers, of the "
-                    "settings of the given one. Received: router="
-                    f"{self.router.name!r}, which has weights: they would not "
-                    "be used. Pass a new one, or `layers.MoEMLP(router=...)`."
+                    f"A model makes a {name} for each of its MoE layers, of "
+                    f"the settings of the given one. Received: {name}="
+                    f"{part.name!r}, which has weights: they would not be "
+                    f"used. Pass a new one, or `layers.MoEMLP(router=...)`."
                 )
+        if isinstance(self.router, keras.layers.Layer):
             if settings:
                 both = [f"{key}={value!r}" for key, value in settings.items()]
                 raise ValueError(
@@ -142,20 +139,22 @@ class MoEConfig:
         moe = dict(moe)
         known = [field.name for field in dataclasses.fields(cls)]
         check_keys("`moe`", moe, known)
-        if isinstance(moe.get("router"), dict):
-            router = keras.saving.deserialize_keras_object(moe["router"])
-            moe["router"] = router
+        for name in PARTS:
+            if isinstance(moe.get(name), dict):
+                moe[name] = keras.saving.deserialize_keras_object(moe[name])
         if isinstance(moe.get("router"), keras.layers.Layer):
             moe.setdefault("num_experts", moe["router"].num_experts)
         return cls(**moe)
 
     def to_dict(self):
         """A dict that `from_dict` and JSON take."""
-        config = dataclasses.asdict(dataclasses.replace(self, router="top_k"))
-        config["router"] = self.router
-        if isinstance(self.router, keras.layers.Layer):
-            router = keras.saving.serialize_keras_object(self.router)
-            config["router"] = router
+        config = {
+            x.name: getattr(self, x.name) for x in dataclasses.fields(self)
+        }
+        for name in PARTS:
+            if isinstance(config[name], keras.layers.Layer):
+                part = keras.saving.serialize_keras_object(config[name])
+                config[name] = part
         if not isinstance(self.layers, str):
             config["layers"] = list(self.layers)
         return config
@@ -222,11 +221,16 @@ class MoEConfig:
             return type(self.router).from_config(config)
         router = ROUTERS[self.router]
         settings = self.router_settings()
+        if isinstance(self.gate, keras.layers.Layer):
+            settings["gate"] = type(self.gate).from_config(
+                self.gate.get_config()
+            )
         if issubclass(router, moe_layers.TopKRouter):
             settings.setdefault("num_selected_experts", num_selected_experts)
         return router(self.num_experts, dtype=dtype, name="router", **settings)
 
 
+PARTS = ("router", "gate")  # May be layers, which describe.
 ROUTER_FIELDS = (
     "num_selected_experts",
     "capacity_factor",

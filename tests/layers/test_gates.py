@@ -293,3 +293,27 @@ def test_slots_that_cannot_be_counted(num_tokens, words):
 def test_gates_need_experts(gate, num_experts):
     with pytest.raises(ValueError, match="`num_experts` must be an integer"):
         gate(num_experts)
+
+
+@pytest.mark.backends("torch")
+def test_autocast_leaves_routing_in_float32():
+    import torch
+
+    tokens = torch.randn(4, 16, 32)
+    routers = [layers.TopKRouter(8, 2, gate=name) for name in GATES]
+    routers += [
+        layers.TopKRouter(8, gate=keras.layers.Dense(8)),
+        layers.ExpertChoiceRouter(8),
+        layers.SoftRouter(8, num_slots=2),
+    ]
+    for router in routers:
+        layer = layers.MoEMLP(8, 16, router)
+        layer.build(tokens.shape)
+        right = router.gate_layer(tokens)
+        plan = layer.plan(tokens)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if not isinstance(router.gate_layer, keras.layers.Dense):
+                assert torch.equal(router.gate_layer(tokens), right)
+            other = layer.plan(tokens)
+        found = other.combine(other.dispatch(tokens))
+        assert torch.equal(found, plan.combine(plan.dispatch(tokens)))

@@ -4,6 +4,8 @@ Where every backend agrees with one definition to 1e-5, all backends agree with
 each other.
 """
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -463,3 +465,22 @@ def test_torch_compile(compiler):
     images = images_of(5, 6, 4)
     step = torch.compile(layer, backend=compiler)
     assert_same(step(ops.convert_to_tensor(images)), expected_of(layer, images))
+
+
+def test_names_read_well():
+    names = [layers.MoEMLP(2, 4).name for _ in range(2)]
+    assert all(re.fullmatch(r"moe_mlp(_\d+)?", name) for name in names)
+    assert names[0] != names[1]
+    shared = layers.SharedExpertMoEMLP(2, 4, shared_hidden_dim=4)
+    assert shared.name.startswith("shared_expert_moe_mlp")
+    assert layers.MoEMLP(2, 4, name="mine").name == "mine"
+
+
+@pytest.mark.parametrize(
+    "name", ["top_k", "bias_balanced", "expert_choice", "soft"]
+)
+def test_a_router_by_its_name(name):
+    layer = layers.MoEMLP(4, 8, router=name)
+    assert layer(images_of(2, 6, 4)).shape == (2, 6, 4)
+    words = type(layer.router).__name__.lower()
+    assert name.replace("_", "") in words

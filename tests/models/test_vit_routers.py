@@ -5,6 +5,7 @@ import json
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 from keras_vmoe import layers
 from keras_vmoe.models import MoEConfig
@@ -155,8 +156,23 @@ def test_bad_input(moe, words):
         tiny(moe=moe)
 
 
-def test_a_router_with_weights_is_refused():
+def test_a_router_or_gate_with_weights_is_refused():
     router = layers.TopKRouter(4)
     layers.MoEMLP(4, 8, router).build((None, 5, 16))
-    with pytest.raises(ValueError, match="which has weights: they would not"):
-        tiny(moe={"layers": "last_1", "router": router})
+    for part in ({"router": router}, {"gate": router.gate_layer}):
+        with pytest.raises(ValueError, match="which has weights: they would"):
+            tiny(moe={"layers": "last_1", **part})
+
+
+def test_a_gate_of_keras(tmp_path):
+    gate = keras.layers.Dense(4, dtype="float32", name="mine")
+    model = randomize(tiny(moe={"gate": gate}))
+    one, other = (layer.router.gate_layer for layer in model.moe_layers)
+    assert one is not other and type(one) is keras.layers.Dense
+    assert not gate.built
+    model.save(tmp_path / "m.keras")
+    again = keras.saving.load_model(tmp_path / "m.keras")
+    images = images_of(2)
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(again(images)), ops.convert_to_numpy(model(images))
+    )
