@@ -3,13 +3,13 @@
 import keras
 from keras import ops
 
-from keras_vmoe import routing
 from keras_vmoe._checks import check_sizes
 from keras_vmoe.distribution import _constraints
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.block_linear import block_linear
 from keras_vmoe.layers.stochastic import Dropout
+from keras_vmoe.routing._blocks import Blocks
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -28,7 +28,8 @@ class MLPExperts(keras.layers.Layer):
         seed: Optional integer seed of the dropout.
 
     Call arguments:
-        buffers: `(G, E, C, D)` float tensor, or `routing.Blocks`.
+        buffers: `(G, E, C, D)` float tensor, or the blocks of a
+            `routing.DroplessPlan`.
         training: Whether to apply dropout.
 
     Returns:
@@ -96,7 +97,7 @@ class MLPExperts(keras.layers.Layer):
         setattr(self, f"{name}_bias", bias)
 
     def call(self, buffers, training=False):
-        if isinstance(buffers, routing.Blocks):
+        if isinstance(buffers, Blocks):
             _constraints.check_buffers(self.path)
             rows, *blocks = buffers
             return buffers._replace(rows=self._mlps(rows, blocks, training))

@@ -13,7 +13,7 @@ from keras import ops
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_number
 from keras_vmoe._checks import nearest
-from keras_vmoe.routing.groups import check_capacity_factor
+from keras_vmoe.routing._groups import check_capacity_factor
 
 
 class Gate(keras.layers.Layer):
