@@ -19,7 +19,7 @@ from keras_vmoe.data.augmentation import make_mix
 from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.images import center_crop
 from keras_vmoe.data.images import decode_and_crop
-from keras_vmoe.data.images import normalize
+from keras_vmoe.data.images import normalized
 from keras_vmoe.data.images import random_crop
 from keras_vmoe.data.images import resize_by_area
 from keras_vmoe.data.images import to_channels
@@ -251,7 +251,7 @@ class Pipeline:
             # Another seed than that of the first image's changes.
             seed = tf.stack([~numbers[0], ~self.seed])
             images, labels = _traced(mix, images, labels, seed)
-        return normalize(images), labels
+        return normalized(images), labels
 
     def _checked_labels(self, labels):
         """Labels in range, one-hot if wanted."""

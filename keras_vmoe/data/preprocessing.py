@@ -9,6 +9,7 @@ import dataclasses
 
 import numpy as np
 
+from keras_vmoe._checks import check_shares
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_number
 from keras_vmoe.data.images import center_crop
@@ -63,12 +64,7 @@ class Preprocessing:
                 )
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(values))
-        crop = self.test_crop
-        if crop is not None and not (is_number(crop) and 0 < crop <= 1):
-            raise ValueError(
-                "`test_crop` must be a share in (0, 1] or None. "
-                f"Received: test_crop={crop!r}."
-            )
+        check_shares(test_crop=self.test_crop)
         check_sizes(max_pixels=self.max_pixels)
 
 
@@ -83,7 +79,7 @@ def normalized(pixels, preprocessing):
         np.asarray(x, "float32")
         for x in (preprocessing.mean, preprocessing.std)
     )
-    return pixels / std - mean / std  # In the order of `data.normalize`.
+    return pixels / std - mean / std
 
 
 def decoded_or_nan(content, shape, test_crop, max_pixels):
