@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_vmoe._checks import check_sizes
 from keras_vmoe.data.tensorflow_runtime import checked
-from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.data.tensorflow_runtime import tf
 
 
 def preprocess(image, image_size, channels=3):
@@ -49,7 +49,6 @@ def preprocess(image, image_size, channels=3):
     data.preprocess(grey, image_size=32)  # ones of shape (32, 32, 3)
     ```
     """
-    tf = import_tensorflow()
     check_sizes(channels=channels)
     size = check_image_size(image_size)
     image = tf.convert_to_tensor(image)
@@ -58,7 +57,6 @@ def preprocess(image, image_size, channels=3):
 
 def normalized(pixels):
     """Maps pixels from [0, 255] to [-1, 1] in float32, as V-MoE does."""
-    tf = import_tensorflow()
     return tf.cast(pixels, tf.float32) / 127.5 - 1.0
 
 
@@ -105,18 +103,15 @@ def read_images(paths, image_size, test_crop=None, channels=3):
             "`paths` must name at least one image file. "
             f"Received: paths={paths}. Pass a path or a list of paths."
         )
-    return np.stack(
-        [_read_image(path, size, test_crop, channels) for path in paths]
-    )
+    shape = (*size, channels)
+    images = [_read_image(path, shape, test_crop) for path in paths]
+    return normalized(tf.stack(images)).numpy()
 
 
-def _read_image(path, size, test_crop, channels):
-    tf = import_tensorflow()
+def _read_image(path, shape, test_crop):
     try:
         with open(path, "rb") as file:
-            content = file.read()
-        stored = 4 if channels == 4 else 3
-        image = tf.io.decode_image(content, stored, expand_animations=False)
+            return decoded(file.read(), shape, test_crop)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"An image file must exist. Received: path={path!r}."
@@ -128,9 +123,26 @@ def _read_image(path, size, test_crop, channels):
             f"Received: path={path!r} ({reason}). "
             "Convert the file, or leave it out."
         ) from error
+
+
+def decoded(content, shape, test_crop):
+    """The pixels of an encoded image, as in evaluation.
+
+    Args:
+        content: Scalar string tensor or bytes.
+        shape: `(H, W, C)`.
+        test_crop: Share of the shorter side to keep, or None.
+
+    Returns:
+        `(H, W, C)` float32 tensor in [0, 255].
+    """
+    *size, channels = shape
+    stored = 4 if channels == 4 else 3
+    image = tf.io.decode_image(content, stored, expand_animations=False)
+    image = tf.ensure_shape(image, (None, None, stored))
     if test_crop is not None:
         image = center_crop(image, size, test_crop)
-    return preprocess(image, size, channels).numpy()
+    return tf.cast(to_channels(image, tuple(size), channels), tf.float32)
 
 
 def to_channels(image, size, channels=3, resize=None):
@@ -147,7 +159,6 @@ def to_channels(image, size, channels=3, resize=None):
         Tensor `(height, width, channels)` in [0, 255]; uint8 where no pixel was
         computed, otherwise float32.
     """
-    tf = import_tensorflow()
     stored = image.shape[-1] if image.shape.rank == 3 else None
     converts = channels in (1, 3) and stored in (1, 2, 3, 4)
     if stored is None or not (converts or stored == channels):
@@ -171,7 +182,6 @@ def to_channels(image, size, channels=3, resize=None):
 
 
 def _resize(image, size):
-    tf = import_tensorflow()
     return tf.image.resize(image, size, antialias=True)
 
 
@@ -184,7 +194,6 @@ def resize_by_area(image, size):
     34 to 60 dB. Where no side shrinks, plain bilinear interpolation gives the
     same pixels in a quarter of the time.
     """
-    tf = import_tensorflow()
     sides = tf.shape(image)[:2]
     grows, shrinks = (tf.reduce_all(x) for x in (sides <= size, sides >= size))
 
@@ -199,7 +208,6 @@ def resize_by_area(image, size):
 
 def _to_pixels(image):
     """Maps pixels of any dtype to the scale 0 to 255, uint8 or float32."""
-    tf = import_tensorflow()
     if image.dtype == tf.uint8:
         return image
     if image.dtype == tf.uint16:
@@ -216,7 +224,6 @@ def _to_pixels(image):
 
 
 def _checked_pixels(image, highest):
-    tf = import_tensorflow()
     pixels = tf.cast(image, tf.float32)
     slack = 5e-4 * highest  # For rounding errors.
     # Written so that NaN fails.
@@ -239,9 +246,11 @@ def random_crop(image, padding, seed):
             offsets per side are equally likely.
         seed: Pair of integers, of which the crop is a function.
     """
-    tf = import_tensorflow()
     padded = tf.pad(image, [[padding, padding], [padding, padding], [0, 0]])
-    return tf.image.stateless_random_crop(padded, image.shape, seed)
+    offset = tf.random.stateless_uniform(
+        (2,), seed, minval=0, maxval=2 * padding + 1, dtype=tf.int32
+    )
+    return tf.slice(padded, [*tf.unstack(offset), 0], image.shape)
 
 
 def decode_and_crop(image, decode, area, seed):
@@ -262,7 +271,6 @@ def decode_and_crop(image, decode, area, seed):
     Reference:
         [Szegedy et al., 2015](https://arxiv.org/abs/1409.4842), section 6.
     """
-    tf = import_tensorflow()
 
     def window(shape):
         begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
@@ -302,7 +310,6 @@ def center_crop(image, size, share):
         size: Pair `(height, width)`, whose ratio the crop has.
         share: Share of the largest such window to keep, in (0, 1].
     """
-    tf = import_tensorflow()
     sides = tf.cast(tf.shape(image)[:2], tf.float32)
     wanted = tf.constant(size, tf.float32)
     scale = share * tf.reduce_min(sides / wanted)
@@ -312,7 +319,6 @@ def center_crop(image, size, share):
 
 def _window(image, begin, size):
     """A window of an image, of which the number of channels stays known."""
-    tf = import_tensorflow()
     window = tf.slice(image, tf.pad(begin, [[0, 1]]), [*tf.unstack(size), -1])
     return tf.ensure_shape(window, (None, None, image.shape[-1]))
 

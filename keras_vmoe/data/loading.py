@@ -12,7 +12,6 @@ from keras_vmoe._checks import check_sizes
 from keras_vmoe.data._corruption import check_files
 from keras_vmoe.data._corruption import skip_corrupt_records
 from keras_vmoe.data.augmentation import Augmentation
-from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.images import check_image_size
 from keras_vmoe.data.pipeline import Pipeline
 from keras_vmoe.data.pipeline import seed_of_epoch
@@ -20,7 +19,7 @@ from keras_vmoe.data.schema import count_examples
 from keras_vmoe.data.schema import read_schema
 from keras_vmoe.data.schema import resolve_num_classes
 from keras_vmoe.data.sources import open_builder
-from keras_vmoe.data.tensorflow_runtime import import_tfds
+from keras_vmoe.data.tensorflow_runtime import tfds
 
 
 def load(
@@ -164,8 +163,7 @@ def _part_of(name, builder, split, shard, training, skip_corrupt, least):
             f"of at least {least} examples. "
             "Choose a larger split or a smaller batch_size."
         )
-    if not isinstance(builder, ImageFolder):
-        check_files(builder, split, counts=not skip_corrupt)
+    check_files(builder, split, counts=not skip_corrupt)
     return split, num_examples
 
 
@@ -182,7 +180,7 @@ def _shard_of(split, shard, training):
             f"< count. Received: shard={shard!r}. Pass for example "
             "(jax.process_index(), jax.process_count())."
         )
-    parts = import_tfds().even_splits(split, count, drop_remainder=training)
+    parts = tfds.even_splits(split, count, drop_remainder=training)
     return parts[index]
 
 
