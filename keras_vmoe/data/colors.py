@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.data.tensorflow_runtime import tf
 
 SAME = np.eye(3, dtype="float32")  # The matrix that changes no colour.
 # The one that makes grey, as tf.image does.
@@ -30,7 +30,6 @@ def recolored(image, matrix, offset=0.0):
     Returns:
         uint8 of the same shape.
     """
-    tf = import_tensorflow()
     height, width, _ = image.shape
     # Four pixels to a row of the product: TensorFlow takes 0.07 ms for that
     # and 0.15 ms for rows of three numbers.
@@ -47,13 +46,11 @@ def recolored(image, matrix, offset=0.0):
 
 def channel_means(image):
     """Means of the channels, `(3,)` float32."""
-    tf = import_tensorflow()
     return _over_pixels(tf.reduce_mean, tf.cast(image, tf.float32))
 
 
 def _over_pixels(reduce, image):
     """Reduces all axes but the channels."""
-    tf = import_tensorflow()
     # Rows first: TensorFlow is slow where only three numbers are left.
     row = reduce(tf.reshape(image, (image.shape[0], -1)), 0)
     return reduce(tf.reshape(row, (-1, 3)), 0)
@@ -84,7 +81,6 @@ def jittered(image, light, contrast, color):
         image: `(H, W, 3)` uint8.
         light, contrast, color: Factors; 1 is no change.
     """
-    tf = import_tensorflow()
     means = light * channel_means(image)
     matrix = saturation(color)
     offset = tf.linalg.matvec(matrix, (1 - contrast) * means, transpose_a=True)
@@ -93,7 +89,6 @@ def jittered(image, light, contrast, color):
 
 def stretched(image):
     """Each channel, so that it goes from 0 to 255 (AutoContrast)."""
-    tf = import_tensorflow()
     low, high = (
         tf.cast(_over_pixels(reduce, image), tf.float32)
         for reduce in (tf.reduce_min, tf.reduce_max)
@@ -111,7 +106,6 @@ def solarized(image, threshold):
         image: `(H, W, 3)` uint8.
         threshold: Number in [0, 255].
     """
-    tf = import_tensorflow()
     # Eight times as fast as `tf.where`: 255 - x turns over all bits of x.
     bright = image >= tf.cast(tf.math.ceil(threshold), tf.uint8)
     return tf.bitwise.bitwise_xor(image, 255 * tf.cast(bright, tf.uint8))
@@ -119,7 +113,6 @@ def solarized(image, threshold):
 
 def equalized(image):
     """Each channel, so that all levels are equally frequent."""
-    tf = import_tensorflow()
     height, width, _ = image.shape
     # One histogram and one table for the three channels, one after another.
     channels = np.tile(LEVELS * np.arange(3, dtype="int32"), width)
@@ -135,7 +128,6 @@ def equalized(image):
 
 def _equalizing(counts):
     """From histograms `(3, 256)` to the new levels, uint8."""
-    tf = import_tensorflow()
     total = tf.reduce_sum(counts, 1, keepdims=True)
     # Keras-CV leaves out the rarest level, where Pillow leaves out the highest.
     used = tf.where(counts == 0, total, counts)

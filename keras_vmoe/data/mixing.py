@@ -4,12 +4,11 @@ Axes: B images in the batch, H and W height and width in pixels.
 """
 
 from keras_vmoe.data.changes import span
-from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.data.tensorflow_runtime import tf
 
 
 def _partners(images, labels, seed, alpha):
     """Each and another image, its label, and a share by Beta(alpha, alpha)."""
-    tf = import_tensorflow()
     seeds = tf.random.split(seed, 3)
     count = tf.shape(images)[0]
     order = tf.argsort(tf.random.stateless_uniform((count,), seeds[0]))
@@ -26,7 +25,6 @@ def _partners(images, labels, seed, alpha):
 
 def mixup(alpha, images, labels, seed):
     """MixUp ([Zhang et al., 2018](https://arxiv.org/abs/1710.09412))."""
-    tf = import_tensorflow()
     images, others, their_labels, share = _partners(images, labels, seed, alpha)
     weight = tf.reshape(share, (-1, 1, 1, 1))
     images = others + weight * (images - others)
@@ -39,7 +37,6 @@ def cutmix(alpha, images, labels, seed):
 
     The label's share is the area that is really pasted.
     """
-    tf = import_tensorflow()
     seeds = tf.random.split(seed, 3)
     images, others, their_labels, share = _partners(
         images, labels, seeds[0], alpha
