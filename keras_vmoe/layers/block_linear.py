@@ -118,6 +118,9 @@ def _matmul_segments(x, kernel, expert):
     """One product per expert; the host reads their sizes."""
     import torch
 
-    sizes = torch.bincount(expert, minlength=kernel.shape[0]).tolist()
+    try:
+        sizes = torch.bincount(expert, minlength=kernel.shape[0]).tolist()
+    except RuntimeError:  # Under `torch.vmap` there is nothing to read.
+        return ops.matmul(x, ops.take(kernel, expert, axis=0))
     segments = zip(torch.split(x, sizes), kernel, strict=True)
     return torch.cat([rows @ matrix for rows, matrix in segments])

@@ -11,6 +11,8 @@ from keras_vmoe.routing._groups import check_selection
 from keras_vmoe.routing._selection import renormalized
 from keras_vmoe.routing._selection import select_experts
 from keras_vmoe.routing.plans import SparsePlan
+from keras_vmoe.routing.plans import experts_of_images
+from keras_vmoe.routing.plans import flat_experts
 from keras_vmoe.routing.top_k import queue_choices
 
 
@@ -59,10 +61,13 @@ class DroplessPlan:
     def experts_of_images(self, num_images):
         """Which experts serve each image, `(G, num_images, E)` bool."""
         groups, num_experts = ops.shape(self.load)
-        blocks = self.sparse.experts_of_images(groups * num_images)[0]
-        experts = ops.arange(num_experts, dtype="int32")
-        owner = self.block_expert[:, None] == experts  # (M, E)
-        used = ops.any(ops.logical_and(blocks[..., None], owner), axis=1)
+        num_tokens, num_choices = ops.shape(self.sparse.slot)[1:]
+        images = groups * num_images
+        size = num_tokens // _at_least_1(images) * num_choices
+        # An empty slot holds more than the last choice, so no image.
+        image, block = flat_experts(self.sparse.choice // _at_least_1(size))
+        expert = ops.take(self.block_expert, block)
+        used = experts_of_images(image, expert, images, num_experts)
         return ops.reshape(used, (groups, num_images, num_experts))
 
 

@@ -10,6 +10,7 @@ from keras_vmoe.routing._rows import add_rows
 from keras_vmoe.routing._rows import take_rows
 from keras_vmoe.routing.plans import check_capacity
 from keras_vmoe.routing.plans import experts_of_images
+from keras_vmoe.routing.plans import flat_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,8 @@ class ExpertChoicePlan:
     def experts_of_images(self, num_images):
         """Which experts serve each image, `(G, num_images, E)` bool."""
         size = ops.shape(self.mask)[1] // num_images
-        return experts_of_images(self.token // size, num_images)
+        slots = flat_experts(self.token // size)
+        return experts_of_images(*slots, num_images, self.token.shape[1])
 
 
 def expert_choice_plan(gates, capacity, mask=None):

@@ -4,8 +4,6 @@
 """
 
 import dataclasses
-import functools
-import operator
 from typing import Any
 from typing import Protocol
 from typing import runtime_checkable
@@ -13,7 +11,9 @@ from typing import runtime_checkable
 from keras import ops
 
 from keras_vmoe._checks import is_integer
-from keras_vmoe.routing._rows import take_rows
+from keras_vmoe.routing._moves import collect
+from keras_vmoe.routing._moves import spread
+from keras_vmoe.routing._rows import add_rows
 
 
 @runtime_checkable
@@ -68,8 +68,9 @@ class SparsePlan:
 
     Buffers know which choice fills each slot and choices know their slot, so
     tokens move by gathers alone, forward and backward. The `(G, S, E, C)`
-    tensor of the reference program's one-hot einsums is never made. The moves
-    have custom gradients, in reverse mode only.
+    tensor of the reference program's one-hot einsums is never made. Gradients
+    are right to any order; forward mode (JVPs) is for PyTorch, and on JAX for
+    other plans only.
 
     Attributes:
         choice: `(G, E, C)` int32, the choice `s * K + k` that holds the slot;
@@ -89,41 +90,21 @@ class SparsePlan:
 
     def dispatch(self, tokens):
         """Fills the experts' buffers; see `Plan.dispatch`."""
-        # An empty slot holds S * K, so that the quotient is S: no token.
-        source = self.choice // self.slot.shape[-1]
-
-        # Indices are arguments, not closed over: JAX's rematerialisation traces
-        # the gradient where the values of the closure no longer exist.
-        @ops.custom_gradient
-        def move(tokens, source, slot):
-            def gradient(*args, upstream=None):
-                upstream = args[-1] if upstream is None else upstream
-                returned = take_rows(_flat(upstream), slot)  # (G, S, K, D)
-                return _sum_choices(returned), None, None
-
-            return take_rows(tokens, source), gradient
-
-        return move(tokens, source, self.slot)
+        return spread(tokens, self.choice, self.slot)
 
     def combine(self, buffers):
         """Returns the experts' outputs to the tokens; see `Plan.combine`."""
         weight = ops.cast(self.weight, buffers.dtype)
-
-        @ops.custom_gradient
-        def move(buffers, weight, choice, slot):
-            returned = take_rows(_flat(buffers), slot)  # (G, S, K, D)
-
-            def gradient(*args, upstream=None):
-                upstream = args[-1] if upstream is None else upstream
-                source = choice // slot.shape[-1]
-                gain = take_rows(_choices(weight), choice)
-                d_buffers = take_rows(upstream, source) * gain
-                d_weight = ops.sum(returned * upstream[:, :, None, :], axis=-1)
-                return d_buffers, d_weight, None, None
-
-            return _sum_choices(returned * weight[..., None]), gradient
-
-        return move(buffers, weight, self.choice, self.slot)
+        groups, num_tokens, num_choices = ops.shape(weight)
+        flat = (groups, num_tokens * num_choices, 1)
+        gain = spread(
+            ops.reshape(weight, flat),
+            self.choice,
+            ops.reshape(self.slot, flat),
+        )
+        tokens = collect(buffers * gain, self.choice, self.slot)
+        # 0, or NaN of a gate that is NaN, whose choices may all be dropped.
+        return tokens + ops.sum(weight - weight, axis=-1, keepdims=True)
 
     def load_share(self):
         """Share of all choices that fell on each expert, `(E,)`, sum 1."""
@@ -142,7 +123,8 @@ class SparsePlan:
         num_tokens, num_choices = ops.shape(self.slot)[1:]
         size = num_tokens // num_images * num_choices
         # An empty slot holds S * K, so that the quotient is no image.
-        return experts_of_images(self.choice // size, num_images)
+        slots = flat_experts(self.choice // size)
+        return experts_of_images(*slots, num_images, self.choice.shape[1])
 
 
 def check_capacity(capacity):
@@ -155,35 +137,32 @@ def check_capacity(capacity):
         )
 
 
-def experts_of_images(image, num_images):
+def experts_of_images(image, expert, num_images, num_experts):
     """Which experts hold a token of which image.
 
     Args:
-        image: `(G, E, C)` int tensor, the image, counted within the group, of
+        image: `(G, N)` int tensor, the image, counted within the group, of
             the token in each slot; `num_images` or more where it is empty.
+        expert: `(G, N)` int tensor, the expert of each slot.
         num_images: Images of a group.
+        num_experts: E.
 
     Returns:
         `(G, num_images, E)` bool tensor.
     """
-    images = ops.arange(num_images, dtype="int32")[:, None, None]
-    return ops.any(image[:, None] == images, axis=-1)
+    # Counted: a comparison of slots and images would grow with both.
+    pairs = num_images * num_experts
+    index = ops.where(image < num_images, image * num_experts + expert, pairs)
+    ones = ops.ones((*ops.shape(index), 1))
+    count = add_rows(ones, index, pairs)
+    groups = ops.shape(index)[0]
+    return ops.reshape(count, (groups, num_images, num_experts)) > 0
 
 
-def _flat(buffers):
-    """`(G, E, C, D)` as `(G, E * C, D)`."""
-    groups, num_experts, capacity, features = ops.shape(buffers)
-    return ops.reshape(buffers, (groups, num_experts * capacity, features))
-
-
-def _choices(weight):
-    """`(G, S, K)` as `(G, S * K, 1)`."""
-    groups, num_tokens, num_choices = ops.shape(weight)
-    return ops.reshape(weight, (groups, num_tokens * num_choices, 1))
-
-
-def _sum_choices(x):
-    """`(G, S, K, D)` summed over K."""
-    # Added one by one: XLA on CPU fuses a reduction over K with the gather in
-    # front of it and takes forty times as long.
-    return functools.reduce(operator.add, ops.unstack(x, axis=2))
+def flat_experts(slots):
+    """The experts of slots `(G, E, C)`, and the slots, as `(G, E * C)`."""
+    groups, num_experts, capacity = ops.shape(slots)
+    shape = (groups, num_experts * capacity)
+    expert = ops.arange(num_experts, dtype="int32")[:, None]
+    expert = ops.broadcast_to(expert, ops.shape(slots))
+    return ops.reshape(slots, shape), ops.reshape(expert, shape)

@@ -68,9 +68,9 @@ def test_a_gate_of_another_width_or_number_of_experts():
         layers.TopKRouter(3, gate=gate)(np.ones((1, 3, 6), "float32"))
 
 
-@pytest.mark.parametrize("router", ["top_k", 3])
-def test_a_router_is_an_object(router):
-    with pytest.raises(ValueError, match="must be a router object.*Received"):
+@pytest.mark.parametrize("router", ["topk", 3])
+def test_a_router_is_an_object_or_a_name(router):
+    with pytest.raises(ValueError, match="`router` must be .*Received: router"):
         layers.MoEMLP(4, 8, router)
 
 

@@ -1,0 +1,118 @@
+"""The two moves of a sparse plan, each the gradient of the other.
+
+Both are gathers, forward and backward, and so to any order: a scatter, the
+gradient that backends give a gather, is slow on some of them and adds up in
+another order each time on GPUs.
+"""
+
+import functools
+import operator
+
+import keras
+from keras import ops
+
+from keras_vmoe.routing._rows import take_rows
+
+
+def spread(tokens, choice, slot):
+    """Copies tokens into the slots of their choices.
+
+    Args:
+        tokens: `(G, S, D)` tensor.
+        choice: `(G, E, C)` int32, the choice `s * K + k` in each slot; `S * K`
+            in an empty one.
+        slot: `(G, S, K)` int32, the slot `e * C + c` of each choice; `E * C` of
+            a dropped one.
+
+    Returns:
+        `(G, E, C, D)` tensor, 0 in empty slots.
+    """
+    return _moves()[0](tokens, choice, slot)
+
+
+def collect(buffers, choice, slot):
+    """Sums for each token what is in the slots of its choices.
+
+    Args:
+        buffers: `(G, E, C, D)` tensor.
+        choice: As in `spread`.
+        slot: As in `spread`.
+
+    Returns:
+        `(G, S, D)` tensor, 0 for a token that has no slot.
+    """
+    return _moves()[1](buffers, choice, slot)
+
+
+def _spread(tokens, choice, slot):
+    # An empty slot holds S * K, so that the quotient is S: no token.
+    return take_rows(tokens, choice // slot.shape[-1])
+
+
+def _collect(buffers, choice, slot):
+    groups, num_experts, capacity, features = ops.shape(buffers)
+    flat = (groups, num_experts * capacity, features)
+    rows = take_rows(ops.reshape(buffers, flat), slot)  # (G, S, K, D)
+    # Added one by one: XLA on CPU fuses a reduction over K with the gather in
+    # front of it and takes forty times as long.
+    return functools.reduce(operator.add, ops.unstack(rows, axis=2))
+
+
+@functools.cache
+def _moves():
+    """The two, as functions that know each other as their gradients."""
+    if keras.backend.backend() == "torch":
+        return _moves_of_torch()
+    moves = []
+    for index, move in enumerate((_spread, _collect)):
+        moves.append(_with_gradient(move, moves, 1 - index))
+    return moves
+
+
+def _with_gradient(move, moves, index):
+    # Indices are arguments, not closed over: JAX's rematerialisation traces the
+    # gradient where the values of the closure no longer exist.
+    @ops.custom_gradient
+    def function(x, choice, slot):
+        def gradient(*args, upstream=None):
+            upstream = args[-1] if upstream is None else upstream
+            return moves[index](upstream, choice, slot), None, None
+
+        return move(x, choice, slot), gradient
+
+    return function
+
+
+def _moves_of_torch():
+    """Keras's custom gradients know no `torch.func`: neither grad nor vmap."""
+    import torch
+
+    class Move(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x, choice, slot, index):
+            return (_spread, _collect)[index](x, choice, slot)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            _, choice, slot, ctx.index = inputs
+            ctx.save_for_backward(choice, slot)
+            ctx.save_for_forward(choice, slot)
+
+        @staticmethod
+        def backward(ctx, upstream):
+            moved = Move.apply(upstream, *ctx.saved_tensors, 1 - ctx.index)
+            return moved, None, None, None
+
+        @staticmethod
+        def jvp(ctx, tangent, *_):  # Both moves are linear.
+            return Move.apply(tangent, *ctx.saved_tensors, ctx.index)
+
+    def spread(tokens, choice, slot):
+        return Move.apply(tokens, choice, slot, 0)
+
+    def collect(buffers, choice, slot):
+        return Move.apply(buffers, choice, slot, 1)
+
+    return spread, collect

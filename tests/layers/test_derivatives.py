@@ -1,0 +1,121 @@
+"""Derivatives of derivatives, as gradient penalties need them."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_vmoe import layers
+
+BACKEND = keras.backend.backend()
+ROUTERS = {
+    "top_k": lambda: layers.TopKRouter(4, 2, capacity_factor=0.75),
+    "dropless": lambda: layers.TopKRouter(4, 2, capacity_factor="dropless"),
+    "expert_choice": lambda: layers.ExpertChoiceRouter(4, 2.0),
+    "soft": lambda: layers.SoftRouter(4, num_slots=2),
+}
+
+
+def gradient_of_penalty(layer, x):
+    """Of the squared norm of the input's gradient, by an expert's kernel."""
+    kernel = layer.experts.output_kernel
+    if BACKEND == "jax":
+        import jax
+
+        values = [v.value for v in layer.trainable_variables]
+        others = [v.value for v in layer.non_trainable_variables]
+        index = [v is kernel for v in layer.trainable_variables].index(True)
+
+        def penalty(values):
+            def total(x):
+                return (layer.stateless_call(values, others, x)[0] ** 2).sum()
+
+            return (jax.grad(total)(x) ** 2).sum()
+
+        value, gradients = jax.value_and_grad(penalty)(values)
+        return float(value), np.asarray(gradients[index])
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        x = tf.constant(x)
+        with tf.GradientTape() as outer:
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                total = tf.reduce_sum(layer(x) ** 2)
+            value = tf.reduce_sum(inner.gradient(total, x) ** 2)
+        gradient = outer.gradient(value, kernel.value)
+        return float(value), tf.convert_to_tensor(gradient).numpy()
+    import torch
+
+    x = torch.tensor(x, requires_grad=True)
+    (inner,) = torch.autograd.grad((layer(x) ** 2).sum(), x, create_graph=True)
+    value = (inner**2).sum()
+    (gradient,) = torch.autograd.grad(value, kernel.value)
+    return float(value.detach()), gradient.numpy()
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_second_derivatives(name):
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(2, 6, 5)).astype("float32")
+    layer = layers.MoEMLP(4, 8, ROUTERS[name](), images_per_group=1)
+    layer(x)
+    kernel = layer.experts.output_kernel
+    _, found = gradient_of_penalty(layer, x)
+    start = ops.convert_to_numpy(kernel).copy()
+    direction = generator.normal(size=start.shape).astype("float32")
+    direction /= np.linalg.norm(direction)
+    ends = []
+    for sign in (1, -1):
+        kernel.assign(start + sign * 3e-3 * direction)
+        ends.append(gradient_of_penalty(layer, x)[0])
+    right = (ends[0] - ends[1]) / 6e-3
+    assert (found * direction).sum() == pytest.approx(right, 0.01, 1e-3)
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("name", ROUTERS)
+def test_transforms_of_torch_func(name):
+    import torch
+
+    layer = layers.MoEMLP(4, 8, ROUTERS[name](), images_per_group=1)
+    x = torch.randn(3, 6, 8)
+    layer(x)
+    weights = [v.value for v in layer.trainable_variables]
+    others = [v.value for v in layer.non_trainable_variables]
+
+    def loss(weights):
+        return layer.stateless_call(weights, others, x)[0].square().sum()
+
+    found = torch.func.grad(loss)(weights)
+    right = torch.autograd.grad(loss(weights), weights)
+    for one, other in zip(found, right, strict=True):
+        torch.testing.assert_close(one, other)
+    alone = torch.func.vmap(lambda image: layer(image[None])[0])(x)
+    torch.testing.assert_close(alone, layer(x))
+
+
+@pytest.mark.backends("torch")
+def test_forward_mode():
+    import torch
+
+    layer = layers.MoEMLP(4, 8, ROUTERS["top_k"](), images_per_group=1)
+    x, tangent = torch.randn(2, 6, 8), torch.randn(2, 6, 8)
+    layer(x)
+    _, forward = torch.func.jvp(layer, (x,), (tangent,))
+    _, pull = torch.func.vjp(layer, x)
+    other = torch.randn_like(forward)
+    product = (pull(other)[0] * tangent).sum()
+    torch.testing.assert_close((forward * other).sum(), product)
+
+
+@pytest.mark.backends("jax")
+def test_forward_mode_is_refused_where_it_would_need_a_scatter():
+    import jax
+
+    x = np.zeros((2, 6, 8), "float32")
+    for name in ("top_k", "dropless"):
+        layer = layers.MoEMLP(4, 8, ROUTERS[name](), images_per_group=1)
+        layer(x)
+        with pytest.raises(TypeError, match="forward-mode"):
+            jax.jvp(layer, (x,), (x,))
