@@ -75,7 +75,6 @@ def _config(shapes, image_size):
     moe, mlp_dim = _moe(shapes, num_layers)
     pooling = "map" if "MapHead/probe" in shapes else "gap"
     pooling = "token" if "cls" in shapes else pooling
-    learned = POSITIONS in shapes
     return {
         "image_size": image_size or _image_size(shapes, pooling, patch_size),
         "patch_size": patch_size,
@@ -86,7 +85,7 @@ def _config(shapes, image_size):
         "num_classes": shapes.get("head/bias", (None,))[0],
         "pooling": pooling,
         "representation_size": shapes.get("pre_logits/bias", (None,))[0],
-        "position_embedding": "learned" if learned else "sincos2d",
+        "position_embedding": "learned" if POSITIONS in shapes else "sincos2d",
         "moe": moe,
     }
 
