@@ -122,24 +122,19 @@ def pipelines(folder):
     }  # fmt: skip
 
 
-def make_augment(augmentation):
-    """Changes the images of a batch one by one, and then mixes them."""
-    change, mix = make_change(augmentation), make_mix(augmentation)
-
-    def augment(images, labels, seed):
-        seeds = tf.random.split(tf.cast(seed, tf.int64), 2)
-        if change is not None:
-            each = tf.random.split(seeds[0], tf.shape(images)[0])
-            images = tf.map_fn(
-                lambda x: change(*x),
-                (images, each),
-                fn_output_signature=tf.TensorSpec(images.shape[1:], tf.uint8),
-            )
-        if mix is not None:
-            images, labels = mix(images, labels, seeds[1])
-        return tf.cast(images, tf.float32), labels
-
-    return augment
+def applied(augmentation, images, labels, number):
+    """A batch, each image changed or all of them mixed."""
+    seed = tf.stack([number, 0])
+    mix = make_mix(augmentation)
+    if mix is not None:
+        return mix(images, labels, seed)
+    change = make_change(augmentation)
+    images = tf.map_fn(
+        lambda x: change(*x),
+        (images, tf.random.split(seed, BATCH)),
+        fn_output_signature=tf.TensorSpec(images.shape[1:], tf.uint8),
+    )
+    return images, labels
 
 
 def stages():
@@ -151,9 +146,9 @@ def stages():
     numbers = tf.data.Dataset.range(IMAGES // BATCH)
     candidates = {}
     for name, settings in STAGES.items():
-        augment = make_augment(data.Augmentation(**settings))
+        augmentation = data.Augmentation(**settings)
         candidates[name] = tf.data.Dataset.zip(batches, numbers).map(
-            lambda batch, number, augment=augment: augment(*batch, [number, 0]),
+            lambda batch, number, x=augmentation: applied(x, *batch, number),
             tf.data.AUTOTUNE,
         )
     for name, change in others().items():

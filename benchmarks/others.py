@@ -14,6 +14,9 @@ from keras import ops
 from keras_vmoe import layers
 from keras_vmoe import losses
 from keras_vmoe import routing
+from keras_vmoe.routing._groups import group_tokens
+from keras_vmoe.routing._groups import ungroup_tokens
+from keras_vmoe.routing._selection import select_experts
 
 
 class EinsumMoE(keras.layers.Layer):
@@ -39,7 +42,7 @@ class EinsumMoE(keras.layers.Layer):
         self.experts.build((None, self.num_experts, None, shape[-1]))
 
     def call(self, inputs, training=False):
-        tokens, _, size, _ = routing.group_tokens(inputs, 8)
+        tokens, _, size, _ = group_tokens(inputs, 8)
         logits = self.gate(tokens)
         noisy = logits
         if training:
@@ -56,7 +59,7 @@ class EinsumMoE(keras.layers.Layer):
         buffers = ops.einsum("gsec,gsd->gecd", dispatch, tokens)
         buffers = self.experts(buffers, training=training)
         outputs = ops.einsum("gsec,gecd->gsd", combine, buffers)
-        return routing.ungroup_tokens(outputs, ops.shape(inputs))
+        return ungroup_tokens(outputs, ops.shape(inputs))
 
     def _losses_of(self, logits, noisy):
         load = losses.load_loss(
@@ -66,8 +69,8 @@ class EinsumMoE(keras.layers.Layer):
         return ops.mean(load + importance)
 
     def _combine_weights(self, gates, capacity):
-        """`(G, S, E, C)`, the gates at the places of the tokens."""
-        experts, weights = routing.select_experts(gates, self.num_selected)
+        """`(G, S, E, C)`, the gates at the slots of the tokens."""
+        experts, weights = select_experts(gates, self.num_selected)
         groups, tokens, choices = ops.shape(experts)
         chosen = ops.one_hot(experts, self.num_experts)  # (G, S, K, E)
         # All first choices before all second choices.

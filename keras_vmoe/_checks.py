@@ -1,4 +1,4 @@
-"""Checks of arguments: what was expected, what was received, how to mend it."""
+"""Checks of arguments: what was expected, what was received, how to fix it."""
 
 import difflib
 import math
@@ -6,22 +6,22 @@ import numbers
 
 
 def is_number(value):
-    """Whether a value is a finite number; bools are not."""
+    """Whether this is a finite number and not a bool."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return number and math.isfinite(value)
 
 
 def is_integer(value):
-    """Whether this is an integer of Python or NumPy, and no bool."""
+    """Whether this is an integer of Python or NumPy and not a bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def check_sizes(**sizes):
-    """Raises unless all of these are integers of at least 1."""
+def check_sizes(least=1, /, **sizes):
+    """Raises unless all of these are integers of at least 1, or `least`."""
     for name, size in sizes.items():
-        if not is_integer(size) or size < 1:
+        if not is_integer(size) or size < least:
             raise ValueError(
-                f"`{name}` must be an integer of at least 1. "
+                f"`{name}` must be an integer of at least {least}. "
                 f"Received: {name}={size!r}."
             )
 
@@ -43,6 +43,16 @@ def check_rates(**rates):
             raise ValueError(
                 f"`{name}` must be a number of at least 0 and below 1. "
                 f"Received: {name}={rate!r}. 0 turns it off."
+            )
+
+
+def check_shares(**shares):
+    """Raises unless all of these are numbers in (0, 1], or None."""
+    for name, share in shares.items():
+        if share is not None and not (is_number(share) and 0 < share <= 1):
+            raise ValueError(
+                f"`{name}` must be a share in (0, 1] or None. "
+                f"Received: {name}={share!r}."
             )
 
 

@@ -2,15 +2,15 @@
 
 Each returns one value per group, `(G, ...) -> (G,)`; the router averages over
 the groups, weights the losses and adds them to the training loss. Letters as in
-`keras_vmoe.routing`. Masked tokens count as if they were not there; a group of
-nothing but masked tokens has a loss of 0.
+`keras_vmoe.routing`. Masked tokens are left out; a group of masked tokens alone
+has a loss of 0.
 """
 
 import math
 
 from keras import ops
 
-from keras_vmoe.routing.selection import select_experts
+__all__ = ["gshard_loss", "importance_loss", "load_loss", "router_z_loss"]
 
 
 def importance_loss(gates, mask=None):
@@ -68,8 +68,8 @@ def load_loss(logits, noisy_logits, noise_std, num_selected_experts, mask=None):
 
     Reference:
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), appendix A.
-        With a threshold in logits on both sides, as there;
-        some libraries compare it with probabilities.
+        The threshold is in logits, as there; some libraries
+        compare it with probabilities.
     """
     if not noise_std > 0:  # Catches NaN.
         raise ValueError(
@@ -78,8 +78,8 @@ def load_loss(logits, noisy_logits, noise_std, num_selected_experts, mask=None):
             f"Received: noise_std={noise_std}. "
             "Use a positive `noise_std`, or set the loss's weight to 0."
         )
-    _, values = select_experts(noisy_logits, num_selected_experts)
-    distance = (values[..., -1:] - logits) / noise_std
+    threshold = _kth_largest(noisy_logits, num_selected_experts)
+    distance = (threshold - logits) / noise_std
     probability = 0.5 * (1.0 - ops.erf(distance / math.sqrt(2.0)))
     return _squared_variation(_sum_tokens(probability, mask))
 
@@ -137,6 +137,21 @@ def router_z_loss(logits, mask=None):
     """
     size = ops.square(ops.logsumexp(logits, axis=-1))
     return ops.squeeze(_mean_tokens(size[..., None], mask), axis=-1)
+
+
+def _kth_largest(values, k):
+    """The K-th largest value of the last axis, equal ones counted, `(..., 1)`.
+
+    By repeated maxima: for small K several times as fast as a sort.
+    """
+    kth = ops.max(values, axis=-1, keepdims=True)
+    for _ in range(k - 1):
+        lower = ops.where(values < kth, values, -float("inf"))
+        lower = ops.max(lower, axis=-1, keepdims=True)
+        reached = ops.cast(values >= kth, "int32")
+        count = ops.sum(reached, axis=-1, keepdims=True)
+        kth = ops.where(count < k, lower, kth)
+    return kth
 
 
 def _sum_tokens(values, mask):

@@ -22,7 +22,7 @@ ROOMS = {
     "_files": set(),
     "_keras": set(),
     "routing": set(),
-    "losses": {"routing"},
+    "losses": set(),
     "distribution": set(),
     "layers": MATHEMATICS | {"distribution"},
     "models": MODELS,

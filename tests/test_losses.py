@@ -173,6 +173,18 @@ def test_load_by_hand():
     np.testing.assert_allclose(ops.convert_to_numpy(loss), [expected], 1e-5)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_the_threshold_of_ties_is_that_of_a_sort(k):
+    logits = np.array([[[3.0, 3.0, 1.0, 1.0]]], "float32")
+    threshold = np.sort(logits[0, 0])[-k]
+    phi = {0.0: 0.5, 2.0: 0.97725, -2.0: 0.02275}  # Of a standard normal.
+    load = np.array([1 - phi[threshold - x] for x in logits[0, 0].tolist()])
+    expected = (load.std() / load.mean()) ** 2
+    tensor = ops.convert_to_tensor(logits)
+    loss = losses.load_loss(tensor, tensor, 1.0, k)
+    np.testing.assert_allclose(ops.convert_to_numpy(loss), [expected], 1e-3)
+
+
 def test_large_logits_do_not_overflow():
     logits = ops.convert_to_tensor([[[1000.0, 0.0], [0.0, 1000.0]]])
     loss = losses.router_z_loss(logits)

@@ -6,7 +6,6 @@ extra `data`: `pip install 'keras_vmoe[data]'`.
 
 from keras_vmoe.data._corruption import find_corrupt
 from keras_vmoe.data.augmentation import Augmentation
-from keras_vmoe.data.images import normalize
 from keras_vmoe.data.images import preprocess
 from keras_vmoe.data.images import read_images
 from keras_vmoe.data.loading import load
@@ -17,7 +16,6 @@ __all__ = [
     "find_corrupt",
     "info",
     "load",
-    "normalize",
     "preprocess",
     "read_images",
 ]

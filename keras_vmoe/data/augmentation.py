@@ -1,8 +1,8 @@
 """Augmentation of training images, inside tf.data.
 
 Random numbers are a function of a seed, so that an epoch can be repeated and
-read in parallel. Images are augmented one by one, right after decoding, and
-mixed by the batch.
+read in parallel. Images are augmented one by one, right after decoding; batches
+are mixed.
 
 Axes: B images in the batch, H and W height and width in pixels.
 """
@@ -11,10 +11,15 @@ import dataclasses
 import functools
 import itertools
 
+from keras_vmoe._checks import check_not_negative
+from keras_vmoe._checks import check_sizes
+from keras_vmoe._checks import is_number
 from keras_vmoe._extras import require
 from keras_vmoe.data import changes
 from keras_vmoe.data import mixing
-from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.data.tensorflow_runtime import tf
+
+LIMITS = {"rand_augment": 2, "color_jitter": 1, "erasing": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +31,17 @@ class Augmentation:
             differently; an epoch then sees `1 / repeats` of the images
             (repeated augmentation).
         crop_area: Share of the image's area that a random crop keeps, lowest
-            and highest; its sides have a ratio of 3/4 to 4/3. null resizes the
-            whole image.
+            and highest; its aspect ratio is 3/4 to 4/3. null resizes the whole
+            image.
         crop_padding: Pixels of black padding before a random crop to the size
             of the image.
         flip: Whether to mirror half of the images.
-        rand_augment: Magnitude of RandAugment, where 1 (often written 10) is
-            the end of AutoAugment's ranges, up to 2; 0 leaves it out.
+        rand_augment: Magnitude of RandAugment, up to 2, where 1 (often written
+            10) is the end of AutoAugment's ranges; 0 leaves it out.
         rand_augment_layers: Operations of RandAugment per image.
-        three_augment: Whether to make each image grey, solarise or blur it.
-        color_jitter: Largest change of brightness, contrast and saturation, as
-            a share; 0 leaves it out.
+        three_augment: Whether to turn each image grey, solarise or blur it.
+        color_jitter: Largest relative change of brightness, contrast and
+            saturation; 0 leaves it out.
         erasing: Probability of erasing a rectangle of an image.
         mixup: Alpha of MixUp; 0 leaves it out.
         cutmix: Alpha of CutMix; 0 leaves it out. With both, each batch gets
@@ -56,13 +61,18 @@ class Augmentation:
     cutmix: float = 0.0
 
     def __post_init__(self):
-        for name in ("repeats", "rand_augment_layers"):
-            self._check(name, 1, None)
-        for name in ("crop_padding", "mixup", "cutmix"):
-            self._check(name, 0, None)
-        self._check("rand_augment", 0, 2)
-        for name in ("color_jitter", "erasing"):
-            self._check(name, 0, 1)
+        check_sizes(
+            repeats=self.repeats, rand_augment_layers=self.rand_augment_layers
+        )
+        check_sizes(0, crop_padding=self.crop_padding)
+        check_not_negative(mixup=self.mixup, cutmix=self.cutmix)
+        for name, highest in LIMITS.items():
+            value = getattr(self, name)
+            if not is_number(value) or not 0 <= value <= highest:
+                raise ValueError(
+                    f"`{name}` must be a number in [0, {highest}]. "
+                    f"Received: {name}={value!r}."
+                )
         if self.crop_area is not None:
             object.__setattr__(self, "crop_area", tuple(self.crop_area))
             low, high = self.crop_area
@@ -73,19 +83,8 @@ class Augmentation:
                     "Inception's crop has (0.08, 1.0)."
                 )
 
-    def _check(self, name, low, high):
-        value = getattr(self, name)
-        good = isinstance(value, (int, float)) and value >= low
-        if not good or (high is not None and value > high):
-            limits = f"at least {low}" + (f", at most {high}" if high else "")
-            raise ValueError(
-                f"`{name}` must be a number of {limits}. "
-                f"Received: {name}={value!r}. "
-                f"The default is {getattr(type(self), name)}."
-            )
-
     def check_channels(self, channels):
-        """Raises if an augmentation of colours is to change other images."""
+        """Raises if colours of images that are not RGB are to be augmented."""
         names = ("rand_augment", "three_augment", "color_jitter")
         of_colors = [name for name in names if getattr(self, name)]
         if of_colors and channels != 3:
@@ -103,13 +102,12 @@ class Augmentation:
 
 @functools.cache
 def make_change(augmentation):
-    """The function that augments one image, but for crops; or None.
+    """The function that augments one image, except for crops; or None.
 
     It maps `(H, W, channels)` pixels in [0, 255], of a static shape, and a
-    `(2,)` int64 seed to uint8 pixels. It is the same for equal settings, so
-    that it is traced once, in however many pipelines.
+    `(2,)` int64 seed to uint8 pixels. Equal settings share one function, which
+    is traced once for all pipelines.
     """
-    tf = import_tensorflow()
     stages = _stages(augmentation)
     if not stages:
         return None
@@ -117,7 +115,7 @@ def make_change(augmentation):
 
     @tf.function(autograph=False)
     def change(image, seed):
-        # All at once: a draw costs as much as a change of 224 x 224 pixels.
+        # All at once: a draw costs as much as an operation on 224 x 224 pixels.
         numbers = tf.random.stateless_uniform((count,), seed)
         numbers = iter(tf.unstack(numbers))
         image = changes.rounded(image)
@@ -133,10 +131,9 @@ def make_mix(augmentation):
     """The function that mixes the images and labels of a batch; or None.
 
     It maps `(B, H, W, channels)` pixels in [0, 255], one-hot float32 labels
-    `(B, classes)` and a `(2,)` int64 seed to float32 images and labels. It is
-    the same for equal settings.
+    `(B, classes)` and a `(2,)` int64 seed to float32 images and labels. Equal
+    settings share one function.
     """
-    tf = import_tensorflow()
     mixers = []
     if augmentation.mixup:
         mixers.append(functools.partial(mixing.mixup, augmentation.mixup))
@@ -160,7 +157,7 @@ def make_mix(augmentation):
 
 
 def _stages(settings):
-    """Pairs, in order: how many numbers a stage takes, and the stage."""
+    """Pairs, in order: how many random numbers a stage takes, and the stage."""
     stages = []
     if settings.flip:
         stages.append((1, changes.flip))

@@ -13,15 +13,15 @@ import math
 import numpy as np
 
 from keras_vmoe.data import colors
-from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.data.tensorflow_runtime import tf
 
 GREY = 127.5
 SOLARIZE_FROM = 128.0  # Of 3-Augment: pixels above are inverted.
 BLUR = (5, (0.1, 1.0))  # Of 3-Augment: size of the kernel, its deviation.
 ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), 0.3  # Ratio of sides, to 1 / 0.3.
 SPREAD = 0.05  # Deviation of RandAugment's magnitudes.
-# Ends of RandAugment's ranges: of shear, of translation as a share of the side,
-# of the change of colour, contrast and brightness.
+# Ends of RandAugment's ranges: of shears, of translations as a share of the
+# side, of changes of colour, contrast and brightness.
 SHEAR, TRANSLATION, ENHANCEMENT = 0.3, 0.45, 0.9
 
 
@@ -32,13 +32,11 @@ def between(number, low, high):
 
 def flip(image, chance):
     """Mirrors half of the images."""
-    tf = import_tensorflow()
     return tf.cond(chance < 0.5, lambda: tf.reverse(image, [1]), lambda: image)
 
 
 def chosen(operations, chance, image, *parameters):
-    """Gives an image to one of the operations, each equally likely."""
-    tf = import_tensorflow()
+    """Applies one of the operations to an image, each equally likely."""
     count = len(operations)
     choice = tf.minimum(tf.cast(chance * count, tf.int32), count - 1)
     return tf.switch_case(
@@ -49,76 +47,52 @@ def chosen(operations, chance, image, *parameters):
 
 def rand_augment(magnitude, image, chance, spread, sign):
     """One operation of RandAugment."""
-    tf = import_tensorflow()
     strength = tf.maximum(magnitude + SPREAD * tf.math.ndtri(spread), 0)
-    sign = tf.where(sign < 0.5, -1.0, 1.0)
-    return chosen(rand_augment_operations(), chance, image, strength, sign)
+    amount = strength * tf.where(sign < 0.5, -1.0, 1.0)
+    return chosen(RAND_AUGMENT, chance, image, amount)
 
 
-def rand_augment_operations():
-    """RandAugment's operations, in the ranges of AutoAugment.
+def _factor(amount):
+    # Never less, even beyond the end of the range.
+    return tf.maximum(1 + ENHANCEMENT * amount, 1 - ENHANCEMENT)
 
-    Each takes an image, a strength whose 1 is the end of its range, and a sign.
-    The last one does nothing.
-    """
-    tf = import_tensorflow()
 
-    def factor(strength, sign):
-        # Never less, even beyond the end of the range.
-        return tf.maximum(1 + ENHANCEMENT * strength * sign, 1 - ENHANCEMENT)
+def _solarized(image, amount):
+    return colors.solarized(image, 255 * (1 - tf.minimum(tf.abs(amount), 1)))
 
-    def solarize(image, strength, sign):
-        return colors.solarized(image, 255 * (1 - tf.minimum(strength, 1)))
 
-    def color(image, *amount):
-        return colors.recolored(image, colors.saturation(factor(*amount)))
+def _sheared(image, amount, axis):
+    shift = -amount * (SHEAR * np.arange(image.shape[axis], dtype="float32"))
+    return (
+        moved(image, down=shift) if axis else moved(image, None, shift[:, None])
+    )
 
-    def contrast(image, *amount):
-        return colors.contrasted(image, factor(*amount))
 
-    def brighten(image, *amount):
-        return colors.recolored(image, colors.brightness(factor(*amount)))
-
-    def shear_x(image, strength, sign):
-        rows = SHEAR * np.arange(image.shape[0], dtype="float32")[:, None]
-        return moved(image, right=-strength * sign * rows)
-
-    def shear_y(image, strength, sign):
-        columns = SHEAR * np.arange(image.shape[1], dtype="float32")
-        return moved(image, down=-strength * sign * columns)
-
-    def translate_x(image, strength, sign):
-        return moved(
-            image, right=strength * sign * TRANSLATION * image.shape[1]
-        )
-
-    def translate_y(image, strength, sign):
-        return moved(image, down=strength * sign * TRANSLATION * image.shape[0])
-
-    return [
-        lambda image, *_: colors.stretched(image),
-        lambda image, *_: colors.equalized(image),
-        solarize,
-        color,
-        contrast,
-        brighten,
-        shear_x,
-        shear_y,
-        translate_x,
-        translate_y,
-        lambda image, *_: image,
-    ]
+# RandAugment's operations, in the ranges of AutoAugment: of an image and an
+# amount, whose 1 and -1 are the ends of the range. The last one does nothing.
+RAND_AUGMENT = (
+    lambda image, _: colors.stretched(image),
+    lambda image, _: colors.equalized(image),
+    _solarized,
+    lambda image, x: colors.recolored(image, colors.saturation(_factor(x))),
+    lambda image, x: colors.contrasted(image, _factor(x)),
+    lambda image, x: colors.recolored(image, _factor(x) * colors.SAME),
+    functools.partial(_sheared, axis=0),
+    functools.partial(_sheared, axis=1),
+    lambda image, x: moved(image, right=x * TRANSLATION * image.shape[1]),
+    lambda image, x: moved(image, down=x * TRANSLATION * image.shape[0]),
+    lambda image, _: image,
+)
 
 
 def moved(image, down=None, right=None):
-    """Shifts pixels, to whole ones; the image is mirrored at its edges.
+    """Shifts pixels of an image, which is mirrored at its edges.
 
     Args:
         image: `(H, W, 3)`.
-        down, right: By how many pixels: a number, `(H, 1)` or `(W,)`; None is
-            not at all.
+        down, right: Shift in pixels, which is rounded: a number, `(H, 1)` or
+            `(W,)`; None for 0.
     """
-    tf = import_tensorflow()
     height, width, _ = image.shape
 
     def source(places, shift, size):
@@ -146,16 +120,12 @@ def three_augment(cv, image, chance, deviation):
 
 def three_augment_operations(cv):
     """The operations of 3-Augment on an image and a deviation."""
-    tf = import_tensorflow()
     size, _ = BLUR
     blur = cv.RandomGaussianBlur(size, 1.0)
 
     def blurred(image, deviation):
-        kernel = blur.get_kernel(deviation, size)
-        kernels = (
-            tf.reshape(kernel, (size, 1, 1, 1)),
-            tf.reshape(kernel, (1, size, 1, 1)),
-        )
+        kernel = blur.get_kernel(deviation, size)[:, None, None, None]
+        kernels = kernel, tf.transpose(kernel, (1, 0, 2, 3))
         image = blur.augment_image(tf.cast(image, tf.float32), kernels)
         return rounded(image)
 
@@ -173,17 +143,13 @@ def color_jitter(strength, image, *numbers):
 
 
 def span(center, share, size):
-    """Where a rectangle begins and ends on one axis, cut off at the image's.
+    """The first pixel inside and the first after a rectangle, on one axis.
 
     Args:
         center: Tensor of numbers in [0, 1).
         share: Its length as a share of the image's, of the same shape.
         size: The image's length in pixels.
-
-    Returns:
-        Two int32 tensors, the first pixel inside and the first behind.
     """
-    tf = import_tensorflow()
     ends = ((center - share / 2) * size, (center + share / 2) * size)
     return [
         tf.cast(tf.clip_by_value(tf.round(x), 0, size), tf.int32) for x in ends
@@ -191,8 +157,7 @@ def span(center, share, size):
 
 
 def erase(probability, image, chance, area, ratio, row, column, noise):
-    """Fills a rectangle of some of the images with noise."""
-    tf = import_tensorflow()
+    """Fills a rectangle of some images with noise."""
     area = between(area, *ERASED_AREA)
     limit = -math.log(ERASED_RATIO)
     ratio = tf.exp(between(ratio, -limit, limit))
@@ -214,7 +179,6 @@ def erase(probability, image, chance, area, ratio, row, column, noise):
 
 def rounded(image):
     """Clips to [0, 255] and rounds to uint8."""
-    tf = import_tensorflow()
     if image.dtype == tf.uint8:
         return image
     return tf.saturate_cast(image + 0.5, tf.uint8)

@@ -7,8 +7,8 @@ They are by 13 writers, who wrote none of UCI's training part.
 
 They are split at random, stratified by class, into 1,254 for training, 179 for
 validation and 364 for test. scikit-learn does not say who wrote which digit, so
-the same 13 writers are in all three splits: accuracy on `test` says nothing
-about new writers.
+all three splits share the 13 writers: accuracy on `test` says nothing about new
+writers.
 
 This module imports TFDS; import it only where a dataset is opened.
 """
@@ -90,10 +90,9 @@ def split_indices(labels):
         num_test = math.ceil(_TEST_SHARE * len(members))
         num_validation = round(_VALIDATION_SHARE * len(members))
         cuts = [num_test, num_test + num_validation]
-        test, validation, train = np.split(members, cuts)
-        parts["train"].append(train)
-        parts["validation"].append(validation)
-        parts["test"].append(test)
+        names = ("test", "validation", "train")
+        for name, part in zip(names, np.split(members, cuts), strict=True):
+            parts[name].append(part)
     return {name: np.sort(np.concatenate(p)) for name, p in parts.items()}
 
 
@@ -122,14 +121,12 @@ def prepare(data_dir):
 def _write(data_dir):
     # TFDS needs it only to write, with an error that names no remedy.
     require("importlib_resources", "data")
-    # TFDS names its folders with Python's `random`, whose state must not depend
+    # TFDS names its folders by Python's `random`, whose state must not depend
     # on whether the digits were there.
     state = random.getstate()
     try:
-        with contextlib.ExitStack() as silence:
-            # TFDS reports at length on both streams.
-            silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        sink = io.StringIO()  # TFDS reports at length on both streams.
+        with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
             Digits(data_dir=data_dir).download_and_prepare()
     finally:
         random.setstate(state)

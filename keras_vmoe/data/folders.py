@@ -6,8 +6,8 @@ an order, so that they are read here.
 
 import os
 
-from keras_vmoe.data.tensorflow_runtime import import_tensorflow
-from keras_vmoe.data.tensorflow_runtime import import_tfds
+from keras_vmoe.data.tensorflow_runtime import tf
+from keras_vmoe.data.tensorflow_runtime import tfds
 
 NAME = "image_folder"
 LAYOUT = "folder/split/class/image.jpg"
@@ -24,7 +24,6 @@ class ImageFolder:
     name = NAME
 
     def __init__(self, folder):
-        tfds = import_tfds()
         if folder is None:
             raise ValueError(
                 f"`data_dir` must name the folder of {NAME!r}, laid out as "
@@ -51,7 +50,7 @@ class ImageFolder:
 
     def files(self, split):
         """Paths and labels of a split, in the order of the paths."""
-        parts = import_tfds().core.ReadInstruction.from_spec(split)
+        parts = tfds.core.ReadInstruction.from_spec(split)
         chosen = []
         for part in parts.to_absolute(self.info.splits):
             chosen += self._files[part.splitname][part.from_ : part.to]
@@ -61,12 +60,9 @@ class ImageFolder:
     def read(self, split, seed=None, reshuffles=False):
         """Examples with the stored `image`, `label` and `tfds_id`, the path.
 
-        Args:
-            split: String, with TFDS's slices and sums.
-            seed: Optional integer, shuffles the whole split.
-            reshuffles: Whether every pass has another order.
+        A seed shuffles the whole split, in another order in every pass that
+        `reshuffles`.
         """
-        tf = import_tensorflow()
         paths, labels = self.files(split)
         dataset = tf.data.Dataset.from_tensor_slices((paths, labels))
         if seed is not None:

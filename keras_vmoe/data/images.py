@@ -3,71 +3,41 @@
 Axes: B images in the batch, H and W height and width in pixels.
 """
 
-import operator
 import os
-import sys
 
 import numpy as np
-from keras import ops
 
 from keras_vmoe._checks import check_sizes
+from keras_vmoe._checks import is_integer
 from keras_vmoe.data.tensorflow_runtime import checked
-from keras_vmoe.data.tensorflow_runtime import import_tensorflow
-
-
-def normalize(images):
-    """Maps pixels from [0, 255] to [-1, 1], as V-MoE: `x / 127.5 - 1`.
-
-    Args:
-        images: Array or tensor of any shape and dtype, pixels in [0, 255].
-
-    Returns:
-        float32 of the same shape: a TensorFlow tensor for a TensorFlow tensor
-        (inside `tf.data` as well), otherwise a NumPy array.
-
-    Example:
-
-    ```python
-    import numpy as np
-    from keras_vmoe import data
-
-    data.normalize(np.array([0, 255], "uint8"))  # [-1., 1.]
-    ```
-    """
-    tf = sys.modules.get("tensorflow")
-    if tf is not None and tf.is_tensor(images):
-        images = tf.cast(images, tf.float32)
-    else:
-        images = ops.convert_to_numpy(images).astype("float32")
-    return images / 127.5 - 1.0
+from keras_vmoe.data.tensorflow_runtime import tf
 
 
 def preprocess(image, image_size, channels=3):
-    """Turns one decoded image into the input that evaluation gives a model.
+    """Turns one decoded image into a model's input, as in evaluation.
 
-    The image gets the number of channels asked for, is resized to `image_size`
-    (bilinear with antialiasing, the sides independently: the aspect ratio is
-    not kept) and normalised to [-1, 1].
+    The image is converted to `channels`, resized to `image_size` (bilinear with
+    antialiasing; the aspect ratio is not kept) and normalised to [-1, 1].
 
     The dtype gives the scale of the pixels, as in `tf.image`: uint8 and other
-    integers 0 to 255, uint16 0 to 65535, floats 0 to 1. Floats beyond that are
+    integers 0 to 255, uint16 0 to 65535, floats 0 to 1. Other values are
     refused.
 
     Args:
         image: `(H, W, C)` array or tensor with 1 (grey), 2 (grey and alpha), 3
             (RGB), 4 (RGB and alpha) or more channels.
         image_size: Integer or pair `(height, width)`, in pixels.
-        channels: Integer, channels of the result. For 3 grey is repeated, for
-            1 RGB becomes grey, and alpha is dropped; any other number must be
-            that of the image.
+        channels: Integer, channels of the result. 3 repeats grey, 1 converts
+            RGB to grey, and both drop alpha; any other number must be that of
+            the image.
 
     Returns:
         float32 TensorFlow tensor `(height, width, channels)` in [-1, 1].
 
     Raises:
-        ValueError: The shape, the dtype, a pixel's value or
-            `image_size` is not one of the above. Inside `tf.data` a wrong
-            value is a `tf.errors.InvalidArgumentError` with the same words.
+        ValueError: The shape, the dtype, a pixel or `image_size` is not as
+            above. Inside `tf.data` a wrong pixel raises
+            `tf.errors.InvalidArgumentError` with the same message.
 
     Example:
 
@@ -79,11 +49,15 @@ def preprocess(image, image_size, channels=3):
     data.preprocess(grey, image_size=32)  # ones of shape (32, 32, 3)
     ```
     """
-    tf = import_tensorflow()
     check_sizes(channels=channels)
     size = check_image_size(image_size)
     image = tf.convert_to_tensor(image)
-    return normalize(to_channels(image, size, channels))
+    return normalized(to_channels(image, size, channels))
+
+
+def normalized(pixels):
+    """Maps pixels from [0, 255] to [-1, 1] in float32, as V-MoE does."""
+    return tf.cast(pixels, tf.float32) / 127.5 - 1.0
 
 
 def read_images(paths, image_size, test_crop=None, channels=3):
@@ -91,8 +65,8 @@ def read_images(paths, image_size, test_crop=None, channels=3):
 
     Args:
         paths: A path or a list of paths of PNG, JPEG, BMP or GIF files. Of an
-            animated GIF the first frame is taken. An orientation noted in
-            EXIF is not applied, as nowhere in TFDS.
+            animated GIF the first frame is read. The EXIF orientation is
+            ignored, as in TFDS.
         image_size: Integer or pair `(height, width)`, in pixels.
         test_crop: Optional share of the shorter side that the centre crop
             keeps, see `load`.
@@ -104,7 +78,7 @@ def read_images(paths, image_size, test_crop=None, channels=3):
     Raises:
         FileNotFoundError: A file does not exist.
         OSError: A file cannot be read or decoded. Its path is in the message.
-        ValueError: `paths` is empty, or `image_size` is not as above.
+        ValueError: `paths` is empty, or `image_size` is invalid.
 
     Example:
 
@@ -129,22 +103,18 @@ def read_images(paths, image_size, test_crop=None, channels=3):
             "`paths` must name at least one image file. "
             f"Received: paths={paths}. Pass a path or a list of paths."
         )
-    return np.stack(
-        [_read_image(path, size, test_crop, channels) for path in paths]
-    )
+    shape = (*size, channels)
+    images = [_read_image(path, shape, test_crop) for path in paths]
+    return normalized(tf.stack(images)).numpy()
 
 
-def _read_image(path, size, test_crop, channels):
-    tf = import_tensorflow()
+def _read_image(path, shape, test_crop):
     try:
         with open(path, "rb") as file:
-            content = file.read()
-        stored = 4 if channels == 4 else 3
-        image = tf.io.decode_image(content, stored, expand_animations=False)
+            return decoded(file.read(), shape, test_crop)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            "An image file to read must exist. "
-            f"Received: path={path!r}. Check its spelling and its folder."
+            f"An image file must exist. Received: path={path!r}."
         ) from error
     except (OSError, tf.errors.InvalidArgumentError) as error:
         reason = getattr(error, "strerror", None) or "it holds no image"
@@ -153,26 +123,34 @@ def _read_image(path, size, test_crop, channels):
             f"Received: path={path!r} ({reason}). "
             "Convert the file, or leave it out."
         ) from error
+
+
+def decoded(content, shape, test_crop):
+    """The pixels of an encoded image, as in evaluation.
+
+    Args:
+        content: Scalar string tensor or bytes.
+        shape: `(H, W, C)`.
+        test_crop: Share of the shorter side to keep, or None.
+
+    Returns:
+        `(H, W, C)` float32 tensor in [0, 255].
+    """
+    *size, channels = shape
+    stored = 4 if channels == 4 else 3
+    image = tf.io.decode_image(content, stored, expand_animations=False)
+    image = tf.ensure_shape(image, (None, None, stored))
     if test_crop is not None:
         image = center_crop(image, size, test_crop)
-    return preprocess(image, size, channels).numpy()
+    return tf.cast(to_channels(image, tuple(size), channels), tf.float32)
 
 
 def to_channels(image, size, channels=3, resize=None):
-    """Maps a decoded image to pixels on the scale 0 to 255.
+    """Maps a decoded image to pixels `(*size, channels)` in [0, 255].
 
-    Args:
-        image: `(H, W, C)` tensor, see `preprocess`.
-        size: Pair `(height, width)`, in pixels.
-        channels: Integer, see `preprocess`.
-        resize: Function of an image and a size; None is that of evaluation,
-            bilinear with antialiasing.
-
-    Returns:
-        Tensor `(height, width, channels)` in [0, 255]; uint8 if nothing had to
-        be computed, otherwise float32.
+    As `preprocess` does, with any function `resize` of an image and a size; the
+    result is uint8 where no pixel was computed, otherwise float32.
     """
-    tf = import_tensorflow()
     stored = image.shape[-1] if image.shape.rank == 3 else None
     converts = channels in (1, 3) and stored in (1, 2, 3, 4)
     if stored is None or not (converts or stored == channels):
@@ -180,14 +158,14 @@ def to_channels(image, size, channels=3, resize=None):
             "An image must have the shape (H, W, C): 1 to 4 channels for grey "
             "or RGB, otherwise exactly `channels`. "
             f"Received: image.shape={tuple(image.shape)}, channels={channels}. "
-            "Set `channels`; batches go to `normalize`."
+            "Set `channels`."
         )
-    # Before the resize, alpha and copies of grey would only cost time.
+    # Alpha and copies of grey would only make the resize slower.
     if stored != channels:
         image = image[..., : 3 if stored > 2 else 1]
     image = _to_pixels(image)
     if channels == 1 and stored > 2:
-        # In floats, as TensorFlow would cut off the fractions of bytes.
+        # In floats: of bytes TensorFlow truncates the result.
         image = tf.image.rgb_to_grayscale(tf.cast(image, tf.float32))
     if tuple(image.shape[:2]) != size:
         image = (resize or _resize)(image, size)
@@ -196,20 +174,18 @@ def to_channels(image, size, channels=3, resize=None):
 
 
 def _resize(image, size):
-    tf = import_tensorflow()
     return tf.image.resize(image, size, antialias=True)
 
 
 def resize_by_area(image, size):
-    """The resize of training images: fast, and nearly that of evaluation.
+    """The resize of training images: fast, and close to that of evaluation.
 
-    Where both sides shrink a new pixel is the mean of the area it covers. This
-    takes a quarter of the time of the antialiased resize, whose tent is twice
+    Where both sides shrink, a new pixel is the mean of the area it covers. This
+    takes a quarter of the time of the antialiased resize, whose kernel is twice
     as wide; on photographs that shrink by 1 to 4 the two differ by a PSNR of
-    34 to 60 dB. Where no side shrinks there is nothing to be antialiased, and
-    plain bilinear gives the same pixels in a quarter of the time.
+    34 to 60 dB. Where no side shrinks, plain bilinear interpolation gives the
+    same pixels in a quarter of the time.
     """
-    tf = import_tensorflow()
     sides = tf.shape(image)[:2]
     grows, shrinks = (tf.reduce_all(x) for x in (sides <= size, sides >= size))
 
@@ -224,7 +200,6 @@ def resize_by_area(image, size):
 
 def _to_pixels(image):
     """Maps pixels of any dtype to the scale 0 to 255, uint8 or float32."""
-    tf = import_tensorflow()
     if image.dtype == tf.uint8:
         return image
     if image.dtype == tf.uint16:
@@ -241,10 +216,9 @@ def _to_pixels(image):
 
 
 def _checked_pixels(image, highest):
-    tf = import_tensorflow()
     pixels = tf.cast(image, tf.float32)
-    slack = 5e-4 * highest  # For rounding errors of floats.
-    # Compared so that NaN fails.
+    slack = 5e-4 * highest  # For rounding errors.
+    # Written so that NaN fails.
     inside = (pixels >= -slack) & (pixels <= highest + slack)
     message = (
         f"Pixels of type {image.dtype.name} must lie in [0, {highest}]. "
@@ -258,39 +232,30 @@ def _checked_pixels(image, highest):
 def random_crop(image, padding, seed):
     """Pads an image with black and crops it at random to its own size.
 
-    Args:
-        image: `(H, W, channels)` tensor with a static shape.
-        padding: Integer, pixels added on each side. All `2 * padding + 1`
-            offsets per side are equally likely.
-        seed: Pair of integers, of which the crop is a function.
+    All `2 * padding + 1` offsets per side are equally likely.
     """
-    tf = import_tensorflow()
     padded = tf.pad(image, [[padding, padding], [padding, padding], [0, 0]])
     offset = tf.random.stateless_uniform(
         (2,), seed, minval=0, maxval=2 * padding + 1, dtype=tf.int32
     )
-    return tf.slice(padded, tf.concat([offset, [0]], 0), image.shape)
+    return tf.slice(padded, [*tf.unstack(offset), 0], image.shape)
 
 
 def decode_and_crop(image, decode, area, seed):
     """Decodes a random window of an image (the crop of Inception).
 
-    Of a JPEG only the window is decoded.
+    Of a JPEG only the window is decoded. Its aspect ratio is 3/4 to 4/3 where
+    the image has room for it.
 
     Args:
         image: Encoded bytes, or `(H, W, channels)` pixels.
         decode: Function from the bytes to pixels; None for pixels.
         area: Lowest and highest share of the area that the window has.
-        seed: Pair of integers; the same pair gives the same window.
-
-    Returns:
-        `(h, w, channels)` tensor; the ratio of its sides is 3/4 to 4/3 where
-        the image has room for it.
+        seed: Pair of integers, which determines the window.
 
     Reference:
         [Szegedy et al., 2015](https://arxiv.org/abs/1409.4842), section 6.
     """
-    tf = import_tensorflow()
 
     def window(shape):
         begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
@@ -303,22 +268,16 @@ def decode_and_crop(image, decode, area, seed):
             max_attempts=10,
             use_image_if_no_bounding_boxes=True,
         )
-        return begin, size
+        return begin[:2], size[:2]
 
     def crop(pixels):
-        begin, size = window(tf.shape(pixels))
-        channels = pixels.shape[-1]
-        size = tf.concat([size[:2], [channels]], 0)
-        return tf.ensure_shape(
-            tf.slice(pixels, begin, size), (None, None, channels)
-        )
+        return _window(pixels, *window(tf.shape(pixels)))
 
     if decode is None:
         return crop(image)
 
     def crop_jpeg():
-        begin, size = window(tf.image.extract_jpeg_shape(image))
-        corners = tf.concat([begin[:2], size[:2]], 0)
+        corners = tf.concat(window(tf.image.extract_jpeg_shape(image)), 0)
         return tf.image.decode_and_crop_jpeg(image, corners, channels)
 
     pixels = decode(image)
@@ -331,37 +290,29 @@ def decode_and_crop(image, decode, area, seed):
 def center_crop(image, size, share):
     """The centre of an image, as evaluation crops it.
 
-    Args:
-        image: `(H, W, channels)` tensor.
-        size: Pair `(height, width)`, whose ratio the crop has.
-        share: Share of the largest such window to keep, in (0, 1].
+    It has the aspect ratio of `size`, and sides of this share of the largest
+    such window.
     """
-    tf = import_tensorflow()
     sides = tf.cast(tf.shape(image)[:2], tf.float32)
     wanted = tf.constant(size, tf.float32)
     scale = share * tf.reduce_min(sides / wanted)
     window = tf.maximum(tf.cast(tf.round(wanted * scale), tf.int32), 1)
-    begin = (tf.shape(image)[:2] - window) // 2
-    channels = image.shape[-1]
-    cropped = tf.slice(
-        image,
-        tf.concat([begin, [0]], 0),
-        tf.concat([window, [channels]], 0),
-    )
-    return tf.ensure_shape(cropped, (None, None, channels))
+    return _window(image, (tf.shape(image)[:2] - window) // 2, window)
+
+
+def _window(image, begin, size):
+    """A window of an image, of which the number of channels stays known."""
+    window = tf.slice(image, tf.pad(begin, [[0, 1]]), [*tf.unstack(size), -1])
+    return tf.ensure_shape(window, (None, None, image.shape[-1]))
 
 
 def check_image_size(image_size):
     """Returns `(height, width)` of an integer or a pair of integers."""
-    pair = (image_size,) * 2 if np.ndim(image_size) == 0 else image_size
-    try:
-        height, width = (operator.index(side) for side in pair)
-    except (TypeError, ValueError):
-        height = width = 0
-    if height < 1 or width < 1:
+    pair = image_size if np.ndim(image_size) else (image_size, image_size)
+    if len(pair) != 2 or not all(is_integer(x) and x > 0 for x in pair):
         raise ValueError(
             "`image_size` must be a positive integer or a pair (height, "
-            f"width) of them, in pixels. Received: image_size={image_size}. "
+            f"width), in pixels. Received: image_size={image_size}. "
             "Pass for example image_size=224 or image_size=(192, 256)."
         )
-    return height, width
+    return tuple(map(int, pair))

@@ -7,13 +7,11 @@ import operator
 
 import numpy as np
 
+from keras_vmoe._checks import check_shares
 from keras_vmoe._checks import check_sizes
-from keras_vmoe._checks import is_integer
-from keras_vmoe._checks import is_number
 from keras_vmoe.data._corruption import check_files
 from keras_vmoe.data._corruption import skip_corrupt_records
 from keras_vmoe.data.augmentation import Augmentation
-from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.images import check_image_size
 from keras_vmoe.data.pipeline import Pipeline
 from keras_vmoe.data.pipeline import seed_of_epoch
@@ -21,7 +19,7 @@ from keras_vmoe.data.schema import count_examples
 from keras_vmoe.data.schema import read_schema
 from keras_vmoe.data.schema import resolve_num_classes
 from keras_vmoe.data.sources import open_builder
-from keras_vmoe.data.tensorflow_runtime import import_tfds
+from keras_vmoe.data.tensorflow_runtime import tfds
 
 
 def load(
@@ -48,12 +46,11 @@ def load(
 ):
     """Loads an image-classification dataset as batches for a model.
 
-    One pass over the result is one epoch. In training order and changes differ
-    from epoch to epoch, and a second run with the same seed (and the same one
-    of `tf.random.set_seed`, which `keras.utils.set_random_seed` sets) repeats
-    them. In evaluation the examples come in the order of the files. Images are
-    resized and normalised as by `preprocess`. Nothing is downloaded: TFDS must
-    have prepared the dataset. See docs/data.md.
+    One pass is one epoch. In training, order and augmentation differ from epoch
+    to epoch; a second run with the same seed, and the same
+    `keras.utils.set_random_seed`, repeats them. In evaluation examples come in
+    the order of the files. Images are resized and normalised as by
+    `preprocess`. Nothing is downloaded. See docs/data.md.
 
     Args:
         name: String, a TFDS dataset: `"cifar10"`, `"name/config"` or
@@ -67,26 +64,24 @@ def load(
             `"digits"` the user's cache.
         num_classes: Integer, labels must lie in `[0, num_classes)`. None takes
             it from the dataset.
-        seed: Non-negative integer, seed of the order and of the augmentation.
-        epoch: Optional non-negative integer; every pass is then this epoch of
-            a training with this seed, so that a run can be resumed.
-        class_weights: Optional positive number for each class: how often its
-            images are drawn in training, against those of other classes. An
-            epoch keeps its length.
+        seed: Integer of at least 0, seed of the order and the augmentation.
+        epoch: Optional integer of at least 0: every pass is this epoch of a
+            training with this seed, so that a run can be resumed.
+        class_weights: Optional positive number per class: how often its images
+            are drawn in training, relative to others. An epoch keeps its
+            length.
         augmentation: Optional `Augmentation` of the training images.
-        one_hot: Boolean, whether labels are one-hot. They always are where the
-            augmentation mixes them.
+        one_hot: Boolean, whether labels are one-hot; mixed labels always are.
         test_crop: Optional share of the shorter side, in (0, 1], that the
             centre crop of evaluation keeps. None resizes the whole image.
-        drop_remainder: Boolean, whether to drop a last batch that is not
-            full. None drops it in training only.
+        drop_remainder: Boolean, whether to drop a last batch that is not full.
+            None drops it in training only.
         shuffle_buffer: Integer, number of stored examples to draw from.
         skip_corrupt: Boolean, whether to skip corrupt records and images, with
             warnings. All files are read once before.
-        cache: Boolean, whether to keep the stored examples in memory after the
-            first pass.
-        shard: Optional pair `(index, count)`: read the examples of host
-            `index` of `count`.
+        cache: Boolean, whether to cache the stored examples in memory.
+        shard: Optional pair `(index, count)`: reads the share of host `index`
+            of `count`.
         channels: Integer, channels of the images, see `preprocess`.
 
     Returns:
@@ -95,9 +90,9 @@ def load(
         `(B, num_classes)`.
 
     Raises:
-        ValueError: An unknown or unprepared dataset, an unknown split, a
-            dataset without image and label, arguments out of range.
-        OSError: `data_dir` or a file of the dataset is missing or broken.
+        ValueError: An unknown or unprepared dataset or split, a dataset without
+            image and label, arguments out of range.
+        OSError: `data_dir` or a file of the dataset is missing or corrupt.
         ImportError: The extra `data` is not installed.
         tf.errors.InvalidArgumentError: While reading, a label outside
             `[0, num_classes)` or a pixel outside its type's range.
@@ -116,9 +111,9 @@ def load(
     check_sizes(
         batch_size=batch_size, shuffle_buffer=shuffle_buffer, channels=channels
     )
-    _check_seeds(seed=seed, epoch=0 if epoch is None else epoch)
+    check_sizes(0, seed=seed, epoch=0 if epoch is None else epoch)
+    check_shares(test_crop=test_crop)
     augmentation = _check_augmentation(augmentation, training, channels)
-    _check_test_crop(test_crop)
     if drop_remainder is None:
         drop_remainder = training
     builder = open_builder(name, data_dir)
@@ -153,13 +148,12 @@ def load(
 
 def _part_of(name, builder, split, shard, training, skip_corrupt, least):
     """The part of a split that is read, and its number of examples."""
-    num_examples = count_examples(name, builder, split)
+    count_examples(name, builder, split)  # Raises if there is no such split.
     if skip_corrupt:
         split = skip_corrupt_records(builder, split)
     if shard is not None:
         split = _shard_of(split, shard, training)
-    if skip_corrupt or shard is not None:
-        num_examples = count_examples(name, builder, split)
+    num_examples = count_examples(name, builder, split)
     if num_examples < least:
         raise ValueError(
             "A split must hold at least one batch; in training, or with "
@@ -168,8 +162,7 @@ def _part_of(name, builder, split, shard, training, skip_corrupt, least):
             f"of at least {least} examples. "
             "Choose a larger split or a smaller batch_size."
         )
-    if not isinstance(builder, ImageFolder):
-        check_files(builder, split, counts=not skip_corrupt)
+    check_files(builder, split, counts=not skip_corrupt)
     return split, num_examples
 
 
@@ -186,7 +179,7 @@ def _shard_of(split, shard, training):
             f"< count. Received: shard={shard!r}. Pass for example "
             "(jax.process_index(), jax.process_count())."
         )
-    parts = import_tfds().even_splits(split, count, drop_remainder=training)
+    parts = tfds.even_splits(split, count, drop_remainder=training)
     return parts[index]
 
 
@@ -196,7 +189,7 @@ def _check_augmentation(augmentation, training, channels):
         raise ValueError(
             "`augmentation` must be an Augmentation or None. "
             f"Received: augmentation={augmentation!r}. "
-            "Write data.Augmentation(flip=True)."
+            "Pass for example data.Augmentation(flip=True)."
         )
     if not training or augmentation is None:
         return Augmentation()
@@ -220,22 +213,3 @@ def _check_weights(weights, num_classes, training):
             f"each class. Received: class_weights={weights!r}."
         )
     return weights if training else None
-
-
-def _check_test_crop(test_crop):
-    if test_crop is None:
-        return
-    if not is_number(test_crop) or not 0 < test_crop <= 1:
-        raise ValueError(
-            "`test_crop` must be a share in (0, 1] or None. "
-            f"Received: test_crop={test_crop!r}. ConvNeXt has 0.875."
-        )
-
-
-def _check_seeds(**seeds):
-    for name, seed in seeds.items():
-        if not is_integer(seed) or seed < 0:
-            raise ValueError(
-                f"`{name}` must be an integer of at least 0. "
-                f"Received: {name}={seed!r}."
-            )

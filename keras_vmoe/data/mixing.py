@@ -4,12 +4,11 @@ Axes: B images in the batch, H and W height and width in pixels.
 """
 
 from keras_vmoe.data.changes import span
-from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.data.tensorflow_runtime import tf
 
 
 def _partners(images, labels, seed, alpha):
-    """Each and another image, its label, and a share by Beta(alpha, alpha)."""
-    tf = import_tensorflow()
+    """Images, their partners, those' labels, a share of Beta(alpha, alpha)."""
     seeds = tf.random.split(seed, 3)
     count = tf.shape(images)[0]
     order = tf.argsort(tf.random.stateless_uniform((count,), seeds[0]))
@@ -17,7 +16,7 @@ def _partners(images, labels, seed, alpha):
         tf.random.stateless_gamma((count,), seeds[i], alpha) for i in (1, 2)
     )
     share = tf.math.divide_no_nan(mine, mine + other)
-    # Gathered as they are stored: bytes mostly.
+    # Gathered as they are, which is mostly as bytes.
     images, others = (
         tf.cast(x, tf.float32) for x in (images, tf.gather(images, order))
     )
@@ -26,7 +25,6 @@ def _partners(images, labels, seed, alpha):
 
 def mixup(alpha, images, labels, seed):
     """MixUp ([Zhang et al., 2018](https://arxiv.org/abs/1710.09412))."""
-    tf = import_tensorflow()
     images, others, their_labels, share = _partners(images, labels, seed, alpha)
     weight = tf.reshape(share, (-1, 1, 1, 1))
     images = others + weight * (images - others)
@@ -37,9 +35,8 @@ def mixup(alpha, images, labels, seed):
 def cutmix(alpha, images, labels, seed):
     """CutMix ([Yun et al., 2019](https://arxiv.org/abs/1905.04899)).
 
-    The label's share is the area that is really pasted.
+    The label's share is that of the area that is pasted.
     """
-    tf = import_tensorflow()
     seeds = tf.random.split(seed, 3)
     images, others, their_labels, share = _partners(
         images, labels, seeds[0], alpha
@@ -54,7 +51,7 @@ def cutmix(alpha, images, labels, seed):
         inside.append(tf.cast(is_inside, tf.float32))
     rows, columns = inside
     # By arithmetic, as `tf.where` is slow; with the channels in the columns, as
-    # few numbers are slow to broadcast.
+    # broadcasting few numbers is slow.
     columns_of_all = tf.repeat(columns, shape[3], axis=1)
     pasted = rows[:, :, None] * columns_of_all[:, None]
     pasted = tf.reshape(pasted, shape)

@@ -19,14 +19,14 @@ from keras_vmoe.data.augmentation import make_mix
 from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.images import center_crop
 from keras_vmoe.data.images import decode_and_crop
-from keras_vmoe.data.images import normalize
+from keras_vmoe.data.images import normalized
 from keras_vmoe.data.images import random_crop
 from keras_vmoe.data.images import resize_by_area
 from keras_vmoe.data.images import to_channels
 from keras_vmoe.data.schema import Schema
 from keras_vmoe.data.tensorflow_runtime import checked
-from keras_vmoe.data.tensorflow_runtime import import_tensorflow
-from keras_vmoe.data.tensorflow_runtime import import_tfds
+from keras_vmoe.data.tensorflow_runtime import tf
+from keras_vmoe.data.tensorflow_runtime import tfds
 
 STRIDE = 15_485_863  # A prime.
 
@@ -42,11 +42,11 @@ class Pipeline:
     num_classes: int
     size: tuple[int, int]
     channels: int
-    seed: int
-    is_one_epoch: bool
-    augmentation: Augmentation
-    one_hot: bool
-    test_crop: float | None
+    seed: int = 0
+    is_one_epoch: bool = True
+    augmentation: Augmentation = Augmentation()
+    one_hot: bool = False
+    test_crop: float | None = None
     is_training: bool = False
     class_weights: Any = None
     skip_corrupt: bool = False
@@ -57,7 +57,6 @@ class Pipeline:
 
         In training they are shuffled, and repeated where the augmentation is.
         """
-        tf = import_tensorflow()
         dataset = self._read()
         if self.cache:
             dataset = dataset.cache()
@@ -79,22 +78,25 @@ class Pipeline:
             dataset = _cut(dataset, self.num_examples)
         # A function of the seed, the epoch and the example's position in it:
         # crops do not depend on threads.
-        numbers = tf.data.Dataset.random(
-            self.seed, rerandomize_each_iteration=not self.is_one_epoch
-        )
+        numbers = self._numbers()
         if self.class_weights is None:
             return tf.data.Dataset.zip(dataset, numbers)
         # Each pass of an epoch draws others, as the numbers go on.
         dataset = tf.data.Dataset.zip(dataset.repeat(), numbers)
         return _cut(dataset.filter(self._is_drawn), self.num_examples)
 
+    def _numbers(self):
+        """Random numbers, others in every pass unless that is one epoch's."""
+        return tf.data.Dataset.random(
+            self.seed, rerandomize_each_iteration=not self.is_one_epoch
+        )
+
     def _is_drawn(self, example, number):
         """Whether an example is used, by its class's weight."""
-        tf = import_tensorflow()
         weights = tf.constant(self.class_weights)
         label = tf.cast(example[self.schema.label], tf.int32)
         label = tf.clip_by_value(label, 0, self.num_classes - 1)
-        # Another number than those of the example's crop.
+        # Another random number than those of the example's crop.
         x = tf.random.stateless_uniform((), [number, self.seed + 1])
         return x * tf.reduce_max(weights) < weights[label]
 
@@ -103,7 +105,7 @@ class Pipeline:
         """Whether the copies of an image are decoded together.
 
         Not if each has its own random crop, some are left out, or corrupt
-        images are named one by one.
+        images are named.
         """
         return (
             self.augmentation.repeats > 1
@@ -114,12 +116,9 @@ class Pipeline:
 
     def batches(self, examples, batch_size, drop_remainder):
         """Batches `(images, labels)` of what `examples` returns."""
-        tf = import_tensorflow()
         if self.skip_corrupt:
             dataset = self.decoded(examples).filter(_is_readable())
-            dataset = dataset.map(lambda image, label, number, *_: (
-                image, label, number
-            ))  # fmt: skip
+            dataset = dataset.map(lambda *decoded: decoded[:3])
             if self.is_training:  # Others take the place of corrupt ones.
                 dataset = _cut(dataset.repeat(), examples.cardinality())
         else:
@@ -131,16 +130,14 @@ class Pipeline:
         return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
 
     def _every_nth(self, dataset, n):
-        """A share `1 / n` of the examples, others in every epoch."""
-        tf = import_tensorflow()
+        """A share `1 / n` of the examples, which differs by epoch."""
         size, chosen = self.num_examples, -(-self.num_examples // n)
-        offset = tf.data.Dataset.random(
-            self.seed, rerandomize_each_iteration=not self.is_one_epoch
-        ).take(1)
-        offsets = offset.flat_map(
-            lambda x: tf.data.Dataset.from_tensors(x).repeat(size)
+        offsets = (
+            self._numbers()
+            .take(1)
+            .flat_map(lambda x: tf.data.Dataset.from_tensors(x).repeat(size))
         )
-        # Strides by a prime go round all examples, and spread evenly.
+        # Strides of a prime visit all examples, and spread evenly.
         return (
             tf.data.Dataset.zip(dataset.enumerate(), offsets)
             .filter(lambda x, offset: (x[0] * STRIDE + offset) % size < chosen)
@@ -148,16 +145,11 @@ class Pipeline:
         )
 
     def decoded(self, examples):
-        """Decodes images one by one, and says which cannot be decoded.
+        """Decodes images one by one: `(image, label, number, name, is_good)`.
 
-        Args:
-            examples: What `examples` returns, with `skip_corrupt`.
-
-        Returns:
-            A `tf.data.Dataset` of `(image, label, number, name, is_good)`; a
-            corrupt image is black.
+        An image that cannot be decoded is black. `examples` is what the method
+        of this name returns, with `skip_corrupt`.
         """
-        tf = import_tensorflow()
         spec = examples.map(self._image).element_spec[0]
 
         def attempt(example, number):
@@ -178,16 +170,15 @@ class Pipeline:
         )
 
     def _read(self):
-        """Reads examples whose images are still as stored, mostly compressed.
+        """Reads examples with images as stored, mostly compressed.
 
-        Decoding comes after the shuffle, whose buffer would otherwise hold
+        They are decoded after the shuffle, whose buffer would otherwise hold
         decoded photographs (5 GB of them for ImageNet).
         """
         shuffles = self.is_training
         seed = self.seed if shuffles else None
         if isinstance(self.builder, ImageFolder):
             return self.builder.read(self.split, seed, not self.is_one_epoch)
-        tfds = import_tfds()
         schema = self.schema
         config = tfds.ReadConfig(
             shuffle_seed=seed,
@@ -213,7 +204,6 @@ class Pipeline:
 
     def _image(self, example, number):
         """From a stored example to an augmented image, a label, the number."""
-        tf = import_tensorflow()
         if not self._decodes_once:
             example = self._with_pixels(example, number)
         image = example[self.schema.image]
@@ -244,27 +234,22 @@ class Pipeline:
 
     def _finished(self, images, labels, numbers):
         """A batch for the model: checked, mixed, normalised."""
-        tf = import_tensorflow()
         labels = self._checked_labels(labels)
         mix = make_mix(self.augmentation)
         if mix is not None:
             # Another seed than that of the first image's changes.
             seed = tf.stack([~numbers[0], ~self.seed])
             images, labels = _traced(mix, images, labels, seed)
-        return normalize(images), labels
+        return normalized(images), labels
 
     def _checked_labels(self, labels):
         """Labels in range, one-hot if wanted."""
-        # By the batch, because one by one small operations cost as much as
-        # decoding a small image.
-        tf = import_tensorflow()
+        # By the batch: one by one they cost as much as decoding a small image.
         message = (
             f"Labels must lie in [0, {self.num_classes}). "
             "Received: label={shown} "
             f"with num_classes={self.num_classes} in the dataset "
-            f"{self.builder.name}. "
-            "Pass the true num_classes, or prepare the dataset with right "
-            "labels."
+            f"{self.builder.name}. Pass the true num_classes."
         )
         is_wrong = (labels < 0) | (labels >= self.num_classes)
         is_right = tf.logical_not(tf.reduce_any(is_wrong))
@@ -277,7 +262,6 @@ class Pipeline:
 
 def _traced(function, *inputs):
     """Applies a `tf.function`, traced once and not for each pipeline."""
-    tf = import_tensorflow()
     specs = [tf.TensorSpec(x.shape, x.dtype) for x in inputs]
     with tf.init_scope():
         function = function.get_concrete_function(*specs)
@@ -286,7 +270,6 @@ def _traced(function, *inputs):
 
 def _cut(dataset, length):
     """The first examples of a dataset that has at least so many."""
-    tf = import_tensorflow()
     length_is_known = tf.data.experimental.assert_cardinality(length)
     return dataset.take(length).apply(length_is_known)
 
@@ -299,8 +282,7 @@ def seed_of_epoch(seed, epoch):
 
 @functools.cache
 def _is_readable():
-    """A filter of good images, which warns of each other, once a process."""
-    tf = import_tensorflow()
+    """A filter of readable images, which warns of each other one once."""
     skipped = set()  # Training reopens its datasets every epoch.
 
     def warn(name):
@@ -325,19 +307,15 @@ def _is_readable():
 
 @contextlib.contextmanager
 def _without_tfds_warnings():
-    """Suppresses TFDS's warnings of what is done on purpose.
+    """Suppresses warnings of TFDS while it opens a dataset.
 
-    It warns that an ordered dataset is shuffled, and blames its own use of a
-    deprecated property on the user.
+    It warns that an ordered dataset is shuffled, which is done on purpose, and
+    of its own use of a deprecated property.
     """
-
-    def keeps(record):
-        text = record.getMessage()
-        return "FeatureConnector" not in text and "ordered" not in text
-
     logger = logging.getLogger("absl")
-    logger.addFilter(keeps)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.removeFilter(keeps)
+        logger.setLevel(level)

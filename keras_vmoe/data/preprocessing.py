@@ -1,6 +1,4 @@
-"""From pixels, or image files of anybody, to the input of a model.
-
-As values and functions that also run inside a graph.
+"""From pixels, or untrusted image files, to a model's input, also in a graph.
 
 Axes: B images in the batch, H and W height and width in pixels, C channels.
 """
@@ -9,14 +7,14 @@ import dataclasses
 
 import numpy as np
 
+from keras_vmoe._checks import check_shares
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_number
-from keras_vmoe.data.images import center_crop
-from keras_vmoe.data.images import to_channels
-from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.data.images import decoded
+from keras_vmoe.data.tensorflow_runtime import tf
 
 MAX_PIXELS = 2**25  # 100 MB of decoded RGB.
-# What a PNG begins with; its sizes stand in the chunk that must come first.
+# How a PNG begins; its size is in the chunk that must come first.
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 JPEG_SCAN, USUAL_SCANS = b"\xff\xda", 10
 
@@ -35,9 +33,6 @@ class Preprocessing:
         test_crop: Share of the shorter side that the centre crop of encoded
             images keeps; None resizes whole images. See `data.load`.
         max_pixels: Encoded images of more pixels are not decoded.
-
-    Raises:
-        ValueError: If an attribute is out of its range.
 
     Example:
 
@@ -63,45 +58,23 @@ class Preprocessing:
                 )
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(values))
-        crop = self.test_crop
-        if crop is not None and not (is_number(crop) and 0 < crop <= 1):
-            raise ValueError(
-                "`test_crop` must be a share in (0, 1] or None. "
-                f"Received: test_crop={crop!r}."
-            )
+        check_shares(test_crop=self.test_crop)
         check_sizes(max_pixels=self.max_pixels)
 
 
 def normalized(pixels, preprocessing):
-    """Pixels on the scale of 0 to 255 as the model's input.
-
-    Args:
-        pixels: `(B, H, W, C)` float32 tensor or array.
-        preprocessing: A `Preprocessing`.
-    """
-    mean, std = (
-        np.asarray(x, "float32")
-        for x in (preprocessing.mean, preprocessing.std)
-    )
-    return pixels / std - mean / std  # In the order of `data.normalize`.
+    """Float32 pixels `(B, H, W, C)` in [0, 255] as the model's input."""
+    mean = np.asarray(preprocessing.mean, "float32")
+    std = np.asarray(preprocessing.std, "float32")
+    return pixels / std - mean / std
 
 
 def decoded_or_nan(content, shape, test_crop, max_pixels):
-    """The pixels of an encoded image; NaN where it cannot be decoded.
+    """As `decoded`; NaN for what is no JPEG or PNG of at most `max_pixels`.
 
-    An invalid file must not fail the request: a server may have put other
-    people's images into the same batch.
-
-    Args:
-        content: Scalar string tensor, a JPEG or PNG file.
-        shape: `(H, W, C)`; one channel is grey, three are RGB.
-        test_crop: Share of the shorter side to keep, or None.
-        max_pixels: Images of more are not decoded.
-
-    Returns:
-        `(H, W, C)` float32 tensor on the scale of 0 to 255.
+    An invalid file must not fail the request: a server may have put images of
+    other clients into the same batch.
     """
-    tf = import_tensorflow()
 
     def decode(content):
         with tf.control_dependencies([_check_pixels(content, max_pixels)]):
@@ -113,40 +86,17 @@ def decoded_or_nan(content, shape, test_crop, max_pixels):
     return one.concatenate(nan).take(1).get_single_element()
 
 
-def decoded(content, shape, test_crop):
-    """The pixels of an encoded image, as evaluation sees them.
-
-    Args:
-        content: Scalar string tensor, a JPEG or PNG file.
-        shape: `(H, W, C)`; one channel is grey, three are RGB.
-        test_crop: Share of the shorter side to keep, or None.
-
-    Returns:
-        `(H, W, C)` float32 tensor on the scale of 0 to 255.
-    """
-    tf = import_tensorflow()
-    *size, channels = shape
-    image = tf.io.decode_image(content, channels, expand_animations=False)
-    image = tf.ensure_shape(image, (None, None, channels))
-    if test_crop is not None:
-        image = center_crop(image, size, test_crop)
-    pixels = to_channels(image, tuple(size), channels)
-    return tf.cast(pixels, tf.float32)
-
-
 def _check_pixels(content, limit):
     """Fails unless this begins like a JPEG or PNG of at most so many pixels.
 
-    Read from the file's head: a few bytes can ask for gigabytes of pixels. And
-    a JPEG may go over all of its pixels again and again, scan by scan: one of
-    more scans than usual may have the fewer pixels.
+    Read from the file's header: a few bytes can ask for gigabytes of pixels. A
+    JPEG may also encode all of its pixels in many scans: one of more scans than
+    usual may have the fewer pixels.
     """
-    tf = import_tensorflow()
 
     def of_jpeg():
         sides = tf.cast(tf.image.extract_jpeg_shape(content), tf.int64)[:2]
         scans = tf.size(tf.strings.split(content, JPEG_SCAN), tf.int64) - 1
-        # As often as it is gone over, in the usual number of scans.
         times = tf.maximum(-(-scans // USUAL_SCANS), 1)
         return tf.stack([sides[0], sides[1] * times])
 
@@ -158,7 +108,7 @@ def _check_pixels(content, limit):
     is_png = tf.equal(tf.strings.substr(content, 0, len(PNG)), PNG)
     is_jpeg = tf.io.is_jpeg(content)
     sides = tf.cond(is_png, of_png, of_jpeg)
-    # Each side for itself as well: a product of two could overflow.
+    # Each side as well: the product of two could overflow.
     fits = tf.reduce_all(sides <= limit) & (tf.reduce_prod(sides) <= limit)
     return tf.debugging.Assert(
         (is_png | is_jpeg) & fits,

@@ -5,17 +5,7 @@ import operator
 
 from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.sources import open_builder
-from keras_vmoe.data.tensorflow_runtime import import_tfds
-
-# What TFDS raises for splits that it cannot read; AttributeError if it is not a
-# string.
-_SPLIT_ERRORS = (
-    KeyError,
-    ValueError,
-    AssertionError,
-    AttributeError,
-    NotImplementedError,
-)
+from keras_vmoe.data.tensorflow_runtime import tfds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +76,6 @@ def info(name, data_dir=None):
 
 def read_schema(name, tfds_info):
     """Finds the image and the label of a dataset, or raises a ValueError."""
-    tfds = import_tfds()
     features = dict(getattr(tfds_info.features, "items", dict)())
     for image, label in _candidate_keys(tfds_info.supervised_keys):
         if _is_image(features.get(image)) and _is_label(features.get(label)):
@@ -102,7 +91,7 @@ def read_schema(name, tfds_info):
         "channels) and an integer label, as its `supervised_keys` or under "
         'the keys "image" and "label". '
         f"Received: name={name!r} with features {sorted(features)}. "
-        "Choose another dataset, or prepare this one with such features."
+        "Prepare it with such features."
     )
 
 
@@ -115,7 +104,7 @@ def _candidate_keys(supervised_keys):
 
 
 def _is_image(feature):
-    features = import_tfds().features
+    features = tfds.features
     return (
         isinstance(feature, (features.Image, features.Tensor))
         and len(feature.shape) == 3
@@ -124,7 +113,7 @@ def _is_image(feature):
 
 
 def _is_label(feature):
-    features = import_tfds().features
+    features = tfds.features
     return isinstance(feature, features.ClassLabel) or (
         isinstance(feature, features.Tensor)
         and feature.shape == ()
@@ -164,10 +153,12 @@ def count_examples(name, builder, split):
         if isinstance(builder, ImageFolder):
             return builder.num_examples(split)
         return splits[split].num_examples
-    except _SPLIT_ERRORS as error:
+    except (  # AttributeError where it is no string.
+        *(AssertionError, AttributeError, LookupError, ValueError),
+        NotImplementedError,
+    ) as error:
         raise ValueError(
             f"`split` must be made of the splits {sorted(splits)}, with "
             'slices and sums such as "train[:90%]" or "train+test". '
-            f"Received: split={split!r} of name={name!r}. "
-            "Choose one of these splits."
+            f"Received: split={split!r} of name={name!r}."
         ) from error

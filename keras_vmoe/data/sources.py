@@ -1,10 +1,11 @@
-"""Opens datasets that are on disk already; nothing here downloads."""
+"""Opens prepared datasets from disk; nothing here downloads."""
 
 import os
 import pathlib
 
 from keras_vmoe._checks import nearest
 from keras_vmoe.data.tensorflow_runtime import import_tfds
+from keras_vmoe.data.tensorflow_runtime import tfds
 
 
 def open_builder(name, data_dir=None):
@@ -19,6 +20,7 @@ def open_builder(name, data_dir=None):
     """
     import_tfds()
     from google.protobuf import json_format
+    from tensorflow_datasets.core import naming
     from tensorflow_datasets.core import read_only_builder
     from tensorflow_datasets.core import registered
 
@@ -32,7 +34,10 @@ def open_builder(name, data_dir=None):
         data_dir = data_dir or digits.cache_dir()
         digits.prepare(data_dir)
         full_name = f"{digits.NAME}:{digits.VERSION}"
-    _check_name(name, data_dir)
+    try:
+        naming.parse_builder_name_kwargs(name)
+    except (TypeError, ValueError, AttributeError):
+        raise _not_found(name, data_dir) from None
     _check_folder(data_dir)
     if name == folders.NAME:
         return folders.ImageFolder(data_dir)
@@ -50,15 +55,6 @@ def open_builder(name, data_dir=None):
         raise _broken(name, data_dir, reason) from error
 
 
-def _check_name(name, data_dir):
-    from tensorflow_datasets.core import naming
-
-    try:
-        naming.parse_builder_name_kwargs(name)
-    except (TypeError, ValueError, AttributeError):
-        raise _not_found(name, data_dir) from None
-
-
 def _check_folder(data_dir):
     if data_dir is None or "://" in data_dir:
         return
@@ -72,24 +68,29 @@ def _check_folder(data_dir):
         ) from error
 
 
-def _broken(name, data_dir, reason):
+def broken_files(folder, reason, **received):
+    """The error for a dataset whose files are missing or corrupt."""
+    received = ", ".join(f"{k}={v!r}" for k, v in received.items())
     return OSError(
         "The files of a dataset must be complete and readable. "
-        f"Received: name={name!r}, data_dir={data_dir!r} ({reason}). "
-        f"Delete the folder {_dataset_folder(name, data_dir)!r} and prepare "
-        "the dataset again."
+        f"Received: {received} ({reason}). Delete the folder "
+        f"{os.fspath(folder)!r} and prepare the dataset again."
     )
 
 
+def _broken(name, data_dir, reason):
+    folder = _dataset_folder(name, data_dir)
+    return broken_files(folder, reason, name=name, data_dir=data_dir)
+
+
 def _not_found(name, data_dir):
-    """Returns the error for a name that no readable dataset has."""
-    tfds = import_tfds()
+    """The error for a name that no readable dataset has."""
     folder = pathlib.Path(_dataset_folder(str(name), data_dir))
     for file in folder.rglob("dataset_info.json"):
-        # To TFDS a dataset without its features is none.
+        # TFDS does not see a dataset without its features.
         if not (file.parent / "features.json").exists():
             return _broken(name, data_dir, "features.json is missing")
-    # Without the community's, whose list is on the network.
+    # Without those of the community, whose list is on the network.
     registered = tfds.list_builders(with_community_datasets=False)
     prepared = prepared_datasets(data_dir)
     received = (
@@ -127,10 +128,8 @@ def prepared_datasets(data_dir):
 
 
 def _data_dirs(data_dir):
-    import_tfds()
-    from tensorflow_datasets.core.utils import file_utils
-
-    return [os.fspath(folder) for folder in file_utils.list_data_dirs(data_dir)]
+    folders = tfds.core.utils.file_utils.list_data_dirs(data_dir)
+    return [os.fspath(folder) for folder in folders]
 
 
 def _dataset_folder(name, data_dir):

@@ -1,4 +1,7 @@
-"""TensorFlow as a reader of images: imported late, and kept off the GPUs."""
+"""TensorFlow as a reader of images: imported late, and kept off the GPUs.
+
+`tf` and `tfds` stand for the modules, which are imported at first use.
+"""
 
 import functools
 
@@ -28,6 +31,20 @@ def import_tfds():
     return require("tensorflow_datasets", "data")
 
 
+class LazyModule:
+    """A module whose names are looked up when they are used."""
+
+    def __init__(self, load):
+        self._load = load
+
+    def __getattr__(self, name):
+        return getattr(self._load(), name)
+
+
+tf = LazyModule(import_tensorflow)
+tfds = LazyModule(import_tfds)
+
+
 def hide_gpus(tf):
     """Hides the GPUs from TensorFlow, if it has not started yet."""
     try:
@@ -40,17 +57,10 @@ def hide_gpus(tf):
 def checked(value, is_valid, message, shown):
     """Returns `value`, or fails with a message if `is_valid` is False.
 
-    Args:
-        value: A tensor.
-        is_valid: Scalar boolean tensor.
-        message: String that holds the placeholder `{shown}`.
-        shown: Tensor to put there.
-
-    Raises:
-        ValueError: Eagerly. Inside `tf.data` there are no Python exceptions:
-            `tf.errors.InvalidArgumentError` with the same words.
+    `{shown}` in the message becomes the value of the tensor `shown`. Eagerly it
+    is a ValueError; `tf.data` knows no Python exceptions, and raises
+    `tf.errors.InvalidArgumentError` with the same message.
     """
-    tf = import_tensorflow()
     if tf.executing_eagerly():
         if not is_valid:
             raise ValueError(message.replace("{shown}", str(shown.numpy())))

@@ -8,7 +8,7 @@ from keras_vmoe import routing
 from keras_vmoe._checks import check_not_negative
 from keras_vmoe.layers.routers import Router
 from keras_vmoe.layers.routers import places
-from keras_vmoe.routing.groups import check_capacity_factor
+from keras_vmoe.routing._groups import check_capacity_factor
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")

@@ -3,7 +3,6 @@
 import keras
 from keras import ops
 
-from keras_vmoe import routing
 from keras_vmoe._checks import check_sizes
 from keras_vmoe.distribution import _constraints
 from keras_vmoe.layers.activations import get_activation
@@ -15,6 +14,7 @@ from keras_vmoe.layers.weights import for_each_expert
 from keras_vmoe.layers.weights import get_options
 from keras_vmoe.layers.weights import options_config
 from keras_vmoe.layers.weights import set_options
+from keras_vmoe.routing._blocks import Blocks
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -41,7 +41,8 @@ class MLPExperts(keras.layers.Layer):
         seed: Optional integer seed of the dropout.
 
     Call arguments:
-        buffers: `(G, E, C, D)` float tensor, or `routing.Blocks`.
+        buffers: `(G, E, C, D)` float tensor, or the blocks of a
+            `routing.DroplessPlan`.
         training: Whether to apply dropout.
 
     Returns:
@@ -122,7 +123,7 @@ class MLPExperts(keras.layers.Layer):
         setattr(self, f"{name}_bias", bias)
 
     def call(self, buffers, training=False):
-        if isinstance(buffers, routing.Blocks):
+        if isinstance(buffers, Blocks):
             _constraints.check_buffers(self.path)
             rows, *blocks = buffers
             return buffers._replace(rows=self._mlps(rows, blocks, training))

@@ -7,7 +7,6 @@ import math
 import keras
 from keras import ops
 
-from keras_vmoe import routing
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
 from keras_vmoe.distribution import _replicas
@@ -17,6 +16,9 @@ from keras_vmoe.layers.routers import Router
 from keras_vmoe.layers.routers import share
 from keras_vmoe.layers.routers import with_layers
 from keras_vmoe.layers.top_k_router import TopKRouter
+from keras_vmoe.routing._blocks import Blocks
+from keras_vmoe.routing._groups import group_tokens
+from keras_vmoe.routing._groups import ungroup_tokens
 
 IMAGES_PER_GROUP = 8  # That of V-MoE.
 # What goes from `MoEMLP` to its default bank.
@@ -172,18 +174,18 @@ class MoEMLP(keras.layers.Layer):
             return inputs
         if training:
             _replicas.check_groups(inputs.shape[0], self.images_per_group)
-        groups = routing.group_tokens(inputs, self.images_per_group, mask)
+        groups = group_tokens(inputs, self.images_per_group, mask)
         plan = self._plan(groups, training)
         buffers = plan.dispatch(groups.tokens)  # (G, E, C, D)
         buffers = self._run(buffers, training)
         # A bank that was passed in may have a dtype policy of its own.
         tokens = ops.cast(plan.combine(buffers), inputs.dtype)
-        return routing.ungroup_tokens(tokens, ops.shape(inputs))
+        return ungroup_tokens(tokens, ops.shape(inputs))
 
     def _run(self, buffers, training):
         """The bank's outputs, of the shape of the buffers."""
         options = {"training": training} if self._takes_training else {}
-        if isinstance(buffers, routing.Blocks):
+        if isinstance(buffers, Blocks):
             if not getattr(self.experts, "takes_blocks", False):
                 raise ValueError(
                     f"The bank {self.experts.name!r} takes buffers (groups, "
@@ -226,7 +228,7 @@ class MoEMLP(keras.layers.Layer):
         Returns:
             The router's plan.
         """
-        groups = routing.group_tokens(inputs, self.images_per_group, mask)
+        groups = group_tokens(inputs, self.images_per_group, mask)
         return self._plan(groups, training=False)
 
     def _plan(self, groups, training):

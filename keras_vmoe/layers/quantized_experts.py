@@ -39,7 +39,8 @@ class QuantizedMLPExperts(MLPExperts):
         **kwargs: Arguments of `MLPExperts`.
 
     Call arguments:
-        buffers: `(G, E, C, D)` float tensor, or `routing.Blocks`.
+        buffers: `(G, E, C, D)` float tensor, or the blocks of a
+            `routing.DroplessPlan`.
 
     Returns:
         What `buffers` are, after the MLPs.

@@ -9,15 +9,14 @@ from keras_vmoe.layers.gates import get_gate
 from keras_vmoe.layers.statistics import RoutingStatistics
 from keras_vmoe.layers.stochastic import SavesSeedState
 from keras_vmoe.layers.stochastic import SeedGenerator
-from keras_vmoe.routing.groups import check_selection
+from keras_vmoe.routing._groups import check_selection
 
 
 class Router(SavesSeedState, keras.layers.Layer):
     """What all routers share: logits with noise, losses, statistics.
 
     A subclass defines `make_plan` and lists its losses in `auxiliary_losses`.
-    Its plan has `dispatch`, `combine`, `load_share`, `dropped_share` and
-    `experts_of_images`.
+    It maps tokens `(G, S, D)` to a `routing.Plan`.
 
     Args:
         num_experts: E.
@@ -63,7 +62,7 @@ class Router(SavesSeedState, keras.layers.Layer):
             raise ValueError(
                 "A router takes tokens of shape (groups, tokens per group, "
                 f"features). Received: input_shape={tuple(input_shape)}. "
-                "`routing.group_tokens` makes groups of a batch."
+                "`MoEMLP` makes groups of a batch."
             )
         self.features = input_shape[-1]
         if not self.gate_layer.built:
@@ -134,7 +133,7 @@ class Router(SavesSeedState, keras.layers.Layer):
             group_size: Tokens of a full group; sets the capacity.
 
         Returns:
-            A plan.
+            A `routing.Plan`.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must define `make_plan`."

@@ -10,8 +10,8 @@ from keras_vmoe._checks import check_not_negative
 from keras_vmoe.layers.routers import Router
 from keras_vmoe.layers.routers import places
 from keras_vmoe.layers.routers import with_layers
-from keras_vmoe.routing.groups import check_capacity_factor
-from keras_vmoe.routing.groups import check_selection
+from keras_vmoe.routing._groups import check_capacity_factor
+from keras_vmoe.routing._groups import check_selection
 
 CAPACITY_FACTOR = 1.05  # Of V-MoE.
 

@@ -10,44 +10,36 @@ of the package uses these letters:
 | D, F   | token features, hidden features of an expert                       |
 | G, S   | routing groups, tokens per group; groups are routed independently  |
 | E, K   | experts, experts selected per token                                |
-| C      | capacity: places in one expert's buffer, per group                 |
+| C      | capacity: slots in one expert's buffer, per group                  |
 | P      | slots per expert and image of a soft router                        |
-| M, T   | blocks of a dropless plan, places of a block                       |
+| M, T   | blocks of a dropless plan, slots per block                         |
 
-The data flows one way: `group_tokens` turns images' tokens into groups, a plan
-function turns gates into a plan, the plan's `dispatch` fills the experts'
-buffers, its `combine` brings their outputs back to the tokens, and
-`ungroup_tokens` restores the images.
+The data flows one way: the layer turns images' tokens into groups, a function
+such as `top_k_plan` turns gates into a `Plan`, its `dispatch` fills the
+experts' buffers, its `combine` returns their outputs to the tokens, and the
+layer restores the images.
 """
 
-from keras_vmoe.routing.dropless import Blocks
+from keras_vmoe.routing._groups import capacity
 from keras_vmoe.routing.dropless import DroplessPlan
 from keras_vmoe.routing.dropless import dropless_plan
 from keras_vmoe.routing.expert_choice import ExpertChoicePlan
 from keras_vmoe.routing.expert_choice import expert_choice_plan
-from keras_vmoe.routing.groups import TokenGroups
-from keras_vmoe.routing.groups import capacity
-from keras_vmoe.routing.groups import group_tokens
-from keras_vmoe.routing.groups import ungroup_tokens
+from keras_vmoe.routing.plans import Plan
 from keras_vmoe.routing.plans import SparsePlan
-from keras_vmoe.routing.selection import select_experts
 from keras_vmoe.routing.soft import SoftPlan
 from keras_vmoe.routing.soft import soft_plan
 from keras_vmoe.routing.top_k import top_k_plan
 
 __all__ = [
-    "Blocks",
     "DroplessPlan",
     "ExpertChoicePlan",
+    "Plan",
     "SoftPlan",
     "SparsePlan",
-    "TokenGroups",
     "capacity",
     "dropless_plan",
     "expert_choice_plan",
-    "group_tokens",
-    "select_experts",
     "soft_plan",
     "top_k_plan",
-    "ungroup_tokens",
 ]

@@ -6,18 +6,18 @@ from typing import Any
 from keras import ops
 
 from keras_vmoe._checks import is_integer
+from keras_vmoe.routing._rows import add_rows
+from keras_vmoe.routing._rows import take_rows
 from keras_vmoe.routing.plans import check_capacity
 from keras_vmoe.routing.plans import experts_of_images
-from keras_vmoe.routing.rows import add_rows
-from keras_vmoe.routing.rows import take_rows
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertChoicePlan:
-    """A routing decision of the experts: a token may go to any number of them.
+    """A `Plan` made by the experts: a token may go to any number of them.
 
     Attributes:
-        token: `(G, E, C)` int32, the token in each place; S where it is empty.
+        token: `(G, E, C)` int32, the token in each slot; S where it is empty.
         weight: `(G, E, C)` float, the combine weight; 0 where empty.
         mask: `(G, S)` bool, False for tokens that are left out.
     """
@@ -27,32 +27,17 @@ class ExpertChoicePlan:
     mask: Any
 
     def dispatch(self, tokens):
-        """Fills the experts' buffers.
-
-        Args:
-            tokens: `(G, S, D)` tensor.
-
-        Returns:
-            `(G, E, C, D)` tensor, 0 at empty places.
-        """
+        """Fills the experts' buffers; see `Plan.dispatch`."""
         return take_rows(tokens, self.token)
 
     def combine(self, buffers):
-        """Brings the experts' outputs back to the tokens.
-
-        Args:
-            buffers: `(G, E, C, D)` tensor.
-
-        Returns:
-            `(G, S, D)` tensor: per token the sum of its experts' outputs times
-            the combine weights, 0 for a token that no expert chose.
-        """
+        """Returns the experts' outputs to the tokens; see `Plan.combine`."""
         weight = ops.cast(self.weight, buffers.dtype)
         num_tokens = ops.shape(self.mask)[1]
         return add_rows(buffers * weight[..., None], self.token, num_tokens)
 
     def load_share(self):
-        """Share of the filled places that each expert has, `(E,)`, sum 1."""
+        """Share of the filled slots that each expert has, `(E,)`, sum 1."""
         filled = self.token < ops.shape(self.mask)[1]
         load = ops.sum(ops.cast(filled, "float32"), axis=(0, 2))
         return ops.divide_no_nan(load, ops.sum(load))
@@ -81,7 +66,7 @@ def expert_choice_plan(gates, capacity, mask=None):
         capacity: C, an int (or a scalar int tensor if S is symbolic), at most
             S.
         mask: Optional `(G, S)` bool tensor. Tokens at False are chosen by
-            nobody and get 0 back.
+            no expert and get 0 back.
 
     Returns:
         An `ExpertChoicePlan`.
@@ -98,7 +83,7 @@ def expert_choice_plan(gates, capacity, mask=None):
 
     Reference:
         [Zhou et al., 2022](https://arxiv.org/abs/2202.09368), section 3.2, with
-        the capacity of the authors of V-MoE: rounded up to a multiple of 4.
+        V-MoE's capacity, rounded up to a multiple of 4.
     """
     check_capacity(capacity)
     num_tokens = ops.shape(gates)[1]
@@ -111,12 +96,12 @@ def expert_choice_plan(gates, capacity, mask=None):
             )
     gates = ops.transpose(gates, (0, 2, 1))  # (G, E, S)
     scores = ops.stop_gradient(gates)
-    # Behind all finite ones: TensorFlow's sort is confused by NaN.
+    # After all finite ones: TensorFlow's sort cannot order NaN.
     scores = ops.where(ops.isnan(scores), -0.5, scores)
     if mask is None:
         mask = ops.ones((ops.shape(gates)[0], num_tokens), "bool")
     else:
-        # Behind all others, however small their gates are.
+        # After all others, however small their gates are.
         scores = ops.where(mask[:, None], scores, -1.0)
     # Not `ops.top_k`, for the reasons that `select_experts` gives.
     order = ops.cast(ops.argsort(-scores, axis=-1), "int32")

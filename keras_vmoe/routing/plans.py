@@ -1,40 +1,30 @@
-"""Routing plans: who goes where, and the two moves that follow from it."""
+"""Routing plans: who goes where, and the two moves that follow from it.
+
+`Plan` is the contract; `SparsePlan` is that of token choice.
+"""
 
 import dataclasses
 import functools
 import operator
 from typing import Any
+from typing import Protocol
+from typing import runtime_checkable
 
 from keras import ops
 
 from keras_vmoe._checks import is_integer
-from keras_vmoe.routing.rows import take_rows
+from keras_vmoe.routing._rows import take_rows
 
 
-@dataclasses.dataclass(frozen=True)
-class SparsePlan:
-    """A sparse routing decision, known from both of its ends.
+@runtime_checkable
+class Plan(Protocol):
+    """What a router returns: which expert gets which token.
 
-    Buffers know which choice fills each place and choices know their place, so
-    tokens move by gathers alone, forward and backward. No `(G, S, E, C)` tensor
-    is ever made, as the one-hot einsums of the reference program need. The
-    moves have gradients of their own, in reverse mode only.
-
-    Attributes:
-        choice: `(G, E, C)` int32, the choice `s * K + k` that holds the place;
-            `S * K` where the place is empty.
-        slot: `(G, S, K)` int32, the place `e * C + c` of the choice; `E * C`
-            where the choice was dropped.
-        weight: `(G, S, K)` float, the combine weight; 0 where dropped
-            (NaN where the gate is NaN).
-        load: `(G, E)` int32, how many choices fell on the expert, with those
-            that were dropped.
+    `SparsePlan`, `DroplessPlan`, `ExpertChoicePlan` and `SoftPlan` fulfil it. A
+    plan of one's own has these five methods; an expert bank maps what
+    `dispatch` returns to what `combine` takes, of the same shape. Letters as in
+    `keras_vmoe.routing`.
     """
-
-    choice: Any
-    slot: Any
-    weight: Any
-    load: Any
 
     def dispatch(self, tokens):
         """Fills the experts' buffers.
@@ -43,13 +33,67 @@ class SparsePlan:
             tokens: `(G, S, D)` tensor.
 
         Returns:
-            `(G, E, C, D)` tensor, 0 at empty places.
+            `(G, E, C, D)` tensor, 0 in empty slots; C is P for a `SoftPlan`. A
+            `DroplessPlan` returns blocks, with rows `(M, T, D)`.
         """
-        # An empty place holds S * K, so that the quotient is S: no token.
+
+    def combine(self, buffers):
+        """Returns the experts' outputs to the tokens.
+
+        Args:
+            buffers: Of the shape that `dispatch` returns.
+
+        Returns:
+            `(G, S, D)` tensor: per token the sum of its experts' outputs times
+            the combine weights, 0 for a token that no expert serves.
+        """
+
+    def load_share(self):
+        """Share of the load on each expert, `(E,)` float, sum 1 or all 0."""
+
+    def dropped_share(self):
+        """Share of the load that was dropped, a scalar in `[0, 1]`."""
+
+    def experts_of_images(self, num_images):
+        """Which experts serve each image, `(G, num_images, E)` bool.
+
+        Args:
+            num_images: Images of a group, of equally many tokens each.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsePlan:
+    """A `Plan` of token choice, known from both of its ends.
+
+    Buffers know which choice fills each slot and choices know their slot, so
+    tokens move by gathers alone, forward and backward. The `(G, S, E, C)`
+    tensor of the reference program's one-hot einsums is never made. The moves
+    have custom gradients, in reverse mode only.
+
+    Attributes:
+        choice: `(G, E, C)` int32, the choice `s * K + k` that holds the slot;
+            `S * K` where the slot is empty.
+        slot: `(G, S, K)` int32, the slot `e * C + c` of the choice; `E * C`
+            where the choice was dropped.
+        weight: `(G, S, K)` float, the combine weight; 0 where dropped
+            (NaN where the gate is NaN).
+        load: `(G, E)` int32, how many choices fell on each expert, dropped ones
+            included.
+    """
+
+    choice: Any
+    slot: Any
+    weight: Any
+    load: Any
+
+    def dispatch(self, tokens):
+        """Fills the experts' buffers; see `Plan.dispatch`."""
+        # An empty slot holds S * K, so that the quotient is S: no token.
         source = self.choice // self.slot.shape[-1]
 
-        # Indices are arguments and not closed over: JAX's rematerialisation
-        # traces the gradient where the closure's values no longer exist.
+        # Indices are arguments, not closed over: JAX's rematerialisation traces
+        # the gradient where the values of the closure no longer exist.
         @ops.custom_gradient
         def move(tokens, source, slot):
             def gradient(*args, upstream=None):
@@ -62,15 +106,7 @@ class SparsePlan:
         return move(tokens, source, self.slot)
 
     def combine(self, buffers):
-        """Brings the experts' outputs back to the tokens.
-
-        Args:
-            buffers: `(G, E, C, D)` tensor.
-
-        Returns:
-            `(G, S, D)` tensor: per token the sum of its experts' outputs times
-            the combine weights, 0 for a token that all its experts dropped.
-        """
+        """Returns the experts' outputs to the tokens; see `Plan.combine`."""
         weight = ops.cast(self.weight, buffers.dtype)
 
         @ops.custom_gradient
@@ -96,8 +132,8 @@ class SparsePlan:
 
     def dropped_share(self):
         """Share of all choices that were dropped, a scalar in `[0, 1]`."""
-        places = self.choice.shape[1] * ops.shape(self.choice)[2]
-        served = ops.sum(ops.cast(self.slot < places, "float32"))
+        num_slots = self.choice.shape[1] * ops.shape(self.choice)[2]
+        served = ops.sum(ops.cast(self.slot < num_slots, "float32"))
         total = ops.cast(ops.sum(self.load), "float32")
         return ops.divide_no_nan(total - served, total)
 
@@ -105,7 +141,7 @@ class SparsePlan:
         """Which experts serve each image, `(G, num_images, E)` bool."""
         num_tokens, num_choices = ops.shape(self.slot)[1:]
         size = num_tokens // num_images * num_choices
-        # An empty place holds S * K, so that the quotient is no image.
+        # An empty slot holds S * K, so that the quotient is no image.
         return experts_of_images(self.choice // size, num_images)
 
 
@@ -124,7 +160,7 @@ def experts_of_images(image, num_images):
 
     Args:
         image: `(G, E, C)` int tensor, the image, counted within the group, of
-            the token in each place; `num_images` or more where it is empty.
+            the token in each slot; `num_images` or more where it is empty.
         num_images: Images of a group.
 
     Returns:

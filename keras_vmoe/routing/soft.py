@@ -1,4 +1,4 @@
-"""Soft MoE: every place in a buffer is a convex mixture of all tokens."""
+"""Soft MoE: every slot is a convex mixture of all tokens."""
 
 import dataclasses
 from typing import Any
@@ -8,7 +8,7 @@ from keras import ops
 
 @dataclasses.dataclass(frozen=True)
 class SoftPlan:
-    """A soft routing decision. P is the number of slots per expert.
+    """A `Plan` of convex mixtures, with P slots per expert.
 
     Attributes:
         dispatch_weight: `(G, S, E, P)` float; sums to 1 over the tokens.
@@ -22,14 +22,7 @@ class SoftPlan:
     mask: Any = None
 
     def dispatch(self, tokens):
-        """Mixes the tokens into the experts' slots.
-
-        Args:
-            tokens: `(G, S, D)` tensor.
-
-        Returns:
-            `(G, E, P, D)` tensor.
-        """
+        """Mixes the tokens into the experts' slots; see `Plan.dispatch`."""
         weight = ops.cast(self.dispatch_weight, tokens.dtype)
         if self.mask is not None:  # A weight of 0 does not undo a NaN.
             zeros = ops.zeros_like(tokens)
@@ -40,14 +33,7 @@ class SoftPlan:
         return ops.reshape(slots, (groups, num_experts, num_slots, features))
 
     def combine(self, buffers):
-        """Mixes the experts' outputs into the tokens.
-
-        Args:
-            buffers: `(G, E, P, D)` tensor.
-
-        Returns:
-            `(G, S, D)` tensor.
-        """
+        """Mixes the experts' outputs into the tokens; see `Plan.combine`."""
         weight = ops.cast(self.combine_weight, buffers.dtype)
         groups, num_experts, num_slots, features = ops.shape(buffers)
         num_slots = num_experts * num_slots

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_vmoe.routing.groups import check_selection
+from keras_vmoe.routing._groups import check_selection
+from keras_vmoe.routing._selection import renormalized
+from keras_vmoe.routing._selection import select_experts
 from keras_vmoe.routing.plans import SparsePlan
 from keras_vmoe.routing.plans import check_capacity
-from keras_vmoe.routing.selection import renormalized
-from keras_vmoe.routing.selection import select_experts
 
 
 def top_k_plan(
@@ -35,10 +35,10 @@ def top_k_plan(
         capacity: C, an int (or a scalar int tensor if S is symbolic).
         batch_priority: Whether confident tokens are served first.
         mask: Optional `(G, S)` bool tensor. Tokens at False choose nothing:
-            they take no place and get 0 back.
+            they take no slot and get 0 back.
         scores: Optional `(G, S, E)` tensor to select by, instead of the gates.
-        renormalize: Whether the combine weights of a token are divided by
-            their sum, before any is dropped.
+        renormalize: Whether to divide the combine weights of a token by their
+            sum, before any is dropped.
 
     Returns:
         A `SparsePlan`.
@@ -63,7 +63,7 @@ def top_k_plan(
     check_capacity(capacity)
     experts, weights = select_experts(gates, num_selected_experts, scores)
     if mask is not None:
-        # One past the last expert: sorted behind all others, counted nowhere.
+        # One past the last expert: sorted after all others, counted nowhere.
         experts = ops.where(mask[..., None], experts, num_experts)
         weights = ops.where(mask[..., None], weights, ops.zeros_like(weights))
     best = weights[..., 0] if batch_priority else None
@@ -79,7 +79,7 @@ def _service_order(weights, best):
     choice = ops.reshape(ops.arange(num_choices, dtype="int32"), (1, -1, 1))
     if best is not None:  # (G, S)
         best = ops.stop_gradient(best)
-        # Last: TensorFlow's sort is confused by NaN.
+        # Last: TensorFlow's sort cannot order NaN.
         best = ops.where(ops.isnan(best), -1.0, best)
         tokens = ops.cast(ops.argsort(-best, axis=1), "int32")
     else:
@@ -89,14 +89,14 @@ def _service_order(weights, best):
 
 
 class Queues(NamedTuple):
-    """Choices, queueing for their experts.
+    """Choices in line for their experts.
 
     Attributes:
         order: `(G, K * S)`, the choices by expert, each expert's in the order
-            of service; those of nobody stand last.
+            of service; those of no expert come last.
         load: `(G, E)`, the length of each queue.
         start: `(G, E)`, where in `order` each queue starts.
-        rank: `(G, K * S)`, the place of each choice in its queue.
+        rank: `(G, K * S)`, the position of each choice in its queue.
     """
 
     order: Any
@@ -106,10 +106,10 @@ class Queues(NamedTuple):
 
 
 def queue_choices(experts, order, num_experts):
-    """Lines up all choices.
+    """Lines the choices up by expert.
 
     Args:
-        experts: `(G, K * S)` int32, the expert of each choice; E for nobody.
+        experts: `(G, K * S)` int32, the expert of each choice; E for none.
         order: `(G or 1, K * S)` int32, the choices in the order of service.
         num_experts: E.
 
@@ -132,21 +132,21 @@ def queue_choices(experts, order, num_experts):
 
 
 def _serve(experts, weights, order, num_experts, capacity):
-    """Hands out the places of every expert in the order of service."""
+    """Assigns the slots of every expert in the order of service."""
     groups, num_tokens, num_choices = ops.shape(experts)
     total = num_tokens * num_choices
     flat = ops.reshape(experts, (groups, total))
     queues = queue_choices(flat, order, num_experts)
 
-    place = ops.arange(capacity, dtype="int32")
-    position = ops.minimum(queues.start[..., None] + place, total - 1)
+    index = ops.arange(capacity, dtype="int32")
+    position = ops.minimum(queues.start[..., None] + index, total - 1)
     choice = ops.take_along_axis(
         queues.order,
         ops.reshape(position, (groups, num_experts * capacity)),
         axis=1,
     )
     choice = ops.reshape(choice, (groups, num_experts, capacity))
-    choice = ops.where(place < queues.load[..., None], choice, total)
+    choice = ops.where(index < queues.load[..., None], choice, total)
 
     served = ops.logical_and(queues.rank < capacity, flat < num_experts)
     slot = flat * capacity + queues.rank
@@ -157,7 +157,8 @@ def _serve(experts, weights, order, num_experts, capacity):
         choice=choice,
         slot=slot,
         # The gates of a NaN token are NaN, and what it gets back must be too,
-        # even if nobody serves it. (A product with `served` XLA takes for 0.)
+        # even if no expert serves it. (XLA turns a product with `served` into
+        # 0.)
         weight=ops.where(served, weights, weights * 0.0),
         load=queues.load,
     )

@@ -11,7 +11,7 @@ from keras_vmoe._checks import is_number
 from keras_vmoe.data import Augmentation
 from keras_vmoe.models import MoEConfig
 from keras_vmoe.models.presets import find_preset
-from keras_vmoe.routing.groups import check_capacity_factor
+from keras_vmoe.routing._groups import check_capacity_factor
 from keras_vmoe.training.typed import check_optional_sizes
 from keras_vmoe.training.typed import check_positive
 from keras_vmoe.training.typed import check_types

@@ -271,8 +271,11 @@ def test_one_hot_labels():
     ("settings", "words"),
     [
         ({"repeats": 0}, "repeats=0"),
-        ({"mixup": -1}, "`mixup` must be a number of at least 0. Received"),
-        ({"erasing": 1.5}, "at least 0, at most 1. Received: erasing=1.5"),
+        (
+            {"mixup": -1},
+            "`mixup` must be a finite number and not negative. Received",
+        ),
+        ({"erasing": 1.5}, "number in .0, 1.. Received: erasing=1.5"),
         ({"crop_area": (0.5, 0.1)}, "crop_area=.0.5, 0.1."),
         ({"rand_augment": "strong"}, "rand_augment='strong'"),
     ],

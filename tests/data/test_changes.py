@@ -15,7 +15,7 @@ NAMES = (
     "stretch", "equalize", "solarize", "color", "contrast", "brightness",
     "shear_x", "shear_y", "translate_x", "translate_y", "identity",
 )  # fmt: skip
-OPERATIONS = dict(zip(NAMES, changes.rand_augment_operations(), strict=True))
+OPERATIONS = dict(zip(NAMES, changes.RAND_AUGMENT, strict=True))
 COLORS = np.array([0.2989, 0.587, 0.114])  # How tf.image makes grey.
 ROUNDING = 0.501
 
@@ -28,7 +28,7 @@ def each(function, images, *arguments):
 
 
 def apply(name, strength, sign, images=IMAGES):
-    return each(OPERATIONS[name], images, strength, float(sign))
+    return each(OPERATIONS[name], images, float(strength * sign))
 
 
 def blended(other, factor):

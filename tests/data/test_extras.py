@@ -82,7 +82,6 @@ def test_import_brings_in_nothing_optional():
         _extras.require,
         data.info,
         data.load,
-        data.normalize,
         data.preprocess,
         data.read_images,
     ],
@@ -100,7 +99,6 @@ def test_public_names():
         "find_corrupt",
         "info",
         "load",
-        "normalize",
         "preprocess",
         "read_images",
     ]

@@ -22,7 +22,7 @@ from keras.src.backend.jax import trainer  # noqa: E402
 
 from keras_vmoe import distribution  # noqa: E402
 from keras_vmoe import models  # noqa: E402
-from keras_vmoe import routing  # noqa: E402
+from keras_vmoe.routing._groups import group_tokens  # noqa: E402
 
 BATCH, STEPS, EXPERTS = 16, 5, 8
 
@@ -187,7 +187,7 @@ def buffer_bytes(model):
         shape = (BATCH, *layer.input.shape[1:])
         buffers = jax.eval_shape(
             lambda images, layer=layer: layer.plan(images).dispatch(
-                routing.group_tokens(images, layer.images_per_group).tokens
+                group_tokens(images, layer.images_per_group).tokens
             ),
             jax.ShapeDtypeStruct(shape, "float32"),
         )

@@ -121,7 +121,7 @@ def test_unknown_features():
 def test_router_takes_groups():
     words = (
         r"\(groups, tokens per group, features\). "
-        r"Received: input_shape=\(5, 4\).*`routing.group_tokens`"
+        r"Received: input_shape=\(5, 4\).*`MoEMLP` makes groups"
     )
     with pytest.raises(ValueError, match=words):
         layers.TopKRouter(2)(np.ones((5, 4), "float32"))

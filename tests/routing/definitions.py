@@ -14,10 +14,10 @@ from keras import ops
 def capacity_slowly(num_tokens, num_experts, num_selected_experts, factor):
     """Places of an expert, rounded up to whole fours, at most S."""
     exact = Fraction(str(factor)) * num_tokens * num_selected_experts
-    places = math.ceil(exact / num_experts)
-    while places % 4:
-        places += 1
-    return min(places, num_tokens)
+    slots = math.ceil(exact / num_experts)
+    while slots % 4:
+        slots += 1
+    return min(slots, num_tokens)
 
 
 def top_k_slowly(

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_vmoe.routing import dropless_plan
 from keras_vmoe.routing import top_k_plan
-from keras_vmoe.routing.dropless import block_size
+from keras_vmoe.routing._blocks import block_size
 from tests.gradients import compiled
 from tests.gradients import value_and_gradients
 from tests.routing.cases import GATES
@@ -34,7 +34,7 @@ CASES = [
     (GATES["ties"], 2, some_mask()),
     (GATES["an empty and an overflowing expert"], 1, None),
     (GATES["an empty and an overflowing expert"], 2, some_mask()),
-    # Loads that fill their blocks to the last place, and one more.
+    # Loads that fill their blocks to the last slot, and one more.
     (one_expert_for_all(8), 1, None),
     (one_expert_for_all(9), 2, None),
     # One expert; one token; both; nobody.
@@ -42,7 +42,7 @@ CASES = [
     (random_gates(1, 1, 3), 2, None),
     (random_gates(1, 1, 1), 1, None),
     (random_gates(1, 1, 3), 2, np.zeros((1, 1), bool)),
-    # Blocks of more than 8 places, where the backend likes them.
+    # Blocks of more than 8 slots, where the backend likes them.
     (random_gates(2, 66, 2), 1, None),
 ]
 ALL_CASES = [
@@ -120,7 +120,7 @@ def fast_layer(num_selected_experts):
     return layer
 
 
-def test_equal_to_top_k_with_a_place_for_every_token():
+def test_equal_to_top_k_with_a_slot_for_every_token():
     gates, mask = GATES["random"], some_mask()
     tokens = random_layer(gates)[0]
 
@@ -150,7 +150,7 @@ def test_selection_by_scores_weights_by_gates():
     np.testing.assert_allclose(ops.convert_to_numpy(out), 0.1, rtol=1e-6)
 
 
-def test_gradient_of_rows_reaches_filled_places_only():
+def test_gradient_of_rows_reaches_filled_slots_only():
     gates = GATES["an empty and an overflowing expert"]
 
     def loss(noise, tokens):

@@ -41,7 +41,7 @@ def test_three_tokens():
         ops.convert_to_numpy(plan.weight), [[[0.9, 0.6], [0.5, 0.4]]], rtol=1e-6
     )
     assert float(plan.dropped_share()) == 0.0
-    # With one place each, nobody takes the first token.
+    # With one slot each, no expert takes the first token.
     plan = make_plan(gates, 1)
     assert float(plan.dropped_share()) == pytest.approx(1 / 3)
 
@@ -107,7 +107,7 @@ def check_plan(gates, capacity, mask):
     assert token.min() >= 0 and token.max() <= gates.shape[1]
     expected = np.einsum("gsec,gsd->gecd", dispatch, tokens)
     np.testing.assert_allclose(buffers, expected, rtol=1e-6)
-    # Empty places may hold anything: no token ever looks at them.
+    # Empty slots may hold anything: no token ever looks at them.
     scale = random_layer(gates)[2]
     expected = np.einsum("gsec,gecd->gsd", combine, np.cos(expected + scale))
     np.testing.assert_allclose(combined, expected, rtol=1e-5, atol=1e-6)
@@ -149,7 +149,7 @@ def one_hot(token, like):
     return dispatch
 
 
-def test_gradient_of_buffers_reaches_filled_places_only():
+def test_gradient_of_buffers_reaches_filled_slots_only():
     gates, mask = GATES["random"], some_mask()
     _, combine = expert_choice_slowly(gates, 8, mask)
     plan = make_plan(gates, 8, mask)

@@ -5,18 +5,18 @@ import pytest
 from keras import ops
 
 from keras_vmoe.routing import capacity
-from keras_vmoe.routing import group_tokens
-from keras_vmoe.routing import ungroup_tokens
+from keras_vmoe.routing._groups import group_tokens
+from keras_vmoe.routing._groups import ungroup_tokens
 from tests.routing.definitions import capacity_slowly
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "num_experts", "selected", "factor", "places"),
+    ("num_tokens", "num_experts", "selected", "factor", "slots"),
     [
         # Evenly loaded: 64 choices over 8 experts.
         (64, 8, 1, 1.0, 8),
         (64, 8, 2, 1.0, 16),
-        # 9 and 10 places are rounded up to 12.
+        # 9 and 10 slots are rounded up to 12.
         (68, 8, 1, 1.0, 12),
         (64, 8, 1, 1.2, 12),
         # V-MoE: 8 images of 197 tokens, E = 8, K = 2, 5% to spare.
@@ -27,13 +27,13 @@ from tests.routing.definitions import capacity_slowly
         (1, 8, 1, 0.01, 1),
         (100, 8, 1, 0.001, 4),
         # Exact fractions: 0.28 * 100 is 28 and 1.1 * 200 is 220. In floating
-        # point each of these is a little more, and has 4 places too many.
+        # point each of these is a little more, and has 4 slots too many.
         (100, 1, 1, 0.28, 28),
         (400, 1, 1, 0.07, 28),
         (400, 1, 1, 0.55, 220),
         (400, 2, 1, 1.1, 220),
         (400, 8, 2, 2.2, 220),
-        # A third of a token more than 4 places is 8 places.
+        # A third of a token more than 4 slots is 8 slots.
         (13, 3, 1, 1.0, 8),
         (12, 3, 1, 1, 4),
         # Long factors and large groups.
@@ -41,12 +41,12 @@ from tests.routing.definitions import capacity_slowly
         (1000, 10, 1, 1e-5, 4),
     ],
 )
-def test_capacity(num_tokens, num_experts, selected, factor, places):
+def test_capacity(num_tokens, num_experts, selected, factor, slots):
     result = capacity(num_tokens, num_experts, selected, factor)
-    assert result == places
+    assert result == slots
     assert isinstance(result, int)
     slowly = capacity_slowly(num_tokens, num_experts, selected, factor)
-    assert slowly == places
+    assert slowly == slots
 
 
 def test_capacity_of_many_sizes():
@@ -176,5 +176,5 @@ def test_dynamic_batch(images_per_group):
         np.testing.assert_array_equal(back, images)
         np.testing.assert_array_equal(tokens[mask], images.reshape(-1, 2))
         assert int(tf.reduce_sum(tf.cast(mask, "int32"))) == batch * 6
-        if images_per_group:
+        if images_per_group != "batch":
             assert tokens.shape[1] == images_per_group * 6

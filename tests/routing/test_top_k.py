@@ -9,8 +9,8 @@ from keras import ops
 
 from keras_vmoe.routing import SparsePlan
 from keras_vmoe.routing import dropless_plan
-from keras_vmoe.routing import select_experts
 from keras_vmoe.routing import top_k_plan
+from keras_vmoe.routing._selection import select_experts
 from tests.gradients import compiled
 from tests.gradients import value_and_gradients
 from tests.routing.cases import GATES
@@ -32,7 +32,7 @@ THREE_TOKENS = np.array([[[0.6, 0.4], [0.7, 0.3], [0.9, 0.1]]], "float32")
 @pytest.mark.parametrize(
     ("num_selected_experts", "batch_priority", "capacity", "served"),
     [
-        # K = 1, vanilla: the first token takes the only place of expert 0.
+        # K = 1, vanilla: the first token takes the only slot of expert 0.
         (1, False, 1, {(0, 0): 0}),
         # K = 1, BPR: the surest token takes it.
         (1, True, 1, {(0, 0): 2}),
@@ -54,14 +54,14 @@ def test_three_tokens(num_selected_experts, batch_priority, capacity, served):
         THREE_TOKENS, num_selected_experts, capacity, batch_priority, None
     )
     expected = np.zeros((1, 3, 2, capacity))
-    for (expert, place), token in served.items():
-        expected[0, token, expert, place] = 1.0
+    for (expert, slot), token in served.items():
+        expected[0, token, expert, slot] = 1.0
     np.testing.assert_array_equal(one_hot_dispatch(plan), expected)
 
 
 def test_all_first_choices_come_before_any_second_choice():
     # Token 0 wants expert 0, then 1. Token 1 wants expert 1, then 0. Each
-    # expert has one place: both first choices are served, although token 0's
+    # expert has one slot: both first choices are served, although token 0's
     # second choice stands before token 1's first.
     gates = np.array([[[0.9, 0.1], [0.3, 0.7]]], "float32")
     plan = make_plan(gates, 2, 1, False, None)
@@ -90,8 +90,8 @@ def test_renormalised_weights(num_selected_experts, dropless):
     weight = ops.convert_to_numpy(plan.weight).reshape(2, 9, -1)
     best = -np.sort(-gates, axis=-1)[..., :num_selected_experts]
     expected = best / best.sum(axis=-1, keepdims=True) * mask[..., None]
-    places = plan.choice.shape[1] * plan.choice.shape[2]
-    served = ops.convert_to_numpy(plan.slot).reshape(2, 9, -1) < places
+    num_slots = plan.choice.shape[1] * plan.choice.shape[2]
+    served = ops.convert_to_numpy(plan.slot).reshape(2, 9, -1) < num_slots
     np.testing.assert_allclose(weight, expected * served, rtol=1e-6)
     assert dropless or not served.all()
 
@@ -203,7 +203,7 @@ def check_plan(gates, mask, *settings):
 
     buffers = np.einsum("gsec,gsd->gecd", dispatch, tokens)
     np.testing.assert_allclose(more[6], buffers, rtol=1e-6)
-    # Empty places may hold anything: no token ever looks at them.
+    # Empty slots may hold anything: no token ever looks at them.
     combined = np.einsum("gsec,gecd->gsd", combine, np.cos(buffers + scale))
     np.testing.assert_allclose(more[7], combined, rtol=1e-5, atol=1e-6)
 
@@ -245,7 +245,7 @@ def check_figures(dispatch, load, dropped_share, load_share):
 
 
 def check_both_ends(plan):
-    """Every choice that has a place is the one that the place names."""
+    """Every choice that has a slot is the one that the slot names."""
     slot, choice = plan.slot, plan.choice
     groups, num_experts, capacity = choice.shape
     total = slot[0].size
@@ -284,7 +284,7 @@ def random_tokens(gates):
     return random_layer(gates)[0]
 
 
-def test_gradient_of_buffers_reaches_served_places_only():
+def test_gradient_of_buffers_reaches_served_slots_only():
     gates = GATES["an empty and an overflowing expert"]
     dispatch, combine, _ = top_k_slowly(gates, 1, 4)
     generator = np.random.default_rng(4)
@@ -302,7 +302,7 @@ def test_gradient_of_buffers_reaches_served_places_only():
 
 
 def test_a_nan_token_spoils_nobody_else():
-    # Empty places and dropped choices are filled with zeros, not multiplied
+    # Empty slots and dropped choices are filled with zeros, not multiplied
     # by zero: what a masked token holds never leaks.
     gates = random_gates()
     mask = np.ones((2, 9), bool)

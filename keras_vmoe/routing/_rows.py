@@ -1,4 +1,4 @@
-"""Moving rows: gathers, and their transpose, for every backend."""
+"""Rows gathered, and added up: the transpose of a gather."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Groups of tokens that are routed together, and the room that experts have."""
+"""Groups of tokens that are routed together, and the capacity of experts."""
 
 import math
 from fractions import Fraction
@@ -10,12 +10,12 @@ from keras import ops
 from keras_vmoe._checks import is_integer
 from keras_vmoe._checks import is_number
 
-# Buffers are padded to whole multiples of this many places, as in V-MoE.
+# The capacity is a multiple of this, as in V-MoE.
 CAPACITY_MULTIPLE = 4
 
 
 def capacity(num_tokens, num_experts, num_selected_experts, capacity_factor):
-    """Places that each expert has for the tokens of one group.
+    """Slots that each expert has for the tokens of one group.
 
     `ceil(S * K * capacity_factor / E)`, rounded up to a multiple of 4, never
     above S. (The "expert's buffer capacity" of V-MoE, there `B_e`; the rounding
@@ -28,14 +28,14 @@ def capacity(num_tokens, num_experts, num_selected_experts, capacity_factor):
         num_tokens: S, tokens of the group; an int or a scalar int tensor.
         num_experts: E.
         num_selected_experts: K.
-        capacity_factor: Room relative to a perfectly even load, unitless. 1.0
-            is just enough when every expert gets the same number of tokens.
+        capacity_factor: Capacity relative to a perfectly even load. 1.0 is just
+            enough when every expert gets the same number of tokens.
 
     Returns:
         C, of the type of `num_tokens`.
 
     Raises:
-        ValueError: If a count is below 1, or if the capacity comes out at 0.
+        ValueError: If a count is below 1, or if the capacity is 0.
 
     Example:
 
@@ -51,17 +51,17 @@ def capacity(num_tokens, num_experts, num_selected_experts, capacity_factor):
     if is_integer(num_tokens):
         num_tokens = int(num_tokens)
     factor = Fraction(str(float(capacity_factor)))
-    places = num_selected_experts * factor / num_experts
-    step = CAPACITY_MULTIPLE * places.denominator
+    slots = num_selected_experts * factor / num_experts
+    step = CAPACITY_MULTIPLE * slots.denominator
     # One ceiling does both roundings: ceil(ceil(x) / 4) is ceil(x / 4).
-    blocks = -(-(num_tokens * places.numerator) // step)
+    blocks = -(-(num_tokens * slots.numerator) // step)
     if not isinstance(num_tokens, int):
         return ops.minimum(blocks * CAPACITY_MULTIPLE, num_tokens)
     if num_tokens < 1:
         raise ValueError(
-            "Each expert needs room for at least 1 token. Received: "
+            "Each expert needs a slot for at least 1 token. Received: "
             f"num_tokens={num_tokens}, capacity_factor={capacity_factor}, "
-            "which gives a capacity of 0. Route at least one token."
+            "which gives a capacity of 0."
         )
     return min(blocks * CAPACITY_MULTIPLE, num_tokens)
 
@@ -72,14 +72,14 @@ def check_capacity_factor(capacity_factor):
         raise ValueError(
             "`capacity_factor` must be a finite number. "
             f"Received: capacity_factor={capacity_factor!r}. "
-            "V-MoE trains with 1.05; None makes top-K routing dropless."
+            "V-MoE trains with 1.05."
         )
     if capacity_factor <= 0:
         raise ValueError(
             "`capacity_factor` must be positive: with 0 every expert has a "
             "capacity of 0 and all tokens are dropped. "
             f"Received: capacity_factor={capacity_factor}. "
-            "1.05 is V-MoE's choice for training."
+            "V-MoE trains with 1.05."
         )
 
 
@@ -89,7 +89,7 @@ def check_selection(num_experts, num_selected_experts):
         raise ValueError(
             "`num_experts` must be an integer of at least 1. "
             f"Received: num_experts={num_experts!r}. "
-            "Use `moe=None` or a plain MLP for a dense model."
+            "A dense model has moe=None."
         )
     if (
         not is_integer(num_selected_experts)
@@ -108,11 +108,11 @@ class TokenGroups(NamedTuple):
 
     Attributes:
         tokens: `(G, S, D)`.
-        mask: `(G, S)` bool, False for filling; None if there is none.
+        mask: `(G, S)` bool, False for padding; None if there is none.
         group_size: Tokens of a full group. `tokens` hold fewer per group only
             when the whole batch is smaller than one group.
-        images_per_group: Images that the tokens of a group belong to, those of
-            the filling included.
+        images_per_group: Images that the tokens of a group belong to, padding
+            included.
     """
 
     tokens: Any
@@ -124,9 +124,9 @@ class TokenGroups(NamedTuple):
 def group_tokens(inputs, images_per_group, mask=None):
     """Splits a batch into groups of consecutive images.
 
-    A partial group behaves as if it were filled up with masked tokens. Where
-    the batch is smaller than one group and its size is known, no filling is
-    spent: the group stays small and only remembers the size of a full one.
+    A partial group behaves as if it were padded with masked tokens. Where the
+    batch is smaller than one group and its size is known, no padding is added:
+    the group stays small and only keeps the size of a full one.
 
     Args:
         inputs: `(B, ..., D)` tensor.
@@ -159,18 +159,18 @@ def group_tokens(inputs, images_per_group, mask=None):
     groups = -(-batch // images_per_group)
     if static and batch == groups * images_per_group:
         return split(groups, images_per_group, group_size)
-    filling = groups * group_size - total
+    padding = groups * group_size - total
     inputs = ops.reshape(inputs, (total, features))
-    inputs = ops.pad(inputs, ((0, filling), (0, 0)))
+    inputs = ops.pad(inputs, ((0, padding), (0, 0)))
     if mask is None:
-        mask = ops.arange(total + filling, dtype="int32") < total
+        mask = ops.arange(total + padding, dtype="int32") < total
     else:
-        mask = ops.pad(ops.reshape(mask, (total,)), ((0, filling),))
+        mask = ops.pad(ops.reshape(mask, (total,)), ((0, padding),))
     return split(groups, images_per_group, group_size)
 
 
 def ungroup_tokens(tokens, shape):
-    """Brings groups back to the images they came from; undoes `group_tokens`.
+    """Restores the images from groups; undoes `group_tokens`.
 
     Args:
         tokens: `(G, S, D)` tensor.
@@ -178,7 +178,7 @@ def ungroup_tokens(tokens, shape):
             it.
 
     Returns:
-        Tensor of shape `shape`, without the filling.
+        Tensor of shape `shape`, without the padding.
     """
     num_tokens = math.prod(shape[:-1])
     groups, group_size, features = ops.shape(tokens)

@@ -2,14 +2,14 @@
 
 from keras import ops
 
-LOWEST = -6e4  # In every float type above -inf, which marks the taken ones.
+LOWEST = -6e4  # Above -inf, which marks the taken ones, in every float type.
 
 
 def select_experts(gates, num_selected_experts, scores=None):
     """The K best experts of every token and their gates.
 
-    Ties go to the lower expert index. Gates keep their gradient; it reaches the
-    selected entries only.
+    Ties go to the lower expert index. The gradient of the values reaches
+    the selected gates only.
 
     Args:
         gates: `(G, S, E)` float tensor.
@@ -29,12 +29,12 @@ def select_experts(gates, num_selected_experts, scores=None):
     """
     num_experts = gates.shape[-1]
     indices = ops.arange(num_experts, dtype="int32")
-    # Not `ops.top_k`: exported from JAX, TensorFlow cannot run it, and with a
-    # sharded batch it gathers the scores of all devices. For the few experts
+    # Not `ops.top_k`: TensorFlow cannot run it in an export from JAX, and with
+    # a sharded batch it gathers the scores of all devices. For the few experts
     # that a token selects, repeated maxima cost the same. Nor `ops.argmax`,
-    # which Keras on TensorFlow makes of bits that ONNX does not know.
+    # which Keras builds for TensorFlow from bit operations unknown to ONNX.
     remaining = ops.stop_gradient(gates if scores is None else scores)
-    # NaN is equal to nothing; this way it has K experts of its own, too.
+    # NaN equals nothing: it must be ordered to select K experts, too.
     remaining = ops.where(ops.isnan(remaining), LOWEST, remaining)
     experts, values = [], []
     for _ in range(num_selected_experts):

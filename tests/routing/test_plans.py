@@ -1,0 +1,99 @@
+"""The contract of plans: what `routing.Plan` says holds for every plan."""
+
+import dataclasses
+import inspect
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_vmoe import routing
+from tests.gradients import compiled
+from tests.routing.cases import GATES
+
+G, S, E, K, C, P, D = 2, 9, 4, 2, 5, 3, 6
+PLANS = {
+    routing.SparsePlan: lambda gates, mask: routing.top_k_plan(
+        gates, K, C, mask=mask
+    ),
+    routing.DroplessPlan: lambda gates, mask: routing.dropless_plan(
+        gates, K, mask
+    ),
+    routing.ExpertChoicePlan: lambda gates, mask: routing.expert_choice_plan(
+        gates, C, mask
+    ),
+    routing.SoftPlan: lambda gates, mask: routing.soft_plan(
+        ops.repeat(gates[..., None], P, axis=-1), mask
+    ),
+}
+METHODS = (
+    "dispatch",
+    "combine",
+    "load_share",
+    "dropped_share",
+    "experts_of_images",
+)
+
+
+def test_every_plan_is_here():
+    exported = {getattr(routing, name) for name in routing.__all__}
+    plans = {x for x in exported if dataclasses.is_dataclass(x)}
+    assert plans == set(PLANS)
+
+
+@pytest.mark.parametrize("kind", PLANS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_contract(kind, masked):
+    tokens = np.random.default_rng(0).normal(size=(G, S, D)).astype("float32")
+    mask = np.ones((G, S), bool)
+    mask[0, [1, 4]] = False
+
+    def everything(gates, tokens, mask):
+        plan = PLANS[kind](gates, mask if masked else None)
+        check_plan(plan, kind)
+        buffers = plan.dispatch(tokens)
+        check_buffers(buffers, kind)
+        shares = (plan.load_share(), plan.dropped_share())
+        return plan.combine(buffers), *shares, plan.experts_of_images(3)
+
+    combined, load, dropped, served = map(
+        ops.convert_to_numpy,
+        compiled(everything)(GATES["random"], tokens, mask),
+    )
+    assert combined.shape == (G, S, D)
+    assert np.isfinite(combined).all() and combined.any()
+    if masked:
+        assert not combined[~mask].any()
+    assert load.shape == (E,) and load.sum() == pytest.approx(1, rel=1e-5)
+    assert dropped.shape == () and 0 <= dropped <= 1
+    assert served.shape == (G, 3, E) and served.dtype == bool
+
+
+def check_plan(plan, kind):
+    """It has the methods of the contract, and their arguments."""
+    assert type(plan) is kind and isinstance(plan, routing.Plan)
+    for name in METHODS:
+        found, said = (
+            list(inspect.signature(getattr(x, name)).parameters)
+            for x in (kind, routing.Plan)
+        )
+        assert found == said
+
+
+def check_buffers(buffers, kind):
+    """They have the shapes that the contract says."""
+    if kind is not routing.DroplessPlan:
+        slots = P if kind is routing.SoftPlan else C
+        assert tuple(buffers.shape) == (G, E, slots, D)
+        return
+    blocks, slots, features = buffers.rows.shape
+    assert blocks * slots >= G * S * K and features == D
+    assert tuple(buffers.expert.shape) == (blocks,)
+    assert tuple(buffers.count.shape) == ()
+
+
+def test_what_is_no_plan():
+    """A plan without one of the methods is none."""
+    for left_out in METHODS:
+        methods = {x: lambda self, *_: None for x in METHODS if x != left_out}
+        assert not isinstance(type("Other", (), methods)(), routing.Plan)
