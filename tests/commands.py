@@ -26,10 +26,10 @@ SMALL = [
     "--model.image_size=8",
     "--model.patch_size=4",
     "--model.hidden_dim=16",
-    "--model.num_layers=2",
+    "--model.num_layers=1",
     "--model.num_heads=2",
     "--model.mlp_dim=32",
-    "--moe.layers=last_1",
+    "--moe.layers=every_1",
     "--moe.num_experts=4",
 ]
 

@@ -86,7 +86,7 @@ def test_evaluate(trained):
     assert "images: 32" in done.stdout and "top-5 accuracy: " in done.stdout
     accuracy = re.search(r"test accuracy: ([\d.]+)", printed)[1]
     assert f"accuracy: {accuracy}" in done.stdout
-    assert "block_1_moe: " in done.stdout
+    assert "block_0_moe: " in done.stdout
 
 
 def test_dry_runs_of_evaluate_and_predict(trained, tmp_path):

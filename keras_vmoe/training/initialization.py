@@ -1,4 +1,4 @@
-"""What a training starts from, and what it left: weights, frozen parts."""
+"""Models before and after a run: initial weights, frozen parts, restoring."""
 
 import json
 import pathlib
@@ -17,7 +17,7 @@ from keras_vmoe.training.run_folder import CLASSES
 from keras_vmoe.training.run_folder import CONFIG
 from keras_vmoe.training.run_folder import MODEL
 
-ANY_STEPS = 2**31  # The schedule of a model that is not trained.
+ANY_STEPS = 2**31  # For the schedule of a model that is not trained.
 
 
 def starting_model(config, info):
@@ -28,7 +28,7 @@ def starting_model(config, info):
         info: The dataset's `data.info`.
 
     Returns:
-        A model with the weights of `model.init`, if any, frozen as is asked.
+        A model with the weights of `model.init`, frozen as `model.freeze` says.
     """
     model = make_model(config, info.num_classes)
     if config.model.init is not None:
@@ -38,14 +38,14 @@ def starting_model(config, info):
 
 
 def restore(run_dir):
-    """The model of a run, whether it is finished or was stopped.
+    """Loads the model of a run, finished or stopped.
 
     Args:
         run_dir: Folder of the run.
 
     Returns:
-        The model of the last epoch that is whole: of `model.keras`, or of the
-        newest checkpoint while there are checkpoints. With `optimizer.ema` its
+        The model of the last complete epoch: from the newest checkpoint while
+        there are checkpoints, else from `model.keras`. With `optimizer.ema` its
         weights are the averages.
 
     Raises:
@@ -63,8 +63,8 @@ def restore(run_dir):
             return models.load(run_dir / MODEL, compile=False)
         raise FileNotFoundError(
             f"A run folder must hold {MODEL} or a checkpoint. Received: "
-            f"{str(run_dir)!r}, which has neither. A stopped run goes on by "
-            f"keras-vmoe train --config {run_dir / CONFIG}."
+            f"{str(run_dir)!r}, which has neither. To continue a stopped run: "
+            f"keras-vmoe train --config {run_dir / CONFIG}"
         )
     config = recipes.load(run_dir / CONFIG)
     classes = json.loads((run_dir / CLASSES).read_text())
@@ -73,8 +73,8 @@ def restore(run_dir):
     compile_model(model, config, ANY_STEPS)
     if kept.restore(model) is None:
         raise ValueError(
-            "A checkpoint of the run must be whole. Received: "
-            f"{str(run_dir)!r}, where all are damaged. Train it again."
+            "One checkpoint of the run must be intact. Received: "
+            f"{str(run_dir)!r}, where all are corrupt. Train it again."
         )
     if config.optimizer.ema:
         model.optimizer.finalize_variable_values(model.trainable_variables)
@@ -82,19 +82,19 @@ def restore(run_dir):
 
 
 def initialize(model, path, class_names=()):
-    """Gives a model the weights of a file, for fine-tuning.
+    """Loads pretrained weights into a model, for fine-tuning.
 
     Args:
         model: The model to train.
-        path: A `.keras` file, the folder of a run, or a checkpoint that
-            `checkpoints.read` knows. The head starts anew where the classes
-            differ, learned positions are resized.
+        path: A `.keras` file, a run folder, or a checkpoint that
+            `checkpoints.read` knows. The head is reinitialized where the
+            classes differ; learned positions are resized.
         class_names: Names of the model's classes, compared with those of the
             run that a file is from.
 
     Raises:
-        ValueError: If the weights do not fit otherwise; the message lists all
-            of them. The model is then as it was.
+        ValueError: If other weights do not fit; the message lists all of them.
+            The model is unchanged then.
         FileNotFoundError, CheckpointError: As `checkpoints.read`.
     """
     check_start(path)
@@ -109,24 +109,24 @@ def initialize(model, path, class_names=()):
         checkpoints.load(model, path)
     else:
         raise ValueError(
-            "Checkpoints of other programs are of ViTs. Received: "
+            "Checkpoints of other programs hold ViTs. Received: "
             f"init={str(path)!r} for a {type(model).__name__}. Give a .keras "
-            "file or the folder of a run."
+            "file or a run folder."
         )
 
 
 def check_start(path):
-    """Raises unless there is something by the name of a start."""
+    """Raises unless the weights to start from exist."""
     path = pathlib.Path(path)
     if not path.exists() and not list(path.parent.glob(f"{path.name}.*")):
         raise FileNotFoundError(
-            "The weights to start from must exist: a .keras file, the folder "
-            f"of a run, or a checkpoint. Received: init={str(path)!r}."
+            "The weights to start from must exist: a .keras file, a run "
+            f"folder, or a checkpoint. Received: init={str(path)!r}."
         )
 
 
 def _same_classes(run_dir, class_names):
-    """Whether the classes of a run's model are these, as far as is known."""
+    """Whether a run's model has these classes, as far as is known."""
     file = run_dir / CLASSES
     if not class_names or not file.exists():
         return True
@@ -138,9 +138,9 @@ def copy_weights(source, model, with_head=True):
 
     Args:
         source: The model with the weights.
-        model: One of the same layers; `head` and `positions` may have other
+        model: One with the same layers; `head` and `positions` may have other
             shapes.
-        with_head: Whether the head is copied where its shape is the same.
+        with_head: Whether to copy the head if its shape is the same.
 
     Raises:
         ValueError: If layers are missing or have other shapes.
@@ -158,8 +158,8 @@ def copy_weights(source, model, with_head=True):
             values[name] = arrays
         elif name == "head" and arrays[0].shape[0] == shapes[0][0]:
             warnings.warn(
-                "The head of the file has other classes: the model's starts "
-                "anew.",
+                "The head of the file has other classes: the model's head is "
+                "newly initialized.",
                 stacklevel=4,
             )
         else:
@@ -168,7 +168,7 @@ def copy_weights(source, model, with_head=True):
         raise ValueError(
             "The weights to start from must be those of the same model. "
             f"Received: layers that differ: {'; '.join(sorted(wrong))}. "
-            "Train a model of the architecture of the file."
+            "Train a model of that architecture."
         )
     for name, arrays in values.items():
         ours[name].set_weights(arrays)

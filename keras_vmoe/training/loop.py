@@ -6,7 +6,6 @@ import sys
 from typing import NamedTuple
 
 import keras
-import numpy as np
 
 from keras_vmoe import data
 from keras_vmoe import evaluation
@@ -37,12 +36,12 @@ from keras_vmoe.training.validation import Validation
 
 
 class RunResult(NamedTuple):
-    """What a run came to.
+    """The outcome of a run.
 
     Attributes:
-        test_accuracy: Share of the test images classified right.
+        test_accuracy: Share of the test images classified correctly.
         model: The trained model.
-        run_dir: `pathlib.Path` of the run's files.
+        run_dir: `pathlib.Path` of the run folder.
     """
 
     test_accuracy: float
@@ -53,17 +52,17 @@ class RunResult(NamedTuple):
 def train(config):
     """Trains a model and writes a run folder.
 
-    The folder holds `config.yaml` (to be given to `keras-vmoe train --config`),
-    `classes.json`, `history.csv`, a checkpoint of each epoch while it trains,
-    `model.keras` (the model of the last epoch, written when the run ends or is
-    interrupted; `restore` has that of a killed run) and, when all is done,
-    `curves.png` and `result.json`. Test images are looked at once, after the
+    The folder holds `config.yaml` (an input of `keras-vmoe train --config`),
+    `classes.json`, `history.csv`, checkpoints of the last epochs while it
+    trains, `model.keras` (the model of the last epoch, written when the run
+    ends or is interrupted; `restore` gives that of a killed run) and, at the
+    end, `curves.png` and `result.json`. Test images are used once, after the
     training.
 
-    A run that was stopped continues from its last checkpoint when it is started
-    again with the same settings, and ends as if it had never stopped:
-    weights, optimizer, noise, order and augmentation of the images are those of
-    the epoch.
+    A stopped run continues from its last checkpoint when it is started again
+    with the same settings, and ends as if it had never stopped: weights,
+    optimizer state, noise, order and augmentation of the images are those of
+    that epoch.
 
     Args:
         config: A `TrainConfig`.
@@ -72,8 +71,8 @@ def train(config):
         A `RunResult`.
 
     Raises:
-        ValueError: If the configuration fits no model or dataset, before
-            anything is written, or is not that of the run in the folder.
+        ValueError: If the configuration fits no model or dataset (nothing has
+            been written then), or differs from that of the run in the folder.
         FileExistsError: If the run folder holds a finished run or other files.
         NonFiniteLossError: If the loss becomes NaN; the model of the last good
             epoch stays in the folder.
@@ -97,7 +96,7 @@ def train(config):
 
 
 def _train(config, strategy):
-    """A run, in the scope of what spreads it over the devices."""
+    """A run, in the scope of its distribution strategy."""
     info = data.info(config.data.dataset, config.data.data_dir)
     train_data, validation_data, test_data = datasets(config, info)
     length = len(train_data)
@@ -112,19 +111,24 @@ def _train(config, strategy):
     checkpoints = Checkpoints(
         run_dir / CHECKPOINTS, config.checkpoint.keep_checkpoints
     )
-    state = checkpoints.restore(model) or {"epoch": 0}
+    state = checkpoints.restore(model) or {
+        "epoch": 0,
+        "rows": [],
+        "routing": [],
+    }
     done = state["epoch"]
     _processes.check_agreement("checkpoint", epoch=done)
     if done and _processes.is_first_process():
         print(f"resumed after epoch {done}", flush=True)
-    routing = callbacks.RoutingHistory(epochs=_to_arrays(state))
+    routing = callbacks.RoutingHistory(epochs=state["routing"])
     history = callbacks.HistoryFile(
-        run_dir / "history.csv", routing, state.get("rows", ())
+        run_dir / "history.csv", routing, state["rows"]
     )
     save = SaveCheckpoint(
-        checkpoints, lambda: _to_lists(history.rows, routing.epochs)
+        checkpoints, lambda: {"rows": history.rows, "routing": routing.epochs}
     )
-    with _named_damage(config):
+    average = [keras.callbacks.SwapEMAWeights()] if config.optimizer.ema else []
+    with _naming_corruption(config):
         if done < epochs:
             with _last_epoch_kept(run_dir):
                 model.fit(
@@ -134,18 +138,29 @@ def _train(config, strategy):
                     epochs=epochs,
                     shuffle=False,  # The dataset shuffles itself.
                     verbose=_verbosity(),
-                    callbacks=_callbacks(
-                        config, run_dir, validation_data, routing, history, save
-                    ),
+                    callbacks=[
+                        callbacks.StopOnNonFiniteLoss(run_dir / CHECKPOINTS),
+                        Validation(
+                            validation_data, make_loss(config), *average
+                        ),
+                        routing,
+                        history,
+                        *_tensorboard(config, run_dir / "tensorboard"),
+                        save,
+                        *average,
+                    ],
                 )
-        elif config.optimizer.ema:  # Which `fit` ends with.
+        elif average:  # As `fit` does at its end.
             model.optimizer.finalize_variable_values(model.trainable_variables)
         models.save(model, run_dir / MODEL)
         test = evaluation.measure(model, test_data, routing=False)
     if _processes.is_first_process():
-        _draw_curves(history.rows, routing.epochs, run_dir / "curves.png")
+        curves = {
+            x: [row.get(x) for row in history.rows] for x in history.rows[0]
+        }
+        inspection.plot_history(curves, routing.epochs, run_dir / "curves.png")
         write_result(run_dir, test)
-    # All leave together: JAX ends a process that is long in coming.
+    # All leave together: JAX ends a process whose peers take too long.
     _processes.check_agreement("end of the run", epochs=epochs)
     return RunResult(test.accuracy, model, run_dir)
 
@@ -157,14 +172,14 @@ def _last_epoch_kept(run_dir):
         yield
     except (KeyboardInterrupt, callbacks.NonFiniteLossError):
         checkpoints = Checkpoints(run_dir / CHECKPOINTS)
-        # Of several processes the others may not come along.
+        # With several processes, the others may not get here.
         if checkpoints.epochs() and _processes.num_processes() == 1:
             models.save(restore(run_dir), run_dir / MODEL)
         raise
 
 
-def _named_damage(config):
-    """Names damaged images in errors, unless they are to be skipped."""
+def _naming_corruption(config):
+    """Names corrupt images in errors, unless they are skipped."""
     reads = config.data
     splits = (reads.train_split, reads.validation_split, reads.test_split)
     splits = () if reads.skip_corrupt else splits
@@ -172,58 +187,17 @@ def _named_damage(config):
 
 
 def _verbosity():
-    """Of `fit`: nothing, a bar, or a line per epoch."""
+    """Of `fit`: silent, a progress bar, or a line per epoch."""
     if not _processes.is_first_process():
         return 0
     return 1 if sys.stdout.isatty() else 2
 
 
-def _callbacks(config, run_dir, validation_data, routing, history, save):
-    """The callbacks of a run, in their order."""
-    average = []
-    if config.optimizer.ema:
-        average.append(keras.callbacks.SwapEMAWeights())
-    logs = run_dir / "tensorboard"
-    board = []
-    if config.tensorboard:
-        board.append(callbacks.RoutingTensorBoard(logs))
-        if _processes.is_first_process():
-            board.append(keras.callbacks.TensorBoard(logs, write_graph=False))
-    return [
-        callbacks.StopOnNonFiniteLoss(run_dir / CHECKPOINTS),
-        Validation(validation_data, make_loss(config), *average),
-        routing,
-        history,
-        *board,
-        save,
-        *average,
-    ]
-
-
-def _draw_curves(rows, routing, path):
-    """Draws the logs of all epochs, and every expert's load."""
-    curves = {name: [row.get(name) for row in rows] for name in rows[0]}
-    inspection.plot_history(curves, routing, path)
-
-
-def _to_lists(rows, epochs):
-    """What a checkpoint keeps of the history, for JSON."""
-    routing = [
-        {
-            name: {key: np.asarray(value).tolist() for key, value in x.items()}
-            for name, x in layers.items()
-        }
-        for layers in epochs
-    ]
-    return {"rows": rows, "routing": routing}
-
-
-def _to_arrays(state):
-    """The routing of the epochs before, as it was."""
-    return [
-        {
-            name: {**x, "load_share": np.array(x["load_share"])}
-            for name, x in layers.items()
-        }
-        for layers in state.get("routing", ())
-    ]
+def _tensorboard(config, folder):
+    """Callbacks that write logs for TensorBoard, if they are wanted."""
+    if not config.tensorboard:
+        return []
+    routing = callbacks.RoutingTensorBoard(folder)
+    if not _processes.is_first_process():
+        return [routing]
+    return [routing, keras.callbacks.TensorBoard(folder, write_graph=False)]
