@@ -11,10 +11,10 @@ from keras_vmoe.models.presets import find_preset
 
 
 def presets(match: str = ""):
-    """Print the papers' models, their sizes and costs.
+    """List the papers' models, with their sizes and costs.
 
     Args:
-        match: Part of the names.
+        match: Part of their names.
 
     Example:
         keras-vmoe presets
@@ -42,10 +42,10 @@ def presets(match: str = ""):
         )
         print(_PRESET_LINE.format(*row), flush=True)
     print(
-        "Millions of parameters, active ones per token, giga multiply-adds per "
-        "image; paper: as printed there, empty where no figure is at hand. "
-        "Counted with the classes of the paper's table; `from_preset` makes "
-        "V-MoE with 21843 classes unless `num_classes` is set."
+        "Millions of parameters, in all and active per token; giga "
+        "multiply-adds per image; beside them the paper's figures, if it has "
+        "any. Counted with the classes of the paper's table; `from_preset` "
+        "makes V-MoE with 21843 classes unless `num_classes` is set."
     )
 
 
@@ -63,13 +63,13 @@ def convert(
     image_size: int | None = None,
     num_selected_experts: int | None = None,
 ):
-    """Write pretrained weights as a .keras file.
+    """Convert pretrained weights to a .keras file.
 
     Args:
-        checkpoint: V-MoE prefix (without .index), Orbax folder or .npz.
+        checkpoint: V-MoE prefix (no .index), Orbax folder, .npz.
         output: New .keras file.
         image_size: Side of the images; positions are resized.
-        num_selected_experts: K, which no checkpoint holds; null means 2.
+        num_selected_experts: K, which no checkpoint holds; default: 2.
 
     Example:
         keras-vmoe convert checkpoints/vmoe_b16_imagenet21k vmoe_b16.keras
@@ -86,11 +86,11 @@ def convert(
                 "The output must be a new file that ends in '.keras', in a "
                 f"folder that exists. Received: {output}, and {what}."
             )
-    for name, value in (
-        ("image_size", image_size),
-        ("num_selected_experts", num_selected_experts),
-    ):
-        check_sizes(**{name: 1 if value is None else value})
+    given = {
+        "image_size": image_size,
+        "num_selected_experts": num_selected_experts,
+    }
+    check_sizes(**{x: size for x, size in given.items() if size is not None})
     bar = None
 
     def progress(done, total):

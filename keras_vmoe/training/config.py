@@ -73,8 +73,8 @@ class ModelConfig:
         init: Pretrained weights: .keras, run, checkpoint.
         freeze: Part that is not trained.
         head_bias: Initial value of the head's bias.
-        capacity_factor: Of the experts; default: the model's.
-        drop_path_rate: Of the last block, or a dict by preset.
+        capacity_factor: Experts'; default: the model's.
+        drop_path_rate: Last block's, or a dict by preset.
         patch_size: Side of a patch, in pixels.
         hidden_dim: Features of a token.
         num_layers: Encoder blocks.
@@ -85,7 +85,7 @@ class ModelConfig:
         representation_size: Features of a tanh layer before the head.
         dropout: Dropout rate.
         layer_scale_init_value: Initial layer scale; default: none.
-        dtype: Dtype policy of the layers.
+        dtype: Policy.
     """
 
     preset: str | None = None
@@ -149,7 +149,7 @@ class OptimizerConfig:
     Attributes:
         name: Optimizer; SGD has momentum 0.9.
         learning_rate: Peak, at the end of the warm-up.
-        schedule: Decay after the warm-up.
+        schedule: Decay.
         final_learning_rate: At the end of cosine or linear.
         warmup: Share of all steps; default: 1/12.
         warmup_epochs: Length in epochs instead.
@@ -233,7 +233,7 @@ class DevicesConfig:
     """Distribution over several devices.
 
     Attributes:
-        distribution: Default: one device.
+        distribution: Strategy; default: one device.
         expert_shards: Devices that share the experts.
         shard_dense: Shard the dense kernels too.
     """
@@ -254,13 +254,13 @@ class TrainConfig:
     """A training run. The defaults train a V-MoE on the embedded digits.
 
     Attributes:
-        run_dir: New folder, or that of a stopped run.
+        run_dir: New, or of a stopped run.
         epochs: Passes over the training split.
         seed: Makes a run repeatable on one machine.
-        backend: Keras backend; default: Keras's choice.
+        backend: Keras backend.
         tensorboard: Write logs for TensorBoard.
         data: Images and batches.
-        model: The dense part of the model: a preset, or the sizes of a ViT.
+        model: The dense part: a preset, or the sizes of a ViT (--model.help).
         convnext: ConvNeXt, not a ViT; see --convnext.help.
         moe: MoE layers; null: dense; see --moe.help.
         optimizer: Loss, optimizer and learning rate.
