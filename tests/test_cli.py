@@ -8,6 +8,10 @@ import pytest
 
 import keras_vmoe
 from keras_vmoe import models
+from keras_vmoe import training
+from keras_vmoe.training.config import GROUPS
+from keras_vmoe.training.config import VIT_SIZES
+from keras_vmoe.training.typed import kinds_of
 from tests.commands import SMALL
 from tests.commands import run
 from tests.golden.models import FOLDER
@@ -166,8 +170,22 @@ def test_help(command, words):
     done = run(*command, "--help")
     assert done.returncode == 0
     assert all(word in done.stdout for word in words)
-    assert len(done.stdout.splitlines()) < 110
+    assert len(done.stdout.splitlines()) <= 80
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_every_setting_has_a_flag_and_help():
+    """In the help of `train`, or in that of a ViT's sizes."""
+    shown = run("train", "--help").stdout
+    sizes = run("train", "--model.help").stdout
+    kinds = kinds_of(training.TrainConfig)
+    names = [name for name in kinds if name not in GROUPS]
+    names += [name for group in GROUPS for name in kinds_of(kinds[group])]
+    for name in names:
+        text = sizes if name in VIT_SIZES else shown
+        assert re.search(rf"^  --(optimizer\.)?{name} +\S", text, re.M), name
+    assert "FLOAT|dropless" in shown
+    assert "Run folder" in run("evaluate", "--help").stdout
 
 
 # Models of the papers and other people's weights.

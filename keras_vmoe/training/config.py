@@ -3,17 +3,12 @@
 import dataclasses
 from typing import Literal
 
-from keras_vmoe._checks import check_not_negative
-from keras_vmoe._checks import check_rates
-from keras_vmoe._checks import is_integer
-from keras_vmoe._checks import is_number
+from keras_vmoe import _checks
 from keras_vmoe.data import Augmentation
 from keras_vmoe.models import MoEConfig
 from keras_vmoe.models.presets import find_preset
 from keras_vmoe.routing.groups import check_capacity_factor
-from keras_vmoe.training.typed import check_positive
-from keras_vmoe.training.typed import check_types
-from keras_vmoe.training.typed import check_value
+from keras_vmoe.training import typed
 
 DEFAULT_IMAGE_SIZE = 32
 DEFAULT_WARMUP = 1 / 12  # Share of all steps.
@@ -57,9 +52,10 @@ class DataConfig:
     skip_corrupt: bool = False
 
     def __post_init__(self):
-        check_types(self, "data.")
-        check_positive(self, "test_crop")
-        check_value((self.test_crop or 1) <= 1, self, "test_crop", "at most 1")
+        typed.check_types(self, "data.")
+        typed.check_positive(self, "test_crop")
+        good = (self.test_crop or 1) <= 1
+        typed.check_value(good, self, "test_crop", "at most 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,16 +105,16 @@ class ModelConfig:
     dtype: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
 
     def __post_init__(self):
-        check_types(self, "model.")
+        typed.check_types(self, "model.")
         if self.preset is not None:
             find_preset(self.preset)
         if self.capacity_factor not in (None, "dropless"):
             check_capacity_factor(self.capacity_factor)
-        good = is_number(self.head_bias)
-        check_value(good, self, "head_bias", "a finite number")
+        good = _checks.is_number(self.head_bias)
+        typed.check_value(good, self, "head_bias", "a finite number")
         rates = self.drop_path_rate
         for rate in rates.values() if isinstance(rates, dict) else [rates]:
-            check_rates(drop_path_rate=rate)
+            _checks.check_rates(drop_path_rate=rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,15 +179,15 @@ class OptimizerConfig:
     label_smoothing: float = 0.0
 
     def __post_init__(self):
-        check_types(self, "optimizer.")
-        check_positive(self, "learning_rate", "clip_norm", "ema")
-        check_not_negative(
+        typed.check_types(self, "optimizer.")
+        typed.check_positive(self, "learning_rate", "clip_norm", "ema")
+        _checks.check_not_negative(
             weight_decay=self.weight_decay,
             final_learning_rate=self.final_learning_rate,
             expert_weight_decay=self.expert_weight_decay or 0,
             warmup_epochs=self.warmup_epochs or 0,
         )
-        check_rates(
+        _checks.check_rates(
             label_smoothing=self.label_smoothing,
             warmup=self.warmup or 0,
             ema=self.ema or 0,
@@ -225,7 +221,7 @@ class CheckpointConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self):
-        check_types(self, "checkpoint.")
+        typed.check_types(self, "checkpoint.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +242,7 @@ class DevicesConfig:
     shard_dense: bool = False
 
     def __post_init__(self):
-        check_types(self, "devices.")
+        typed.check_types(self, "devices.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,9 +278,9 @@ class TrainConfig:
     devices: DevicesConfig = DevicesConfig()
 
     def __post_init__(self):
-        check_types(self)
-        good = is_integer(self.seed) and 0 <= self.seed < 2**32
-        check_value(good, self, "seed", "an integer from 0 to 2**32 - 1")
+        typed.check_types(self)
+        good = _checks.is_integer(self.seed) and 0 <= self.seed < 2**32
+        typed.check_value(good, self, "seed", "an integer from 0 to 2**32 - 1")
         warmup = self.optimizer.warmup_epochs
         if warmup is not None and warmup >= self.epochs:
             raise ValueError(

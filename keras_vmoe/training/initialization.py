@@ -4,6 +4,8 @@ import json
 import pathlib
 import warnings
 
+from keras.ops import convert_to_numpy
+
 from keras_vmoe import checkpoints
 from keras_vmoe import layers
 from keras_vmoe import models
@@ -17,6 +19,7 @@ from keras_vmoe.training.run_folder import CLASSES
 from keras_vmoe.training.run_folder import CONFIG
 from keras_vmoe.training.run_folder import MODEL
 
+POSITIONS = "positions/embedding"
 ANY_STEPS = 2**31  # For the schedule of a model that is not trained.
 
 
@@ -103,8 +106,7 @@ def initialize(model, path, class_names=()):
         copy_weights(restore(path), model, _same_classes(path, class_names))
     elif path.suffix == ".keras":
         source = models.load(path, compile=False)
-        same = _same_classes(path.parent, class_names)
-        copy_weights(source, model, same)
+        copy_weights(source, model, _same_classes(path.parent, class_names))
     elif isinstance(model, models.ViTMoE):
         checkpoints.load(model, path)
     else:
@@ -134,7 +136,7 @@ def _same_classes(run_dir, class_names):
 
 
 def copy_weights(source, model, with_head=True):
-    """Copies the weights of one model to another, layer by layer.
+    """Copies the weights of one model to another, by their paths.
 
     Args:
         source: The model with the weights.
@@ -143,35 +145,37 @@ def copy_weights(source, model, with_head=True):
         with_head: Whether to copy the head if its shape is the same.
 
     Raises:
-        ValueError: If layers are missing or have other shapes.
+        ValueError: If weights are missing or have other shapes.
     """
-    theirs = {layer.name: layer for layer in source.layers if layer.weights}
-    ours = {layer.name: layer for layer in model.layers if layer.weights}
-    values, wrong = {}, sorted((theirs.keys() ^ ours.keys()) - {"head"})
-    for name in theirs.keys() & ours.keys():
-        arrays = theirs[name].get_weights()
-        shapes = [tuple(weight.shape) for weight in ours[name].weights]
-        if name == "positions" and isinstance(model, models.ViTMoE):
-            arrays = [fit_positions(arrays[0], model)]
-        same = [array.shape for array in arrays] == shapes
-        if same and (with_head or name != "head"):
-            values[name] = arrays
-        elif name == "head" and arrays[0].shape[0] == shapes[0][0]:
-            warnings.warn(
-                "The head of the file has other classes: the model's head is "
-                "newly initialized.",
-                stacklevel=4,
-            )
-        else:
-            wrong.append(f"{name} {[a.shape for a in arrays]} for {shapes}")
+    theirs = {w.path: convert_to_numpy(w) for w in source.weights}
+    ours = {w.path: w for w in model.weights}
+    if isinstance(model, models.ViTMoE) and POSITIONS in theirs:
+        theirs[POSITIONS] = fit_positions(theirs[POSITIONS], model)
+    shapes = {name: tuple(weight.shape) for name, weight in ours.items()}
+    found = {name: array.shape for name, array in theirs.items()}
+    head = [name for name in ours if name.startswith("head/")]
+    if not with_head or any(found.get(x) != shapes[x] for x in head):
+        warnings.warn(
+            "The head of the file has other classes: the model's head is "
+            "newly initialized.",
+            stacklevel=4,
+        )
+        for name in head:
+            theirs[name] = convert_to_numpy(ours[name])
+            found[name] = shapes[name]
+    wrong = [
+        f"{name} {found.get(name)} for {shapes.get(name)}"
+        for name in sorted(found.keys() | shapes.keys())
+        if found.get(name) != shapes.get(name)
+    ]
     if wrong:
         raise ValueError(
             "The weights to start from must be those of the same model. "
-            f"Received: layers that differ: {'; '.join(sorted(wrong))}. "
-            "Train a model of that architecture."
+            f"Received: weights that differ: {'; '.join(wrong)}. Train a model "
+            "of that architecture."
         )
-    for name, arrays in values.items():
-        ours[name].set_weights(arrays)
+    for name, weight in ours.items():
+        weight.assign(theirs[name])
 
 
 def freeze(model, what):

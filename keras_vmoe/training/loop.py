@@ -14,25 +14,17 @@ from keras_vmoe import models
 from keras_vmoe._extras import require
 from keras_vmoe.data import _corruption
 from keras_vmoe.distribution import _processes
+from keras_vmoe.training import batches
+from keras_vmoe.training import building
 from keras_vmoe.training import callbacks
-from keras_vmoe.training.batches import check_batches
-from keras_vmoe.training.batches import datasets
-from keras_vmoe.training.batches import parts_of
-from keras_vmoe.training.batches import stream
-from keras_vmoe.training.building import compile_model
-from keras_vmoe.training.building import make_loss
-from keras_vmoe.training.building import make_strategy
+from keras_vmoe.training import run_folder
 from keras_vmoe.training.checkpointing import Checkpoints
 from keras_vmoe.training.checkpointing import SaveCheckpoint
 from keras_vmoe.training.initialization import restore
 from keras_vmoe.training.initialization import starting_model
-from keras_vmoe.training.run_folder import CHECKPOINTS
-from keras_vmoe.training.run_folder import MODEL
-from keras_vmoe.training.run_folder import flat
-from keras_vmoe.training.run_folder import open_run
-from keras_vmoe.training.run_folder import settings_of
-from keras_vmoe.training.run_folder import write_result
 from keras_vmoe.training.validation import Validation
+
+NOTHING_DONE = {"epoch": 0, "rows": [], "routing": []}
 
 
 class RunResult(NamedTuple):
@@ -86,11 +78,11 @@ def train(config):
         require("tensorboard", "data")
     _processes.check_agreement(
         "configuration and versions",
-        **flat(settings_of(config)),
+        **run_folder.flat(run_folder.settings_of(config)),
         **_processes.versions(),
     )
     keras.utils.set_random_seed(config.seed)
-    strategy = make_strategy(config)
+    strategy = building.make_strategy(config)
     with strategy.scope() if strategy else contextlib.nullcontext():
         return _train(config, strategy)
 
@@ -98,24 +90,20 @@ def train(config):
 def _train(config, strategy):
     """A run, in the scope of its distribution strategy."""
     info = data.info(config.data.dataset, config.data.data_dir)
-    train_data, validation_data, test_data = datasets(config, info)
+    train_data, validation_data, test_data = batches.datasets(config, info)
     length = len(train_data)
     _processes.check_agreement(
         "data", steps=length, classes=list(info.class_names)
     )
     model = starting_model(config, info)
-    check_batches(config, model, strategy)
-    steps, epochs = parts_of(config, length)
-    compile_model(model, config, steps * epochs)
-    run_dir = open_run(config, info.class_names)
+    batches.check_batches(config, model, strategy)
+    steps, epochs = batches.parts_of(config, length)
+    building.compile_model(model, config, steps * epochs)
+    run_dir = run_folder.open_run(config, info.class_names)
     checkpoints = Checkpoints(
-        run_dir / CHECKPOINTS, config.checkpoint.keep_checkpoints
+        run_dir / run_folder.CHECKPOINTS, config.checkpoint.keep_checkpoints
     )
-    state = checkpoints.restore(model) or {
-        "epoch": 0,
-        "rows": [],
-        "routing": [],
-    }
+    state = checkpoints.restore(model) or NOTHING_DONE
     done = state["epoch"]
     _processes.check_agreement("checkpoint", epoch=done)
     if done and _processes.is_first_process():
@@ -124,57 +112,55 @@ def _train(config, strategy):
     history = callbacks.HistoryFile(
         run_dir / "history.csv", routing, state["rows"]
     )
-    save = SaveCheckpoint(
-        checkpoints, lambda: {"rows": history.rows, "routing": routing.epochs}
-    )
     average = [keras.callbacks.SwapEMAWeights()] if config.optimizer.ema else []
+    parts = [
+        callbacks.StopOnNonFiniteLoss(checkpoints.folder),
+        Validation(validation_data, building.make_loss(config), *average),
+        routing,
+        history,
+        *_tensorboard(config, run_dir / "tensorboard"),
+        SaveCheckpoint(
+            checkpoints,
+            lambda: {"rows": history.rows, "routing": routing.epochs},
+        ),
+        *average,
+    ]
+    start = done * steps
     with _naming_corruption(config):
         if done < epochs:
-            with _last_epoch_kept(run_dir):
+            with _last_epoch_kept(run_dir, checkpoints):
                 model.fit(
-                    stream(config, info, done * steps, train_data, strategy),
+                    batches.stream(config, info, start, train_data, strategy),
                     steps_per_epoch=steps,
                     initial_epoch=done,
                     epochs=epochs,
                     shuffle=False,  # The dataset shuffles itself.
                     verbose=_verbosity(),
-                    callbacks=[
-                        callbacks.StopOnNonFiniteLoss(run_dir / CHECKPOINTS),
-                        Validation(
-                            validation_data, make_loss(config), *average
-                        ),
-                        routing,
-                        history,
-                        *_tensorboard(config, run_dir / "tensorboard"),
-                        save,
-                        *average,
-                    ],
+                    callbacks=parts,
                 )
         elif average:  # As `fit` does at its end.
             model.optimizer.finalize_variable_values(model.trainable_variables)
-        models.save(model, run_dir / MODEL)
+        models.save(model, run_dir / run_folder.MODEL)
         test = evaluation.measure(model, test_data, routing=False)
     if _processes.is_first_process():
-        curves = {
-            x: [row.get(x) for row in history.rows] for x in history.rows[0]
-        }
+        rows = history.rows
+        curves = {name: [row.get(name) for row in rows] for name in rows[0]}
         inspection.plot_history(curves, routing.epochs, run_dir / "curves.png")
-        write_result(run_dir, test)
+        run_folder.write_result(run_dir, test)
     # All leave together: JAX ends a process whose peers take too long.
     _processes.check_agreement("end of the run", epochs=epochs)
     return RunResult(test.accuracy, model, run_dir)
 
 
 @contextlib.contextmanager
-def _last_epoch_kept(run_dir):
-    """Leaves a `model.keras` of the last whole epoch when a run is stopped."""
+def _last_epoch_kept(run_dir, checkpoints):
+    """Writes `model.keras` of the last complete epoch if a run is stopped."""
     try:
         yield
     except (KeyboardInterrupt, callbacks.NonFiniteLossError):
-        checkpoints = Checkpoints(run_dir / CHECKPOINTS)
         # With several processes, the others may not get here.
         if checkpoints.epochs() and _processes.num_processes() == 1:
-            models.save(restore(run_dir), run_dir / MODEL)
+            models.save(restore(run_dir), run_dir / run_folder.MODEL)
         raise
 
 

@@ -5,11 +5,7 @@ import types
 import typing
 from typing import Literal
 
-from keras_vmoe._checks import check_choice
-from keras_vmoe._checks import check_flags
-from keras_vmoe._checks import check_keys
-from keras_vmoe._checks import check_sizes
-from keras_vmoe._checks import is_number
+from keras_vmoe import _checks
 
 
 def kinds_of(cls):
@@ -40,7 +36,7 @@ def from_dict(cls, settings, what):
             f"Received: {settings!r}."
         )
     kinds = kinds_of(cls)
-    check_keys(what, settings, kinds)
+    _checks.check_keys(what, settings, kinds)
     return cls(**{x: convert(kinds[x], settings[x], x) for x in settings})
 
 
@@ -75,11 +71,11 @@ def check_types(config, group=""):
         if value is None and types.NoneType in parts:
             continue
         if kind is bool:
-            check_flags(**{name: value})
+            _checks.check_flags(**{name: value})
         elif kind in (int, int | None) and field != "seed":
-            check_sizes(**{name: value})
-        elif words and not (float in parts and is_number(value)):
-            check_choice(name, value, words)
+            _checks.check_sizes(**{name: value})
+        elif words and not (float in parts and _checks.is_number(value)):
+            _checks.check_choice(name, value, words)
 
 
 def check_value(good, config, name, words):
@@ -95,5 +91,5 @@ def check_positive(config, *names):
     """Raises unless these attributes are positive numbers, or None."""
     for name in names:
         value = getattr(config, name)
-        good = value is None or (is_number(value) and value > 0)
+        good = value is None or (_checks.is_number(value) and value > 0)
         check_value(good, config, name, "a positive number")

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from keras_vmoe import _files
+from keras_vmoe import data
 from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe.models import saving
@@ -30,6 +31,7 @@ sys.exit(cli.main(sys.argv[2:]))
 
 def run_on_a_full_disk(config, limit, file):
     """`keras-vmoe train` where no file gets larger than a limit."""
+    data.info("digits", config.data.data_dir)  # Writes it, while it can.
     file.write_text(yaml.safe_dump(settings_of(config)))
     command = [sys.executable, "-c", SCRIPT, str(limit)]
     root = pathlib.Path(__file__).parents[2]

@@ -13,6 +13,7 @@ from keras_vmoe import data
 from keras_vmoe import layers
 from keras_vmoe import models
 from keras_vmoe import training
+from keras_vmoe.training import batches
 from keras_vmoe.training import building
 from keras_vmoe.training import loop
 from keras_vmoe.training.initialization import starting_model
@@ -89,9 +90,11 @@ def test_class_weights_change_what_is_trained_on(config):
     )
     result = training.train(alone)
     info = data.info("digits", config.data.data_dir)
-    labels = [y for _, y in loop.datasets(alone, info)[0].as_numpy_iterator()]
+    labels = [
+        y for _, y in batches.datasets(alone, info)[0].as_numpy_iterator()
+    ]
     assert set(np.concatenate(labels)) == {3}
-    images, _ = next(loop.datasets(alone, info)[2].as_numpy_iterator())
+    images, _ = next(batches.datasets(alone, info)[2].as_numpy_iterator())
     assert (result.model.predict(images, verbose=0).argmax(-1) == 3).all()
 
 
@@ -223,7 +226,7 @@ def test_weights_of_another_model_are_refused(result, config):
     other = changed(
         config, init=str(result.run_dir / "model.keras"), model=model
     )
-    with pytest.raises(ValueError, match="same model. Received: layers that"):
+    with pytest.raises(ValueError, match="same model. Received: weights that"):
         training.train(other)
 
 
