@@ -102,11 +102,7 @@ class AdamW(DecayByKind, keras.optimizers.AdamW):
     """`keras.optimizers.AdamW` with weight decay by kind of variable.
 
     Args:
-        expert_weight_decay: Decay of the experts' kernels; None means
-            `weight_decay`.
-        decayed: Regular expressions of the paths of decayed variables.
-        decay_gates: Whether the kernels of routers are decayed as well.
-        **kwargs: Arguments of `keras.optimizers.AdamW`.
+        **kwargs: Those of `DecayByKind` and of `keras.optimizers.AdamW`.
 
     Example:
 
@@ -123,11 +119,7 @@ class Lamb(DecayByKind, keras.optimizers.Lamb):
     """`keras.optimizers.Lamb` with weight decay by kind of variable.
 
     Args:
-        expert_weight_decay: Decay of the experts' kernels; None means
-            `weight_decay`.
-        decayed: Regular expressions of the paths of decayed variables.
-        decay_gates: Whether the kernels of routers are decayed as well.
-        **kwargs: Arguments of `keras.optimizers.Lamb`.
+        **kwargs: Those of `DecayByKind` and of `keras.optimizers.Lamb`.
 
     Example:
 
@@ -145,11 +137,7 @@ class SGD(DecayByKind, keras.optimizers.SGD):
     """`keras.optimizers.SGD` with weight decay by kind of variable.
 
     Args:
-        expert_weight_decay: Decay of the experts' kernels; None means
-            `weight_decay`.
-        decayed: Regular expressions of the paths of decayed variables.
-        decay_gates: Whether the kernels of routers are decayed as well.
-        **kwargs: Arguments of `keras.optimizers.SGD`.
+        **kwargs: Those of `DecayByKind` and of `keras.optimizers.SGD`.
 
     Example:
 

@@ -122,6 +122,29 @@ def test_fit_and_reload(name, tmp_path):
         np.testing.assert_array_equal(float64(mine), float64(theirs))
 
 
+class Seen(optimizers.SGD):
+    """Notes what Keras calls of what is private in it."""
+
+    def _apply_weight_decay(self, variables):
+        self.seen = [*getattr(self, "seen", ()), "decay"]
+        super()._apply_weight_decay(variables)
+
+    def _clip_gradients(self, grads):
+        self.seen = [*getattr(self, "seen", ()), "clip"]
+        return super()._clip_gradients(grads)
+
+
+def test_keras_clips_and_decays_where_we_do_otherwise():
+    """Fails when Keras renames these methods, or calls them no more."""
+    weight = keras.Variable(ops.ones((2,)), name="kernel")
+    optimizer = Seen(RATE, weight_decay=DECAY, global_clipnorm=1e-9)
+    optimizer.apply([ops.ones((2,))], [weight])
+    assert optimizer.seen == ["clip", "decay"]
+    # Nothing of the gradient, clipped to almost nothing, but the decay.
+    expected = np.full(2, 1 - RATE * DECAY)
+    np.testing.assert_allclose(float64(weight), expected, rtol=1e-6)
+
+
 def test_bad_decay():
     with pytest.raises(ValueError, match="expert_weight_decay=-1"):
         optimizers.AdamW(0.1, expert_weight_decay=-1)

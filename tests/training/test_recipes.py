@@ -1,8 +1,5 @@
 """The recipes: each loads, makes a model and runs; what files may hold."""
 
-import csv
-import pathlib
-
 import keras
 import pytest
 import yaml
@@ -21,9 +18,18 @@ from tests.training.small import history
 pytestmark = pytest.mark.backends("jax")
 
 CONVNEXTS = [name for name in recipes.names() if "convnext" in name]
-TABLE = (
-    pathlib.Path(__file__).resolve().parents[3] / "shared/papers/sweet_spot.csv"
+# The models in the Sweet Spot paper's tables 1 and 2, arXiv:2411.18322, by the
+# images they were trained on first.
+VITS, CONVNEXT = (
+    ("vit_s16", "vit_b16"),
+    ("convnext_t", "convnext_s", "convnext_b"),
 )
+TRAINED = {
+    "sweet_spot_vit_in1k": VITS,
+    "sweet_spot_vit_in21k": VITS,
+    "sweet_spot_convnext_in1k": (*CONVNEXT, "convnext_iso_s", "convnext_iso_b"),
+    "sweet_spot_convnext_in21k": CONVNEXT,
+}
 
 
 def load(name, **settings):
@@ -55,18 +61,12 @@ def test_a_recipe_makes_its_models(name):
         assert model.moe_layers
 
 
-@pytest.mark.skipif(not TABLE.exists(), reason="the papers' figures are away")
-def test_presets_of_the_sweet_spot_paper_have_a_recipe():
-    """Every model of its table of results, by the images it was trained on."""
-    with open(TABLE, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["table"] in "12"]
-    assert len(rows) > 20
-    for row in rows:
-        family = "vit" if row["model"].startswith("vit") else "convnext"
-        images = {"none": "in1k", "in21k": "in21k"}[row["pretraining"]]
-        name = f"sweet_spot_{family}_{images}"
-        config = recipes.load(name, model={"preset": row["model"]})
-        assert row["model"] in config.model.drop_path_rate
+@pytest.mark.parametrize("name", TRAINED)
+def test_presets_of_the_sweet_spot_paper_have_a_recipe(name):
+    """With a drop path rate of their own."""
+    for preset in TRAINED[name]:
+        config = recipes.load(name, model={"preset": preset})
+        assert preset in config.model.drop_path_rate
 
 
 IN1K, IN21K = 1_281_167, 14_197_122
