@@ -36,14 +36,11 @@ USER_ERRORS = (
 
 
 def main(arguments=None):
-    """Runs `keras-vmoe`.
+    """Runs `keras-vmoe` and returns its exit status: 1 after a printed error.
 
     Args:
         arguments: Command line without the program's name; None means that of
             the process.
-
-    Returns:
-        Exit status: 0, or 1 after an error, whose message was printed.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     status = 1

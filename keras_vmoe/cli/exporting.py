@@ -15,6 +15,11 @@ from keras_vmoe.export.settings import MAX_BATCH_SIZE
 
 # Settings of a run.
 TEST_CROP, OF_CARD = "data.test_crop", ("model.preset", "data.dataset")
+# What all formats have, files alone, and a SavedModel alone.
+COMMON = ("images_per_group", "capacity_factor", "quantize_experts")
+DIALS = ("num_selected_experts", "batch_priority")
+SERVING = ("version", "signatures", "max_batch_size", "warmup")
+PIXELS = ("mean", "std", "test_crop", "max_pixels")
 EXAMPLE = "fast:capacity_factor=0.5,batch_priority=true"
 
 
@@ -73,27 +78,11 @@ def export_model(
         keras-vmoe export runs/digits digits.onnx --format onnx \\
           --capacity_factor 0.5 --batch_priority true
     """
-    common = {
-        "images_per_group": images_per_group,
-        "capacity_factor": capacity_factor,
-        "quantize_experts": quantize_experts,
-    }
-    dials = {
-        "num_selected_experts": num_selected_experts,
-        "batch_priority": batch_priority,
-    }
-    serving = {
-        "version": version,
-        "signatures": [_signature(text) for text in signatures],
-        "max_batch_size": max_batch_size,
-        "warmup": warmup,
-    }
-    pixels = {
-        "mean": mean,
-        "std": std,
-        "test_crop": test_crop,
-        "max_pixels": max_pixels,
-    }
+    given = {**locals(), "signatures": [_signature(x) for x in signatures]}
+    common = {name: given[name] for name in COMMON}
+    dials = {name: given[name] for name in DIALS}
+    serving = {name: given[name] for name in SERVING}
+    pixels = {name: given[name] for name in PIXELS}
     opened, names = open_model(model, classes)
     if format != "saved_model":
         _check_unused(format, **serving, **pixels, classes=classes)
@@ -170,16 +159,15 @@ def _signature(text):
 
 
 def _card(model, preprocessing, tested):
-    """What a run folder knows for the model card.
+    """What the run folder of a model knows for the model card.
 
-    Args:
-        model: Run folder or `.keras` file.
-        preprocessing: `Preprocessing` of the export.
-        tested: `Preprocessing` of the run's test.
+    The run was `tested` with this `Preprocessing`.
     """
     card, result = {}, run_dir_of(model) / "result.json"
-    pixels = ("mean", "std", "test_crop")
-    alike = all(getattr(preprocessing, x) == getattr(tested, x) for x in pixels)
+    alike = all(
+        getattr(preprocessing, name) == getattr(tested, name)
+        for name in ("mean", "std", "test_crop")
+    )
     if result.exists() and alike:
         card["test_accuracy"] = json.loads(result.read_text()).get("accuracy")
         card["test_accuracy_of"] = (

@@ -27,12 +27,7 @@ def restart(backend, arguments):
 
 
 def open_model(model, classes=None):
-    """A model of a run folder or file, and the names of its classes.
-
-    Args:
-        model: Run folder, finished or stopped, or `.keras` file.
-        classes: Optional JSON file of class names.
-    """
+    """A model of a run folder or `.keras` file, and its classes' names."""
     if pathlib.Path(model).is_dir():
         opened = training.restore(model)
     else:
@@ -48,12 +43,7 @@ def run_dir_of(model):
 
 
 def setting_of_run(model, name):
-    """A setting of the run that a model is from; None without a run.
-
-    Args:
-        model: Run folder or `.keras` file.
-        name: Dotted name of a setting, such as `"data.test_crop"`.
-    """
+    """A setting by its dotted name, of the run that a model is from, if any."""
     path = run_dir_of(model) / "config.yaml"
     value = training.recipes.read(path) if path.exists() else {}
     for part in name.split("."):

@@ -76,16 +76,11 @@ def convert(
         keras-vmoe convert ViT-B_16.npz vit_b16.keras --image_size 384
     """
     path = pathlib.Path(output)
-    for good, what in (
-        (path.suffix == ".keras", "it does not end in '.keras'"),
-        (not path.exists(), "it exists"),
-        (path.parent.is_dir(), "its folder does not exist"),
-    ):
-        if not good:
-            raise ValueError(
-                "The output must be a new file that ends in '.keras', in a "
-                f"folder that exists. Received: {output}, and {what}."
-            )
+    if path.suffix != ".keras" or path.exists() or not path.parent.is_dir():
+        raise ValueError(
+            "The output must be a new file that ends in '.keras', in a folder "
+            f"that exists. Received: {output}."
+        )
     given = {
         "image_size": image_size,
         "num_selected_experts": num_selected_experts,
@@ -104,8 +99,7 @@ def convert(
         if config["moe"] is None:
             raise ValueError(
                 "A dense model selects no experts. Received: "
-                f"--num_selected_experts {num_selected_experts}. "
-                "Leave it out."
+                f"--num_selected_experts {num_selected_experts}. Leave it out."
             )
         config["moe"]["num_selected_experts"] = num_selected_experts
     model = checkpoints.load_vmoe(models.ViTMoE(**config), arrays)

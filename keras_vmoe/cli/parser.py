@@ -29,21 +29,13 @@ FILES = {
 
 
 def parse(commands, arguments):
-    """The command of a command line, and its settings.
+    """The name of a command, a dict of its arguments, and the Keras backend.
 
     Args:
         commands: Dict from names to functions. Their parameters become flags,
             with help from the docstring, or positional arguments if they have
             no default; a `TrainConfig` stands for its attributes.
         arguments: Command line without the program's name.
-
-    Returns:
-        Name of the command, dict of its arguments, and the Keras backend or
-        None.
-
-    Raises:
-        SystemExit: After help, or the message for a wrong command line.
-        ValueError: If a file or a setting is wrong.
     """
     names = ", ".join(recipes.names())
     names = textwrap.fill(f"recipes: {names}", 78, subsequent_indent="  ")
@@ -231,8 +223,7 @@ def _files_of(function):
 def _read_files(command, function, arguments):
     """Makes the settings of files the defaults of a command.
 
-    Returns:
-        The arguments without the files: flags override them in any order.
+    Returns the arguments without the files: flags override them in any order.
     """
     parser = argparse.ArgumentParser(
         prog=command.prog, usage=command.usage, add_help=False,

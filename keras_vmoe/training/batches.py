@@ -83,17 +83,8 @@ def parts_of(config, length):
 def batches(config, info, first_step, length):
     """Batches of one epoch after another, without end.
 
-    Each epoch is a dataset of its own, a function of the seed and the epoch's
-    number: it does not depend on what was read before.
-
-    Args:
-        config: A `TrainConfig`.
-        info: The dataset's `data.info`.
-        first_step: Steps of the run before the first of these batches.
-        length: Batches of an epoch.
-
-    Yields:
-        Pairs of NumPy arrays.
+    Each epoch of `length` batches is a dataset of its own, a function of the
+    seed and the epoch's number: it does not depend on what was read before.
     """
     first_epoch, done = divmod(first_step, length)
     for epoch in itertools.count(first_epoch):

@@ -18,11 +18,7 @@ MOMENTUM = 0.9  # Of SGD.
 
 
 def make_strategy(config):
-    """The distribution or strategy of a run; None on one device.
-
-    Raises:
-        ValueError: If the run cannot be distributed in this way.
-    """
+    """The distribution or strategy of a run; None on one device."""
     devices, optimizer = config.devices, config.optimizer
     name, processes = devices.distribution, _processes.num_processes()
     if name is None:
@@ -75,15 +71,7 @@ def _experts_of(config):
 
 
 def make_model(config, num_classes):
-    """The model of a configuration, newly initialized.
-
-    Args:
-        config: A `TrainConfig`.
-        num_classes: Number of classes of the dataset, if it knows it.
-
-    Returns:
-        A `ViTMoE` or `ConvNeXtMoE`.
-    """
+    """A `ViTMoE` or `ConvNeXtMoE` by a `TrainConfig`, newly initialized."""
     sizes, moe = config.model, config.moe
     settings = {
         "num_classes": config.data.num_classes or num_classes,
@@ -114,11 +102,7 @@ def make_model(config, num_classes):
 def compile_model(model, config, steps):
     """Compiles a model with the optimizer, loss and metrics of a run.
 
-    Args:
-        model: A model.
-        config: A `TrainConfig`.
-        steps: Steps of the whole run, including those that only accumulate
-            gradients.
+    Its steps include those that only accumulate gradients.
     """
     settings = config.optimizer
     decayed = list(optimizers.KERNELS)
@@ -169,14 +153,6 @@ def make_loss(config):
 
 
 def sigmoid_crossentropy(labels, logits):
-    """Binary cross-entropy summed over the classes: V-MoE's loss.
-
-    Args:
-        labels: `(B, classes)`, in [0, 1].
-        logits: `(B, classes)`.
-
-    Returns:
-        `(B,)` tensor.
-    """
+    """V-MoE's loss: binary cross-entropy, summed over the classes, `(B,)`."""
     losses = keras.ops.binary_crossentropy(labels, logits, from_logits=True)
     return keras.ops.sum(losses, axis=-1)

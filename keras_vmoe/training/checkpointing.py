@@ -40,16 +40,9 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, model, epoch, state):
-        """Saves a checkpoint, then removes the oldest ones.
+        """Saves a checkpoint and a state, then removes the oldest ones.
 
-        Args:
-            model: A compiled and built model.
-            epoch: Epochs that are done.
-            state: Dict for JSON, which may hold arrays; see `restore`.
-
-        Raises:
-            OSError: If it cannot be written, as on a full disk; the older
-                checkpoints stay as they are.
+        On a full disk it raises an OSError, and the others stay as they are.
         """
         variables = _processes.variables_of(model)
         with _processes.gathered(variables) as writes:
@@ -75,12 +68,8 @@ class Checkpoints:
     def restore(self, model):
         """Restores the newest intact checkpoint and warns of corrupt ones.
 
-        Args:
-            model: A compiled model of the same configuration.
-
-        Returns:
-            The `state` that was saved, with `epoch` and its arrays as lists;
-            None without a checkpoint.
+        Returns the state that was saved, with `epoch` and with arrays as lists;
+        None without a checkpoint. The model must be compiled.
         """
         for epoch in reversed(self.epochs()):
             path = self.folder / NAME.format(epoch)
@@ -113,16 +102,7 @@ class Checkpoints:
 
 
 class SaveCheckpoint(keras.callbacks.Callback):
-    """Saves a checkpoint after every epoch.
-
-    Args:
-        checkpoints: A `Checkpoints`.
-        state: Function that returns the dict to save with the weights.
-
-    Example:
-
-    >>> callback = SaveCheckpoint(Checkpoints("run/checkpoints"), dict)
-    """
+    """Saves a checkpoint after every epoch, with what `state()` returns."""
 
     def __init__(self, checkpoints, state):
         super().__init__()

@@ -24,15 +24,7 @@ ANY_STEPS = 2**31  # For the schedule of a model that is not trained.
 
 
 def starting_model(config, info):
-    """The model of a run before its first step.
-
-    Args:
-        config: A `TrainConfig`.
-        info: The dataset's `data.info`.
-
-    Returns:
-        A model with the weights of `model.init`, frozen as `model.freeze` says.
-    """
+    """The model of a run before its first step."""
     model = make_model(config, info.num_classes)
     if config.model.init is not None:
         initialize(model, config.model.init, info.class_names)
@@ -87,18 +79,10 @@ def restore(run_dir):
 def initialize(model, path, class_names=()):
     """Loads pretrained weights into a model, for fine-tuning.
 
-    Args:
-        model: The model to train.
-        path: A `.keras` file, a run folder, or a checkpoint that
-            `checkpoints.read` knows. The head is reinitialized where the
-            classes differ; learned positions are resized.
-        class_names: Names of the model's classes, compared with those of the
-            run that a file is from.
-
-    Raises:
-        ValueError: If other weights do not fit; the message lists all of them.
-            The model is unchanged then.
-        FileNotFoundError, CheckpointError: As `checkpoints.read`.
+    They are those of a `.keras` file, a run folder, or a checkpoint that
+    `checkpoints.read` knows. The head keeps its initial weights where the
+    classes differ from `class_names`; learned positions are resized. A model
+    that they do not fit is left unchanged.
     """
     check_start(path)
     path = pathlib.Path(path)
@@ -138,14 +122,7 @@ def _same_classes(run_dir, class_names):
 def copy_weights(source, model, with_head=True):
     """Copies the weights of one model to another, by their paths.
 
-    Args:
-        source: The model with the weights.
-        model: One with the same layers; `head` and `positions` may have other
-            shapes.
-        with_head: Whether to copy the head if its shape is the same.
-
-    Raises:
-        ValueError: If weights are missing or have other shapes.
+    Positions may have another shape, and the head, which then stays as it is.
     """
     theirs = {w.path: convert_to_numpy(w) for w in source.weights}
     ours = {w.path: w for w in model.weights}
@@ -179,12 +156,7 @@ def copy_weights(source, model, with_head=True):
 
 
 def freeze(model, what):
-    """Freezes parts of a model.
-
-    Args:
-        model: A `ViTMoE` or `ConvNeXtMoE`.
-        what: `"routers"`, `"backbone"` (all but the head), or None.
-    """
+    """Freezes the `"routers"`, the `"backbone"` (all but the head), or None."""
     for layer in model.layers:
         if what == "backbone" and layer.name != "head":
             layer.trainable = False

@@ -28,20 +28,7 @@ FREE = (
 
 
 def open_run(config, class_names):
-    """Makes a run folder, or opens that of a stopped run.
-
-    Args:
-        config: A `TrainConfig`.
-        class_names: Names of the classes.
-
-    Returns:
-        `pathlib.Path` of the folder.
-
-    Raises:
-        FileExistsError: If the folder holds a finished run or other files.
-        ValueError: If it holds a run of another configuration; the message
-            lists what differs.
-    """
+    """Makes a run folder, or opens that of a stopped run of these settings."""
     check_run(config, class_names)
     run_dir, settings = pathlib.Path(config.run_dir), settings_of(config)
     _processes.check_agreement("run folder", run_dir=config.run_dir)

@@ -21,14 +21,7 @@ def kinds_of(cls):
 def from_dict(cls, settings, what):
     """An instance of a dataclass, and of those inside it.
 
-    Args:
-        cls: A dataclass.
-        settings: Dict of its attributes; those that are dataclasses are such
-            dicts, or None.
-        what: What has these settings, for the message.
-
-    Raises:
-        ValueError: If a key is unknown; the message has the nearest one.
+    An unknown key is an error that says `what` has it, and the nearest key.
     """
     if not isinstance(settings, dict):
         raise ValueError(
@@ -53,11 +46,7 @@ def check_types(config, group=""):
     """Raises unless flags, words and sizes are what their types say.
 
     A setting that may only be an integer is a size, of at least 1; a `seed` is
-    not.
-
-    Args:
-        config: A dataclass.
-        group: What stands before its attributes in messages.
+    not. `group` comes before the names in messages.
     """
     for field, kind in typing.get_type_hints(type(config)).items():
         value, parts = getattr(config, field), typing.get_args(kind)

@@ -19,12 +19,6 @@ class Validation(keras.callbacks.Callback):
         loss: Keras loss, or function from labels and logits to `(B,)`.
         average: Optional `keras.callbacks.SwapEMAWeights` of the same `fit`,
             whose averaged weights are measured.
-
-    Example:
-
-    >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    >>> callback = Validation(dataset, loss)  # doctest: +SKIP
-    >>> model.fit(x, y, callbacks=[callback])  # doctest: +SKIP
     """
 
     def __init__(self, dataset, loss, average=None):
