@@ -21,6 +21,9 @@ from tests.training.small import SMALL
 from tests.training.small import changed
 from tests.training.small import history
 
+# Nothing of it depends on the backend.
+once = pytest.mark.backends("jax")
+
 
 def test_run_folder(result):
     names = {path.name for path in result.run_dir.iterdir()}
@@ -57,6 +60,7 @@ def test_run_folder(result):
         assert (one.numpy() == other.numpy()).all()
 
 
+@once
 def test_weight_decay_is_on_kernels_and_positions():
     config = changed(
         SMALL,
@@ -127,6 +131,7 @@ def test_logs_for_tensorboard(config, result):
     assert history(again.run_dir) == history(result.run_dir)
 
 
+@once
 def test_nan_keeps_the_last_good_model(config):
     """A learning rate that blows up: the error names the step."""
     wild = changed(config, learning_rate=1e30, warmup=0.0)
@@ -135,7 +140,11 @@ def test_nan_keeps_the_last_good_model(config):
 
 
 @pytest.mark.parametrize(
-    ("kind", "ema"), [(KeyboardInterrupt, None), (NonFiniteLossError, 0.5)]
+    ("kind", "ema"),
+    [
+        pytest.param(KeyboardInterrupt, None, marks=once),
+        (NonFiniteLossError, 0.5),
+    ],
 )
 def test_an_interrupted_run_leaves_its_last_whole_epoch(
     config, result, kind, ema, monkeypatch
@@ -160,6 +169,7 @@ def test_an_interrupted_run_leaves_its_last_whole_epoch(
         assert history(whole.run_dir) == history(result.run_dir)
 
 
+@once
 def test_folder_with_files_is_not_overwritten(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model.keras").write_text("precious")
@@ -168,6 +178,7 @@ def test_folder_with_files_is_not_overwritten(config, tmp_path):
     assert (tmp_path / "run" / "model.keras").read_text() == "precious"
 
 
+@once
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -193,6 +204,7 @@ def test_bad_settings_write_nothing(config, tmp_path, change, words):
     assert not (tmp_path / "run").exists()
 
 
+@once
 @pytest.mark.parametrize(
     "change, words",
     [

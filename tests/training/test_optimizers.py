@@ -107,7 +107,7 @@ def test_fit_and_reload(name, tmp_path):
         use_ema=True,
         gradient_accumulation_steps=2,
     )
-    model = tiny(num_layers=2, moe={"layers": [1]})
+    model = tiny(num_layers=1, moe={"layers": [0]})
     model.compile(optimizer, "mse")
     images, targets = images_of(8), np.ones((8, 10))
     model.fit(images, targets, batch_size=2, epochs=2, verbose=0)

@@ -26,6 +26,9 @@ from tests.training.small import history
 # Bit-equal on JAX; the others add up in an order of their own.
 EXACT = keras.backend.backend() == "jax"
 
+# Nothing of it depends on the backend.
+once = pytest.mark.backends("jax")
+
 
 def assert_same(result, whole):
     for mine, theirs in zip(
@@ -91,12 +94,14 @@ def test_checkpoints_within_an_epoch(whole, tmp_path, cache):
         np.testing.assert_allclose(mine, theirs, atol=0 if EXACT else 1e-4)
 
 
+@once
 def test_more_checkpoints_than_steps(tmp_path, cache):
     config = config_of(tmp_path / "run", cache, checkpoints_per_epoch=5)
     with pytest.raises(ValueError, match="checkpoints_per_epoch=5 with 4"):
         training.train(config)
 
 
+@once
 def test_a_truncated_checkpoint_falls_back(whole, left):
     config = left(9)  # Behind the second epoch.
     folder = pathlib.Path(config.run_dir) / "checkpoints"
@@ -125,6 +130,7 @@ def stop_after(config, epochs):
             training.train(config)
 
 
+@once
 def test_a_run_without_a_checkpoint_is_started_anew(left):
     config = left(3, epochs=1, learning_rate=0.001)
     training.train(config)
@@ -134,6 +140,7 @@ def test_a_run_without_a_checkpoint_is_started_anew(left):
     assert not (run_dir / "checkpoints").exists()  # It is finished.
 
 
+@once
 def test_another_configuration_is_refused(left):
     other = left(
         6, learning_rate=0.5, augmentation=data.Augmentation(crop_padding=2)
@@ -146,7 +153,7 @@ def test_another_configuration_is_refused(left):
         training.train(other)
 
 
-@pytest.mark.backends("jax")
+@once
 def test_a_stopped_run_of_version_0_1_0_goes_on(whole, left):
     """Its folder is that of today, but for the groups of its settings."""
     config = left(9)
@@ -171,6 +178,7 @@ def test_a_stopped_run_of_version_0_1_0_goes_on(whole, left):
     assert_same(training.train(config), whole)
 
 
+@once
 def test_a_finished_run_is_not_run_again(whole, cache):
     with pytest.raises(FileExistsError, match="which holds a finished run"):
         training.train(config_of(whole.run_dir, cache))
@@ -182,7 +190,7 @@ def test_a_finished_run_is_not_run_again(whole, cache):
 
 
 def fitted():
-    model = tiny(num_layers=2, moe={"layers": [1]})
+    model = tiny(num_layers=1, moe={"layers": [0]})
     model.compile("adam", "mse")
     model.fit(images_of(4), np.ones((4, 10)), shuffle=False, verbose=0)
     return model
@@ -195,7 +203,7 @@ def test_a_checkpoint_holds_weights_optimizer_and_noise(tmp_path):
     model.fit(images_of(4), np.ones((4, 10)), shuffle=False, verbose=0)
     expected = model.get_weights()
 
-    twin = tiny(num_layers=2, moe={"layers": [1]})
+    twin = tiny(num_layers=1, moe={"layers": [0]})
     twin.compile("adam", "mse")
     state = checkpoints.restore(twin)
     assert state["rows"] == [1, 2] and state["epoch"] == 1
@@ -204,6 +212,7 @@ def test_a_checkpoint_holds_weights_optimizer_and_noise(tmp_path):
         np.testing.assert_allclose(mine, theirs, atol=1e-6)
 
 
+@once
 def test_only_the_newest_are_kept(tmp_path):
     model, checkpoints = fitted(), Checkpoints(tmp_path, keep=2)
     for epoch in range(1, 5):
@@ -214,6 +223,7 @@ def test_only_the_newest_are_kept(tmp_path):
         Checkpoints(tmp_path, keep=0)
 
 
+@once
 def test_an_unreadable_disk_loses_no_checkpoint(tmp_path, monkeypatch):
     """An error that may pass is no corruption."""
     model, checkpoints = fitted(), Checkpoints(tmp_path)
@@ -236,6 +246,7 @@ def test_an_unreadable_disk_loses_no_checkpoint(tmp_path, monkeypatch):
 
 
 # h5py has a RuntimeError of its own for it.
+@once
 @pytest.mark.parametrize("kind", [OSError, RuntimeError])
 def test_a_full_disk_leaves_the_last_good_checkpoint(
     tmp_path, monkeypatch, kind
