@@ -132,13 +132,9 @@ def _command(name, function):
     doc = docstring_parser.parse(inspect.getdoc(function))
     texts = {x.arg_name: x.description for x in doc.params}
     hints = typing.get_type_hints(function)
-    examples = [
-        "examples:\n" + textwrap.indent(x.description, "  ")
-        for x in doc.examples
-    ]
+    examples = textwrap.indent(doc.examples[0].description, "  ")
     command = _Parser(
-        description=doc.description,
-        epilog="\n\n".join(examples),
+        description=doc.description, epilog=f"examples:\n{examples}"
     )
     for flag in _files_of(function):
         command.add_argument(flag, help=FILES[flag])
@@ -156,8 +152,7 @@ def _command(name, function):
         if not flag.startswith("-"):
             usage.append(f"[{flag}]" if options.get("nargs") == "?" else flag)
     if TrainConfig not in hints.values():
-        text = "Keras backend."
-        command.add_argument("--backend", type=BACKEND, help=text)
+        command.add_argument("--backend", type=BACKEND, help="Keras backend.")
     command.usage = " ".join([*usage, "[options]"])
     _add_names(command)
     return command
