@@ -25,7 +25,7 @@ COMMANDS = {
     "convert": convert,
     "presets": presets,
 }
-# What users can mend is printed as one message; anything else is a bug and
+# Errors that users can mend are printed as one message; any other is a bug and
 # keeps its traceback.
 USER_ERRORS = (
     ImportError,
@@ -36,14 +36,11 @@ USER_ERRORS = (
 
 
 def main(arguments=None):
-    """Runs `keras-vmoe`.
+    """Runs `keras-vmoe` and returns its exit status: 1 after a printed error.
 
     Args:
         arguments: Command line without the program's name; None means that of
             the process.
-
-    Returns:
-        Exit status: 0, or 1 after an error whose message was printed.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     status = 1
@@ -65,7 +62,7 @@ def main(arguments=None):
 
 
 def _leave_others():
-    """Ends this process at once, which is one of several.
+    """Ends this process, one of several, at once.
 
     JAX would wait for the others, which may wait for this one.
     """

@@ -26,7 +26,7 @@ RUN = changed(
     SMALL,
     data_dir=f"{folder}/data",
     validation_split="validation[:50]",
-    moe=models.MoEConfig(layers="last_1", num_experts=4, images_per_group=4),
+    moe=models.MoEConfig(layers="every_1", num_experts=4, images_per_group=4),
     distribution="expert_parallel",
 )
 
