@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_vmoe import losses
 from keras_vmoe.checkpoints import load_vmoe
-from keras_vmoe.models import moe_blocks
+from keras_vmoe.models.placement import moe_blocks
 from keras_vmoe.routing import group_tokens
 from tests.golden.models import NAMES
 from tests.golden.models import build

@@ -8,6 +8,11 @@ import pytest
 from keras import ops
 
 from keras_vmoe import layers
+from keras_vmoe.layers import attention
+from keras_vmoe.layers import patches
+from keras_vmoe.layers import pooling
+from keras_vmoe.layers import positions
+from keras_vmoe.layers import stochastic
 from keras_vmoe.layers.top_k_router import BalanceBias
 from tests.gradients import compiled
 from tests.harness import Case
@@ -67,22 +72,22 @@ GATE_FLAGS = {
     "min_temperature": 0.05,
 }
 CASES = [
-    Case(layers.AttentionPooling,
+    Case(pooling.AttentionPooling,
          {"num_heads": 2, "hidden_dim": 12, "activation": "relu"},
          TOKENS, (3, 8)),
-    Case(layers.ClassToken, {}, TOKENS, (3, 7, 8)),
-    Case(layers.Dropout,
+    Case(patches.ClassToken, {}, TOKENS, (3, 7, 8)),
+    Case(stochastic._Dropout,
          {"rate": 0.2, "seed": 3, "noise_shape": (3, 1, 8)}, TOKENS),
-    Case(layers.DropPath, {"rate": 0.2, "seed": 3}, TOKENS),
-    Case(layers.LayerScale, {"initial_value": 0.1}, TOKENS),
-    Case(layers.LearnedPositions, {}, TOKENS),
+    Case(stochastic.DropPath, {"rate": 0.2, "seed": 3}, TOKENS),
+    Case(stochastic.LayerScale, {"initial_value": 0.1}, TOKENS),
+    Case(positions.LearnedPositions, {}, TOKENS),
     Case(layers.MLP,
          {"hidden_dim": 12, "activation": "gelu_tanh", "dropout": 0.1}, TOKENS),
-    Case(layers.PatchEmbedding,
+    Case(patches.PatchEmbedding,
          {"hidden_dim": 8, "patch_size": 2}, (2, 4, 6, 3), (2, 6, 8)),
-    Case(layers.SelfAttention, {"num_heads": 4}, TOKENS),
-    Case(layers.SinCos2DPositions, {"grid": (2, 3)}, TOKENS),
-    Case(layers.TokenPooling, {}, TOKENS, (3, 8)),
+    Case(attention.SelfAttention, {"num_heads": 4}, TOKENS),
+    Case(positions.SinCos2DPositions, {"grid": (2, 3)}, TOKENS),
+    Case(pooling.TokenPooling, {}, TOKENS, (3, 8)),
     moe("as it comes"),
     moe("with all flags", ROUTER_FLAGS, images_per_group=2,
         activation="gelu_tanh", dropout=0.1),

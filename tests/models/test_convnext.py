@@ -6,9 +6,10 @@ import pytest
 from keras import ops
 
 from keras_vmoe import layers
+from keras_vmoe.layers import _blocks
 from keras_vmoe.models import ConvNeXtMoE
 from keras_vmoe.models import set_routing
-from keras_vmoe.models import stage_blocks
+from keras_vmoe.models.placement import stage_blocks
 from tests.harness import Case
 from tests.harness import arguments_of
 from tests.harness import check_all
@@ -252,8 +253,8 @@ def test_placement(placement, depths, blocks):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"depths": (1, 2, 3)}, r"as many integers of at least 1. Received: "
-         r"depths=\(1, 2, 3\), dims=\(8, 12\)"),
+        ({"depths": (1, 2, 3)}, r"equally many integers of at least 1. "
+         r"Received: depths=\(1, 2, 3\), dims=\(8, 12\)"),
         ({"depths": (1, 0)}, r"depths=\(1, 0\)"),
         ({"isotropic": True}, "one stage. Received: depths=.2, 2."),
         ({"image_size": 20}, "divisible by 8, the stride of the last stage. "
@@ -281,7 +282,7 @@ def test_bad_arguments(arguments, words):
 
 def test_block_takes_any_mlp():
     x = keras.Input((4, 4, 8))
-    y = layers.convnext_block(
+    y = _blocks.convnext_block(
         x, layers.MoEMLP(2, 8), "block", layer_scale_init_value=None
     )
     assert y.shape == (None, 4, 4, 8)

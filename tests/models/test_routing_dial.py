@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from keras_vmoe import layers
+from keras_vmoe._keras import all_layers
 from keras_vmoe.models import ViTMoE
 from keras_vmoe.models import set_routing
 from tests.harness import randomize
@@ -194,9 +195,7 @@ def test_models_of_anybody(make, tmp_path):
     dial = set_routing(model, capacity_factor="dropless", images_per_group=5)
     shared_weights(model, dial)
     found = [
-        layer
-        for layer in dial._flatten_layers()
-        if isinstance(layer, layers.MoEMLP)
+        layer for layer in all_layers(dial) if isinstance(layer, layers.MoEMLP)
     ]
     assert len(found) == (1 if make is plain else 3)
     for layer in found:
@@ -302,7 +301,7 @@ def test_a_layer_used_twice_is_changed_once():
         ({}, {"capacity_factor": 0.0}, "capacity_factor=0.0"),
         ({}, {"capacity_factor": "all"}, "capacity_factor='all'"),
         ({}, {"capacity_factor": "droples"}, "number above 0 or 'dropless'"),
-        ({}, {"images_per_group": "btach"}, "at least 1 or 'batch'"),
+        ({}, {"images_per_group": "btach"}, "at least 1, or 'batch'"),
         ({}, {"batch_priority": "no"}, "batch_priority='no'"),
         ({}, {"num_selected_experts": 5}, "num_selected_experts=5 with"),
         ({}, {"images_per_group": 0}, "images_per_group=0"),

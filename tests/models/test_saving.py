@@ -51,7 +51,7 @@ def test_file_cut_short(tmp_path, share):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(
-        ValueError, match=r"must be whole.*Received: path=.*cut short"
+        ValueError, match=r"must be complete.*Received: path=.*truncated"
     ):
         models.load(path)
 
@@ -61,7 +61,7 @@ def test_flipped_byte(tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="must be whole"):
+    with pytest.raises(ValueError, match="must be complete"):
         models.load(path)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from keras_vmoe import layers
+from keras_vmoe.layers.activations import gelu_tanh
 from keras_vmoe.models import MoEConfig
 from keras_vmoe.models import ViTMoE
 from tests.harness import randomize
@@ -114,7 +115,7 @@ def test_a_setting_of_none_is_the_routers_default():
 def test_the_shared_expert_has_the_activation_and_dropout_of_the_model():
     model = tiny(moe={"shared_hidden_dim": 16}, dropout=0.1)
     shared = model.moe_layers[0].shared_expert
-    assert shared.activation is layers.gelu_tanh
+    assert shared.activation is gelu_tanh
     assert (shared.hidden_dim, shared.dropout) == (16, 0.1)
 
 
