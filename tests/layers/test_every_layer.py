@@ -170,6 +170,7 @@ lower_precision = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.backends("torch")
 def test_no_layer_and_no_argument_is_left_out():
     public = {
         getattr(layers, name)
@@ -185,6 +186,7 @@ def test_no_layer_and_no_argument_is_left_out():
             assert used, f"{layer.__name__}: {name} never differs"
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize("case", CASES + PARTS + ROUTERS, ids=str)
 def test_config(case):
     check_config(case)
@@ -240,6 +242,7 @@ def test_float32_gates_tell_apart_what_bfloat16_cannot():
     assert int(ops.argmax(logits[0, 0])) == 1
 
 
+@pytest.mark.backends("torch")
 def test_a_router_stands_not_alone():
     with pytest.raises(ValueError, match="returns a routing plan, not a "
                        "tensor.*MoEMLP\\(router=...\\)"):  # fmt: skip
@@ -250,6 +253,7 @@ def test_a_router_stands_not_alone():
             router(keras.Input((6, 8)))
 
 
+@pytest.mark.backends("torch")
 def test_parts_agree_on_the_global_policy():
     keras.config.set_dtype_policy("mixed_bfloat16")
     layer = layers.MoEMLP(num_experts=2, hidden_dim=4)

@@ -64,6 +64,7 @@ def test_patch_embedding_starts_as_lecun_normal():
     assert kernel.std() == pytest.approx((8 * 8 * 3) ** -0.5, rel=0.03)
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize(
     ("shape", "patch_size", "words"),
     [
@@ -99,6 +100,7 @@ def test_learned_positions():
     assert_same(out, tokens + float64(layer.embedding))
 
 
+@pytest.mark.backends("torch")
 def test_sincos2d_by_its_formula():
     rows, columns, features = 3, 4, 12
     table = sincos2d(rows, columns, features)
@@ -122,6 +124,7 @@ def test_sincos2d_positions_spare_the_class_token(class_tokens):
     assert_same(out[:, class_tokens:], expected)
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
@@ -159,6 +162,7 @@ def test_self_attention_starts_as_glorot_uniform_of_d_to_d():
             assert np.abs(values).max() <= limit
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize("num_heads", [3, 0])
 def test_heads_that_do_not_divide(num_heads):
     words = (
@@ -203,6 +207,7 @@ def test_attention_pooling():
     assert_same(out, expected[:, 0])
 
 
+@pytest.mark.backends("torch")
 def test_attention_pooling_with_heads_that_do_not_divide():
     with pytest.raises(ValueError, match="hidden_dim=8, num_heads=3"):
         pooling.AttentionPooling(3, 5).build((None, 6, 8))
@@ -235,6 +240,7 @@ def test_drop_path_drops_whole_images():
     np.testing.assert_array_equal(layer(branch), branch)
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize("rate", [1.0, -0.1, 2])
 def test_drop_path_rate(rate):
     words = f"at least 0 and below 1. Received: rate={rate}. 0 turns it off"

@@ -4,6 +4,8 @@ import pytest
 
 from keras_vmoe.models.placement import moe_blocks
 
+pytestmark = pytest.mark.backends("torch")
+
 
 @pytest.mark.parametrize(
     ("layers", "num_layers", "blocks"),
