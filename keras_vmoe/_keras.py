@@ -1,8 +1,12 @@
 """What Keras has no public way for; tests/test_keras.py fails if it changes."""
 
+import contextlib
+
+import keras
+from keras.src.backend.common import global_state
 from keras.src.utils.rng_utils import get_random_seed
 
-__all__ = ["all_layers", "get_random_seed"]
+__all__ = ["all_layers", "get_random_seed", "uninitialized_variables"]
 
 
 def all_layers(layer):
@@ -12,3 +16,19 @@ def all_layers(layer):
     layer is made of.
     """
     return list(layer._flatten_layers())
+
+
+@contextlib.contextmanager
+def uninitialized_variables():
+    """Variables that are made in this context have shapes but no values.
+
+    After `StatelessScope(initialize_variables=False)` alone, the next scope
+    that ends would fill them; no public way takes them off its list.
+    """
+    name = "uninitialized_variables"
+    waiting = list(global_state.get_global_attribute(name, []))
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        global_state.set_global_attribute(name, waiting)

@@ -7,6 +7,7 @@ import keras
 from keras_vmoe import checkpoints
 from keras_vmoe import models
 from keras_vmoe._checks import check_sizes
+from keras_vmoe.models.costs import without_weights
 from keras_vmoe.models.presets import find_preset
 
 
@@ -26,7 +27,7 @@ def presets(match: str = ""):
     print(_PRESET_LINE.format(*_PRESET_COLUMNS))
     for name in names:
         preset = find_preset(name)
-        with models.without_weights():
+        with without_weights():
             classes = preset.paper_classes
             model = models.from_preset(name, num_classes=classes)
         cost = models.cost(model)

@@ -8,7 +8,6 @@ from keras_vmoe.data import Augmentation
 from keras_vmoe.models import MoEConfig
 from keras_vmoe.models.presets import find_preset
 from keras_vmoe.routing._groups import check_capacity_factor
-from keras_vmoe.routing.groups import check_capacity_factor
 from keras_vmoe.training import typed
 
 DEFAULT_IMAGE_SIZE = 32

@@ -6,6 +6,7 @@ from keras_vmoe import data
 from keras_vmoe import models
 from keras_vmoe._extras import require
 from keras_vmoe.evaluation._description import cost_lines
+from keras_vmoe.models.costs import without_weights
 from keras_vmoe.training import batches
 from keras_vmoe.training import building
 from keras_vmoe.training import run_folder
@@ -42,7 +43,7 @@ def describe(config):
     steps = len(batches.datasets(config, info)[0])
     schedule = building.make_schedule(config, steps * config.epochs)
     no_values = dataclasses.replace(config.model, init=None, head_bias=0.0)
-    with models.without_weights():
+    with without_weights():
         model = building.make_model(
             dataclasses.replace(config, model=no_values), info.num_classes
         )

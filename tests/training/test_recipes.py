@@ -7,6 +7,7 @@ import yaml
 from keras_vmoe import data
 from keras_vmoe import models
 from keras_vmoe import training
+from keras_vmoe.models.costs import without_weights
 from keras_vmoe.models.presets import PRESETS
 from keras_vmoe.training import building
 from keras_vmoe.training import recipes
@@ -56,7 +57,7 @@ def test_a_recipe_makes_its_models(name):
     for preset in list(rates or [])[:1]:
         made = recipes.load(name, model={"preset": f"{preset}_e8_last2"})
         assert made.drop_path_rate == rates[preset]
-        with models.without_weights():
+        with without_weights():
             model = building.make_model(made, 10)
         assert model.moe_layers
 
@@ -106,7 +107,7 @@ def test_the_capacity_of_fine_tuning(preset):
     config = recipes.load(
         "vmoe_finetune", model={"preset": preset, "image_size": size}
     )
-    with models.without_weights():
+    with without_weights():
         model = building.make_model(config, 10)
     assert preset != "vit_s16" or not model.moe_layers
     for layer in model.moe_layers:
