@@ -1,6 +1,5 @@
 """The command `keras-vmoe`."""
 
-import os
 import sys
 import traceback
 
@@ -56,18 +55,8 @@ def main(arguments=None):
     except USER_ERRORS as error:
         print(f"keras-vmoe: error: {error}", file=sys.stderr)
     finally:
-        if status and _processes.num_processes() > 1:
-            _leave_others()
+        if _processes.num_processes() > 1:
+            if sys.exc_info()[1] is not None:
+                traceback.print_exc()
+            _processes.leave(status)
     return status
-
-
-def _leave_others():
-    """Ends this process, one of several, at once.
-
-    JAX would wait for the others, which may wait for this one.
-    """
-    if not isinstance(sys.exc_info()[1], (type(None), *USER_ERRORS)):
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)

@@ -143,7 +143,7 @@ def fit(shards, experts=8, images=8, per_group=2, moe=True, capacity=1.0):
         (2, {"images": 12}, "6 groups for 4 devices"),
         (4, {"moe": False}, "and a model without experts"),
         (3, {}, "divisor of the number of devices, 4. Received"),
-        (4, {"capacity": None}, "dropless routing in 'moe/experts'"),
+        (4, {"capacity": "dropless"}, "dropless routing in 'moe/experts'"),
     ],
 )
 def test_what_does_not_divide(shards, changes, words):

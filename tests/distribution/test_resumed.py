@@ -56,5 +56,5 @@ def test_it_ends_as_one_device_would(end):
 
 def test_a_batch_without_whole_groups():
     devices = 8 if BACKEND == "jax" else 2
-    words = f"batch_size=12 for {devices} devices, 4 images in a group"
+    words = f"batch_size=12 for {devices} devices, 4 images per group"
     assert words in runs()["refused"]
