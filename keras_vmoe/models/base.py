@@ -133,12 +133,8 @@ def complete(model_class, arguments, options: Options, **defaults):
 def blocks(settings, sizes, sparse, num_selected_experts, **kwargs):
     """For each block its MLP or MoE layer and the options of its branches.
 
-    Args:
-        settings: What `complete` returns.
-        sizes: `(features, hidden_dim)` of each block.
-        sparse: Indices of the blocks with a MoE layer.
-        num_selected_experts: K, where `moe` leaves it open.
-        **kwargs: Further arguments of the layers.
+    `sizes` are `(features, hidden_dim)` of each block, `sparse` the indices of
+    those with a MoE layer.
     """
     kwargs |= {"activation": settings.activation, "dtype": settings.dtype}
     for i, (features, hidden_dim) in enumerate(sizes):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 import warnings
 
 import keras
@@ -139,22 +140,13 @@ class _Counted(keras.Operation):
 
 
 def _itemsize(dtype):
-    dtype = keras.backend.standardize_dtype(dtype)
-    bits = "".join(c for c in dtype if c.isdigit())
+    bits = re.sub(r"\D", "", keras.backend.standardize_dtype(dtype))
     return int(bits or 8) // 8
 
 
 @functools.singledispatch
 def work(layer, inputs, outputs):
-    """The `Work` of one call of a layer with one image.
-
-    Args:
-        layer: A layer.
-        inputs, outputs: `keras.KerasTensor`s of a batch of one image.
-
-    Returns:
-        A `Work`.
-    """
+    """The `Work` of one call of a layer, with `KerasTensor`s of one image."""
     matrices = [w for w in getattr(layer, "weights", []) if len(w.shape) > 1]
     if matrices:
         warnings.warn(
@@ -235,23 +227,18 @@ def _attention_work(layer, num_queries, tokens):
 
 
 def _mlp_work(layer, num_tokens):
-    kernels = (layer.hidden_dense.kernel, layer.output_dense.kernel)
-    return Work(
-        num_tokens * sum(map(_size, kernels)), num_tokens * layer.hidden_dim
-    )
+    size = _size(layer.hidden_dense.kernel) + _size(layer.output_dense.kernel)
+    return Work(num_tokens * size, num_tokens * layer.hidden_dim)
 
 
 def slots_of(layer, num_tokens):
-    """Slots in the experts' buffers per image, on average.
-
-    Args:
-        layer: A `MoEMLP`.
-        num_tokens: Tokens of an image.
-    """
+    """Slots per image, on average, in a `MoEMLP` of that many tokens."""
     router = layer.router
     if isinstance(router, layers.SoftRouter):
         return layer.num_experts * router.gate_layer.mu.shape[-1]
-    selected, factor = _selected(router, 1), _capacity_factor(router)
+    # A router of a user's own may have neither.
+    selected = getattr(router, "num_selected_experts", 1)
+    factor = getattr(router, "capacity_factor", 1.0)
     if factor == "dropless":
         return selected * num_tokens
     if layer.images_per_group == "batch":  # Of a large batch.
@@ -265,19 +252,10 @@ def _idle_params(layer):
     """Parameters of the experts that a token does not visit, on average."""
     if isinstance(layer.router, layers.SoftRouter):
         return 0
-    visited = _selected(layer.router, _capacity_factor(layer.router))
+    factor = getattr(layer.router, "capacity_factor", 1.0)
+    visited = getattr(layer.router, "num_selected_experts", factor)
     share = max(0.0, 1 - visited / layer.num_experts)
     return share * layer.experts.count_params()
-
-
-def _selected(router, default):
-    """K; the default for a router of another kind."""
-    return getattr(router, "num_selected_experts", default)
-
-
-def _capacity_factor(router):
-    """That of the router; 1 for a router of a user's own without one."""
-    return getattr(router, "capacity_factor", 1.0)
 
 
 def _size(variable):

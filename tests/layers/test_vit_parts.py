@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_vmoe import layers
 from keras_vmoe.layers import _blocks
+from keras_vmoe.layers import activations
 from keras_vmoe.layers import attention
 from keras_vmoe.layers import patches
 from keras_vmoe.layers import pooling
@@ -257,6 +258,29 @@ def test_dropout():
     assert (out == 0).mean() == pytest.approx(0.25, abs=0.02)
     assert (ops.convert_to_numpy(drop(x)) != out).any()
     np.testing.assert_array_equal(layer(x), x)
+
+
+@pytest.mark.backends("torch")
+def test_names_in_files_of_version_0_1_0():
+    def load(name, module, config, registered):
+        return keras.saving.deserialize_keras_object(
+            {
+                "class_name": name,
+                "module": module,
+                "config": config,
+                "registered_name": registered,
+            }
+        )
+
+    config = {"name": "dropout", "rate": 0.1, "noise_shape": None, "seed": 3}
+    module = "keras_vmoe.layers.stochastic"
+    dropout = load("Dropout", module, config, "keras_vmoe>Dropout")
+    assert type(dropout) is stochastic._Dropout
+    assert config.items() <= dropout.get_config().items()
+    name = "keras_vmoe>gelu_tanh"
+    assert (
+        load("function", "builtins", name, "function") is activations.gelu_tanh
+    )
 
 
 @pytest.mark.parametrize("make", [stochastic._Dropout, stochastic.DropPath])
