@@ -9,7 +9,7 @@ from keras_vmoe.distribution import _constraints
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.block_linear import block_linear
-from keras_vmoe.layers.stochastic import _Dropout
+from keras_vmoe.layers.stochastic import SeededDropout
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -63,7 +63,7 @@ class MLPExperts(keras.layers.Layer):
         self.activation = get_activation(activation)
         self.dropout = dropout
         self.seed = seed
-        self.dropout_layer = _Dropout(
+        self.dropout_layer = SeededDropout(
             dropout, seed=seed, dtype=self.dtype_policy, name="dropout"
         )
 

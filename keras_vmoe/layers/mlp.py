@@ -5,7 +5,7 @@ import keras
 from keras_vmoe._checks import check_sizes
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
-from keras_vmoe.layers.stochastic import _Dropout
+from keras_vmoe.layers.stochastic import SeededDropout
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -38,7 +38,7 @@ class MLP(keras.layers.Layer):
         self.activation = get_activation(activation)
         self.dropout = dropout
         self.hidden_dense = self._dense(self.hidden_dim, "hidden")
-        self.dropout_layer = _Dropout(
+        self.dropout_layer = SeededDropout(
             dropout, dtype=self.dtype_policy, name="dropout"
         )
 
