@@ -10,7 +10,7 @@ import keras
 from keras_vmoe.layers.attention import SelfAttention
 from keras_vmoe.layers.stochastic import DropPath
 from keras_vmoe.layers.stochastic import LayerScale
-from keras_vmoe.layers.stochastic import _Dropout
+from keras_vmoe.layers.stochastic import SeededDropout
 
 
 def encoder_block(x, mlp, num_heads, name, dropout=0.0, **branches):
@@ -46,7 +46,7 @@ def encoder_block(x, mlp, num_heads, name, dropout=0.0, **branches):
     y = layer_norm(f"{attention}_norm", dtype)(x)
     y = SelfAttention(num_heads, dtype=dtype, name=attention)(y)
     if dropout:
-        y = _Dropout(dropout, dtype=dtype, name=f"{attention}_dropout")(y)
+        y = SeededDropout(dropout, dtype=dtype, name=f"{attention}_dropout")(y)
     x = residual(x, y, attention, dtype, **branches)
     y = mlp(layer_norm(f"{name}_mlp_norm", dtype)(x))
     return residual(x, y, f"{name}_mlp", dtype, **branches)

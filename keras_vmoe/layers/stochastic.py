@@ -49,7 +49,7 @@ class SavesSeedState:
 
 
 @keras.saving.register_keras_serializable("keras_vmoe", name="Dropout")
-class _Dropout(SavesSeedState, keras.layers.Layer):
+class SeededDropout(SavesSeedState, keras.layers.Layer):
     """`keras.layers.Dropout` whose seed state is saved with the model.
 
     Keras's own layer makes a generator that no file holds, and that replicas
@@ -62,7 +62,7 @@ class _Dropout(SavesSeedState, keras.layers.Layer):
 
     Example:
 
-    >>> _Dropout(0.1)(keras.ops.ones((2, 3))).shape
+    >>> SeededDropout(0.1)(keras.ops.ones((2, 3))).shape
     (2, 3)
     """
 

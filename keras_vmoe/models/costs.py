@@ -112,11 +112,15 @@ def _copy(model, specs, calls):
 
     `calls` gets the `(layer, work, bytes per value)` of each call of a layer.
     """
-    # Sequential models as well, and nothing that is compiled.
-    graph = keras.Model(model.inputs, model.outputs)
+    graph = model
+    if isinstance(model, keras.Sequential) or model.compiled:
+        # Keras would call the one by its list, and compile the other's copy.
+        graph = keras.Model(model.inputs, model.outputs)
     inputs = [keras.Input(batch_shape=x.shape, dtype=x.dtype) for x in specs]
     keras.models.clone_model(
-        graph, inputs, clone_function=lambda layer: _Counted(layer, calls)
+        graph,
+        keras.tree.pack_sequence_as(graph.input, inputs),
+        clone_function=lambda layer: _Counted(layer, calls),
     )
 
 

@@ -11,7 +11,7 @@ from keras_vmoe.layers import _blocks
 from keras_vmoe.layers import patches
 from keras_vmoe.layers import pooling as poolings
 from keras_vmoe.layers import positions
-from keras_vmoe.layers.stochastic import _Dropout
+from keras_vmoe.layers.stochastic import SeededDropout
 from keras_vmoe.models import base
 from keras_vmoe.models.placement import moe_blocks
 
@@ -162,7 +162,7 @@ def _positions(x, settings, grid):
     else:
         x = positions.SinCos2DPositions(grid, dtype=policy, name="positions")(x)
     if settings.dropout:
-        x = _Dropout(settings.dropout, dtype=policy, name="dropout")(x)
+        x = SeededDropout(settings.dropout, dtype=policy, name="dropout")(x)
     return x
 
 

@@ -73,7 +73,7 @@ def train(model):
 def noise_of_replicas(strategy):
     """What dropout, drop path and a noisy gate draw in each replica."""
     with strategy.scope():
-        dropout, path = stochastic._Dropout(0.5), stochastic.DropPath(0.5)
+        dropout, path = stochastic.SeededDropout(0.5), stochastic.DropPath(0.5)
         router = layers.TopKRouter(4, 1, noise_std=1.0)
         router.build((None, 6, 8))
 

@@ -250,7 +250,7 @@ def test_drop_path_rate(rate):
 
 
 def test_dropout():
-    layer = stochastic._Dropout(0.25, seed=0)
+    layer = stochastic.SeededDropout(0.25, seed=0)
     x = np.ones((100, 100), "float32")
     drop = compiled(lambda x: layer(x, training=True), layer)
     out = ops.convert_to_numpy(drop(x))
@@ -275,7 +275,7 @@ def test_names_in_files_of_version_0_1_0():
     config = {"name": "dropout", "rate": 0.1, "noise_shape": None, "seed": 3}
     module = "keras_vmoe.layers.stochastic"
     dropout = load("Dropout", module, config, "keras_vmoe>Dropout")
-    assert type(dropout) is stochastic._Dropout
+    assert type(dropout) is stochastic.SeededDropout
     assert config.items() <= dropout.get_config().items()
     name = "keras_vmoe>gelu_tanh"
     assert (
@@ -283,7 +283,9 @@ def test_names_in_files_of_version_0_1_0():
     )
 
 
-@pytest.mark.parametrize("make", [stochastic._Dropout, stochastic.DropPath])
+@pytest.mark.parametrize(
+    "make", [stochastic.SeededDropout, stochastic.DropPath]
+)
 def test_seeds_repeat_and_travel_with_the_weights(make, tmp_path):
     # After one step a saved model goes on with the second draw, whatever seed
     # it was made with.

@@ -11,8 +11,8 @@ from keras_vmoe.models.costs import without_weights
 from keras_vmoe.models.presets import PRESETS
 from tests.models.definitions import tiny
 
-# Counts need no backend; PyTorch makes parameters of weights without values.
-pytestmark = pytest.mark.backends("jax")
+# Counts need no backend; PyTorch traces shapes the fastest.
+pytestmark = pytest.mark.backends("torch")
 
 # The paper's totals seem to leave the gates out: these two agree then, and the
 # other rows agree either way.
