@@ -213,7 +213,7 @@ def test_what_fails_leaves_nothing(tmp_path):
         (path / "half").write_text("x")
         raise KeyError
     assert not list(tmp_path.iterdir())
-    with pytest.raises(OSError, match="must be written whole") as caught:
+    with pytest.raises(OSError, match="must be written completely") as caught:
         with creating(tmp_path / "1"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert "No space left" in str(caught.value)
