@@ -143,13 +143,16 @@ def _train(config, strategy):
         models.save(model, run_dir / run_folder.MODEL)
         test = evaluation.measure(model, test_data, routing=False)
     if _processes.is_first_process():
-        rows = history.rows
-        curves = {name: [row.get(name) for row in rows] for name in rows[0]}
-        inspection.plot_history(curves, routing.epochs, run_dir / "curves.png")
+        _plot(history.rows, routing.epochs, run_dir / "curves.png")
         run_folder.write_result(run_dir, test)
     # All leave together: JAX ends a process whose peers take too long.
     _processes.check_agreement("end of the run", epochs=epochs)
     return RunResult(test.accuracy, model, run_dir)
+
+
+def _plot(rows, routing, path):
+    curves = {name: [row.get(name) for row in rows] for name in rows[0]}
+    inspection.plot_history(curves, routing, path)
 
 
 @contextlib.contextmanager
