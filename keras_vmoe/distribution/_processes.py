@@ -128,9 +128,9 @@ def is_first_process():
 def leave(status):
     """Ends this process, one of several, without Python's teardown.
 
-    In the teardown destructors of tf.data and JAX can wait forever for threads
-    that need Python. After success all processes end together; after an error
-    JAX would wait for the others, which may wait for this one.
+    A run has hung in the teardown, which destroys objects of tf.data and JAX
+    whose threads are still there. After success all processes end together;
+    after an error JAX would wait for the others, which may wait for this one.
 
     Args:
         status: Exit status.
@@ -164,15 +164,12 @@ def check_agreement(what, **values):
         **values: JSON values.
     """
     everyone = _gather(values)
-    names = dict.fromkeys(name for values in everyone for name in values)
-    first, *others = (
-        {name: values.get(name, "absent") for name in names}
-        for values in everyone
-    )
+    absent = {name: "absent" for values in everyone for name in values}
+    first, *others = ({**absent, **values} for values in everyone)
     different = [
         f"{name}: {first[name]!r} in process 0, {other[name]!r} in process {i}"
         for i, other in enumerate(others, 1)
-        for name in names
+        for name in absent
         if other[name] != first[name]
     ]
     if different:

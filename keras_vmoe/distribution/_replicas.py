@@ -43,9 +43,10 @@ def check_groups(batch_size, images_per_group):
         batch_size: Images of this replica; None if unknown while tracing.
         images_per_group: Images that are routed together; "batch" for all.
     """
-    replicas = _replicas_in_sync()
-    if replicas == 1 or batch_size is None:
+    context = _context()
+    if context is None or batch_size is None:
         return
+    replicas = context.num_replicas_in_sync
     total = batch_size * replicas
     whole = images_per_group == "batch"
     check_batch(total, total if whole else images_per_group, replicas)
@@ -53,11 +54,8 @@ def check_groups(batch_size, images_per_group):
 
 def replica_id():
     """This replica's index inside tf.distribute; None if it is the only one."""
-    if _replicas_in_sync() == 1:
-        return None
-    import tensorflow as tf
-
-    return tf.distribute.get_replica_context().replica_id_in_sync_group
+    context = _context()
+    return None if context is None else context.replica_id_in_sync_group
 
 
 def of_sum(function, parts):
@@ -70,20 +68,19 @@ def of_sum(function, parts):
     Returns:
         This replica's summands of the results.
     """
-    if replica_id() is None:
+    context = _context()
+    if context is None:
         return function(parts)
-    import tensorflow as tf
-
-    context = tf.distribute.get_replica_context()
-    sums = context.all_reduce(tf.distribute.ReduceOp.SUM, parts)
+    sums = context.all_reduce("sum", parts)
     return [x / context.num_replicas_in_sync for x in function(sums)]
 
 
-def _replicas_in_sync():
-    """How many replicas compute this together; 1 outside of tf.distribute."""
+def _context():
+    """The context in one of several replicas of tf.distribute; else None."""
     if keras.backend.backend() != "tensorflow":
-        return 1
+        return None
     import tensorflow as tf
 
     context = tf.distribute.get_replica_context()
-    return 1 if context is None else context.num_replicas_in_sync
+    is_one = context is None or context.num_replicas_in_sync == 1
+    return None if is_one else context

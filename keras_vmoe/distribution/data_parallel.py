@@ -41,13 +41,23 @@ class DataParallel(keras.distribution.DataParallel):
 
     def distribute_dataset(self, dataset):
         """A `tf.data.Dataset` of this process's part of every batch."""
-        if self.num_processes > 1:
-            check_full_batches(dataset)
-            check_agreement(
-                "batches",
-                number=int(dataset.cardinality()),
-                shapes=_shapes(dataset),
+        if self.num_processes == 1:
+            return dataset
+        number, shapes = int(dataset.cardinality()), _shapes(dataset)
+        if any(shape is None or None in shape[:1] for shape in shapes):
+            raise ValueError(
+                "In several processes all batches must be full: a short one "
+                "would deadlock them. Received: a dataset with "
+                f"{dataset.element_spec}. Use "
+                "`batch(..., drop_remainder=True)`."
             )
+        if number == UNKNOWN:
+            raise ValueError(
+                "In several processes the number of batches must be known, and "
+                "the same in all. Received: a dataset of unknown cardinality. "
+                "Use `tf.data.experimental.assert_cardinality`."
+            )
+        check_agreement("batches", number=number, shapes=shapes)
         return dataset
 
     def get_data_layout(self, data_shape):
@@ -64,23 +74,6 @@ class DataParallel(keras.distribution.DataParallel):
                 f"Received: a batch of {batch_size} for {devices} devices. "
                 "Choose a multiple of their number, and drop the remainder."
             )
-
-
-def check_full_batches(dataset):
-    """Raises unless all batches of a dataset are full, and can be counted."""
-    shapes = _shapes(dataset)
-    if any(shape is None or None in shape[:1] for shape in shapes):
-        raise ValueError(
-            "In several processes all batches must be full: a short one would "
-            "deadlock them. Received: a dataset with "
-            f"{dataset.element_spec}. Use `batch(..., drop_remainder=True)`."
-        )
-    if int(dataset.cardinality()) == UNKNOWN:
-        raise ValueError(
-            "In several processes the number of batches must be known, and the "
-            "same in all. Received: a dataset of unknown cardinality. Use "
-            "`tf.data.experimental.assert_cardinality`."
-        )
 
 
 def _shapes(dataset):

@@ -55,15 +55,14 @@ class ExpertParallel(DataParallel):
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), appendix B.
     """
 
-    def __init__(
-        self,
-        num_expert_shards,
-        devices=None,
-        shard_dense=False,
-    ):
-        _check_backend()
-        if devices is None:
-            devices = keras.distribution.list_devices()
+    def __init__(self, num_expert_shards, devices=None, shard_dense=False):
+        if keras.backend.backend() != "jax":
+            raise ValueError(
+                "`ExpertParallel` needs the JAX backend. Received: the backend "
+                f"{keras.backend.backend()!r}. Set KERAS_BACKEND=jax, or use "
+                "tf.distribute, whose devices each hold all experts."
+            )
+        devices = devices or keras.distribution.list_devices()
         _check_shards(num_expert_shards, len(devices))
         shape = (len(devices) // num_expert_shards, num_expert_shards)
         mesh = keras.distribution.DeviceMesh(
@@ -95,7 +94,14 @@ class ExpertParallel(DataParallel):
         rest = [None] * (len(variable.shape) - 1)
         # Seeds and counters of a bank have a single axis.
         if EXPERTS.search(variable.path) and len(variable.shape) > 1:
-            self._check_experts(variable)
+            num_experts = variable.shape[0]
+            if num_experts % self.num_expert_shards:
+                raise ValueError(
+                    "Each shard must hold the same number of experts. "
+                    f"Received: num_expert_shards={self.num_expert_shards} for "
+                    f"the {num_experts} experts of {variable.path!r}. Choose a "
+                    "divisor of the number of experts."
+                )
             self._has_experts = True
             return self.layout(EXPERT, *rest)
         # Not of convolutions: XLA would gather images, not the small kernels.
@@ -123,32 +129,12 @@ class ExpertParallel(DataParallel):
         """The layout of a tensor with its dimensions sharded over `axes`."""
         return _Layout(axes, self.device_mesh)
 
-    def _check_experts(self, variable):
-        num_experts = variable.shape[0]
-        if num_experts % self.num_expert_shards:
-            raise ValueError(
-                "Each shard must hold the same number of experts. "
-                f"Received: num_expert_shards={self.num_expert_shards} for "
-                f"the {num_experts} experts of {variable.path!r}. Choose a "
-                "divisor of the number of experts."
-            )
-
 
 class _Layout(keras.distribution.TensorLayout):
     """A layout that can shard one dimension over several axes of the mesh."""
 
     def _validate_axes(self):
         pass  # Keras would take a tuple of axes for an unknown axis.
-
-
-def _check_backend():
-    if keras.backend.backend() != "jax":
-        raise ValueError(
-            "`ExpertParallel` needs the JAX backend. "
-            f"Received: the backend {keras.backend.backend()!r}. Set "
-            "KERAS_BACKEND=jax, or use tf.distribute with TensorFlow, where "
-            "every device holds all experts."
-        )
 
 
 def _check_shards(num_expert_shards, num_devices):

@@ -75,20 +75,14 @@ def _on_all(model, images, parallel):
 def _on_one(model, images, parallel):
     """The outputs for a batch that every device computes."""
     if parallel is None:
-        return keras.tree.map_structure(np.asarray, _whole(model)(images))
+        # `predict_on_batch` would run all replicas.
+        outputs = model(images, training=False)
+        return keras.tree.map_structure(np.asarray, outputs)
     keras.distribution.set_distribution(None)
     try:
         return _call(model, images, None, parallel)
     finally:
         keras.distribution.set_distribution(parallel)
-
-
-@functools.lru_cache(maxsize=4)
-def _whole(model):
-    """The model in one replica; `predict_on_batch` would run all of them."""
-    import tensorflow as tf
-
-    return tf.function(functools.partial(model, training=False))
 
 
 def _call(model, images, sharding, parallel):

@@ -57,19 +57,13 @@ def resolve(name, num_experts=None, num_expert_shards=None, shard_dense=False):
             f"with distribution={name!r}. Omit them, or use JAX's "
             "'expert_parallel'."
         )
-    if name == "expert_parallel" and num_expert_shards is None:
+    if name == "expert_parallel":
         devices = len(keras.distribution.list_devices())
-        num_expert_shards = math.gcd(devices, num_experts or devices)
-    makers = {
-        None: lambda: None,
-        "data_parallel": DataParallel,
-        "expert_parallel": lambda: ExpertParallel(
-            num_expert_shards, shard_dense=shard_dense
-        ),
-        "mirrored": _mirrored,  # Keras's `fit` fails with several workers.
-        "tpu": _tpu,
-    }
-    return makers[name]()
+        largest = math.gcd(devices, num_experts or devices)
+        shards = largest if num_expert_shards is None else num_expert_shards
+        return ExpertParallel(shards, shard_dense=shard_dense)
+    makers = {"data_parallel": DataParallel, "mirrored": _mirrored, "tpu": _tpu}
+    return makers[name]() if name else None
 
 
 def _best(backend, num_experts):
@@ -91,6 +85,7 @@ def _best(backend, num_experts):
 
 
 def _mirrored():
+    """Without several workers, with which Keras's `fit` fails."""
     import tensorflow as tf
 
     kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"

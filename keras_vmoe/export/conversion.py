@@ -257,7 +257,7 @@ def _quantize(graph, kernels, kind):
     import onnx as library
 
     make, numpy = library.helper, library.numpy_helper
-    found, nodes = set(), []
+    float32, found, nodes = library.TensorProto.FLOAT, set(), []
     for initializer in list(graph.initializer):
         values = numpy.to_array(initializer)
         if values.tobytes() not in kernels:
@@ -265,14 +265,11 @@ def _quantize(graph, kernels, kind):
         found.add(kernels[values.tobytes()])
         graph.initializer.remove(initializer)
         name = initializer.name
+        stored = f"{name}/{kind}"
         values, scale = quantized(values, kind)
-        graph.initializer.append(numpy.from_array(values, f"{name}/{kind}"))
+        graph.initializer.append(numpy.from_array(values, stored))
         cast = name if scale is None else f"{name}/cast"
-        nodes.append(
-            make.make_node(
-                "Cast", [f"{name}/{kind}"], [cast], to=library.TensorProto.FLOAT
-            )
-        )
+        nodes.append(make.make_node("Cast", [stored], [cast], to=float32))
         if scale is not None:
             factor = numpy.from_array(scale, f"{name}/scale")
             graph.initializer.append(factor)

@@ -100,16 +100,17 @@ def saved_model(
     """
     check_model(model)
     check_quantization(model, quantize_experts, KINDS)
-    check_sizes(max_batch_size=max_batch_size)
+    checked.check_path("directory", directory)
+    check_sizes(version=version, max_batch_size=max_batch_size)
+    checked.check_at_most("version", version, LARGEST_VERSION)
     checked.check_at_most("max_batch_size", max_batch_size, LARGEST_BATCH)
     dials = default_dials(
         model,
         images_per_group=images_per_group,
         capacity_factor=capacity_factor,
     )
-    signatures = _signatures(
-        model, checked.make_signatures(signatures, **dials)
-    )
+    signatures = checked.make_signatures(signatures, **dials)
+    signatures = _signatures(model, signatures)
     batches = checked.check_warmup(warmup, max_batch_size, len(signatures))
     require("tensorflow", "serving")
     if batches:
@@ -124,19 +125,11 @@ def saved_model(
         class_names=checked.check_names(class_names, model.output_shape[-1]),
         card=checked.check_card(card, contents.CARD_NAMES),
     )
-    path = _version(directory, version)
+    path = pathlib.Path(directory, str(int(version)))
     with _files.creating(path) as folder:
         _warn_of_missing(signatures, path.parent)
         process.write(write_version, model, settings, folder)
     return path
-
-
-def _version(directory, version):
-    """The folder of a version."""
-    checked.check_path("directory", directory)
-    check_sizes(version=version)
-    checked.check_at_most("version", version, LARGEST_VERSION)
-    return pathlib.Path(directory, str(int(version)))
 
 
 def _signatures(model, signatures):

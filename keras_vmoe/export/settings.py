@@ -184,9 +184,9 @@ def check_names(class_names, num_classes):
     if class_names is None:
         return None
     is_list = isinstance(class_names, Sequence | np.ndarray)
-    names = list(class_names) if is_list else []
-    known = all(isinstance(x, str) or is_integer(x) for x in names)
-    if not is_list or isinstance(class_names, str | bytes) or not known:
+    is_text = isinstance(class_names, str | bytes)
+    names = list(class_names) if is_list and not is_text else [None]
+    if not all(isinstance(x, str) or is_integer(x) for x in names):
         raise ValueError(
             "`class_names` must be a list of names in the order of the "
             f"classes. Received: class_names={class_names!r}."
