@@ -123,9 +123,10 @@ def child(index):
 def make_model(name, blocks):
     """A V-MoE without weights."""
     from keras_vmoe import models
+    from keras_vmoe.models.costs import without_weights
 
     hidden_dim, _, heads, mlp_dim, patch = MODELS[name]
-    with models.without_weights():
+    with without_weights():
         return models.ViTMoE(
             image_size=224, patch_size=patch, hidden_dim=hidden_dim,
             num_layers=blocks, num_heads=heads, mlp_dim=mlp_dim,

@@ -1,4 +1,4 @@
-"""Files and folders that appear under their name whole, or not at all."""
+"""Files and folders that are written completely or not at all."""
 
 import contextlib
 import errno
@@ -9,14 +9,14 @@ import shutil
 import tempfile
 import time
 
-PARTIAL = ".partial."  # What the names of half-written files begin with.
-STALE_SECONDS = 24 * 3600  # Nobody writes for so long.
-# Where a file system cannot set space aside: it is then found out by writing.
+PARTIAL = ".partial."  # Prefix of the names of unfinished files.
+STALE_SECONDS = 24 * 3600  # Nothing takes so long to write.
+# From file systems that cannot reserve space: only writing tells.
 UNABLE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def write_text(path, text):
-    """Writes a text file, atomically.
+    """Writes a text file atomically.
 
     Args:
         path: `pathlib.Path` to write.
@@ -31,14 +31,14 @@ def write_text(path, text):
 
 @contextlib.contextmanager
 def replacing(path, size=0):
-    """A name to write a file under, which then takes the place of another.
+    """A name to write a file under, which then replaces another.
 
-    A killed process, a full disk or a loss of power leaves the file that was
-    there before.
+    After a kill, a full disk or a loss of power the previous file is still
+    there.
 
     Args:
         path: `pathlib.Path` of the file.
-        size: Bytes that must fit on the disk before anything is written.
+        size: Bytes that are reserved on the disk before anything is written.
 
     Yields:
         `pathlib.Path` with the suffixes of `path`.
@@ -56,8 +56,8 @@ def replacing(path, size=0):
             _to_disk(path.parent)
     except (OSError, RuntimeError) as error:
         raise OSError(
-            f"A file must be written whole. Received: {path} ({error}). What "
-            "was there before is kept; free some space and run the command "
+            f"A file must be written completely. Received: {path} ({error}). "
+            "The previous file is kept; free some space and run the command "
             "again."
         ) from error
     finally:
@@ -85,21 +85,22 @@ def creating(path):
             _check_new(path)  # Others may have been faster.
             os.rename(folder / path.name, path)
         except OSError as error:
-            if error.errno is None:  # It says all already.
+            if error.errno is None:  # One of ours.
                 raise
             _check_new(path)
             raise OSError(
-                "A file or folder must be written whole. Received: "
+                "A file or folder must be written completely. Received: "
                 f"{str(path)!r} ({error.strerror}), of which nothing is left. "
-                "Free space on the disk, or choose another place."
+                "Free some space, or choose another folder."
             ) from error
 
 
 @contextlib.contextmanager
 def scratch(parent, name):
-    """A folder to work in, which goes with all that it still holds.
+    """A temporary folder, removed with its contents.
 
-    Those that killed processes left for the same name a day ago go as well.
+    Those that killed processes left for the same name a day ago are removed,
+    too.
 
     Args:
         parent: `pathlib.Path` of the folder around it; made if there is none.
@@ -132,8 +133,8 @@ def scratch(parent, name):
 def reserve(folder, size):
     """Raises unless a file of a size fits into a folder, before it is written.
 
-    HDF5 cannot be refused space half-way: it prints hundreds of errors and
-    crashes the process when it closes the file.
+    HDF5 does not survive a full disk: it prints hundreds of errors and crashes
+    the process when it closes the file.
 
     Args:
         folder: `pathlib.Path`.
@@ -156,7 +157,7 @@ def reserve(folder, size):
 
 
 def _allocate(file, size):
-    """Gives a file its blocks, by writing them where nothing else can."""
+    """Allocates the blocks of a file, by writing them if there is no call."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, size)
         return
@@ -165,7 +166,7 @@ def _allocate(file, size):
 
 
 def _to_disk(path):
-    """Waits until a file or folder is on the disk itself."""
+    """Waits until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -181,7 +182,7 @@ def _remove_stale(parent, name):
 
 
 def _remove_empty(folder, is_new):
-    """Removes a folder of ours in which nothing came to be."""
+    """Removes a new folder in which nothing was written."""
     if is_new:
         with contextlib.suppress(OSError):
             folder.rmdir()

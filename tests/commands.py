@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import json
 import os
 import pty
 import re
@@ -26,10 +27,10 @@ SMALL = [
     "--model.image_size=8",
     "--model.patch_size=4",
     "--model.hidden_dim=16",
-    "--model.num_layers=2",
+    "--model.num_layers=1",
     "--model.num_heads=2",
     "--model.mlp_dim=32",
-    "--moe.layers=last_1",
+    "--moe.layers=every_1",
     "--moe.num_experts=4",
 ]
 
@@ -67,9 +68,18 @@ def write_folder(folder, classes, splits=("test",), count=1):
     return f"--data_dir={folder}"
 
 
-def in_a_terminal(*arguments):
-    """What the command prints where a person looks, and its exit status."""
-    command = [sys.executable, "-m", "keras_vmoe.cli", *map(str, arguments)]
+def in_a_terminal(*commands):
+    """What each of some commands prints where a person looks.
+
+    Returns:
+        List of strings; each ends with the exit status of its command.
+    """
+    script = (
+        "import json, sys; from keras_vmoe import cli\n"
+        "for x in json.loads(sys.argv[1]): print(cli.main(x), end='\\f')"
+    )
+    texts = [[str(x) for x in command] for command in commands]
+    command = [sys.executable, "-c", script, json.dumps(texts)]
     ours, theirs = pty.openpty()
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs)
     os.close(theirs)
@@ -78,4 +88,5 @@ def in_a_terminal(*arguments):
         while block := os.read(ours, 4096):
             output += block
     os.close(ours)
-    return process.wait(), re.sub(r"\x1b\[\d+m", "", output.decode())
+    process.wait()
+    return re.sub(r"\x1b\[\d+m", "", output.decode()).split("\f")[:-1]

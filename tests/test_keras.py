@@ -1,6 +1,8 @@
 """What the package uses of Keras that is not public."""
 
 import keras
+import pytest
+from keras import ops
 
 from keras_vmoe import _keras
 from keras_vmoe import layers
@@ -25,3 +27,22 @@ def test_layers_in_layers_and_models_are_found():
 def test_the_seed_that_was_set():
     keras.utils.set_random_seed(123)
     assert _keras.get_random_seed() == 123
+
+
+@pytest.mark.backends("jax", "tensorflow", "torch")
+def test_uninitialized_variables_stay_so():
+    made = []
+
+    def initializer(shape, dtype=None):
+        made.append(shape)
+        return ops.zeros(shape, dtype)
+
+    def build(size):
+        keras.layers.Dense(size, kernel_initializer=initializer).build((2,))
+
+    with _keras.uninitialized_variables():
+        build(3)
+    # A scope that ends fills what is waiting: that layer must not be.
+    with keras.StatelessScope():
+        build(4)
+    assert made == [(2, 4)]

@@ -12,7 +12,7 @@ from keras_vmoe.checkpoints.files import CORRUPT
 from keras_vmoe.checkpoints.files import MAX_COMPRESSION
 from keras_vmoe.checkpoints.files import CheckpointError
 
-# Their names, and those of the V-MoE program for the same arrays.
+# Their names, and the names of the same arrays in V-MoE's program.
 NAMES = (
     ("Transformer/encoderblock_", "Encoder/encoderblock_"),
     ("Transformer/", "Encoder/"),
@@ -32,7 +32,7 @@ READ_HEADER = {
 
 
 def read_npz(path):
-    """Arrays of a local `.npz` file by V-MoE's names, once all are checked."""
+    """Arrays of a local `.npz` file by V-MoE's names, after checking all."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -67,12 +67,8 @@ def _check_member(archive, member):
             f"{member.compress_size}"
         )
     with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        start = file.read(2 if version == (1, 0) else 4)
-        length = int.from_bytes(start, "little")
-        if length > MAX_HEADER:
-            raise ValueError(f"{member.filename} has a head of {length} bytes")
-        header = io.BytesIO(start + file.read(length))
+        header = io.BytesIO(file.read(MAX_HEADER))
+    version = np.lib.format.read_magic(header)
     shape, _, dtype = READ_HEADER[version](header)
     size = math.prod(shape) * dtype.itemsize
     is_plain = dtype.kind in "biufcV" and dtype.itemsize

@@ -22,6 +22,8 @@ def holds_orbax(folder):
 def read_orbax(folder):
     """Arrays by name of the folder of one step, or of the state in it."""
     orbax = require("orbax.checkpoint", "checkpoints")
+    import jax
+
     folder = folder.resolve()
     if (folder / STATE).is_dir():
         folder = folder / STATE
@@ -33,7 +35,10 @@ def read_orbax(folder):
             f"Received: {folder} ({type(error).__name__}: {error})."
         ) from error
     tree = tree.get("params", tree) if isinstance(tree, dict) else {}
-    arrays = dict(_flatten(tree))
+    arrays = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
     if not arrays:
         raise CheckpointError(
             "The checkpoint must hold a tree of arrays by name. "
@@ -64,14 +69,3 @@ def _restore(orbax, folder):
             lambda _: orbax.RestoreArgs(restore_type=np.ndarray), metadata
         )
         return checkpointer.restore(folder, restore_args=arguments)
-
-
-def _flatten(tree, prefix=""):
-    if not isinstance(tree, dict):
-        tree = dict(enumerate(tree))
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, (dict, list, tuple)):
-            yield from _flatten(value, f"{name}/")
-        elif value is not None:
-            yield name, np.asarray(value)

@@ -18,22 +18,22 @@ BLOCK = r"Encoder/encoderblock_(\d+)"
 def vmoe_config(arrays, image_size=None):
     """Infers the arguments of `ViTMoE` from the shapes of a checkpoint.
 
-    What has no weights is not known: the number of selected experts (V-MoE: 2,
-    the default), the capacity factor, batch priority, and whether tokens or
-    experts choose. Set those in the result.
+    Settings without weights are not known: the number of selected experts
+    (V-MoE: 2, the default), the capacity factor, batch priority, and whether
+    tokens or experts choose. Set those in the result.
 
     Args:
         arrays: Path of a checkpoint, as of `checkpoints.read` (of a sharded one
             only the index is read), or a dict from the reference's names to
             arrays.
-        image_size: Side of the images in pixels. None means that of the
-            position embedding, or 224 where there is none.
+        image_size: Side of the images in pixels. None is that of the position
+            embedding, or 224 without one.
 
     Returns:
         Dict of `ViTMoE`'s arguments.
 
     Raises:
-        ValueError: If the arrays are none of a V-MoE, or contradict each other.
+        ValueError: If the arrays are not those of a V-MoE, or contradictory.
         FileNotFoundError, CheckpointError, ImportError: As `read`.
 
     Example:
@@ -54,7 +54,6 @@ def vmoe_config(arrays, image_size=None):
             "`arrays` must be the path of a checkpoint or a dict from names "
             f"to arrays. Received: arrays={arrays!r}."
         )
-    shapes = {name: tuple(shape) for name, shape in shapes.items()}
     try:
         return _config(shapes, image_size)
     except (KeyError, IndexError, TypeError) as error:
@@ -74,8 +73,8 @@ def _config(shapes, image_size):
     num_layers = len(blocks)
     attention = "Encoder/encoderblock_0/SelfAttention/query/kernel"
     moe, mlp_dim = _moe(shapes, num_layers)
-    pooling = _pooling(shapes)
-    learned = POSITIONS in shapes
+    pooling = "map" if "MapHead/probe" in shapes else "gap"
+    pooling = "token" if "cls" in shapes else pooling
     return {
         "image_size": image_size or _image_size(shapes, pooling, patch_size),
         "patch_size": patch_size,
@@ -86,15 +85,9 @@ def _config(shapes, image_size):
         "num_classes": shapes.get("head/bias", (None,))[0],
         "pooling": pooling,
         "representation_size": shapes.get("pre_logits/bias", (None,))[0],
-        "position_embedding": "learned" if learned else "sincos2d",
+        "position_embedding": "learned" if POSITIONS in shapes else "sincos2d",
         "moe": moe,
     }
-
-
-def _pooling(shapes):
-    if "cls" in shapes:
-        return "token"
-    return "map" if "MapHead/probe" in shapes else "gap"
 
 
 def _image_size(shapes, pooling, patch_size):

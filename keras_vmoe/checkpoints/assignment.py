@@ -1,4 +1,4 @@
-"""Assigns the arrays of a checkpoint to a model: all of them or none."""
+"""Assigns the arrays of a checkpoint to a model: all or none."""
 
 import warnings
 
@@ -25,42 +25,43 @@ def assign(model, weights, arrays, mend=VMOE_MEND):
     """Assigns arrays to weights of the same names, after checking all.
 
     Args:
-        model: The model, none of whose weights may be left out.
-        weights: Dict from name to `keras.Variable`.
-        arrays: Dict from name to array.
-        mend: What to do about arrays that do not fit.
+        model: The model, all of whose weights must be assigned.
+        weights, arrays: Dicts by name.
+        mend: How to fix arrays that do not fit, for the message.
 
     Raises:
-        ValueError: If arrays are missing, left over, of another shape or no
-            real numbers; the message lists all of them. No weight has changed
-            then.
+        ValueError: If arrays are missing, unknown, of another shape or not of
+            real numbers; the message lists them. No weight has changed then.
     """
     named = {id(weight) for weight in weights.values()}
-    rest = {w.path: w for w in model.weights if id(w) not in named}
-    weights = {**weights, **rest}
+    weights |= {w.path: w for w in model.weights if id(w) not in named}
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
-    lacking = [
-        f"{name} {tuple(weight.shape)}"
-        for name, weight in weights.items()
-        if name not in arrays
-    ]
-    extra = [
-        f"{name} {array.shape}"
-        for name, array in arrays.items()
-        if name not in weights
-    ]
-    wrong = [
-        f"{name} {arrays[name].shape} for {tuple(weight.shape)}"
-        for name, weight in weights.items()
-        if name in arrays and arrays[name].shape != tuple(weight.shape)
-    ]
-    if lacking or extra or wrong:
+    problems = {
+        "Missing in the file": [
+            f"{name} {tuple(weight.shape)}"
+            for name, weight in weights.items()
+            if name not in arrays
+        ],
+        "Not in the model": [
+            f"{name} {array.shape}"
+            for name, array in arrays.items()
+            if name not in weights
+        ],
+        "Of another shape": [
+            f"{name} {arrays[name].shape} for {tuple(weight.shape)}"
+            for name, weight in weights.items()
+            if name in arrays and arrays[name].shape != tuple(weight.shape)
+        ],
+    }
+    if any(problems.values()):
+        found = (
+            f"{what}: {'; '.join(sorted(names)) or 'none'}."
+            for what, names in problems.items()
+        )
         raise ValueError(
             "The arrays must be those of the model, name by name and shape by "
             f"shape. Received: {len(arrays)} arrays for {len(weights)} weights."
-            f" Missing in the file: {_list(lacking)}. "
-            f"Not in the model: {_list(extra)}. "
-            f"Of another shape: {_list(wrong)}. {mend}"
+            f" {' '.join(found)} {mend}"
         )
     for name, array in arrays.items():
         is_number = array.dtype.kind in "biuf" or array.dtype == BFLOAT16
@@ -73,30 +74,26 @@ def assign(model, weights, arrays, mend=VMOE_MEND):
         weight.assign(arrays[name].astype(weight.dtype))
 
 
-def _list(items):
-    return "; ".join(sorted(items)) or "none"
-
-
-def fit_head(arrays, head):
+def fit_head(arrays, model):
     """Arrays with a newly initialised head where the classes differ.
 
     Args:
         arrays: Dict from name to numpy array.
-        head: The model's head, a built dense layer. Without one (None) the
-            arrays are returned without a head.
+        model: A model, without whose head the arrays lose theirs.
     """
     kernel, bias = (arrays.get(name) for name in HEAD)
     if kernel is None or bias is None:
         return arrays
-    if head is None:
+    if model.num_classes is None:
         return {k: v for k, v in arrays.items() if k not in HEAD}
+    head = model.get_layer("head")
     features, num_classes = head.kernel.shape
     whole = np.ndim(bias) == 1 and np.shape(kernel) == (features, len(bias))
     if not whole or len(bias) == num_classes:
         return arrays  # It fits, or the shapes are compared and reported.
     warnings.warn(
         f"The head of the checkpoint has {len(bias)} classes and that of the "
-        f"model {num_classes}: the model's is initialised anew.",
+        f"model {num_classes}: the model's is newly initialised.",
         stacklevel=4,
     )
     fresh = (
@@ -104,25 +101,14 @@ def fit_head(arrays, head):
         head.bias_initializer(head.bias.shape, "float32"),
     )
     fresh = map(keras.ops.convert_to_numpy, fresh)
-    return {**arrays, **dict(zip(HEAD, fresh, strict=True))}
-
-
-def head_of(model):
-    """The head of a ViTMoE or ConvNeXtMoE, or None."""
-    return None if model.num_classes is None else model.get_layer("head")
+    return arrays | dict(zip(HEAD, fresh, strict=True))
 
 
 def fit_positions(embedding, model):
-    """Resizes a position embedding to the resolution of a `ViTMoE`.
+    """Resizes a position embedding `(1, N, D)` to the N of a `ViTMoE`.
 
-    Args:
-        embedding: `(1, N, D)` array of a square grid of patches, behind the
-            class token if the model has one.
-        model: A `ViTMoE` with learned positions.
-
-    Returns:
-        `(1, N, D)` array with the model's N; the embedding itself if it fits
-        already, or is of no square grid, which `assign` then reports.
+    One that fits is returned as it is, and so is one that is not of a square
+    patch grid (after the class token if there is one), which `assign` reports.
     """
     rows, columns = patch_grid(image_pair(model.image_size), model.patch_size)
     if np.ndim(embedding) != 3 or embedding.shape[0] != 1:
@@ -139,14 +125,7 @@ def fit_positions(embedding, model):
 
 
 def zoom(image, size):
-    """Bilinear zoom with fixed corners.
-
-    Args:
-        image: `(rows, columns, features)` array.
-        size: `(rows, columns)` of the result.
-
-    Returns:
-        `(*size, features)` array.
+    """Bilinear zoom of `(rows, columns, features)` with fixed corners.
 
     Example:
 
@@ -159,9 +138,7 @@ def zoom(image, size):
         [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929), section
         3.2; the authors' program calls `scipy.ndimage.zoom` of order 1.
     """
-    rows, columns = (
-        _hats(old, new) for old, new in zip(image.shape, size, strict=False)
-    )
+    rows, columns = map(_hats, image.shape[:2], size)
     zoomed = np.einsum("ir,jc,rcd->ijd", rows, columns, image)
     return zoomed.astype(image.dtype)
 
@@ -172,14 +149,13 @@ def _hats(old, new):
     return np.maximum(0, 1 - np.abs(points - np.arange(old)))
 
 
-def check_model(model, kinds):
-    """Raises unless the model is one of ours."""
-    if not isinstance(model, kinds):
-        names = " or ".join(kind.__name__ for kind in kinds)
+def check_model(model, kind):
+    """Raises unless the model is of a kind."""
+    if not isinstance(model, kind):
         raise TypeError(
-            f"`model` must be a {names}. "
-            f"Received: model={model!r} of type {type(model).__name__}. Make "
-            "one by `keras_vmoe.models` (a clone of one is a plain model)."
+            f"`model` must be a {kind.__name__}. "
+            f"Received: model={model!r} of type {type(model).__name__} (a "
+            "clone is a plain model)."
         )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_vmoe._extras import require
 
-MAX_COMPRESSION = 1040  # Of zeros by deflate: a little less.
+MAX_COMPRESSION = 1040  # A little more than deflate reaches, with zeros.
 # What libraries raise for corrupt files.
 CORRUPT = (
     ArithmeticError, AttributeError, EOFError, LookupError,
@@ -18,25 +18,27 @@ CORRUPT = (
 )  # fmt: skip
 
 
+# MessagePack: the code of small values, the bits of the value in it, and the
+# formats of larger ones.
+HEADERS = {
+    "map": (0x80, 0x0F, {0xDE: ">H", 0xDF: ">I"}),
+    "array": (0x90, 0x0F, {0xDC: ">H", 0xDD: ">I"}),
+    "string": (0xA0, 0x1F, {0xD9: ">B", 0xDA: ">H", 0xDB: ">I"}),
+    "byte string": (None, 0x00, {0xC4: ">B", 0xC5: ">H", 0xC6: ">I"}),
+    "integer": (0x00, 0x7F, {0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q"}),
+}
+EXTENSIONS = {0xC7: ">B", 0xC8: ">H", 0xC9: ">I"}
+
+
 class CheckpointError(ValueError):
     """A checkpoint is truncated, corrupt or of another format."""
 
 
 @contextlib.contextmanager
 def open_checkpoint(path):
-    """Opens a file of a checkpoint for reading.
+    """Opens a file of a checkpoint as a `Reader`.
 
-    Args:
-        path: A local path, or one with a scheme such as `gs://`, which is
-            opened by TensorFlow.
-
-    Yields:
-        A `Reader`.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        OSError: If it cannot be opened, or is a folder.
-        ImportError: If a remote path is given without TensorFlow.
+    TensorFlow opens paths with a scheme, such as `gs://`.
     """
     path = os.fspath(path)
     if "://" not in path:
@@ -73,38 +75,27 @@ def _missing(path):
 
 
 class Reader:
-    """Reads bytes and MessagePack headers, never beyond the end of the file.
+    """Reads bytes and MessagePack headers, never past the end of the file.
 
-    Arrays are read directly into their memory. A MessagePack library returns
-    copies: a checkpoint of one large array would take three times its size.
-
-    Attributes:
-        path: Name of the file, for messages.
-        size: Bytes of the file.
+    Bytes are read directly into arrays. MessagePack libraries return copies: a
+    checkpoint of one large array would take three times its size.
     """
 
     def __init__(self, file, path, size):
-        self._file = file
-        self.path = path
-        self.size = size
+        self._file, self.path, self.size = file, path, size
+        self.tell, self.seek = file.tell, file.seek
 
     def error(self, problem):
         """A `CheckpointError` about this file."""
         return CheckpointError(
             f"The checkpoint file must be whole. Received: {self.path}, where "
-            f"{problem} (byte {self._file.tell()} of {self.size}). Copy or "
+            f"{problem} (byte {self.tell()} of {self.size}). Copy or "
             "download it again."
         )
 
-    def tell(self):
-        return self._file.tell()
-
-    def seek(self, position):
-        self._file.seek(position)
-
     def check_left(self, length):
         """Raises unless `length` more bytes are in the file."""
-        left = self.size - self._file.tell()
+        left = self.size - self.tell()
         if length > left:
             raise self.error(f"{length} bytes must follow and {left} are there")
 
@@ -117,9 +108,9 @@ class Reader:
         return data
 
     def advance(self, length):
-        """Passes over `length` bytes."""
+        """Skips `length` bytes."""
         self.check_left(length)
-        self._file.seek(self._file.tell() + length)
+        self.seek(self.tell() + length)
 
     def read_into(self, array):
         """Fills a contiguous array with the next bytes."""
@@ -130,54 +121,41 @@ class Reader:
         elif self._file.readinto(target) != array.nbytes:
             raise self.error("the file ends early")
 
-    def map_header(self):
-        """Number of entries of the map that starts here."""
-        return self._header("map", 0x80, 0x0F, {0xDE: ">H", 0xDF: ">I"})
+    def header(self, kind):
+        """The number in the header of what starts here.
 
-    def array_header(self):
-        """Number of items of the array that starts here."""
-        return self._header("array", 0x90, 0x0F, {0xDC: ">H", 0xDD: ">I"})
+        Args:
+            kind: `"map"` (its entries), `"array"` (its items), `"string"` or
+                `"byte string"` (its bytes), or `"integer"` (its value).
+        """
+        small, mask, formats = HEADERS[kind]
+        code = self.read(1)[0]
+        if code & ~mask == small:
+            return code & mask
+        if code in formats:
+            return self._number(formats[code])
+        raise self.error(f"no {kind} starts with the byte {code:#04x}")
 
     def string(self):
         """The string that starts here."""
-        formats = {0xD9: ">B", 0xDA: ">H", 0xDB: ">I"}
-        data = self.read(self._header("string", 0xA0, 0x1F, formats))
+        data = self.read(self.header("string"))
         try:
             return data.decode()
         except UnicodeDecodeError:
             raise self.error("a name is not in UTF-8") from None
 
-    def bytes_header(self):
-        """Length of the byte string that starts here."""
-        formats = {0xC4: ">B", 0xC5: ">H", 0xC6: ">I"}
-        return self._header("byte string", None, 0, formats)
-
     def extension_header(self):
         """`(type, length)` of the extension that starts here."""
         code = self.read(1)[0]
-        formats = {0xC7: ">B", 0xC8: ">H", 0xC9: ">I"}
         if 0xD4 <= code <= 0xD8:
             length = 1 << (code - 0xD4)
-        elif code in formats:
-            length = self._number(formats[code])
+        elif code in EXTENSIONS:
+            length = self._number(EXTENSIONS[code])
         else:
-            raise self.error(f"an array should start, not a byte {code:#04x}")
+            raise self.error(f"no array starts with the byte {code:#04x}")
         kind = self._number(">b")
         self.check_left(length)
         return kind, length
-
-    def integer(self):
-        """The unsigned integer that starts here."""
-        formats = {0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q"}
-        return self._header("size", 0x00, 0x7F, formats)
-
-    def _header(self, what, small, mask, formats):
-        code = self.read(1)[0]
-        if small is not None and code & ~mask == small:
-            return code & mask
-        if code in formats:
-            return self._number(formats[code])
-        raise self.error(f"a {what} should start, not a byte {code:#04x}")
 
     def _number(self, layout):
         return struct.unpack(layout, self.read(struct.calcsize(layout)))[0]

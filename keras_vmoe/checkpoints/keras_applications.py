@@ -11,7 +11,6 @@ from keras_vmoe.checkpoints.assignment import HEAD
 from keras_vmoe.checkpoints.assignment import assign
 from keras_vmoe.checkpoints.assignment import check_model
 from keras_vmoe.checkpoints.assignment import fit_head
-from keras_vmoe.checkpoints.assignment import head_of
 from keras_vmoe.checkpoints.assignment import kernel_bias
 from keras_vmoe.checkpoints.assignment import scale_bias
 from keras_vmoe.models.convnext import ConvNeXtMoE
@@ -25,12 +24,12 @@ MEND = (
 def load_keras_applications(model, keras_model):
     """Assigns the weights of a `keras.applications` ConvNeXt to a dense twin.
 
-    For the same images both then give the same logits. A `keras.applications`
+    Both then give the same logits for the same images. A `keras.applications`
     model with `include_preprocessing=True` normalises pixels in [0, 255]
     itself; ours takes normalised images: `(pixels / 255 - mean) / std` with
     mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225). A head that is
-    missing or has other classes is initialised anew, with a warning. For an MoE
-    model call `models.upcycle` on the twin.
+    missing or has other classes is newly initialised, with a warning. For an
+    MoE model call `models.upcycle` on the twin.
 
     Args:
         model: A `ConvNeXtMoE` with `moe=None` and the same depths and dims.
@@ -42,17 +41,15 @@ def load_keras_applications(model, keras_model):
 
     Raises:
         TypeError: If `model` is not a ConvNeXtMoE.
-        ValueError: If the weights do not fit; the message lists all of them.
+        ValueError: If weights do not fit; the message lists them.
 
     Example:
 
-    >>> from keras_vmoe.models import ConvNeXtMoE
-    >>> theirs = keras.applications.ConvNeXtTiny(weights=None)
-    ...  # doctest: +SKIP
-    >>> ours = load_keras_applications(
-    ...     from_preset("convnext_t"), theirs)  # doctest: +SKIP
+    >>> theirs = keras.applications.ConvNeXtTiny()  # doctest: +SKIP
+    >>> ours = models.from_preset("convnext_t")  # doctest: +SKIP
+    >>> load_keras_applications(ours, theirs)  # doctest: +SKIP
     """
-    check_model(model, (ConvNeXtMoE,))
+    check_model(model, ConvNeXtMoE)
     if model.moe is not None:
         raise ValueError(
             "`model` must be dense: its MLPs are what experts start from. "
@@ -62,7 +59,7 @@ def load_keras_applications(model, keras_model):
     if not isinstance(keras_model, keras.Model):
         raise TypeError(
             "`keras_model` must be a Keras model. Received: keras_model="
-            f"{keras_model!r}. Write keras.applications.ConvNeXtTiny(...)."
+            f"{keras_model!r}."
         )
     weights = _weights(model)
     arrays = _keras_arrays(keras_model)
@@ -71,7 +68,7 @@ def load_keras_applications(model, keras_model):
         features = model.get_layer("head").kernel.shape[0]
         arrays[HEAD[0]] = np.zeros((features, 0))
         arrays[HEAD[1]] = np.zeros(0)
-    arrays = fit_head(arrays, head_of(model))
+    arrays = fit_head(arrays, model)
     assign(model, weights, arrays, MEND)
     return model
 
@@ -115,22 +112,22 @@ def _keras_arrays(keras_model):
     found = [
         layer
         for layer in all_layers(keras_model)
-        if layer.weights and not hasattr(layer, "layers")
+        if layer.weights
+        and not hasattr(layer, "layers")
+        and not isinstance(layer, keras.layers.Normalization)  # Preprocessing.
     ]
     numbers = _block_numbers(found)
     arrays = {}
     for layer in found:
         name = _our_name(layer.name, numbers)
-        if isinstance(layer, keras.layers.Normalization):
-            continue  # Means and variances of the preprocessing.
         if not name and isinstance(layer, keras.layers.LayerNormalization):
-            name = "norm"  # Without a head Keras gives it no name of its own.
+            name = "norm"  # Without a head Keras gives it a default name.
         arrays |= _arrays(name or layer.name, layer)
     return arrays
 
 
 def _block_numbers(found):
-    """Number, through all stages, of the block that has stage and index."""
+    """Numbers of the blocks through all stages, by stage and index."""
     pattern = r".*stage_(\d)_block_(\d+)_depthwise_conv"
     matches = (re.fullmatch(pattern, layer.name) for layer in found)
     blocks = sorted((int(m[1]), int(m[2])) for m in matches if m)
@@ -156,7 +153,7 @@ def _arrays(name, layer):
         variables = kernel_bias(name, layer)
     elif name.endswith("_scale"):
         variables = {name: layer.gamma}
-    else:  # Of another kind of model; it is reported.
+    else:  # Of another kind of model, which is reported.
         variables = {w.path: w for w in layer.weights}
     arrays = {k: ops.convert_to_numpy(v) for k, v in variables.items()}
     if name.endswith("_conv"):

@@ -1,7 +1,8 @@
-"""Checkpoints of ViTs in any known format, told apart by what they hold."""
+"""Checkpoints of ViTs in any known format, recognised by content."""
 
 import os
 import pathlib
+import zipfile
 
 from keras_vmoe.checkpoints._npz import read_npz
 from keras_vmoe.checkpoints._orbax import holds_orbax
@@ -9,8 +10,6 @@ from keras_vmoe.checkpoints._orbax import read_orbax
 from keras_vmoe.checkpoints.files import CheckpointError
 from keras_vmoe.checkpoints.sharded import read_vmoe
 from keras_vmoe.checkpoints.vmoe import load_vmoe
-
-ZIP = b"PK\x03\x04"  # A `.npz` file begins with it.
 
 
 def load(model, path, progress=None):
@@ -41,9 +40,9 @@ def read(path, progress=None):
     """Reads a checkpoint of a ViT or V-MoE in any known format.
 
     Args:
-        path: Prefix of a sharded checkpoint of V-MoE (`PREFIX.index`), the
-            folder of an Orbax checkpoint of the same program (one step, or the
-            training state in it), or a `.npz` file of a ViT (augreg).
+        path: Prefix of a sharded checkpoint of V-MoE (`PREFIX.index`), folder
+            of an Orbax checkpoint of the same program (one step, or the
+            training state in it), or `.npz` file of a ViT (augreg).
         progress: Optional function of `(bytes so far, bytes in all)`, called
             while a sharded checkpoint is read.
 
@@ -76,18 +75,12 @@ def reader_of(path):
     if path.is_dir():
         _check_folder(path)
         return read_orbax
-    if path.suffix == ".npz" or _begins_with(path, ZIP):
+    is_zip = path.suffix != ".keras" and zipfile.is_zipfile(path)
+    if path.suffix == ".npz" or is_zip:
         return read_npz
     if path.is_file() and path.suffix != ".index":
         raise _unknown(path)
     return None
-
-
-def _begins_with(path, magic):
-    if not path.is_file() or path.suffix == ".keras":
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(magic)) == magic
 
 
 def _check_folder(folder):

@@ -1,13 +1,14 @@
 """The sharded checkpoint format of the reference program."""
 
 import contextlib
-import dataclasses
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from keras_vmoe._extras import require
 from keras_vmoe.checkpoints.files import CORRUPT
+from keras_vmoe.checkpoints.files import Reader
 from keras_vmoe.checkpoints.files import open_checkpoint
 from keras_vmoe.checkpoints.sharded_index import DTYPES
 from keras_vmoe.checkpoints.sharded_index import bounds_of
@@ -21,9 +22,9 @@ HEADER = 4096  # Bytes that the bounds of a chunk take at most.
 def read_vmoe(prefix, progress=None):
     """Reads a checkpoint of the reference program.
 
-    Bytes go from the file to the arrays without a copy between, so that the
-    peak of memory is the size of the arrays (and one chunk, where an array was
-    cut across its rows).
+    Bytes go from the file to the arrays without a copy, so that the peak of
+    memory is the size of the arrays (and of one chunk where an array was cut
+    across its rows).
 
     Args:
         prefix: Path without `.index` and `.data-00000-of-00001`. Paths such as
@@ -32,8 +33,8 @@ def read_vmoe(prefix, progress=None):
 
     Returns:
         Dict from name, such as `"Encoder/encoderblock_0/LayerNorm_0/scale"`, to
-        numpy array, of the dtype in the file (bfloat16 from `ml_dtypes`). Of a
-        whole training state only the parameters are read.
+        numpy array of the dtype in the file (bfloat16 from `ml_dtypes`). Of a
+        training state only the parameters are read.
 
     Raises:
         FileNotFoundError: If the index or a shard is missing.
@@ -51,8 +52,8 @@ def read_vmoe(prefix, progress=None):
     total, done = sum(x.nbytes for x in index.entries.values()), 0
     arrays = {}
     with contextlib.ExitStack() as stack:
-        # An index may claim any size. No array is made before the files have
-        # shown that they hold all the bytes.
+        # An index may claim any size: arrays are made once the files are known
+        # to hold all the bytes.
         for name, chunks in _plan(index, stack).items():
             entry = index.entries[name]
             array = arrays[name] = np.empty(entry.shape, entry.dtype)
@@ -63,11 +64,10 @@ def read_vmoe(prefix, progress=None):
     return arrays
 
 
-@dataclasses.dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A part of an array in a shard: where its pieces are in the file."""
 
-    reader: object
+    reader: Reader
     bounds: tuple
     pieces: list  # `(position, number of elements)` of each.
 
@@ -85,27 +85,20 @@ def _plan(index, stack):
     for shard, reader in readers.items():
         for name, slices, pieces in _scan(reader, by_number, entries):
             bounds = bounds_of(slices, entries[name].shape)
-            chunk = Chunk(reader, bounds, pieces)
+            size = math.prod(stop - start for start, stop in bounds or ())
             is_here = entries[name].shards.get(bounds) == shard
-            _check_chunk(name, chunk, is_here)
-            found[name][bounds] = chunk
-    for name, chunks in found.items():
-        for bounds, shard in entries[name].shards.items():
-            if bounds not in chunks and math.prod(entries[name].shape):
+            if not is_here or size != sum(count for _, count in pieces):
+                raise reader.error(
+                    f"the part {bounds} of {name} is not what the index expects"
+                )
+            found[name][bounds] = Chunk(reader, bounds, pieces)
+    for name, entry in entries.items():
+        for bounds, shard in entry.shards.items():
+            if bounds not in found[name] and entry.nbytes:
                 raise readers[shard].error(
                     f"the part {bounds} of {name} is missing"
                 )
     return {name: list(chunks.values()) for name, chunks in found.items()}
-
-
-def _check_chunk(name, chunk, is_here):
-    """Raises unless the index expects this chunk, of this size, here."""
-    sides = [stop - start for start, stop in chunk.bounds or ()]
-    count = sum(count for _, count in chunk.pieces)
-    if not is_here or count != math.prod(sides):
-        raise chunk.reader.error(
-            f"the part {chunk.bounds} of {name} is not what the index expects"
-        )
 
 
 def _read_chunk(chunk, array):
@@ -127,7 +120,7 @@ def _read_chunk(chunk, array):
 
 def _scan(reader, by_number, entries):
     """Name, slices and pieces of all parameters' chunks in a shard."""
-    for _ in range(reader.map_header()):
+    for _ in range(reader.header("map")):
         key = reader.string()
         if key == CHUNKS_KEY:
             reader.advance(1)  # True.
@@ -136,10 +129,10 @@ def _scan(reader, by_number, entries):
             raise reader.error(f"the number of an array is {key!r}")
         name = by_number.get(int(key))
         dtype = None if name is None else entries[name].dtype
-        for _ in range(reader.array_header()):
-            if reader.array_header() != 2:
+        for _ in range(reader.header("array")):
+            if reader.header("array") != 2:
                 raise reader.error("a chunk is not a pair")
-            count = reader.array_header()
+            count = reader.header("array")
             pieces = [_piece(reader, dtype) for _ in range(count)]
             slices = _read_slices(reader)
             if name is not None:
@@ -147,20 +140,19 @@ def _scan(reader, by_number, entries):
 
 
 def _piece(reader, dtype):
-    """`(position, elements)` of a flat array, which is passed over."""
+    """`(position, elements)` of a flat array, which is skipped."""
     kind, length = reader.extension_header()
     end = reader.tell() + length
     if kind != NDARRAY:
         raise reader.error(f"an array is an extension of type {kind}")
-    if reader.array_header() != 3 or reader.array_header() != 1:
+    if reader.header("array") != 3 or reader.header("array") != 1:
         raise reader.error("a piece of an array is not flat")
-    size = reader.integer()
+    size = reader.header("integer")
     name = reader.string()
-    length = reader.bytes_header()
+    length = reader.header("byte string")
     if dtype is not None and DTYPES.get(name) != dtype:
         raise reader.error(f"an array is of dtype {name!r}, not {dtype}")
-    dtype = DTYPES.get(name)
-    position = reader.tell()
+    position, dtype = reader.tell(), DTYPES.get(name)
     good = dtype is not None and length == size * dtype.itemsize
     if not good or position + length != end:
         raise reader.error(

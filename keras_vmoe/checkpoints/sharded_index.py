@@ -21,24 +21,17 @@ DTYPES = {
 } | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}  # fmt: skip
 MAX_DEPTH = 32  # Of nested names, and of axes.
 MAX_SIZE = 2**48  # Of an axis.
+MAX_SHARDS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What the index says of one array.
+    """What the index says of one array."""
 
-    Attributes:
-        number: Its position in the sorted index.
-        shape: Its shape.
-        dtype: Its numpy dtype.
-        shards: Dict from slices, a tuple of `(start, stop)` per axis, to the
-            shard that holds this part.
-    """
-
-    number: int
+    number: int  # Its position in the sorted index.
     shape: tuple
     dtype: np.dtype
-    shards: dict
+    shards: dict  # From `(start, stop)` per axis to the shard of this part.
 
     @property
     def nbytes(self):
@@ -58,31 +51,24 @@ class Index:
 
 
 def read_index(prefix):
-    """Reads the `.index` file: shapes, dtypes and shards of all parameters.
-
-    Args:
-        prefix: As of `read_vmoe`.
-
-    Returns:
-        An `Index`.
-
-    Raises:
-        FileNotFoundError, CheckpointError, ImportError: As `read_vmoe`.
-    """
+    """Reads the `.index` file of a prefix, as `read_vmoe`, into an `Index`."""
     msgpack = require("msgpack", "checkpoints")
     prefix = str(prefix).removesuffix(".index")
     with open_checkpoint(f"{prefix}.index") as reader:
+        data = reader.read(reader.size)
         try:
-            content = msgpack.unpackb(
-                reader.read(reader.size), strict_map_key=False
-            )
+            content = msgpack.unpackb(data, strict_map_key=False)
         except CORRUPT as error:
             raise reader.error(
                 f"MessagePack cannot be read: {type(error).__name__} {error}"
             ) from error
         content = content if isinstance(content, dict) else {}
         count, tree = content.get("shard_count"), content.get("index")
-        if not isinstance(tree, dict) or not _is_count(count):
+        if (
+            not isinstance(tree, dict)
+            or not _is_index(count, MAX_SHARDS)
+            or not count
+        ):
             raise reader.error("no index of a V-MoE checkpoint was found")
         if content.get("version") not in VERSIONS:
             raise reader.error(
@@ -99,22 +85,19 @@ def read_index(prefix):
     return Index(prefix, count, _parameters(entries))
 
 
-def _is_count(value):
-    return type(value) is int and 0 < value < 100_000
+def _is_index(value, end):
+    return type(value) is int and 0 <= value < end
 
 
 def _parameters(entries):
     """The parameters alone, where the index holds a whole training state."""
-    inside = {
-        name.removeprefix("params/"): entry
-        for name, entry in entries.items()
-        if name.startswith("params/")
-    }
-    return inside or entries
+    prefix = "params/"
+    inside = {k: v for k, v in entries.items() if k.startswith(prefix)}
+    return {k.removeprefix(prefix): v for k, v in inside.items()} or entries
 
 
 def _flatten(reader, tree):
-    """Leaves of nested maps by tuples of keys; no recursion, so no overflow."""
+    """Leaves of nested maps by tuples of keys; without recursion."""
     leaves, nodes = {}, [((), tree)]
     while nodes:
         name, node = nodes.pop()
@@ -134,7 +117,8 @@ def _entry(msgpack, reader, name, number, leaf, shard_count):
     """Checks and decodes a leaf of the index."""
     name = "/".join(name)
     if getattr(leaf, "code", None) != INDEX_INFO:
-        raise reader.error(f"{name} is not an array but {_describe(leaf)}")
+        kind = getattr(leaf, "code", type(leaf).__name__)
+        raise reader.error(f"{name} is not an array but of type {kind}")
     try:
         aval, slices, shards = msgpack.unpackb(leaf.data)
         shape, dtype, *_ = msgpack.unpackb(aval)
@@ -149,15 +133,11 @@ def _entry(msgpack, reader, name, number, leaf, shard_count):
         ) from error
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise reader.error(f"{name} has the unknown dtype {dtype!r}")
-    sizes = isinstance(shape, list) and len(shape) <= MAX_DEPTH
-    sizes = sizes and all(
-        type(size) is int and 0 <= size < MAX_SIZE for size in shape
-    )
+    good = isinstance(shape, list) and len(shape) <= MAX_DEPTH
+    good = good and all(_is_index(size, MAX_SIZE) for size in shape)
     shards = shards if isinstance(shards, list) else [shards]
-    known = [
-        type(shard) is int and 0 <= shard < shard_count for shard in shards
-    ]
-    if not sizes or len(slices) != len(shards) or not all(known):
+    good = good and all(_is_index(shard, shard_count) for shard in shards)
+    if not good or len(slices) != len(shards):
         raise reader.error(
             f"{name} has shape {shape} in shards {shards} of {shard_count}"
         )
@@ -168,25 +148,18 @@ def _entry(msgpack, reader, name, number, leaf, shard_count):
     return Entry(number, tuple(shape), DTYPES[dtype], parts)
 
 
-def _describe(leaf):
-    code = getattr(leaf, "code", None)
-    kind = type(leaf).__name__
-    return kind if code is None else f"an extension of type {code}"
-
-
 def bounds_of(slices, shape):
     """`(start, stop)` per axis, or None if the slices do not fit the shape."""
-    if len(slices) != len(shape):
+    if len(slices) != len(shape) or any(len(one) != 3 for one in slices):
         return None
     bounds = []
-    for one, size in zip(slices, shape, strict=True):
-        if len(one) != 3 or one[2] not in (None, 1):
+    for (start, stop, step), size in zip(slices, shape, strict=True):
+        start = 0 if start is None else start
+        stop = size if stop is None else stop
+        are_integers = type(start) is type(stop) is int
+        if not are_integers or not 0 <= start <= stop <= size:
             return None
-        start = 0 if one[0] is None else one[0]
-        stop = size if one[1] is None else one[1]
-        if type(start) is not int or type(stop) is not int:
-            return None
-        if not 0 <= start <= stop <= size:
+        if step not in (None, 1):
             return None
         bounds.append((start, stop))
     return tuple(bounds)

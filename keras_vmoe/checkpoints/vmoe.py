@@ -3,19 +3,15 @@
 import os
 from collections.abc import Mapping
 
-import numpy as np
-
 from keras_vmoe.checkpoints.assignment import POSITIONS
 from keras_vmoe.checkpoints.assignment import assign
 from keras_vmoe.checkpoints.assignment import check_model
 from keras_vmoe.checkpoints.assignment import fit_head
 from keras_vmoe.checkpoints.assignment import fit_positions
-from keras_vmoe.checkpoints.assignment import head_of
 from keras_vmoe.checkpoints.assignment import kernel_bias
 from keras_vmoe.checkpoints.assignment import scale_bias
 from keras_vmoe.checkpoints.sharded import read_vmoe
 from keras_vmoe.layers.gates import LinearGate
-from keras_vmoe.layers.moe import MoEMLP
 from keras_vmoe.layers.soft_router import SoftGate
 from keras_vmoe.models.vit import ViTMoE
 
@@ -23,10 +19,10 @@ from keras_vmoe.models.vit import ViTMoE
 def load_vmoe(model, arrays):
     """Assigns a checkpoint of the reference program to a model.
 
-    Everything is checked before the first assignment: a model is either loaded
-    completely or left unchanged. Learned positions of another resolution are
-    resized bilinearly. A head of another number of classes is initialised anew,
-    with a warning; a model without a head takes none.
+    All is checked before the first assignment: a model is loaded completely or
+    left unchanged. Learned position embeddings of another resolution are
+    resized bilinearly. A head of another number of classes is newly
+    initialised, with a warning; a model without a head takes none.
 
     Args:
         model: A `ViTMoE` of the same architecture; `checkpoints.vmoe_config`
@@ -40,8 +36,8 @@ def load_vmoe(model, arrays):
 
     Raises:
         TypeError: If `model` is not a ViTMoE, or `arrays` not a path or dict.
-        ValueError: If arrays are missing, left over, or of another shape; the
-            message lists all of them. `CheckpointError` for corrupt files.
+        ValueError: If arrays are missing, unknown or of another shape; the
+            message lists them. `CheckpointError` for corrupt files.
         FileNotFoundError: If a file is missing.
 
     Example:
@@ -52,18 +48,16 @@ def load_vmoe(model, arrays):
         https://github.com/google-research/vmoe, `vmoe/nn/vit_moe.py` for the
         names.
     """
-    check_model(model, (ViTMoE,))
+    check_model(model, ViTMoE)
     if isinstance(arrays, (str, os.PathLike)):
         arrays = read_vmoe(arrays)
     if not isinstance(arrays, Mapping):
         raise TypeError(
             "`arrays` must be the prefix of a checkpoint or a dict from the "
-            "reference's names to arrays. "
-            f"Received: arrays={arrays!r} of type {type(arrays).__name__}."
+            f"reference's names to arrays. Received: arrays={arrays!r}."
         )
     weights = vmoe_weights(model)
-    arrays = {name: np.asarray(array) for name, array in arrays.items()}
-    arrays = fit_head(arrays, head_of(model))
+    arrays = fit_head(dict(arrays), model)
     if model.position_embedding == "learned" and POSITIONS in arrays:
         arrays[POSITIONS] = fit_positions(arrays[POSITIONS], model)
     assign(model, weights, arrays)
@@ -71,14 +65,7 @@ def load_vmoe(model, arrays):
 
 
 def vmoe_weights(model):
-    """The weights of a model by the reference's names.
-
-    Args:
-        model: A `ViTMoE`.
-
-    Returns:
-        Dict from name to `keras.Variable`, in the order of the data flow.
-    """
+    """The weights of a `ViTMoE` by the reference's names, in order of use."""
     weights = kernel_bias("embedding", model.get_layer("embedding").projection)
     for i in range(model.num_layers):
         block = f"Encoder/encoderblock_{i}"
@@ -89,8 +76,7 @@ def vmoe_weights(model):
     if model.pooling == "map":
         weights |= _map_head(model.get_layer("pooling"))
     if model.position_embedding == "learned":
-        positions = model.get_layer("positions").embedding
-        weights[POSITIONS] = positions
+        weights[POSITIONS] = model.get_layer("positions").embedding
     if model.representation_size is not None:
         weights |= kernel_bias("pre_logits", model.get_layer("pre_logits"))
     if model.num_classes is not None:
@@ -99,28 +85,26 @@ def vmoe_weights(model):
 
 
 def _encoder_block(name, model, block):
-    names = {layer.name for layer in model.layers}
-    attention = model.get_layer(f"{block}_attention").attention
-    weights = scale_bias(
-        f"{name}/LayerNorm_0", model.get_layer(f"{block}_attention_norm")
+    def layer(part):
+        return model.get_layer(f"{block}_{part}")
+
+    weights = (
+        scale_bias(f"{name}/LayerNorm_0", layer("attention_norm"))
+        | _attention(f"{name}/SelfAttention", layer("attention").attention)
+        | scale_bias(f"{name}/LayerNorm_1", layer("mlp_norm"))
     )
-    weights |= _attention(f"{name}/SelfAttention", attention)
-    weights |= scale_bias(
-        f"{name}/LayerNorm_1", model.get_layer(f"{block}_mlp_norm")
-    )
-    if f"{block}_moe" in names:
-        return weights | _moe(f"{name}/Moe", model.get_layer(f"{block}_moe"))
-    return weights | _mlp(f"{name}/Mlp", model.get_layer(f"{block}_mlp"))
+    if f"{block}_moe" in {x.name for x in model.layers}:
+        return weights | _moe(f"{name}/Moe", layer("moe"))
+    return weights | _mlp(f"{name}/Mlp", layer("mlp"))
 
 
-def _moe(name, layer: MoEMLP):
-    experts = layer.experts
-    return _router(f"{name}/Router", layer.router) | {
-        f"{name}/Mlp/Dense_0/kernel": experts.hidden_kernel,
-        f"{name}/Mlp/Dense_0/bias": experts.hidden_bias,
-        f"{name}/Mlp/Dense_1/kernel": experts.output_kernel,
-        f"{name}/Mlp/Dense_1/bias": experts.output_bias,
+def _moe(name, layer):
+    experts = {
+        f"{name}/Mlp/Dense_{i}/{kind}": getattr(layer.experts, f"{part}_{kind}")
+        for i, part in enumerate(("hidden", "output"))
+        for kind in ("kernel", "bias")
     }
+    return _router(f"{name}/Router", layer.router) | experts
 
 
 def _router(name, router):
@@ -153,7 +137,9 @@ def _map_head(layer):
 
 def _attention(name, layer):
     # By position: Keras gives the four projections no public name.
-    parts = ("query", "key", "value", "out")
-    kinds = ("kernel", "bias")
-    names = [f"{name}/{part}/{kind}" for part in parts for kind in kinds]
+    names = [
+        f"{name}/{part}/{kind}"
+        for part in ("query", "key", "value", "out")
+        for kind in ("kernel", "bias")
+    ]
     return dict(zip(names, layer.weights, strict=True))

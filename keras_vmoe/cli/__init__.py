@@ -1,6 +1,5 @@
 """The command `keras-vmoe`."""
 
-import os
 import sys
 import traceback
 
@@ -25,7 +24,7 @@ COMMANDS = {
     "convert": convert,
     "presets": presets,
 }
-# What users can mend is printed as one message; anything else is a bug and
+# Errors that users can mend are printed as one message; any other is a bug and
 # keeps its traceback.
 USER_ERRORS = (
     ImportError,
@@ -36,14 +35,11 @@ USER_ERRORS = (
 
 
 def main(arguments=None):
-    """Runs `keras-vmoe`.
+    """Runs `keras-vmoe` and returns its exit status: 1 after a printed error.
 
     Args:
         arguments: Command line without the program's name; None means that of
             the process.
-
-    Returns:
-        Exit status: 0, or 1 after an error whose message was printed.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     status = 1
@@ -59,18 +55,8 @@ def main(arguments=None):
     except USER_ERRORS as error:
         print(f"keras-vmoe: error: {error}", file=sys.stderr)
     finally:
-        if status and _processes.num_processes() > 1:
-            _leave_others()
+        if _processes.num_processes() > 1:
+            if sys.exc_info()[1] is not None:
+                traceback.print_exc()
+            _processes.leave(status)
     return status
-
-
-def _leave_others():
-    """Ends this process at once, which is one of several.
-
-    JAX would wait for the others, which may wait for this one.
-    """
-    if not isinstance(sys.exc_info()[1], (type(None), *USER_ERRORS)):
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)

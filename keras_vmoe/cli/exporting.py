@@ -2,19 +2,24 @@
 
 import json
 import pathlib
-from types import SimpleNamespace
 from typing import Literal
 
 from keras_vmoe import export
 from keras_vmoe._extras import require
 from keras_vmoe.cli.opening import numbers
 from keras_vmoe.cli.opening import open_model
+from keras_vmoe.cli.opening import run_dir_of
 from keras_vmoe.cli.opening import setting_of_run
 from keras_vmoe.data.preprocessing import MAX_PIXELS
 from keras_vmoe.export.settings import MAX_BATCH_SIZE
 
 # Settings of a run.
 TEST_CROP, OF_CARD = "data.test_crop", ("model.preset", "data.dataset")
+# What all formats have, files alone, and a SavedModel alone.
+COMMON = ("images_per_group", "capacity_factor", "quantize_experts")
+DIALS = ("num_selected_experts", "batch_priority")
+SERVING = ("version", "signatures", "max_batch_size", "warmup")
+PIXELS = ("mean", "std", "test_crop", "max_pixels")
 EXAMPLE = "fast:capacity_factor=0.5,batch_priority=true"
 
 
@@ -38,31 +43,31 @@ def export_model(
     warmup: bool | list[int] = True,
     classes: str | None = None,
 ):
-    """Write a model for servers or devices.
+    """Export a model for servers or devices.
 
-    A SavedModel for TF Serving into the folder OUTPUT/VERSION, or an ONNX or
-    LiteRT file. A signature is NAME:SETTING=VALUE,SETTING=VALUE with the
+    Writes a SavedModel for TF Serving to the folder OUTPUT/VERSION, or an ONNX
+    or LiteRT file. A signature is NAME:SETTING=VALUE,SETTING=VALUE with the
     settings input (float, uint8 or encoded), features, capacity_factor,
     num_selected_experts, batch_priority and images_per_group, or NAME: alone.
 
     Args:
         model: Run folder or .keras file.
-        output: Folder of the versions, or the file to write.
+        output: Folder of versions, or file.
         format: What to write.
-        images_per_group: Images routed together; 1: independently.
-        capacity_factor: Capacity of the experts; null: the model's.
+        images_per_group: Images routed together.
+        capacity_factor: Experts'; default: the model's.
         num_selected_experts: K of an ONNX or LiteRT file.
-        batch_priority: Confident tokens first, in such a file.
-        quantize_experts: How the experts' kernels are stored.
+        batch_priority: Batch priority of such a file.
+        quantize_experts: Store the experts' kernels as this.
         version: Version of a SavedModel.
-        signatures: Further settings of the routing, see below.
-        max_batch_size: Larger requests are refused.
-        mean: Mean subtracted from pixels in [0, 255].
-        std: Standard deviation that pixels are divided by.
-        test_crop: Share of the shorter side kept; null: the run's.
-        max_pixels: Files of more pixels are not decoded.
-        warmup: Write warm-up requests, or their batch sizes.
-        classes: JSON list of class names; null: the run folder's.
+        signatures: More routing settings, see above.
+        max_batch_size: Refuse larger requests.
+        mean: Subtracted from pixels in [0, 255].
+        std: Pixels are divided by it then.
+        test_crop: Share of the side kept; default: the run's.
+        max_pixels: Refuse larger image files.
+        warmup: Batch sizes of warm-up requests, or false.
+        classes: JSON list of names; default: the run's.
 
     Example:
         keras-vmoe export runs/digits served/digits
@@ -73,71 +78,36 @@ def export_model(
         keras-vmoe export runs/digits digits.onnx --format onnx \\
           --capacity_factor 0.5 --batch_priority true
     """
-    _export(SimpleNamespace(**locals()))
-
-
-def _export(given):
-    """Writes what the command was asked for."""
-    common = {
-        "images_per_group": given.images_per_group,
-        "capacity_factor": given.capacity_factor,
-        "quantize_experts": given.quantize_experts,
-    }
-    dials = {
-        "num_selected_experts": given.num_selected_experts,
-        "batch_priority": given.batch_priority,
-    }
-    serving = {
-        "version": given.version,
-        "signatures": [_signature(text) for text in given.signatures],
-        "max_batch_size": given.max_batch_size,
-        "warmup": given.warmup,
-    }
-    pixels = {
-        "mean": given.mean,
-        "std": given.std,
-        "test_crop": given.test_crop,
-        "max_pixels": given.max_pixels,
-    }
-    model, names = open_model(given.model, given.classes)
-    if given.format != "saved_model":
-        unused = {**serving, **pixels, "classes": given.classes}
-        _check_unused(unused, given.format)
-        write = getattr(export, given.format)
-        print(f"model: {write(model, given.output, **common, **dials)}")
+    given = {**locals(), "signatures": [_signature(x) for x in signatures]}
+    common = {name: given[name] for name in COMMON}
+    dials = {name: given[name] for name in DIALS}
+    serving = {name: given[name] for name in SERVING}
+    pixels = {name: given[name] for name in PIXELS}
+    opened, names = open_model(model, classes)
+    if format != "saved_model":
+        _check_unused(format, **serving, **pixels, classes=classes)
+        write = getattr(export, format)
+        print(f"model: {write(opened, output, **common, **dials)}")
         return
-    _check_dials(dials)
-    _check_folder(given.output)
-    crop = setting_of_run(given.model, TEST_CROP)
-    tested = export.Preprocessing(test_crop=crop)
-    if given.test_crop is None:
-        pixels["test_crop"] = crop
+    _check_served(output, dials)
+    tested = export.Preprocessing(test_crop=setting_of_run(model, TEST_CROP))
+    if test_crop is None:
+        pixels["test_crop"] = tested.test_crop
     preprocessing = export.Preprocessing(**pixels)
-    unnamed = names == numbers(model.output_shape[-1])
+    unnamed = names == numbers(opened.output_shape[-1])
     path = export.saved_model(
-        model,
-        given.output,
+        opened,
+        output,
         preprocessing=preprocessing,
         class_names=None if unnamed else names,
-        card=_card(given.model, preprocessing, tested),
+        card=_card(model, preprocessing, tested),
         **serving,
         **common,
     )
     print(f"model: {path}")
 
 
-def _check_folder(output):
-    """Raises if this is the name of a file of another format."""
-    formats = {".onnx": "onnx", ".tflite": "litert"}
-    suffix = pathlib.Path(output).suffix
-    if suffix in formats:
-        raise ValueError(
-            "A SavedModel is a folder of versions. Received: "
-            f"{output}. Write --format {formats[suffix]}, or another name."
-        )
-
-
-def _check_unused(given, format):
+def _check_unused(format, **given):
     """Raises if something is set that an ONNX or LiteRT file has not."""
     defaults = export_model.__kwdefaults__
     for name, value in given.items():
@@ -148,8 +118,15 @@ def _check_unused(given, format):
             )
 
 
-def _check_dials(dials):
-    """Raises if something is set that the signatures of a SavedModel set."""
+def _check_served(output, dials):
+    """Raises for the name or the settings of a file of another format."""
+    formats = {".onnx": "onnx", ".tflite": "litert"}
+    suffix = pathlib.Path(output).suffix
+    if suffix in formats:
+        raise ValueError(
+            "A SavedModel is a folder of versions. Received: "
+            f"{output}. Write --format {formats[suffix]}, or another name."
+        )
     for name, value in dials.items():
         if value is not None:
             raise ValueError(
@@ -182,21 +159,17 @@ def _signature(text):
 
 
 def _card(model, preprocessing, tested):
-    """What a run folder knows for the model card.
+    """What the run folder of a model knows for the model card.
 
-    Args:
-        model: Run folder or `.keras` file.
-        preprocessing: `Preprocessing` of the export.
-        tested: That of the run's test.
+    The run was `tested` with this `Preprocessing`.
     """
-    path = pathlib.Path(model)
-    path = (path if path.is_dir() else path.parent) / "result.json"
-    card = {}
-    pixels = ("mean", "std", "test_crop")
-    alike = all(getattr(preprocessing, x) == getattr(tested, x) for x in pixels)
-    if path.exists() and alike:
-        accuracy = json.loads(path.read_text()).get("accuracy")
-        card["test_accuracy"] = accuracy
+    card, result = {}, run_dir_of(model) / "result.json"
+    alike = all(
+        getattr(preprocessing, name) == getattr(tested, name)
+        for name in ("mean", "std", "test_crop")
+    )
+    if result.exists() and alike:
+        card["test_accuracy"] = json.loads(result.read_text()).get("accuracy")
         card["test_accuracy_of"] = (
             "the run, under the routing of training, its experts not quantized"
         )

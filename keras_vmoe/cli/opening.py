@@ -1,4 +1,4 @@
-"""What commands open: another backend, a model, its classes and run."""
+"""What commands open: another backend, a model, its classes and run folder."""
 
 import importlib.util
 import json
@@ -11,9 +11,9 @@ from keras_vmoe import training
 
 
 def restart(backend, arguments):
-    """Starts this command anew under another backend.
+    """Restarts this command under another backend.
 
-    Keras binds its backend when it is imported, which this module has done.
+    Keras chooses its backend when it is imported, which is past.
     """
     if importlib.util.find_spec(backend) is None:
         raise ImportError(
@@ -27,30 +27,24 @@ def restart(backend, arguments):
 
 
 def open_model(model, classes=None):
-    """A model of a run folder or file, and the names of its classes.
+    """A model of a run folder or `.keras` file, and its classes' names."""
+    if pathlib.Path(model).is_dir():
+        opened = training.restore(model)
+    else:
+        opened = models.load(model, compile=False)
+    num_classes = opened.output_shape[-1]
+    return opened, _class_names(classes, run_dir_of(model), num_classes)
 
-    Args:
-        model: Run folder, finished or stopped, or `.keras` file.
-        classes: Optional JSON file of class names.
-    """
+
+def run_dir_of(model):
+    """The run folder that a model is, or is in."""
     path = pathlib.Path(model)
-    is_run = path.is_dir()
-    run_dir = path if is_run else path.parent
-    opened = (
-        training.restore(path) if is_run else models.load(path, compile=False)
-    )
-    return opened, _class_names(classes, run_dir, opened.output_shape[-1])
+    return path if path.is_dir() else path.parent
 
 
 def setting_of_run(model, name):
-    """A setting of the run that a model is from; None without a run.
-
-    Args:
-        model: Run folder or `.keras` file.
-        name: Dotted name of a setting, such as `"data.test_crop"`.
-    """
-    path = pathlib.Path(model)
-    path = (path if path.is_dir() else path.parent) / "config.yaml"
+    """A setting by its dotted name, of the run that a model is from, if any."""
+    path = run_dir_of(model) / "config.yaml"
     value = training.recipes.read(path) if path.exists() else {}
     for part in name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -58,12 +52,12 @@ def setting_of_run(model, name):
 
 
 def numbers(num_classes):
-    """Names of classes that have none."""
+    """Names for classes without names."""
     return [f"class {i}" for i in range(num_classes)]
 
 
 def _class_names(path, run_dir, num_classes):
-    """Names from a file, else from the run folder, else plain numbers."""
+    """Names from a file, else from the run folder, else numbers."""
     if path is None:
         path = run_dir / "classes.json"
         if not path.exists():

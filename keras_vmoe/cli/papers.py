@@ -7,14 +7,15 @@ import keras
 from keras_vmoe import checkpoints
 from keras_vmoe import models
 from keras_vmoe._checks import check_sizes
+from keras_vmoe.models.costs import without_weights
 from keras_vmoe.models.presets import find_preset
 
 
 def presets(match: str = ""):
-    """Print the papers' models, their sizes and costs.
+    """List the papers' models, with their sizes and costs.
 
     Args:
-        match: Part of the names.
+        match: Part of their names.
 
     Example:
         keras-vmoe presets
@@ -26,7 +27,7 @@ def presets(match: str = ""):
     print(_PRESET_LINE.format(*_PRESET_COLUMNS))
     for name in names:
         preset = find_preset(name)
-        with models.without_weights():
+        with without_weights():
             classes = preset.paper_classes
             model = models.from_preset(name, num_classes=classes)
         cost = models.cost(model)
@@ -42,10 +43,10 @@ def presets(match: str = ""):
         )
         print(_PRESET_LINE.format(*row), flush=True)
     print(
-        "Millions of parameters, active ones per token, giga multiply-adds per "
-        "image; paper: as printed there, empty where no figure is at hand. "
-        "Counted with the classes of the paper's table; `from_preset` makes "
-        "V-MoE with 21843 classes unless `num_classes` is set."
+        "Millions of parameters, in all and active per token; giga "
+        "multiply-adds per image; beside them the paper's figures, if it has "
+        "any. Counted with the classes of the paper's table; `from_preset` "
+        "makes V-MoE with 21843 classes unless `num_classes` is set."
     )
 
 
@@ -63,34 +64,29 @@ def convert(
     image_size: int | None = None,
     num_selected_experts: int | None = None,
 ):
-    """Write pretrained weights as a .keras file.
+    """Convert pretrained weights to a .keras file.
 
     Args:
-        checkpoint: V-MoE prefix (without .index), Orbax folder or .npz.
+        checkpoint: V-MoE prefix (no .index), Orbax folder, .npz.
         output: New .keras file.
         image_size: Side of the images; positions are resized.
-        num_selected_experts: K, which no checkpoint holds; null means 2.
+        num_selected_experts: K, which no checkpoint holds; default: 2.
 
     Example:
         keras-vmoe convert checkpoints/vmoe_b16_imagenet21k vmoe_b16.keras
         keras-vmoe convert ViT-B_16.npz vit_b16.keras --image_size 384
     """
     path = pathlib.Path(output)
-    for good, what in (
-        (path.suffix == ".keras", "it does not end in '.keras'"),
-        (not path.exists(), "it exists"),
-        (path.parent.is_dir(), "its folder does not exist"),
-    ):
-        if not good:
-            raise ValueError(
-                "The output must be a new file that ends in '.keras', in a "
-                f"folder that exists. Received: {output}, and {what}."
-            )
-    for name, value in (
-        ("image_size", image_size),
-        ("num_selected_experts", num_selected_experts),
-    ):
-        check_sizes(**{name: 1 if value is None else value})
+    if path.suffix != ".keras" or path.exists() or not path.parent.is_dir():
+        raise ValueError(
+            "The output must be a new file that ends in '.keras', in a folder "
+            f"that exists. Received: {output}."
+        )
+    given = {
+        "image_size": image_size,
+        "num_selected_experts": num_selected_experts,
+    }
+    check_sizes(**{x: size for x, size in given.items() if size is not None})
     bar = None
 
     def progress(done, total):
@@ -104,8 +100,7 @@ def convert(
         if config["moe"] is None:
             raise ValueError(
                 "A dense model selects no experts. Received: "
-                f"--num_selected_experts {num_selected_experts}. "
-                "Leave it out."
+                f"--num_selected_experts {num_selected_experts}. Leave it out."
             )
         config["moe"]["num_selected_experts"] = num_selected_experts
     model = checkpoints.load_vmoe(models.ViTMoE(**config), arrays)

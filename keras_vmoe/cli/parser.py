@@ -12,46 +12,45 @@ import docstring_parser
 import jsonargparse
 
 from keras_vmoe._checks import check_keys
+from keras_vmoe.training import ModelConfig
 from keras_vmoe.training import TrainConfig
 from keras_vmoe.training import recipes
 from keras_vmoe.training.config import GROUPS
-from keras_vmoe.training.typed import from_dict
+from keras_vmoe.training.config import VIT_SIZES
+from keras_vmoe.training.typed import convert
 from keras_vmoe.training.typed import kinds_of
 from keras_vmoe.version import __version__
 
 BACKEND = Literal["jax", "tensorflow", "torch"] | None
 FILES = {
-    "--config": "YAML file of settings; flags count more.",
-    "--recipe": "Recipe to start from, see below.",
+    "--config": "YAML file of settings; flags override it.",
+    "--recipe": "Recipe to start from; see keras-vmoe --help.",
 }
 
 
 def parse(commands, arguments):
-    """The command that is asked for, and its settings.
+    """The name of a command, a dict of its arguments, and the Keras backend.
 
     Args:
-        commands: Dict from names to functions. Their parameters, by types and
-            docstring, are flags with help, and positional without a default; a
-            `TrainConfig` stands for its attributes.
+        commands: Dict from names to functions. Their parameters become flags,
+            with help from the docstring, or positional arguments if they have
+            no default; a `TrainConfig` stands for its attributes.
         arguments: Command line without the program's name.
-
-    Returns:
-        Name of the command, dict of its arguments, and the Keras backend or
-        None.
-
-    Raises:
-        SystemExit: After help, or the message of a wrong command line.
-        ValueError: If a file or a setting is wrong.
     """
+    names = ", ".join(recipes.names())
+    names = textwrap.fill(f"recipes: {names}", 78, subsequent_indent="  ")
     parser = _Parser(
         prog="keras-vmoe",
+        usage="keras-vmoe COMMAND [options]",
         description="Sparse Mixture-of-Experts for vision.",
+        epilog=names,
         version=__version__,
     )
     subcommands = parser.add_subcommands(required=True)
     for name, function in commands.items():
         command = _command(name, function)
-        subcommands.add_subcommand(name, command, help=command.description)
+        brief = command.description.partition("\n")[0]
+        subcommands.add_subcommand(name, command, help=brief)
         if arguments[:1] == [name]:
             arguments = [name, *_read_files(command, function, arguments[1:])]
     settings = parser.instantiate(parser.parse_args(arguments))
@@ -60,34 +59,49 @@ def parse(commands, arguments):
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=_Layout, allow_abbrev=False, **kwargs)
+    def __init__(self, usage=argparse.SUPPRESS, **kwargs):
+        super().__init__(
+            usage=usage, formatter_class=_Layout, allow_abbrev=False, **kwargs
+        )
 
 
 class _Layout(
     argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter
 ):
-    """A line for each setting: its shortest name, what it is, its default."""
+    """A line for each setting: its shortest name, meaning and default."""
 
     def __init__(self, prog):
-        super().__init__(prog, max_help_position=33)
+        super().__init__(prog, max_help_position=36, width=80)
 
     def _get_help_string(self, action):
         text, default = action.help or "", action.default
+        values = _values(action)
+        if len(values) > _WIDEST:  # They do not fit after the name.
+            text = f"{text.rstrip('.')}: {values.replace('|', ', ')}"
         is_plain = isinstance(default, str | int | float) and default != ""
-        if action.option_strings and is_plain and action.nargs != 0:
+        is_plain &= default is not False and action.nargs != 0
+        if action.option_strings and is_plain:
             return text + " [%(default)s]"
         return text
 
     def _format_action_invocation(self, action):
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
-        kind = getattr(action, "_typehint", str)  # Of jsonargparse's own.
-        words = [x for x in _parts_of(kind) if isinstance(x, str)]
-        metavars = [_METAVARS[x] for x in _parts_of(kind) if x in _METAVARS]
-        value = "|".join(words) or (*metavars, "YAML")[0]
-        name = min(action.option_strings, key=len)
-        return name if kind is bool else f"{name} {value}"
+        values = _values(action)
+        values = values if len(values) <= _WIDEST else "NAME"
+        return f"{min(action.option_strings, key=len)} {values}".rstrip()
+
+
+_WIDEST = 17
+_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", bool: ""}
+
+
+def _values(action):
+    """What may be given for a setting, such as `FLOAT|dropless`."""
+    kind = getattr(action, "_typehint", str)  # Of jsonargparse's own.
+    parts = [_METAVARS.get(x, x) for x in _parts_of(kind)]
+    words = [x for x in parts if isinstance(x, str)]
+    return "|".join(dict.fromkeys(words)) or ("" if kind is bool else "YAML")
 
 
 def _parts_of(kind):
@@ -100,7 +114,17 @@ def _parts_of(kind):
     return [kind]
 
 
-_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
+class _SizesHelp(argparse.Action):
+    """Prints the sizes of a ViT, which the help of `train` leaves out."""
+
+    def __call__(self, parser, *_):
+        sizes = _Parser()
+        sizes.add_class_arguments(ModelConfig)
+        for action in sizes._actions:
+            if action.dest not in VIT_SIZES:
+                action.help = argparse.SUPPRESS
+        sizes.print_help()
+        parser.exit()
 
 
 def _command(name, function):
@@ -108,23 +132,27 @@ def _command(name, function):
     doc = docstring_parser.parse(inspect.getdoc(function))
     texts = {x.arg_name: x.description for x in doc.params}
     hints = typing.get_type_hints(function)
+    examples = textwrap.indent(doc.examples[0].description, "  ")
     command = _Parser(
-        description=doc.short_description, epilog=_epilog(function, doc)
+        description=doc.description, epilog=f"examples:\n{examples}"
     )
     for flag in _files_of(function):
         command.add_argument(flag, help=FILES[flag])
     usage = ["keras-vmoe", name]
     for parameter in inspect.signature(function).parameters.values():
         if hints[parameter.name] is TrainConfig:
-            command.add_class_arguments(TrainConfig)
+            command.add_class_arguments(TrainConfig, as_group=False)
+            command.add_argument(
+                "--model.help", action=_SizesHelp, nargs=0,
+                default=argparse.SUPPRESS,
+            )  # fmt: skip
             continue
         flag, options = _argument(parameter, hints[parameter.name])
         command.add_argument(flag, help=texts[parameter.name], **options)
         if not flag.startswith("-"):
             usage.append(f"[{flag}]" if options.get("nargs") == "?" else flag)
     if TrainConfig not in hints.values():
-        text = "Keras backend; null leaves the choice to Keras."
-        command.add_argument("--backend", type=BACKEND, help=text)
+        command.add_argument("--backend", type=BACKEND, help="Keras backend.")
     command.usage = " ".join([*usage, "[options]"])
     _add_names(command)
     return command
@@ -151,45 +179,34 @@ def _argument(parameter, kind):
     return f"--{parameter.name}" if is_flag else parameter.name, options
 
 
-def _epilog(function, doc):
-    """Examples of a command, and what it can be based on."""
-    parts = [doc.long_description]
-    for example in doc.examples:
-        parts.append("examples:\n" + textwrap.indent(example.description, "  "))
-    if "--recipe" in _files_of(function):
-        names = f"recipes: {', '.join(recipes.names())}"
-        parts.append(textwrap.fill(names, 78, subsequent_indent="  "))
-    return "\n\n".join(filter(None, parts))
-
-
 def _add_names(command):
-    """Other names of flags: without their group, and with dashes.
+    """Hides what has a help of its own, and adds other names of flags.
 
-    jsonargparse takes several names of an argument, but gives those that it
-    derives only one; hence argparse's own lists.
+    Flags may be written without their group, and with dashes. jsonargparse
+    takes several names of an argument, but gives those that it derives only
+    one; hence argparse's own lists.
     """
     names = command._option_string_actions
     for action in list(command._actions):
         group, _, rest = action.dest.partition(".")
-        if group in GROUPS and not rest:
-            action.help = argparse.SUPPRESS  # A file for each group.
-        if any(name.endswith(".help") for name in action.option_strings):
+        # A flag for a file of the group's settings, not the argument `model`.
+        is_group = f"--{action.dest}" in action.option_strings and not rest
+        is_group &= group in GROUPS
+        is_size = group == "model" and rest in VIT_SIZES
+        if is_group or is_size or rest.endswith("help"):
             action.help = argparse.SUPPRESS
-        if group in GROUPS and rest not in ("", "name"):
+        if group in GROUPS and rest not in ("", "name", "help"):
             for name in list(action.option_strings):
                 brief = name.replace(f"--{group}.", "--", 1)
                 action.option_strings.append(brief)
                 names[brief] = action
-        if _kind_of(group, rest) is bool:
+        kind = kinds_of(TrainConfig).get(group)
+        if rest and group in GROUPS:
+            kind = kinds_of(kind).get(rest)
+        if kind is bool:
             action.nargs, action.const = "?", True
         for name in action.option_strings:
             names[name.replace("_", "-")] = action
-
-
-def _kind_of(group, rest):
-    """The type of a setting of `TrainConfig`; None if it is none."""
-    kind = kinds_of(TrainConfig).get(group)
-    return kinds_of(kind).get(rest) if rest and group in GROUPS else kind
 
 
 def _files_of(function):
@@ -201,8 +218,7 @@ def _files_of(function):
 def _read_files(command, function, arguments):
     """Makes the settings of files the defaults of a command.
 
-    Returns:
-        The arguments without the files: flags count more, in any order.
+    Returns the arguments without the files: flags override them in any order.
     """
     parser = argparse.ArgumentParser(
         prog=command.prog, usage=command.usage, add_help=False,
@@ -211,44 +227,31 @@ def _read_files(command, function, arguments):
     for flag in _files_of(function):
         parser.add_argument(flag)
     files, arguments = parser.parse_known_args(arguments)
-    if len(vars(files)) == 1 and files.config is not None:
+    if "recipe" in files:
+        settings = {}
+        for file in filter(None, (files.recipe, files.config)):
+            settings = recipes.merge(settings, recipes.read(file))
+        command.set_defaults(_defaults(settings))
+    elif files.config is not None:
         settings = recipes.read_yaml(files.config)
         known = [action.dest for action in command._actions]
         check_keys(f"`{command.usage.split()[1]}`", settings, known)
         command.set_defaults(settings)
-    elif len(vars(files)) > 1:
-        settings = {}
-        for file in (files.recipe, files.config):
-            if file is not None:
-                settings = recipes.merge(settings, recipes.read(file))
-        command.set_defaults(_dotted(settings))
     return arguments
 
 
-def _dotted(settings):
-    """Settings of files as defaults: groups whole and by dotted names."""
+def _defaults(settings):
+    """Settings of files as defaults; those of groups by dotted names."""
     defaults = {}
     for name, value in settings.items():
-        kind = kinds_of(TrainConfig)[name]
+        value = convert(kinds_of(TrainConfig)[name], value, name)
+        if dataclasses.is_dataclass(value):
+            value = dataclasses.asdict(value)
         if name in GROUPS:
-            group = from_dict(kind, value, f"`{name}`")
-            defaults |= {
-                f"{name}.{field.name}": _plain(getattr(group, field.name))
-                for field in dataclasses.fields(group)
-            }
-        elif dataclasses.is_dataclass(kind) and value is not None:
-            make = getattr(kind, "from_dict", None)
-            made = make(value) if make else from_dict(kind, value, f"`{name}`")
-            defaults[name] = _plain(made)
+            defaults |= {f"{name}.{key}": x for key, x in value.items()}
         else:
             defaults[name] = value
     return defaults
-
-
-def _plain(value):
-    """A dataclass as a dict."""
-    is_settings = dataclasses.is_dataclass(value)
-    return dataclasses.asdict(value) if is_settings else value
 
 
 def _by_parameter(function, settings):

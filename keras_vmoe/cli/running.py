@@ -25,20 +25,18 @@ def train(
     process_id: int | None = None,
     dry_run: bool = False,
 ):
-    """Train a model; writes a run folder, or resumes a stopped run.
+    """Train a model: write a run folder, or resume a stopped run.
 
-    A setting is written with its group as well, as in YAML: --optimizer.ema.
+    Flags may name their group, as YAML files do: --optimizer.ema 0.99.
 
     Args:
         config: The run.
         job_addresses: host:port of the first process.
-        num_processes: Processes that train together.
-        process_id: Which of them this is, from 0.
+        num_processes: Number of processes that train together.
+        process_id: Index of this process, from 0.
         dry_run: Print settings, cost, memory and steps only.
 
     Example:
-        keras-vmoe train --run_dir runs/digits
-        keras-vmoe train --run_dir runs/dense --moe null
         keras-vmoe train --run_dir runs/big --moe.num_experts 16 --epochs 100
         keras-vmoe train --config runs/digits/config.yaml --run_dir runs/again
     """
@@ -70,22 +68,22 @@ def predict(
 
     Args:
         model: Run folder or .keras file.
-        images: PNG, JPEG, BMP or GIF files like the training images.
-        classes: JSON list of class names; null: the run folder's.
-        top: Classes to print for each image.
+        images: PNG, JPEG, BMP or GIF files.
+        classes: JSON list of names; default: the run's.
+        top: Number of classes to print per image.
         dry_run: Print settings, cost, memory and steps only.
 
     Example:
         keras-vmoe predict runs/digits seven.png three.png
         keras-vmoe predict model.keras *.jpg --classes names.json --top 5
     """
-    settings = {"model": model, "images": images, "classes": classes}
-    settings["top"] = top
     opened, names = open_model(model, classes)
     test_crop = setting_of_run(model, "data.test_crop")
     pixels = data.read_images(images, opened.input_shape[1:3], test_crop)
     if dry_run:
-        settings = _resolved(settings, test_crop=test_crop)
+        settings = {"model": model, "images": images, "classes": classes}
+        settings |= {"top": top, "backend": keras.backend.backend()}
+        settings["test_crop"] = test_crop
         print(_description.describe(opened, settings, len(pixels), 1))
         return
     shows = sys.stdout.isatty()
@@ -107,19 +105,19 @@ def evaluate(
     classes: str | None = None,
     dry_run: bool = False,
 ):
-    """Measure a model on a split of a dataset; writes nothing.
+    """Evaluate a model on a split of a dataset.
 
-    Prints accuracy, loss, a table of the classes and what the routers do.
+    Prints accuracy, loss, a table of the classes and routing statistics.
 
     Args:
         model: Run folder or .keras file.
-        dataset: TFDS dataset, "digits" or "image_folder".
+        dataset: TFDS name, digits or image_folder.
         split: TFDS split.
-        data_dir: Folder of the dataset (image_folder: of the images).
-        batch_size: Images at a time.
-        test_crop: Share of the shorter side kept; null: the run's.
-        skip_corrupt: Skip damaged images with a warning.
-        classes: JSON list of class names; null: the run folder's.
+        data_dir: Folder of the dataset or images.
+        batch_size: Images per step.
+        test_crop: Share of the side kept; default: the run's.
+        skip_corrupt: Skip corrupt images, with a warning.
+        classes: JSON list of names; default: the run's.
         dry_run: Print settings, cost, memory and steps only.
 
     Example:
@@ -135,7 +133,7 @@ def evaluate(
     if dry_run:
         settings = {"model": model, "dataset": dataset, "classes": classes}
         count = schema.num_images(dataset, split, data_dir)
-        settings = _resolved({**settings, **reads})
+        settings |= {**reads, "backend": keras.backend.backend()}
         print(_description.describe(opened, settings, count, batch_size))
         return
     images = data.load(
@@ -152,11 +150,11 @@ def evaluate(
 
 
 def _check_classes(path, model, names, dataset, data_dir):
-    """Raises for a dataset of more or fewer classes, warns of other names."""
+    """Raises for a dataset of more or fewer classes; warns of other names."""
     classes, info = model.output_shape[-1], data.info(dataset, data_dir)
     if info.num_classes not in (None, classes):
         raise ValueError(
-            "The model must know the classes of the dataset. Received: a model "
+            "The model must have the classes of the dataset. Received: a model "
             f"of {classes} classes for the {info.num_classes} of {dataset!r}. "
             "Train its head on them: keras-vmoe train --init "
             f"{path} --freeze backbone."
@@ -165,12 +163,7 @@ def _check_classes(path, model, names, dataset, data_dir):
     if given and info.class_names and list(info.class_names) != names:
         print(
             f"keras-vmoe: warning: the classes of {dataset!r} have other names "
-            "than those that the model was trained on: the accuracy means "
-            "something only if they are the same classes in the same order.",
+            "than those of the training: the accuracy is meaningful only if "
+            "they are the same classes in the same order.",
             file=sys.stderr,
         )
-
-
-def _resolved(settings, **found):
-    """The configuration of a command, with what was found for it."""
-    return {**settings, "backend": keras.backend.backend(), **found}

@@ -18,6 +18,7 @@ from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.pipeline import Pipeline
 from keras_vmoe.data.schema import count_examples
 from keras_vmoe.data.schema import read_schema
+from keras_vmoe.data.sources import broken_files
 from keras_vmoe.data.sources import open_builder
 from keras_vmoe.data.tensorflow_runtime import tf
 from keras_vmoe.data.tensorflow_runtime import tfds
@@ -76,13 +77,7 @@ def find_corrupt(name, split, data_dir=None):
 def named_corruption(name, splits, data_dir=None):
     """Names the image or record where reading fails inside a `with` block.
 
-    Args:
-        name: String, see `load`.
-        splits: The splits that the block reads.
-        data_dir: Folder that holds the dataset, see `load`.
-
-    Raises:
-        OSError: Instead of TensorFlow's error.
+    TensorFlow's error becomes an OSError. `splits` are those that are read.
     """
     try:
         yield
@@ -103,15 +98,7 @@ def named_corruption(name, splits, data_dir=None):
 
 
 def skip_corrupt_records(builder, split):
-    """Leaves corrupt records out of a split, with a warning that names some.
-
-    Args:
-        builder: What `open_builder` returns.
-        split: String, a split that exists.
-
-    Returns:
-        The split without them.
-    """
+    """The split without corrupt records, with a warning that names some."""
     split, places = _whole_records(builder, split)
     if places:
         named = [f"record {record} of {path}" for path, record in places[:5]]
@@ -144,7 +131,8 @@ def check_files(builder, split, counts=True):
             continue
         for path in paths:
             if not os.path.exists(path):
-                raise _broken(builder, path, "the file is missing")
+                reason = "the file is missing"
+                raise broken_files(builder.data_dir, reason, path=path)
         if counts and _holds_records(builder):
             _check_counts(builder, split_info, paths)
 
@@ -157,7 +145,7 @@ def _check_counts(builder, split_info, paths):
         found, is_whole = _count_records(path)
         if found != expected or not is_whole:
             reason = f"{found} whole records instead of {expected}"
-            raise _broken(builder, path, reason)
+            raise broken_files(builder.data_dir, reason, path=path)
 
 
 def _count_records(path):
@@ -189,18 +177,9 @@ def _files_of(builder, split):
 
 
 def _whole_records(builder, split):
-    """Leaves corrupt records out of a TFDS split; reads its files once.
+    """The split without corrupt records, and those: pairs of path and number.
 
-    Args:
-        builder: A `tfds.core.DatasetBuilder`.
-        split: String or `ReadInstruction`, with slices and sums.
-
-    Returns:
-        A `ReadInstruction`, and the corrupt records: pairs of a path and the
-        number of a record in it.
-
-    Raises:
-        OSError: If nothing is left.
+    Reads all files once. Raises an OSError if no record is left.
     """
     if not _holds_records(builder):
         return split, []
@@ -224,20 +203,13 @@ def _whole_records(builder, split):
             if len(run):
                 runs.append(instruction(name, int(run[0]), int(run[-1]) + 1))
     if not runs:
-        raise _broken(builder, places[0][0], "no record is whole")
+        path, reason = places[0][0], "no record is whole"
+        raise broken_files(builder.data_dir, reason, path=path)
     return functools.reduce(operator.add, runs), places
 
 
 def corrupt_records(path, length):
-    """Numbers of the corrupt records of a TFRecord file; reads it once.
-
-    Args:
-        path: String.
-        length: Number of records that were written.
-
-    Returns:
-        List of integers.
-    """
+    """Numbers of the corrupt records of a TFRecord file of `length` records."""
     state = tf.io.gfile.stat(path)  # Of a bucket as well.
     return _corrupt_records(path, length, state.length, state.mtime_nsec)
 
@@ -255,11 +227,3 @@ def _corrupt_records(path, length, *state):
             corrupt.append(start)
             start += 1
     return corrupt + list(range(start, length))
-
-
-def _broken(builder, path, reason):
-    return OSError(
-        "The files of a dataset must be as they were written. "
-        f"Received: path={path!r} ({reason}). Delete the folder "
-        f"{os.fspath(builder.data_dir)!r} and prepare {builder.name!r} again."
-    )

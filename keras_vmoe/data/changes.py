@@ -76,7 +76,7 @@ RAND_AUGMENT = (
     _solarized,
     lambda image, x: colors.recolored(image, colors.saturation(_factor(x))),
     lambda image, x: colors.contrasted(image, _factor(x)),
-    lambda image, x: colors.recolored(image, colors.brightness(_factor(x))),
+    lambda image, x: colors.recolored(image, _factor(x) * colors.SAME),
     functools.partial(_sheared, axis=0),
     functools.partial(_sheared, axis=1),
     lambda image, x: moved(image, right=x * TRANSLATION * image.shape[1]),

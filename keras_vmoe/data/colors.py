@@ -13,14 +13,14 @@ import numpy as np
 
 from keras_vmoe.data.tensorflow_runtime import tf
 
-SAME = np.eye(3, dtype="float32")  # The matrix that changes no colour.
+SAME = np.eye(3, dtype="float32")  # The matrix of no change.
 # The one that makes grey, as tf.image does.
 GREY = np.repeat(np.array([[0.2989], [0.587], [0.114]], "float32"), 3, axis=1)
 LEVELS = 256
 
 
 def recolored(image, matrix, offset=0.0):
-    """An affine map of each pixel's colour, rounded and clipped at its end.
+    """An affine map of each pixel's colour, rounded and clipped at the end.
 
     Args:
         image: `(H, W, 3)` uint8.
@@ -56,11 +56,6 @@ def _over_pixels(reduce, image):
     return reduce(tf.reshape(row, (-1, 3)), 0)
 
 
-def brightness(factor):
-    """The matrix of a change of brightness; 0 is black, 1 is no change."""
-    return factor * SAME
-
-
 def saturation(factor):
     """The matrix of a change of saturation; 0 is grey, 1 is no change."""
     return factor * (SAME - GREY) + GREY
@@ -69,17 +64,13 @@ def saturation(factor):
 def contrasted(image, factor):
     """Contrast around the mean of each channel; 1 is no change."""
     offset = (1 - factor) * channel_means(image)
-    return recolored(image, brightness(factor), offset)
+    return recolored(image, factor * SAME, offset)
 
 
 def jittered(image, light, contrast, color):
     """Brightness, contrast and saturation, in this order, by one affine map.
 
-    Clipped once, at its end, and not after each of the three.
-
-    Args:
-        image: `(H, W, 3)` uint8.
-        light, contrast, color: Factors; 1 is no change.
+    Clipped once, at its end, not after each of the three. 1 is no change.
     """
     means = light * channel_means(image)
     matrix = saturation(color)
@@ -88,7 +79,7 @@ def jittered(image, light, contrast, color):
 
 
 def stretched(image):
-    """Each channel, so that it goes from 0 to 255 (AutoContrast)."""
+    """Each channel stretched to 0 to 255 (AutoContrast)."""
     low, high = (
         tf.cast(_over_pixels(reduce, image), tf.float32)
         for reduce in (tf.reduce_min, tf.reduce_max)
@@ -100,19 +91,14 @@ def stretched(image):
 
 
 def solarized(image, threshold):
-    """Inverts what is not below a threshold.
-
-    Args:
-        image: `(H, W, 3)` uint8.
-        threshold: Number in [0, 255].
-    """
-    # Eight times as fast as `tf.where`: 255 - x turns over all bits of x.
+    """Inverts all pixels of at least a threshold in [0, 255]."""
+    # Eight times as fast as `tf.where`: 255 - x flips all bits of x.
     bright = image >= tf.cast(tf.math.ceil(threshold), tf.uint8)
     return tf.bitwise.bitwise_xor(image, 255 * tf.cast(bright, tf.uint8))
 
 
 def equalized(image):
-    """Each channel, so that all levels are equally frequent."""
+    """Each channel mapped so that all levels are equally frequent."""
     height, width, _ = image.shape
     # One histogram and one table for the three channels, one after another.
     channels = np.tile(LEVELS * np.arange(3, dtype="int32"), width)
@@ -129,7 +115,7 @@ def equalized(image):
 def _equalizing(counts):
     """From histograms `(3, 256)` to the new levels, uint8."""
     total = tf.reduce_sum(counts, 1, keepdims=True)
-    # Keras-CV leaves out the rarest level, where Pillow leaves out the highest.
+    # As Keras-CV, which leaves out the rarest level; Pillow the highest one.
     used = tf.where(counts == 0, total, counts)
     step = (total - tf.reduce_min(used, 1, keepdims=True)) // (LEVELS - 1)
     below = tf.cumsum(counts, 1, exclusive=True)

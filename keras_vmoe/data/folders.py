@@ -60,10 +60,8 @@ class ImageFolder:
     def read(self, split, seed=None, reshuffles=False):
         """Examples with the stored `image`, `label` and `tfds_id`, the path.
 
-        Args:
-            split: String, with TFDS's slices and sums.
-            seed: Optional integer, shuffles the whole split.
-            reshuffles: Whether every pass has another order.
+        A seed shuffles the whole split, in another order in every pass that
+        `reshuffles`.
         """
         paths, labels = self.files(split)
         dataset = tf.data.Dataset.from_tensor_slices((paths, labels))

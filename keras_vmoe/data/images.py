@@ -3,12 +3,12 @@
 Axes: B images in the batch, H and W height and width in pixels.
 """
 
-import operator
 import os
 
 import numpy as np
 
 from keras_vmoe._checks import check_sizes
+from keras_vmoe._checks import is_integer
 from keras_vmoe.data.tensorflow_runtime import checked
 from keras_vmoe.data.tensorflow_runtime import tf
 
@@ -146,18 +146,10 @@ def decoded(content, shape, test_crop):
 
 
 def to_channels(image, size, channels=3, resize=None):
-    """Maps a decoded image to pixels on the scale 0 to 255.
+    """Maps a decoded image to pixels `(*size, channels)` in [0, 255].
 
-    Args:
-        image: `(H, W, C)` tensor, see `preprocess`.
-        size: Pair `(height, width)`, in pixels.
-        channels: Integer, see `preprocess`.
-        resize: Function of an image and a size; None is that of evaluation,
-            bilinear with antialiasing.
-
-    Returns:
-        Tensor `(height, width, channels)` in [0, 255]; uint8 where no pixel was
-        computed, otherwise float32.
+    As `preprocess` does, with any function `resize` of an image and a size; the
+    result is uint8 where no pixel was computed, otherwise float32.
     """
     stored = image.shape[-1] if image.shape.rank == 3 else None
     converts = channels in (1, 3) and stored in (1, 2, 3, 4)
@@ -240,11 +232,7 @@ def _checked_pixels(image, highest):
 def random_crop(image, padding, seed):
     """Pads an image with black and crops it at random to its own size.
 
-    Args:
-        image: `(H, W, channels)` tensor with a static shape.
-        padding: Integer, pixels added on each side. All `2 * padding + 1`
-            offsets per side are equally likely.
-        seed: Pair of integers, of which the crop is a function.
+    All `2 * padding + 1` offsets per side are equally likely.
     """
     padded = tf.pad(image, [[padding, padding], [padding, padding], [0, 0]])
     offset = tf.random.stateless_uniform(
@@ -256,17 +244,14 @@ def random_crop(image, padding, seed):
 def decode_and_crop(image, decode, area, seed):
     """Decodes a random window of an image (the crop of Inception).
 
-    Of a JPEG only the window is decoded.
+    Of a JPEG only the window is decoded. Its aspect ratio is 3/4 to 4/3 where
+    the image has room for it.
 
     Args:
         image: Encoded bytes, or `(H, W, channels)` pixels.
         decode: Function from the bytes to pixels; None for pixels.
         area: Lowest and highest share of the area that the window has.
-        seed: Pair of integers; the same pair gives the same window.
-
-    Returns:
-        `(h, w, channels)` tensor; the ratio of its sides is 3/4 to 4/3 where
-        the image has room for it.
+        seed: Pair of integers, which determines the window.
 
     Reference:
         [Szegedy et al., 2015](https://arxiv.org/abs/1409.4842), section 6.
@@ -305,10 +290,8 @@ def decode_and_crop(image, decode, area, seed):
 def center_crop(image, size, share):
     """The centre of an image, as evaluation crops it.
 
-    Args:
-        image: `(H, W, channels)` tensor.
-        size: Pair `(height, width)`, whose ratio the crop has.
-        share: Share of the largest such window to keep, in (0, 1].
+    It has the aspect ratio of `size`, and sides of this share of the largest
+    such window.
     """
     sides = tf.cast(tf.shape(image)[:2], tf.float32)
     wanted = tf.constant(size, tf.float32)
@@ -325,15 +308,11 @@ def _window(image, begin, size):
 
 def check_image_size(image_size):
     """Returns `(height, width)` of an integer or a pair of integers."""
-    pair = (image_size,) * 2 if np.ndim(image_size) == 0 else image_size
-    try:
-        height, width = (operator.index(side) for side in pair)
-    except (TypeError, ValueError):
-        height = width = 0
-    if height < 1 or width < 1:
+    pair = image_size if np.ndim(image_size) else (image_size, image_size)
+    if len(pair) != 2 or not all(is_integer(x) and x > 0 for x in pair):
         raise ValueError(
             "`image_size` must be a positive integer or a pair (height, "
             f"width), in pixels. Received: image_size={image_size}. "
             "Pass for example image_size=224 or image_size=(192, 256)."
         )
-    return height, width
+    return tuple(map(int, pair))

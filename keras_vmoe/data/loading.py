@@ -148,13 +148,12 @@ def load(
 
 def _part_of(name, builder, split, shard, training, skip_corrupt, least):
     """The part of a split that is read, and its number of examples."""
-    num_examples = count_examples(name, builder, split)
+    count_examples(name, builder, split)  # Raises if there is no such split.
     if skip_corrupt:
         split = skip_corrupt_records(builder, split)
     if shard is not None:
         split = _shard_of(split, shard, training)
-    if skip_corrupt or shard is not None:
-        num_examples = count_examples(name, builder, split)
+    num_examples = count_examples(name, builder, split)
     if num_examples < least:
         raise ValueError(
             "A split must hold at least one batch; in training, or with "

@@ -78,14 +78,18 @@ class Pipeline:
             dataset = _cut(dataset, self.num_examples)
         # A function of the seed, the epoch and the example's position in it:
         # crops do not depend on threads.
-        numbers = tf.data.Dataset.random(
-            self.seed, rerandomize_each_iteration=not self.is_one_epoch
-        )
+        numbers = self._numbers()
         if self.class_weights is None:
             return tf.data.Dataset.zip(dataset, numbers)
         # Each pass of an epoch draws others, as the numbers go on.
         dataset = tf.data.Dataset.zip(dataset.repeat(), numbers)
         return _cut(dataset.filter(self._is_drawn), self.num_examples)
+
+    def _numbers(self):
+        """Random numbers, others in every pass unless that is one epoch's."""
+        return tf.data.Dataset.random(
+            self.seed, rerandomize_each_iteration=not self.is_one_epoch
+        )
 
     def _is_drawn(self, example, number):
         """Whether an example is used, by its class's weight."""
@@ -128,11 +132,10 @@ class Pipeline:
     def _every_nth(self, dataset, n):
         """A share `1 / n` of the examples, which differs by epoch."""
         size, chosen = self.num_examples, -(-self.num_examples // n)
-        offset = tf.data.Dataset.random(
-            self.seed, rerandomize_each_iteration=not self.is_one_epoch
-        ).take(1)
-        offsets = offset.flat_map(
-            lambda x: tf.data.Dataset.from_tensors(x).repeat(size)
+        offsets = (
+            self._numbers()
+            .take(1)
+            .flat_map(lambda x: tf.data.Dataset.from_tensors(x).repeat(size))
         )
         # Strides of a prime visit all examples, and spread evenly.
         return (

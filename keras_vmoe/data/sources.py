@@ -63,17 +63,24 @@ def _check_folder(data_dir):
     except OSError as error:
         raise type(error)(
             "`data_dir` must be a readable folder of TFDS datasets. "
-            f"Received: data_dir={data_dir!r} ({error.strerror})."
+            f"Received: data_dir={data_dir!r} ({error.strerror}). "
+            "Check its spelling and permissions."
         ) from error
 
 
-def _broken(name, data_dir, reason):
+def broken_files(folder, reason, **received):
+    """The error for a dataset whose files are missing or corrupt."""
+    received = ", ".join(f"{k}={v!r}" for k, v in received.items())
     return OSError(
         "The files of a dataset must be complete and readable. "
-        f"Received: name={name!r}, data_dir={data_dir!r} ({reason}). "
-        f"Delete the folder {_dataset_folder(name, data_dir)!r} and prepare "
-        "the dataset again."
+        f"Received: {received} ({reason}). Delete the folder "
+        f"{os.fspath(folder)!r} and prepare the dataset again."
     )
+
+
+def _broken(name, data_dir, reason):
+    folder = _dataset_folder(name, data_dir)
+    return broken_files(folder, reason, name=name, data_dir=data_dir)
 
 
 def _not_found(name, data_dir):

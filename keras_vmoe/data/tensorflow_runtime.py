@@ -57,15 +57,9 @@ def hide_gpus(tf):
 def checked(value, is_valid, message, shown):
     """Returns `value`, or fails with a message if `is_valid` is False.
 
-    Args:
-        value: A tensor.
-        is_valid: Scalar boolean tensor.
-        message: String that holds the placeholder `{shown}`.
-        shown: Tensor to put there.
-
-    Raises:
-        ValueError: Eagerly. Inside `tf.data` there are no Python exceptions:
-            `tf.errors.InvalidArgumentError` with the same words.
+    `{shown}` in the message becomes the value of the tensor `shown`. Eagerly it
+    is a ValueError; `tf.data` knows no Python exceptions, and raises
+    `tf.errors.InvalidArgumentError` with the same message.
     """
     if tf.executing_eagerly():
         if not is_valid:

@@ -1,6 +1,6 @@
-"""From one device to many, without a change to the model.
+"""Training on many devices, without changes to the model.
 
-Layers call the constraints of this room on their buffers; outside of
+Layers apply this package's constraints to their buffers; without
 `ExpertParallel` they do nothing.
 """
 

@@ -1,7 +1,7 @@
 """Layout constraints on the buffers of an MoE layer, under `ExpertParallel`.
 
-With constraints on both sides of the exchange of groups and experts XLA makes
-it an all-to-all; with one side alone it would gather the experts' weights.
+With constraints on both sides of the exchange between groups and experts, XLA
+compiles it to an all-to-all; with one alone, it would gather experts' weights.
 
 Axes: G groups, E experts, C slots of a buffer, D features.
 """
@@ -15,7 +15,7 @@ from keras_vmoe.distribution.expert_parallel import ExpertParallel
 
 
 def by_groups(buffers):
-    """Keeps the buffers `(G, E, C, D)` of a group with its images."""
+    """Keeps the buffers `(G, E, C, D)` of a group where its images are."""
     parallel = _expert_parallel()
     if parallel is None:
         return buffers
@@ -31,7 +31,7 @@ def by_groups(buffers):
 
 
 def by_experts(buffers):
-    """Brings the buffers `(E, G, C, D)` of an expert to its weights."""
+    """Moves the buffers `(E, G, C, D)` of an expert to its weights."""
     parallel = _expert_parallel()
     if parallel is None:
         return buffers
@@ -39,10 +39,10 @@ def by_experts(buffers):
 
 
 def check_buffers(name):
-    """Raises under `ExpertParallel`, for a layer that works without buffers."""
+    """Raises under `ExpertParallel`, for a layer without buffers."""
     if _expert_parallel() is not None:
         raise ValueError(
-            "Under `ExpertParallel` tokens travel in buffers of a fixed "
+            "Under `ExpertParallel` tokens travel in buffers of fixed "
             f"capacity. Received: dropless routing in {name!r}. Set a capacity "
             "factor, or use distribution.DataParallel."
         )

@@ -1,7 +1,7 @@
-"""Several processes that train one model, each with its own devices: JAX.
+"""Several processes that train one model, each on its own devices: JAX.
 
-Every process runs the same program. What only one may do, such as writing a
-file, asks `is_first_process`.
+Every process runs the same program. Code that only one process may run, such as
+writing a file, asks `is_first_process`.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import secrets
+import sys
 
 import keras
 import numpy as np
@@ -16,29 +17,29 @@ import numpy as np
 from keras_vmoe._keras import get_random_seed
 from keras_vmoe.version import __version__
 
-# Seconds until the other processes learn that one is gone, or has ended with an
-# error; JAX's 100 and 300 would be more than a minute.
+# Seconds until the other processes notice that one is gone or has failed. JAX's
+# defaults are 100 and 300.
 TIMEOUTS = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 30}
 
 
 def initialize(job_addresses=None, num_processes=None, process_id=None):
     """Joins this process with the others, before anything is computed.
 
-    As `keras.distribution.initialize`, but the loss of a process is noticed
-    within 30 seconds, not 100, and all processes must have the same seed; where
-    none was set, the first process draws one for all. Nothing happens without
+    Like `keras.distribution.initialize`, but the loss of a process is noticed
+    within 30 seconds, not 100, and all processes must have the same seed. If
+    none was set, the first process draws one for all. Does nothing without
     arguments and without Keras's environment variables for them
     (`KERAS_DISTRIBUTION_JOB_ADDRESSES`, `_NUM_PROCESSES`, `_PROCESS_ID`).
 
     Args:
         job_addresses: String, `host:port` of the first process, or of all,
-            separated by commas. `"auto"` asks the machine, as on Cloud TPUs.
+            separated by commas. `"auto"` detects it, as on Cloud TPUs.
         num_processes: Integer, number of processes.
         process_id: Integer, index of this process, from 0.
 
     Raises:
-        ValueError: If some of the three are missing or out of range, the
-            backend is not JAX, or the processes' seeds differ.
+        ValueError: If one of the three is missing or out of range, if the
+            backend is not JAX, or if the processes' seeds differ.
 
     Example:
 
@@ -68,7 +69,7 @@ def initialize(job_addresses=None, num_processes=None, process_id=None):
 
 
 def _rendezvous(given):
-    """Where the processes meet, as JAX's arguments; none to ask the machine."""
+    """JAX's arguments for where the processes meet; none for "auto"."""
     if given["job_addresses"] == "auto":
         return {}
     try:
@@ -79,9 +80,9 @@ def _rendezvous(given):
     if not good:
         raise ValueError(
             "Several processes need the address of the first as host:port, "
-            "their number, and the index of this one, from 0. "
-            f"Received: {_words(given)}. Set all three, as flags or as "
-            "KERAS_DISTRIBUTION_ variables."
+            "their number, and the index of this one, from 0. Received: "
+            f"{_words(given)}. Set all three, as arguments or in the "
+            "KERAS_DISTRIBUTION_ environment variables."
         )
     return {
         "coordinator_address": given["job_addresses"].split(",")[0],
@@ -91,7 +92,7 @@ def _rendezvous(given):
 
 
 def _agree_on_a_seed():
-    """One seed for all processes: the one that was set, or a new one."""
+    """Gives all processes one seed: the one that was set, or a new one."""
     seed = get_random_seed()
     check_agreement("seed", seed=seed)
     if seed is None:
@@ -105,7 +106,7 @@ def num_processes():
         return 1
     import jax
 
-    # Asked first, because counting would start the devices.
+    # Checked first, because counting would initialize the devices.
     joined = jax.distributed.is_initialized()
     return jax.process_count() if joined else 1
 
@@ -124,8 +125,27 @@ def is_first_process():
     return process_id() == 0
 
 
+def leave(status):
+    """Ends this process, one of several, without Python's teardown.
+
+    A run has hung in the teardown, which destroys objects of tf.data and JAX
+    whose threads are still there. After success all processes end together;
+    after an error JAX would wait for the others, which may wait for this one.
+
+    Args:
+        status: Exit status.
+    """
+    if status == 0:
+        import jax
+
+        jax.distributed.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def versions():
-    """The versions of all that decides what a process computes."""
+    """Versions of the packages that determine what a process computes."""
     backend = keras.backend.backend()
     return {
         "keras_vmoe": __version__,
@@ -135,36 +155,33 @@ def versions():
 
 
 def check_agreement(what, **values):
-    """Raises in all processes unless all of them have the same values.
+    """Raises in all processes unless they all have the same values.
 
-    It waits for all processes, and so is a barrier, too.
+    It is a barrier as well.
 
     Args:
         what: What is compared, for the message.
-        **values: Values that JSON can hold.
+        **values: JSON values.
     """
     everyone = _gather(values)
-    names = dict.fromkeys(name for values in everyone for name in values)
-    first, *others = (
-        {name: values.get(name, "absent") for name in names}
-        for values in everyone
-    )
+    absent = {name: "absent" for values in everyone for name in values}
+    first, *others = ({**absent, **values} for values in everyone)
     different = [
         f"{name}: {first[name]!r} in process 0, {other[name]!r} in process {i}"
         for i, other in enumerate(others, 1)
-        for name in names
+        for name in absent
         if other[name] != first[name]
     ]
     if different:
         raise ValueError(
             f"All processes must have the same {what}. "
             f"Received: {'; '.join(different)}. Start all of them with the "
-            "same command and the same version, and a run folder that all see."
+            "same command and versions, and a run folder that all of them see."
         )
 
 
 def _gather(values):
-    """Every process's dict, in order."""
+    """The dicts of all processes, in order."""
     if num_processes() == 1:
         return [values]
     from jax.experimental import multihost_utils
@@ -189,10 +206,10 @@ def variables_of(model):
 
 @contextlib.contextmanager
 def gathered(variables):
-    """Lets the first process read all variables, to write them to a file.
+    """Lets the first process read whole variables, to write them to a file.
 
-    All processes must enter it; each leaves when the first is done. The memory
-    of each must hold all variables. In one process nothing happens.
+    All processes must enter it, and leave together when the first is done. Each
+    needs memory for all variables. With a single process nothing happens.
 
     Yields:
         Whether this is the process that writes.
@@ -207,11 +224,11 @@ def gathered(variables):
     try:
         for variable, value in zip(variables, values, strict=True):
             if not value.is_fully_replicated:
-                # Keras would bring an assigned value back to its devices.
+                # Keras would send an assigned value back to its devices.
                 variable._value = multihost_utils.process_allgather(
                     value, tiled=True
                 )
-        # Keras makes variables while it saves, which would ask all processes.
+        # Keras creates variables while saving, which would need all processes.
         keras.distribution.set_distribution(None)
         yield is_first_process()
     finally:

@@ -9,7 +9,7 @@ from keras_vmoe._checks import is_integer
 from keras_vmoe.distribution.data_parallel import DataParallel
 
 REPLICA, EXPERT = "replica", "expert"
-DATA = (REPLICA, EXPERT)  # In this order: the other one permutes all buffers.
+DATA = (REPLICA, EXPERT)  # In this order: the other permutes all buffers.
 # The variables of an MoE layer's bank, whose first axis is E; see `MoEMLP`.
 EXPERTS = re.compile(r"(^|/)experts/")
 
@@ -19,29 +19,29 @@ class ExpertParallel(DataParallel):
 
     The devices form a mesh `(replica, expert)`. Batches are sharded over all
     of them. Each device holds `1 / num_expert_shards` of the experts' weights
-    and optimizer slots; tokens reach their experts and return by two
+    and optimizer slots. Tokens travel to their experts and back by two
     all-to-alls in the forward pass of each MoE layer, and by two in its
     gradient. The results are those of one device: groups do not depend on the
     number of devices.
 
-    Set it before the model is made. A batch must hold a whole number of groups
-    for each device: `batch_size` divisible by `images_per_group` times the
-    number of devices.
+    Set it before the model is created. A batch must hold a whole number of
+    groups for each device: `batch_size` must be divisible by `images_per_group`
+    times the number of devices.
 
     Args:
-        num_expert_shards: Devices that the experts are sharded over. Must
-            divide the number of devices, and of experts.
+        num_expert_shards: Number of devices that the experts are sharded over.
+            Must divide the number of devices, and of experts.
         devices: Optional list of devices, as from
-            `keras.distribution.list_devices()`; None is all of them.
+            `keras.distribution.list_devices()`; None means all of them.
         shard_dense: Whether to shard the other kernels, except those of
             convolutions, over all devices as well (fully sharded data
             parallelism), for models too large for one device. Each layer of
             the model must then return one tensor, batch first.
 
     Raises:
-        ValueError: If the backend is not JAX, the shards do not divide the
-            devices or the experts, the routing is dropless, the model has no
-            experts, or as `DataParallel`.
+        ValueError: If the backend is not JAX, if `num_expert_shards` does not
+            divide the devices or the experts, if the routing is dropless, if
+            the model has no experts, or as in `DataParallel`.
 
     Example:
 
@@ -55,22 +55,21 @@ class ExpertParallel(DataParallel):
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), appendix B.
     """
 
-    def __init__(
-        self,
-        num_expert_shards,
-        devices=None,
-        shard_dense=False,
-    ):
-        _check_backend()
-        if devices is None:
-            devices = keras.distribution.list_devices()
+    def __init__(self, num_expert_shards, devices=None, shard_dense=False):
+        if keras.backend.backend() != "jax":
+            raise ValueError(
+                "`ExpertParallel` needs the JAX backend. Received: the backend "
+                f"{keras.backend.backend()!r}. Set KERAS_BACKEND=jax, or use "
+                "tf.distribute, whose devices each hold all experts."
+            )
+        devices = devices or keras.distribution.list_devices()
         _check_shards(num_expert_shards, len(devices))
         shape = (len(devices) // num_expert_shards, num_expert_shards)
         mesh = keras.distribution.DeviceMesh(
             shape, list(DATA), np.array(devices).reshape(shape)
         )
-        # Past both `DataParallel`, whose mesh has one axis, to the base class,
-        # which Keras does not export.
+        # Skips both `DataParallel`, whose mesh has one axis: Keras does not
+        # export their base class.
         super(keras.distribution.DataParallel, self).__init__(mesh, REPLICA)
         self.num_expert_shards = num_expert_shards
         self.num_devices = len(devices)
@@ -82,8 +81,8 @@ class ExpertParallel(DataParallel):
             raise ValueError(
                 "The model must have experts to be sharded over devices. "
                 f"Received: num_expert_shards={self.num_expert_shards} and a "
-                "model without experts. Make a model with MoE layers after the "
-                "distribution is set, or use distribution.DataParallel."
+                "model without experts. Set the distribution before creating a "
+                "model with MoE layers, or use distribution.DataParallel."
             )
         self.check_images(data_shape[0])
         return self.layout(DATA, *[None] * (len(data_shape) - 1))
@@ -93,24 +92,31 @@ class ExpertParallel(DataParallel):
         if layout is not None:
             return layout
         rest = [None] * (len(variable.shape) - 1)
-        # Seeds and counters of a bank have one axis.
+        # Seeds and counters of a bank have a single axis.
         if EXPERTS.search(variable.path) and len(variable.shape) > 1:
-            self._check_experts(variable)
+            num_experts = variable.shape[0]
+            if num_experts % self.num_expert_shards:
+                raise ValueError(
+                    "Each shard must hold the same number of experts. "
+                    f"Received: num_expert_shards={self.num_expert_shards} for "
+                    f"the {num_experts} experts of {variable.path!r}. Choose a "
+                    "divisor of the number of experts."
+                )
             self._has_experts = True
             return self.layout(EXPERT, *rest)
-        # Not convolutions: XLA would gather images, not the small kernels.
+        # Not of convolutions: XLA would gather images, not the small kernels.
         if self.shard_dense and len(variable.shape) in (2, 3):
             return self._dense_layout(variable.shape)
         return self.layout(*[None] * len(variable.shape))
 
     def get_tensor_layout(self, path):
-        # What the model's own layers return stays with its images. Without
-        # this XLA would move them about instead of gathering spread kernels.
+        # Outputs of the model's own layers stay with their images. XLA would
+        # otherwise move these instead of gathering sharded kernels.
         is_of_model = path.count("/") == 1
         return self.layout(DATA) if self.shard_dense and is_of_model else None
 
     def _dense_layout(self, shape):
-        """The largest axis that the devices divide, spread over them."""
+        """Shards the largest axis that the devices divide."""
         axes = [None] * len(shape)
         good = [
             i for i, size in enumerate(shape) if not size % self.num_devices
@@ -120,35 +126,15 @@ class ExpertParallel(DataParallel):
         return self.layout(*axes)
 
     def layout(self, *axes):
-        """The layout of a tensor whose dimensions lie on axes of the mesh."""
+        """The layout of a tensor with its dimensions sharded over `axes`."""
         return _Layout(axes, self.device_mesh)
-
-    def _check_experts(self, variable):
-        num_experts = variable.shape[0]
-        if num_experts % self.num_expert_shards:
-            raise ValueError(
-                "Each shard must hold the same number of experts. "
-                f"Received: num_expert_shards={self.num_expert_shards} for "
-                f"the {num_experts} experts of {variable.path!r}. Choose a "
-                "divisor of the number of experts."
-            )
 
 
 class _Layout(keras.distribution.TensorLayout):
-    """A layout that may spread one dimension over several axes of the mesh."""
+    """A layout that can shard one dimension over several axes of the mesh."""
 
     def _validate_axes(self):
-        pass  # Keras takes a tuple of axes for an unknown axis.
-
-
-def _check_backend():
-    if keras.backend.backend() != "jax":
-        raise ValueError(
-            "`ExpertParallel` needs the JAX backend. "
-            f"Received: the backend {keras.backend.backend()!r}. Set "
-            "KERAS_BACKEND=jax, or use tf.distribute with TensorFlow, where "
-            "every device holds all experts."
-        )
+        pass  # Keras would take a tuple of axes for an unknown axis.
 
 
 def _check_shards(num_expert_shards, num_devices):

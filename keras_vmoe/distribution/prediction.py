@@ -1,4 +1,4 @@
-"""Outputs for whole batches, whatever the devices and processes."""
+"""Outputs for whole batches, on any number of devices and processes."""
 
 import functools
 import math
@@ -13,10 +13,10 @@ from keras_vmoe.distribution._replicas import num_replicas
 def predict(model, images):
     """The outputs of a model for a batch of images, as on one device.
 
-    Under a Keras distribution or a tf.distribute strategy the images are spread
-    over the devices in whole groups. Devices without a group are filled up with
-    zeros, which are cut off again: groups are independent. Only a group that is
-    not full is computed by every device.
+    Under a Keras distribution or a tf.distribute strategy the images are split
+    over the devices in whole groups. Devices without a group get zeros, whose
+    outputs are dropped again: groups are independent. Only a partial group is
+    computed by every device.
 
     Args:
         model: A functional model with one input, whose outputs have one row
@@ -53,19 +53,19 @@ def predict(model, images):
 
 
 def _images_together(model, batch_size):
-    """The smallest number of images that holds whole groups of each layer."""
+    """The smallest number of images that is whole groups for each layer."""
     groups = [
         layer.images_per_group
         for layer in all_layers(model)
         if hasattr(layer, "router")
     ]
-    if "batch" in groups:  # All of the batch: nothing that could be filled up.
+    if "batch" in groups:  # A group that cannot be padded.
         return batch_size + 1
     return math.lcm(*groups)
 
 
 def _on_all(model, images, parallel):
-    """The outputs for a batch that is spread over all devices."""
+    """The outputs for a batch that is split over all devices."""
     if parallel is None:
         return model.predict(images, batch_size=len(images), verbose=0)
     layout = parallel.get_data_layout(images.shape)
@@ -75,7 +75,9 @@ def _on_all(model, images, parallel):
 def _on_one(model, images, parallel):
     """The outputs for a batch that every device computes."""
     if parallel is None:
-        return keras.tree.map_structure(np.asarray, _whole(model)(images))
+        # `predict_on_batch` would run all replicas.
+        outputs = model(images, training=False)
+        return keras.tree.map_structure(np.asarray, outputs)
     keras.distribution.set_distribution(None)
     try:
         return _call(model, images, None, parallel)
@@ -83,16 +85,8 @@ def _on_one(model, images, parallel):
         keras.distribution.set_distribution(parallel)
 
 
-@functools.lru_cache(maxsize=4)
-def _whole(model):
-    """The model in one replica; `predict_on_batch` would run all."""
-    import tensorflow as tf
-
-    return tf.function(functools.partial(model, training=False))
-
-
 def _call(model, images, sharding, parallel):
-    """The whole outputs, in every process, for a batch that each has."""
+    """The whole outputs, in every process, for a batch that all have."""
     import jax
 
     variables = [
@@ -110,7 +104,7 @@ def _call(model, images, sharding, parallel):
 
 @functools.lru_cache(maxsize=4)
 def _compiled(model, whole, on_one):
-    """The compiled model; one for each of the two, which differ inside."""
+    """The compiled model; `on_one` tells apart what constraints differ in."""
     del on_one
     import jax
 

@@ -1,4 +1,4 @@
-"""The ways to spread a training, by name."""
+"""Ways to distribute training, by name."""
 
 import glob
 import math
@@ -19,24 +19,24 @@ NAMES = {
 def resolve(name, num_experts=None, num_expert_shards=None, shard_dense=False):
     """Makes a Keras distribution or a tf.distribute strategy.
 
-    The model must be made, and trained, in its `scope()`. By name: with JAX
-    `"data_parallel"` and `"expert_parallel"`, as the classes of this room;
-    with TensorFlow `"mirrored"` (all GPUs, or else the logical CPUs) and
-    `"tpu"`; `"auto"` takes the best of these that the machine has.
+    The model must be created and trained in its `scope()`. With JAX the names
+    are `"data_parallel"` and `"expert_parallel"`, for the classes of this
+    package; with TensorFlow `"mirrored"` (all GPUs, or else the logical CPUs)
+    and `"tpu"`. `"auto"` takes the best of them that the machine supports.
 
     Args:
-        name: One of these.
-        num_experts: Optional E, of the layers to spread.
-        num_expert_shards: Over how many devices experts are spread. None is
-            the largest number that divides the devices and the experts.
-        shard_dense: Whether "expert_parallel" spreads the dense kernels too.
+        name: One of these names.
+        num_experts: Optional E, of the layers to shard.
+        num_expert_shards: Number of devices that experts are sharded over. None
+            means the largest that divides the devices and the experts.
+        shard_dense: Whether "expert_parallel" shards the dense kernels too.
 
     Returns:
-        Something with a `scope()`; None if `"auto"` finds one device only.
+        An object with a `scope()`; None if `"auto"` finds a single device.
 
     Raises:
-        ValueError: If the backend has nothing of the name, or shards are asked
-            for where there are none.
+        ValueError: If the backend does not have `name`, or if it does not shard
+            weights and is told to.
         RuntimeError: If there is no TPU.
     """
     backend = keras.backend.backend()
@@ -44,36 +44,30 @@ def resolve(name, num_experts=None, num_expert_shards=None, shard_dense=False):
     if name not in names:
         raise ValueError(
             f"`distribution` must be one of {names} with the {backend} "
-            f"backend. Received: distribution={name!r}. JAX spreads experts "
-            "and data, TensorFlow data; with PyTorch a model is on one device."
+            f"backend. Received: distribution={name!r}. JAX shards experts and "
+            "data, TensorFlow data; with PyTorch a model is on one device."
         )
     if name == "auto":
         name = _best(backend, num_experts)
     is_spread = num_expert_shards is not None or shard_dense
     if is_spread and name != "expert_parallel":
         raise ValueError(
-            "Only 'expert_parallel' spreads weights. Received: "
+            "Only 'expert_parallel' shards weights. Received: "
             f"num_expert_shards={num_expert_shards}, shard_dense={shard_dense} "
-            f"with distribution={name!r}. Leave them out, or use JAX's "
+            f"with distribution={name!r}. Omit them, or use JAX's "
             "'expert_parallel'."
         )
-    if name == "expert_parallel" and num_expert_shards is None:
+    if name == "expert_parallel":
         devices = len(keras.distribution.list_devices())
-        num_expert_shards = math.gcd(devices, num_experts or devices)
-    makers = {
-        None: lambda: None,
-        "data_parallel": DataParallel,
-        "expert_parallel": lambda: ExpertParallel(
-            num_expert_shards, shard_dense=shard_dense
-        ),
-        "mirrored": _mirrored,  # `fit` of Keras fails with several workers.
-        "tpu": _tpu,
-    }
-    return makers[name]()
+        largest = math.gcd(devices, num_experts or devices)
+        shards = largest if num_expert_shards is None else num_expert_shards
+        return ExpertParallel(shards, shard_dense=shard_dense)
+    makers = {"data_parallel": DataParallel, "mirrored": _mirrored, "tpu": _tpu}
+    return makers[name]() if name else None
 
 
 def _best(backend, num_experts):
-    """The name of the best that this machine has, or None."""
+    """The name of the best that this machine supports, or None."""
     if backend == "jax":
         if len(keras.distribution.list_devices()) == 1:
             return None
@@ -82,7 +76,7 @@ def _best(backend, num_experts):
         return None
     import tensorflow as tf
 
-    # TensorFlow lists no TPU before it has started.
+    # TensorFlow lists no TPU before it is initialized.
     has_tpu = any(map(os.environ.get, TPU_VARIABLES)) or glob.glob(TPU_FILES)
     if has_tpu or tf.config.list_physical_devices("TPU"):
         return "tpu"
@@ -91,6 +85,7 @@ def _best(backend, num_experts):
 
 
 def _mirrored():
+    """Without several workers, with which Keras's `fit` fails."""
     import tensorflow as tf
 
     kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
@@ -101,7 +96,7 @@ def _mirrored():
 def _tpu():
     import tensorflow as tf
 
-    # A TPU of another host by its name, else one of this host.
+    # A TPU of another host by its name, else the one of this host.
     name = None if any(map(os.environ.get, TPU_VARIABLES)) else "local"
     try:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(name)

@@ -1,4 +1,4 @@
-"""What a trained model says, and how often it is right."""
+"""Predictions of a trained model, and how often they are right."""
 
 from keras_vmoe.evaluation.measurement import Measurement
 from keras_vmoe.evaluation.measurement import measure

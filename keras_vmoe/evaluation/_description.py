@@ -1,4 +1,4 @@
-"""The plan of an evaluation or prediction, as text."""
+"""A summary of an evaluation or prediction before it runs."""
 
 from keras_vmoe import models
 from keras_vmoe._extras import require

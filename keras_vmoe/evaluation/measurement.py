@@ -16,7 +16,7 @@ class Measurement:
     Attributes:
         num_images: Images.
         accuracy: Share of the images whose class has the largest logit.
-        top5: Share of those whose class is among the five largest.
+        top5: Share of the images whose class has one of the five largest.
         loss: Mean cross-entropy.
         confusion: `(classes, classes)` int array: images by true class (rows)
             and predicted class (columns).
@@ -35,15 +35,15 @@ class Measurement:
 def measure(model, dataset, verbose=0, routing=True):
     """Measures a model on a dataset.
 
-    Under a Keras distribution batches are spread over its devices; in several
-    processes all of them must give the same batches.
+    Under a Keras distribution batches are spread over its devices; with several
+    processes, each must be given the same batches.
 
     Args:
         model: A functional model from images to logits `(B, classes)`.
         dataset: Iterable of batches of `(images, labels)` with integer labels,
             such as `data.load(..., training=False)`.
         verbose: Whether to show a progress bar.
-        routing: Whether to measure the routers as well.
+        routing: Whether to measure the routers, too.
 
     Returns:
         A `Measurement`.
@@ -76,7 +76,7 @@ def measure(model, dataset, verbose=0, routing=True):
     if not labels:
         raise ValueError(
             "There must be at least one batch to measure. Received: an empty "
-            "dataset. Choose another split."
+            "dataset."
         )
     return Measurement(
         **_scores(np.concatenate(logits), np.concatenate(labels)),
@@ -85,7 +85,7 @@ def measure(model, dataset, verbose=0, routing=True):
 
 
 def _length(dataset):
-    """Batches of a dataset, None where it does not know."""
+    """Batches of a dataset, None if unknown."""
     try:
         return len(dataset)
     except TypeError:
@@ -93,7 +93,7 @@ def _length(dataset):
 
 
 def _scores(logits, labels):
-    """The fields of a `Measurement` that follow from logits and labels."""
+    """The fields of a `Measurement` computed from logits and labels."""
     order = np.argsort(-logits, axis=-1, kind="stable")
     confusion = np.zeros((logits.shape[-1],) * 2, int)
     np.add.at(confusion, (labels, order[:, 0]), 1)
@@ -110,7 +110,7 @@ def _scores(logits, labels):
 
 
 class _RouterWatch:
-    """Means over batches of an MoE layer's routing statistics."""
+    """Means over batches of the routing statistics of an MoE layer."""
 
     def __init__(self, layer):
         self.layer = layer
@@ -146,7 +146,7 @@ def report(measurement, class_names):
         f"top-5 accuracy: {measurement.top5:.4f}",
         f"cross-entropy: {measurement.loss:.4f}",
         "",
-        f"{'class':<24} {'images':>7} {'correct':>8}  mostly taken for",
+        f"{'class':<24} {'images':>7} {'correct':>8}  most confused with",
     ]
     for i, name in enumerate(class_names):
         row = measurement.confusion[i]

@@ -9,7 +9,7 @@ from keras_vmoe._checks import check_sizes
 
 
 class Prediction(NamedTuple):
-    """One class that an image may belong to.
+    """One possible class of an image.
 
     Attributes:
         class_name: Name of the class.
@@ -30,12 +30,12 @@ def classify(model, images, class_names, top=3, verbose=0):
         model: A model from images to logits `(B, num_classes)`.
         images: `(B, H, W, channels)` float array, as from `data.read_images`.
         class_names: One name per class.
-        top: How many classes to give for each image.
+        top: Number of classes per image.
         verbose: Whether to show a progress bar.
 
     Returns:
-        A list with one list of `Prediction`s per image, at most `top`, the
-        most probable first.
+        A list with one list per image of at most `top` `Prediction`s, the most
+        probable first.
 
     Raises:
         ValueError: If the number of names is not the number of classes, or

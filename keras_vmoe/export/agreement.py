@@ -1,11 +1,10 @@
-"""One check for all formats: an exported model says what the model says.
+"""One check for all formats: an export must reproduce the model's outputs.
 
-The folder or file is asked in a new process of its runtime alone (`asking`);
-the model answers the same probes here, on its own backend.
+The folder or file answers probes in a new process that has only its runtime
+(`asking`); the model answers the same probes here, on its own backend.
 """
 
 import os
-import pathlib
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_vmoe._keras import all_layers
 from keras_vmoe.data.preprocessing import decoded
 from keras_vmoe.data.preprocessing import normalized
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
@@ -22,31 +22,30 @@ from keras_vmoe.export import asking
 from keras_vmoe.export.contents import noise
 from keras_vmoe.export.settings import INPUT_NAMES
 from keras_vmoe.export.variants import answering
-from keras_vmoe.export.variants import layers_of
 from keras_vmoe.export.variants import routed
 from keras_vmoe.export.variants import routes_alone
 from keras_vmoe.export.variants import with_quantized_experts
 
-# How far answers may be from the model's, where its largest number is 1.
+# Largest difference from the model's outputs, relative to their maximum.
 TOLERANCES = {
     "CPU": 1e-5,
-    "accelerator": 1e-3,  # It rounds more than the CPU of the runtime.
-    "16 bits": 2e-2,  # Every program rounds them in its own order.
+    "accelerator": 1e-3,  # Rounds more than the runtime's CPU.
+    "16 bits": 2e-2,  # Every program rounds in its own order.
 }
 BATCH = 4  # Images of a probe.
 ADVICE = (
-    "Leave out layers that are random, count or look over the batch in "
-    "evaluation, or do something else under TensorFlow than on their own "
-    "backend."
+    "Remove layers that, in evaluation, are random, keep a count or mix the "
+    "images of a batch, and layers that compute something else under "
+    "TensorFlow than on their own backend."
 )
-LONGEST = 500  # Characters of another library's error.
+LONGEST = 500  # Characters quoted of another library's error.
 
 
 def agree(path, model, settings):
-    """Raises unless an export says what the model says.
+    """Raises unless an export reproduces the model's outputs.
 
-    A token whose choice hangs on the last bit may go to another expert in
-    another program, but hardly one of every image: half of them must agree.
+    Rounding may send a token whose scores are nearly tied to another expert,
+    but rarely in every image: half of the images must agree.
 
     Args:
         path: `pathlib.Path` of a version's folder, or of a file.
@@ -54,7 +53,7 @@ def agree(path, model, settings):
         settings: `Settings` of the export.
 
     Returns:
-        Dict from signature to the difference of its answers.
+        Dict from signature to the relative difference of its outputs.
     """
     if settings.quantize_experts is not None:
         model = with_quantized_experts(model, settings.quantize_experts)
@@ -71,21 +70,21 @@ def agree(path, model, settings):
             answer = {k: np.concatenate([x[k] for x in alone]) for k in answer}
             right = {k: x[: len(alone)] for k, x in right.items()}
             found.append(_distances(name, answer, right, settings))
-        # Of the nearer half.
+        # That of the closer half.
         differences[name] = max(
             float(np.quantile(x, 0.5, method="lower")) for x in found
         )
         if not differences[name] <= tolerance:
             raise ValueError(
-                "An export must say what the model says. Received: answers of "
-                f"{name!r} that differ by {differences[name]:.1e}, of which "
-                f"{tolerance:.0e} may be rounding. {ADVICE}"
+                "An export must reproduce the model's outputs. Received: "
+                f"outputs of {name!r} that differ by {differences[name]:.1e}, "
+                f"more than rounding explains ({tolerance:.0e}). {ADVICE}"
             )
     return differences
 
 
 def make_probes(settings, shape):
-    """What the signatures are asked.
+    """The probes of each signature.
 
     Args:
         settings: `Settings`.
@@ -93,7 +92,7 @@ def make_probes(settings, shape):
 
     Returns:
         Dict from signature to a list of batches: some images, the first of them
-        beside others, and two of them alone.
+        with other batch mates, and the first two each alone.
     """
     batch = min(BATCH, settings.max_batch_size)
     probes = {}
@@ -106,7 +105,7 @@ def make_probes(settings, shape):
 
 
 def ask(path, signatures, probes):
-    """What an export says, in a process of its runtime alone.
+    """The answers of an export, from a process that has only its runtime.
 
     Args:
         path: `pathlib.Path` of a version's folder, or of a file.
@@ -121,25 +120,9 @@ def ask(path, signatures, probes):
         key = INPUT_NAMES[signatures[name].input]
         requests |= {f"{name}/{i}/{key}": x for i, x in enumerate(batches)}
     with tempfile.TemporaryDirectory() as folder:
-        asked, said = pathlib.Path(folder, "in.npz"), f"{folder}/out.npz"
+        asked, said = f"{folder}/in.npz", f"{folder}/out.npz"
         np.savez(asked, **requests)
-        done = subprocess.run(  # noqa: S603
-            [sys.executable, asking.__file__, str(path), str(asked), said],
-            env={
-                **os.environ,
-                "TF_CPP_MIN_LOG_LEVEL": "3",
-                "CUDA_VISIBLE_DEVICES": "-1",  # They belong to this process.
-            },
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise ValueError(
-                "An export must load and answer in a process of its runtime. "
-                f"Received: exit status {done.returncode} of {path.name!r} "
-                f"with: {_last_error(done.stderr)} Try other routing or a "
-                "model of float32; `export.saved_model` takes most of them."
-            )
+        _run_asking(path, asked, said)
         answers = {name: [{} for _ in x] for name, x in probes.items()}
         with np.load(said) as arrays:
             for key, value in arrays.items():
@@ -148,15 +131,36 @@ def ask(path, signatures, probes):
         return answers
 
 
+def _run_asking(path, asked, said):
+    """Runs `asking.main` in a process of its own."""
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, asking.__file__, str(path), asked, said],
+        env={
+            **os.environ,
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "CUDA_VISIBLE_DEVICES": "-1",  # This process holds the GPUs.
+        },
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise ValueError(
+            "An export must load and answer in a process of its runtime. "
+            f"Received: exit status {done.returncode} for {path.name!r} with: "
+            f"{_last_error(done.stderr)} Try other routing or a model in "
+            "float32; `export.saved_model` supports the most models."
+        )
+
+
 def _last_error(text):
-    """The words of the error that ended a program, without its traceback."""
+    """The message of the error that ended a program, without its traceback."""
     lines = text.rpartition("Traceback (most recent call last):")[2]
     words = [x for x in lines.splitlines() if not x.startswith("  ")]
     return textwrap.shorten(" ".join(words), LONGEST)
 
 
 def _right(model, signature, settings, content, known):
-    """The model's answer, its tolerance, whether images are routed alone."""
+    """The model's outputs, their tolerance, and if images are routed alone."""
     images = _as_input(signature.input, content, settings, model)
     key = (*signature.routing.items(), images.tobytes())
     if key not in known:
@@ -166,7 +170,7 @@ def _right(model, signature, settings, content, known):
             outputs = asked(images, training=False)
         known[key] = outputs, routes_alone(served)
     (outputs, is_alone), kind = known[key], "accelerator"
-    if {x.compute_dtype for x in layers_of(model)} & {"float16", "bfloat16"}:
+    if {x.compute_dtype for x in all_layers(model)} & {"float16", "bfloat16"}:
         kind = "16 bits"
     elif all("cpu" in str(x.device).lower() for x in outputs.values()):
         kind = "CPU"
@@ -175,7 +179,7 @@ def _right(model, signature, settings, content, known):
 
 
 def _as_input(kind, content, settings, model):
-    """The model's input for what a request holds."""
+    """The model's input for the content of a request."""
     if kind == "float":
         return content
     if kind == "encoded":
@@ -185,7 +189,7 @@ def _as_input(kind, content, settings, model):
 
 
 def _full_precision():
-    """Accelerators would round products of float32 to fewer bits."""
+    """Disables the low-precision float32 products of accelerators."""
     if keras.backend.backend() == "jax":
         import jax
 
@@ -198,24 +202,24 @@ def _full_precision():
 
 
 def _check_alone(name, answer, mixed, tolerance):
-    """Raises if the first image's answer changed with the others."""
+    """Raises if the first image's answer depends on the other images."""
     change = max(_distance(mixed[k], x)[0] for k, x in answer.items())
     if not change <= tolerance:
         raise ValueError(
-            "An image's answer must not depend on its batch mates. Received: "
-            f"answers of {name!r} that change by {change:.1e} with other "
-            f"images beside it. {ADVICE}"
+            "An image's outputs must not depend on its batch mates. Received: "
+            f"outputs of {name!r} that change by {change:.1e} with other batch "
+            f"mates. {ADVICE}"
         )
 
 
 def _distances(name, answer, right, settings):
-    """`(B,)`, how far the answer to each image is from the right one."""
+    """`(B,)`, how far each image's answer is from the right one."""
     numbers = [x for x in answer.values() if x.dtype.kind == "f"]
     if not all(np.isfinite(x).all() for x in numbers):
         raise ValueError(
-            "An image must have a finite answer. Received: NaN or infinity "
-            f"from {name!r}, of noise. Look for NaN in the weights, a `std` "
-            "next to 0, or `max_pixels` below the images' own."
+            "Noise images must have finite outputs. Received: NaN or infinity "
+            f"from {name!r}. Look for NaN in the weights, a `std` close to 0, "
+            "or a `max_pixels` below the size of the model's images."
         )
     if "logits" in answer:
         right = {**right, **_derived(answer["logits"], settings)}
@@ -223,7 +227,7 @@ def _distances(name, answer, right, settings):
 
 
 def _derived(logits, settings):
-    """What follows from logits: probabilities, classes and their names."""
+    """Probabilities, classes and class names that follow from logits."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     best = logits.argmax(axis=-1)
     derived = {
@@ -240,8 +244,8 @@ def _distance(given, right):
     """`(B,)`, the largest difference of each image."""
     if given.shape != right.shape:
         raise ValueError(
-            "Answers must have the shapes of the model's outputs. Received: "
-            f"shape {given.shape} for {right.shape}. {ADVICE}"
+            "Outputs must have the shapes of the model's own. Received: shape "
+            f"{given.shape} instead of {right.shape}. {ADVICE}"
         )
     if given.dtype.kind != "f":
         return np.where(given == right, 0.0, np.inf)

@@ -1,4 +1,4 @@
-"""Asks an exported folder or file, in a process of its runtime alone.
+"""Runs an exported folder or file, in a process that has only its runtime.
 
     python asking.py PATH REQUESTS ANSWERS
 
@@ -42,7 +42,7 @@ def saved_model(path):
 
 
 def onnx(path):
-    """As `saved_model`, of a file without names of signatures."""
+    """As `saved_model`, for a file whose one signature has no name."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path)
@@ -61,7 +61,7 @@ def litert(path):
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # This room, whose modules are no libraries.
-    # TensorFlow would import it, and by it a backend: a server has neither.
+    sys.path.pop(0)  # The folder of this file, which would hide libraries.
+    # TensorFlow would import Keras and a backend: a server has neither.
     sys.modules["keras"] = None
     main(*sys.argv[1:])

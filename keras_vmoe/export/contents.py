@@ -1,4 +1,4 @@
-"""What a version holds beside graph and weights: model card and warm-up."""
+"""What a version holds besides graph and weights: model card and warm-up."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from keras_vmoe.version import __version__
 CARD = pathlib.Path("assets.extra", "model_card.json")
 LABELS = CARD.with_name("labels.txt")
 WARMUP = CARD.with_name("tf_serving_warmup_requests")
-# What a user's own entries may not be called.
+# Names that a user's own entries may not have.
 CARD_NAMES = (
     "name", "model", "params", "image_size", "channels", "num_classes",
     "preprocessing", "max_batch_size", "quantize_experts", "signatures",
@@ -32,18 +32,18 @@ CARD_NAMES = (
 
 
 def newest_version(directory):
-    """The folder of the highest version in a directory; None without one."""
+    """The folder of the highest version in a directory, or None."""
     found = [path.parent for path in directory.glob("*/saved_model.pb")]
     versions = {int(x.name): x for x in found if x.name.isdecimal()}
     return versions[max(versions)] if versions else None
 
 
 def write_card(folder, model, settings):
-    """Writes `model_card.json`, and the names of the classes beside it.
+    """Writes `model_card.json`, and the class names next to it.
 
     Args:
         folder: `pathlib.Path` of a version.
-        model: The model, under its own routing.
+        model: The model, with its own routing.
         settings: `Settings`.
     """
     path = folder / CARD
@@ -57,7 +57,7 @@ def write_card(folder, model, settings):
 
 
 def make_card(model, settings):
-    """The model card as a dict that JSON takes."""
+    """The model card as a dict of JSON values."""
     costs = {}
     for name, signature in settings.signatures.items():
         variant = asked = routed(model, signature.routing)
@@ -92,7 +92,7 @@ def make_card(model, settings):
 
 
 def _routing(layer):
-    """What a MoE layer's router really does."""
+    """How an MoE layer routes, with all defaults resolved."""
     names = ("num_selected_experts", "capacity_factor", "batch_priority")
     found = {name: getattr(layer.router, name, None) for name in names}
     tokens = math.prod(layer.get_build_config()["input_shape"][1:-1])
@@ -102,13 +102,13 @@ def _routing(layer):
         "num_experts": layer.num_experts,
         "images_per_group": layer.images_per_group,
         **{k: v for k, v in found.items() if v is not None},
-        # Rounded up, for a group: dials that round to the same do the same.
+        # Rounded up, per group: capacities that round to the same are the same.
         "slots_per_image": slots_of(layer, tokens),
     }
 
 
 def write_warmup(folder, shape, settings):
-    """Writes requests that TF Serving answers before it takes others.
+    """Writes requests that TF Serving replays before it accepts traffic.
 
     Args:
         folder: `pathlib.Path` of a version.
@@ -133,7 +133,7 @@ def write_warmup(folder, shape, settings):
 
 
 def noise(kind, shape, seed=0):
-    """Images of noise in the form that a signature takes.
+    """Noise images in the form that a signature takes.
 
     Args:
         kind: `Signature.input`.

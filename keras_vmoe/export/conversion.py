@@ -1,8 +1,8 @@
 """`onnx` and `litert`: one file for ONNX Runtime or LiteRT.
 
-A file takes `images` `(B, H, W, C)` float32, normalised as in training, and
-gives `logits` `(B, classes)`, or `features` of a model without classes. It gets
-its name after its runtime gave the model's outputs.
+A file takes `images` `(B, H, W, C)` float32, normalized as in training, and
+returns `logits` `(B, classes)`, or `features` from a model without classes. It
+appears under its name once its runtime has reproduced the model's outputs.
 """
 
 import pathlib
@@ -30,16 +30,13 @@ from keras_vmoe.export.variants import with_quantized_experts
 from keras_vmoe.layers.quantized_experts import quantized
 
 OPSET = 18
-LARGEST = 2**31  # Bytes of a file of either format.
+LARGEST = 2**31  # Bytes that a file of either format may have.
 # Suffix, what the experts can be quantized to, and what must be installed.
 FORMATS = {
     "onnx": (".onnx", KINDS, ("tf2onnx", "onnxruntime")),
     "litert": (".tflite", ("int8",), ("ai_edge_litert",)),
 }
-ADVICE = (
-    "Export it by `export.saved_model`, or try other routing or a model of "
-    "float32."
-)
+ADVICE = "Use `export.saved_model`, or try other routing or a model in float32."
 
 
 def onnx(
@@ -51,27 +48,27 @@ def onnx(
     batch_priority=None,
     quantize_experts=None,
 ):
-    """Exports a model to ONNX, from every backend, for any B from 1 on.
+    """Exports a model to ONNX, from any backend, for batches of any size.
 
     Args:
         model: A functional or sequential Keras model.
         path: File to write, ending in `.onnx`; must not exist.
         images_per_group: Images that are routed together, or "batch"; see
-            `saved_model` for what that means.
+            `saved_model` for what larger groups mean.
         capacity_factor: Capacity of the experts, or "dropless"; None means
             that of the model.
         num_selected_experts: K; None means that of the model.
         batch_priority: Whether to route confident tokens first; None means as
             in the model.
-        quantize_experts: `"int8"` or `"float16"`: how the kernels of experts
-            are stored. ONNX Runtime computes with them in float32.
+        quantize_experts: `"int8"` or `"float16"`: type in which the experts'
+            kernels are stored. ONNX Runtime computes with them in float32.
 
     Returns:
         `pathlib.Path` of the file.
 
     Raises:
         ValueError: If the model or an argument does not fit, or if ONNX Runtime
-            cannot run the model or disagrees with it.
+            cannot run the model or does not reproduce its outputs.
         FileExistsError: If the file exists.
         ImportError: If the extra `onnx` is not installed.
 
@@ -101,10 +98,10 @@ def litert(
     batch_priority=None,
     quantize_experts=None,
 ):
-    """Exports a model to LiteRT (once TensorFlow Lite), from every backend.
+    """Exports a model to LiteRT (formerly TensorFlow Lite), from any backend.
 
-    The file's signature is `serving_default`, its batch 1 until
-    `resize_tensor_input` sets another.
+    The file's signature is `serving_default`. Its batch size is 1 until
+    `resize_tensor_input` changes it.
 
     Args:
         model: A functional or sequential Keras model.
@@ -113,15 +110,15 @@ def litert(
         capacity_factor: See `onnx`.
         num_selected_experts: See `onnx`.
         batch_priority: See `onnx`.
-        quantize_experts: `"int8"`: how the kernels of experts are stored.
-            (Those of float16 would be folded into float32.)
+        quantize_experts: `"int8"`: type in which the experts' kernels are
+            stored. (LiteRT would convert float16 back to float32.)
 
     Returns:
         `pathlib.Path` of the file.
 
     Raises:
         ValueError: If the model or an argument does not fit, or if LiteRT
-            cannot run the model or disagrees with it.
+            cannot run the model or does not reproduce its outputs.
         FileExistsError: If the file exists.
         ImportError: If the extra `litert` is not installed.
     """
@@ -148,13 +145,13 @@ def _convert(writer, model, path, quantize_experts, **dials):
     size = sum(np.prod(x.shape) * 4 for x in model.weights)
     if size >= LARGEST:
         raise ValueError(
-            "A file of this format holds less than 2 GB. Received: a model of "
-            f"{size / 1e9:.1f} GB. Serve it by `export.saved_model`."
+            "A file of this format must be smaller than 2 GB. Received: a "
+            f"model of {size / 1e9:.1f} GB. Use `export.saved_model`."
         )
     for module in ("tensorflow", *modules):
         require(module, extra)
     dials = default_dials(model, **dials)
-    routed(model, dials)  # Raises where the model cannot take a dial.
+    routed(model, dials)  # Raises if the model has no such dial.
     signatures = {"serving_default": Signature(**dials)}
     settings = Settings(signatures, quantize_experts)
     with _files.creating(path) as partial:
@@ -170,13 +167,13 @@ def write_onnx(model, settings, path):
         settings: `Settings`.
         path: `pathlib.Path` that does not exist.
     """
-    # Keras gives no public way to the patch that it exports by itself.
+    # Keras has no public name for the patch that its own export applies.
     from keras.src.export.tf2onnx_lib import patch_tf2onnx
 
-    patch_tf2onnx()  # It does not know NumPy 2.
+    patch_tf2onnx()  # It predates NumPy 2.
     tf2onnx = require("tf2onnx", "onnx")
     call = _call(model, settings)
-    with process.named_errors("ONNX must have what the model does", ADVICE):
+    with process.named_errors("ONNX must support the model", ADVICE):
         proto, _ = tf2onnx.convert.from_function(
             call,
             input_signature=call.input_signature,
@@ -198,24 +195,21 @@ def write_litert(model, settings, path):
         settings: `Settings`.
         path: `pathlib.Path` that does not exist.
     """
-    from tensorflow.lite.python.convert_phase import ConverterError
-
     tf = import_tensorflow()
     if settings.quantize_experts is not None:
         model = with_quantized_experts(model, settings.quantize_experts)
     call = _call(model, settings).get_concrete_function()
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-        # From a folder, which alone gives inputs and outputs their names.
+        # Only a converter from a folder keeps the names of inputs and outputs.
         folder = pathlib.Path(temporary, "1")
         write_graph(folder, {"serving_default": call})
-        expected = "LiteRT must have what the model does"
-        with process.named_errors(expected, ADVICE, ConverterError):
+        with process.named_errors("LiteRT must support the model", ADVICE):
             converter = tf.lite.TFLiteConverter.from_saved_model(str(folder))
             path.write_bytes(converter.convert())
 
 
 def _call(model, settings):
-    """A `tf.function` of `images` with one output, and its name."""
+    """A `tf.function` from `images` to one named output."""
     tf = import_tensorflow()
     routing = settings.signatures["serving_default"].routing
     core = traced_model(routed(model, routing))
@@ -230,7 +224,7 @@ def _call(model, settings):
 
 
 def _erfc(context, node, name, arguments):
-    """`1 - erf(x)`, which exact gelu is made of and ONNX does not have."""
+    """`1 - erf(x)`: the exact GELU uses `erfc`, which ONNX lacks."""
     from tf2onnx.utils import make_name
 
     (output,), kinds = node.output, node.output_dtypes
@@ -239,17 +233,13 @@ def _erfc(context, node, name, arguments):
     one = context.make_const(make_name("one"), np.array(1, "float32"))
     context.remove_node(node.name)
     context.make_node(
-        "Sub",
-        [one.output[0], erf.output[0]],
-        outputs=[output],
-        name=name,
-        shapes=shapes,
-        dtypes=kinds,
-    )
+        "Sub", [one.output[0], erf.output[0]], outputs=[output], name=name,
+        shapes=shapes, dtypes=kinds,
+    )  # fmt: skip
 
 
 def _kernels(model):
-    """The experts' kernels by their bytes, whole and expert by expert."""
+    """Names of the experts' kernels by their bytes, whole and by expert."""
     kernels = {}
     for layer in moe_layers_of(model):
         for name in ("hidden_kernel", "output_kernel"):
@@ -260,14 +250,14 @@ def _kernels(model):
 
 
 def _quantize(graph, kernels, kind):
-    """Stores kernels in fewer bytes, with what turns them back before them.
+    """Stores kernels quantized, and adds the nodes that dequantize them.
 
-    TensorFlow's converter would fold quantized kernels into numbers again.
+    Quantized before, TensorFlow's converter would fold them into float32.
     """
     import onnx as library
 
     make, numpy = library.helper, library.numpy_helper
-    found, nodes = set(), []
+    float32, found, nodes = library.TensorProto.FLOAT, set(), []
     for initializer in list(graph.initializer):
         values = numpy.to_array(initializer)
         if values.tobytes() not in kernels:
@@ -275,14 +265,11 @@ def _quantize(graph, kernels, kind):
         found.add(kernels[values.tobytes()])
         graph.initializer.remove(initializer)
         name = initializer.name
+        stored = f"{name}/{kind}"
         values, scale = quantized(values, kind)
-        graph.initializer.append(numpy.from_array(values, f"{name}/{kind}"))
+        graph.initializer.append(numpy.from_array(values, stored))
         cast = name if scale is None else f"{name}/cast"
-        nodes.append(
-            make.make_node(
-                "Cast", [f"{name}/{kind}"], [cast], to=library.TensorProto.FLOAT
-            )
-        )
+        nodes.append(make.make_node("Cast", [stored], [cast], to=float32))
         if scale is not None:
             factor = numpy.from_array(scale, f"{name}/scale")
             graph.initializer.append(factor)
@@ -290,9 +277,9 @@ def _quantize(graph, kernels, kind):
     missing = set(kernels.values()) - found
     if missing:
         raise ValueError(
-            "Every kernel of the experts must be found to be quantized. "
-            f"Received: a graph without {sorted(missing)}. Leave "
-            "`quantize_experts` out."
+            "The graph must hold every kernel that is to be quantized. "
+            f"Received: a graph without {sorted(missing)}. Omit "
+            "`quantize_experts`."
         )
     for node in reversed(nodes):
         graph.node.insert(0, node)

@@ -1,6 +1,6 @@
 """The functions of a SavedModel: guards, decoding, model, answers.
 
-Runs under the TensorFlow backend, in the process of the export.
+Runs under the TensorFlow backend, in the process that exports.
 
 Axes: B images in the batch, H and W height and width in pixels, C channels.
 """
@@ -19,8 +19,8 @@ UNKNOWN = -1  # The class of an image without a finite answer.
 def make_endpoints(model, settings):
     """One traced function for each signature.
 
-    All share the variables of the model, and those of the same routing share
-    one copy of its graph.
+    All share the model's variables, and those with the same routing share one
+    copy of its graph.
 
     Args:
         model: A model; see `saved_model`.
@@ -66,7 +66,7 @@ def input_spec(kind, shape):
 
 
 def traced_model(model):
-    """A function from images to the dict of what the model says of them."""
+    """A function from images to the dict of the model's outputs."""
     tf = import_tensorflow()
     model = answering(model)
 
@@ -82,12 +82,12 @@ def _endpoint(read, core, answer):
 
     def endpoint(inputs):
         images = read(inputs)
-        # Convolutions of TensorFlow give an empty batch a wrong shape. (And
-        # they take a `tf.pad` before them for a part of themselves.)
+        # TensorFlow's convolutions give an empty batch a wrong shape. (And
+        # they fuse with a `tf.pad` before them.)
         count = tf.shape(images)[0]
         filling = tf.zeros((tf.cast(count == 0, tf.int32), *images.shape[1:]))
         outputs = core(tf.concat([images, filling], axis=0))
-        # Of a model that would not carry it along, as by its maxima, too.
+        # Also for models that would lose a NaN, such as by a maximum.
         good = tf.reduce_all(tf.math.is_finite(images), axis=(1, 2, 3))
         nan = tf.constant(float("nan"))
         return answer(
@@ -101,14 +101,14 @@ def _endpoint(read, core, answer):
 
 
 def _reader(kind, shape, settings):
-    """A function from what a request holds to the model's input."""
+    """A function from the content of a request to the model's input."""
     tf = import_tensorflow()
     spec = input_spec(kind, shape)
     preprocessing = settings.preprocessing
 
     @tf.function(autograph=False)
     def read(inputs):
-        # First of all: a wrong rank would abort the process in a kernel.
+        # First, because a wrong rank would abort the process in a kernel.
         inputs = tf.ensure_shape(inputs, spec.shape)
         inputs = _limited(inputs, settings.max_batch_size)
         if kind == "float":
@@ -128,7 +128,7 @@ def _reader(kind, shape, settings):
 
 
 def _limited(inputs, max_batch_size):
-    """The inputs, or an error where they are too many."""
+    """The inputs, or an error if there are too many."""
     tf = import_tensorflow()
     count = tf.shape(inputs)[0]
     check = tf.debugging.Assert(
@@ -147,7 +147,7 @@ def _features(core):
 
 
 def _answer(class_names):
-    """A function from the model's dict to the answer of a request."""
+    """A function from the model's outputs to the answer to a request."""
     tf = import_tensorflow()
 
     @tf.function(autograph=False)
@@ -162,10 +162,10 @@ def _answer(class_names):
             "class_id": found,
         }
         if class_names is not None:
-            # The name of no class stands last.
+            # The name of no class comes last.
             names = tf.constant([*class_names, ""])
-            place = tf.where(finite, best, len(class_names))
-            outputs["class_name"] = tf.gather(names, place)
+            index = tf.where(finite, best, len(class_names))
+            outputs["class_name"] = tf.gather(names, index)
         return outputs
 
     return lambda core: answer(core["logits"])

@@ -1,8 +1,8 @@
-"""Exports run under the TensorFlow backend: here, or in a process of its own.
+"""Exports run under the TensorFlow backend, here or in a child process.
 
     python -m keras_vmoe.export.process WRITER FOLDER OUT [MODULE ...]
 
-is that process. FOLDER has the model and the settings.
+is that child. FOLDER holds the model and the settings.
 """
 
 import contextlib
@@ -23,44 +23,39 @@ import keras
 
 from keras_vmoe import models
 from keras_vmoe._extras import require
+from keras_vmoe._keras import all_layers
 from keras_vmoe.export.agreement import LONGEST
 from keras_vmoe.export.agreement import agree
-from keras_vmoe.export.variants import layers_of
 from keras_vmoe.models.cloning import clone_around
 
 MODEL, SETTINGS = "model.keras", "settings.pickle"
-ERROR = "keras_vmoe export: "  # Begins the line that tells one; disks are full.
+ERROR = "keras_vmoe export: "  # Starts the line of output that has an error.
 ADVICE = (
-    "Put layers and functions of your own into a module that can be imported "
-    "(not the script itself), register them by "
+    "Put custom layers and functions into a module that can be imported (not "
+    "the script itself), register them with "
     "keras.saving.register_keras_serializable, use keras.ops in them, and keep "
-    "what they know in weights or in their configuration. In the place of a "
-    "Lambda take such a layer."
+    "their state in weights or in their config. Replace a Lambda by such a "
+    "layer."
 )
 ERRORS = {error.__name__: error for error in (ValueError, OSError, ImportError)}
-# What Python raises of layers and converters that cannot do something.
-FAILURES = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError,
-    RuntimeError, TypeError, ValueError,
-)  # fmt: skip
 
 
 def write(writer, model, settings, path):
-    """Writes a model in another format, and checks what was written.
+    """Writes a model in another format, and checks the result.
 
     Args:
-        writer: Function of a module, from model, settings and path.
+        writer: Function of a module that takes model, settings and path.
         model: A Keras model.
         settings: `Settings`.
         path: `pathlib.Path` that does not exist.
 
     Raises:
-        ValueError: If the model cannot be built under TensorFlow, or if what
-            was written says something else.
+        ValueError: If the model cannot be built under TensorFlow, or if the
+            export does not reproduce its outputs.
         OSError: If the disk is full.
     """
     require("tensorflow", "tensorflow")
-    model = clone_around(model)  # Not compiled, its graph our own.
+    model = clone_around(model)  # Not compiled, with a graph of ours.
     if keras.backend.backend() == "tensorflow":
         with _quiet():
             writer(model, settings, path)
@@ -76,7 +71,7 @@ def write(writer, model, settings, path):
 
 @contextlib.contextmanager
 def _quiet():
-    """TensorFlow warns of gradients that a served function does not have."""
+    """TensorFlow warns that a served function has no gradients."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -87,20 +82,19 @@ def _quiet():
 
 
 @contextlib.contextmanager
-def named_errors(expected, advice, *kinds):
-    """Errors of layers and converters as one of ours.
-
-    Theirs are of many kinds, which have nothing in common.
+def named_errors(expected, advice):
+    """Turns errors of layers and converters, of any type, into a ValueError.
 
     Args:
-        expected: What must work.
+        expected: What was expected.
         advice: Sentence that says how to mend it.
-        *kinds: Further errors than Python's own.
     """
     try:
         yield
-    except (*FAILURES, *kinds) as error:
-        cause = error  # What it began with, without what Keras adds.
+    except (OSError, MemoryError):  # Of the machine, not of the model.
+        raise
+    except Exception as error:
+        cause = error  # The first one, without what Keras adds.
         while cause.__cause__ is not None or cause.__context__ is not None:
             cause = cause.__cause__ or cause.__context__
         words = textwrap.shorten(f"{type(cause).__name__}: {cause}", LONGEST)
@@ -108,11 +102,11 @@ def named_errors(expected, advice, *kinds):
 
 
 def _modules(model):
-    """Modules of all that is registered with Keras and stands in a model."""
+    """Modules of a model's layers and of its objects registered with Keras."""
     config = model.to_json()
     registered = keras.saving.get_custom_objects().items()
     found = [x for name, x in registered if f'"{name}"' in config]
-    found += map(type, layers_of(model))
+    found += map(type, all_layers(model))
     return {x.__module__ for x in found}
 
 
@@ -121,10 +115,10 @@ def _run_process(arguments):
     environment = {
         **os.environ,
         "KERAS_BACKEND": "tensorflow",
-        "CUDA_VISIBLE_DEVICES": "-1",  # They belong to this process.
+        "CUDA_VISIBLE_DEVICES": "-1",  # This process holds the GPUs.
         "PYTHONPATH": os.pathsep.join(x or os.getcwd() for x in sys.path),
     }
-    theirs, ours = os.pipe()  # It ends with this process.
+    theirs, ours = os.pipe()  # Closed when this process ends.
     try:
         done = subprocess.run(  # noqa: S603
             [sys.executable, "-m", __spec__.name, *arguments],
@@ -141,15 +135,15 @@ def _run_process(arguments):
     lines = [x for x in done.stdout.splitlines() if x.startswith(ERROR)]
     if not lines:
         raise RuntimeError(
-            "The export under TensorFlow must end well. Received: exit status "
-            f"{done.returncode} and this:\n{done.stderr[-2000:]}"
+            "The export under TensorFlow must succeed. Received: exit status "
+            f"{done.returncode} with:\n{done.stderr[-2000:]}"
         )
     kind, *words = json.loads(lines[-1].removeprefix(ERROR))
     raise ERRORS[kind](*words)
 
 
 def main(arguments):
-    """The process: prints an error as a line of JSON."""
+    """The child process; it prints an error as a line of JSON."""
     writer, folder, path, *modules = arguments
     module, _, name = writer.partition(":")
     folder = pathlib.Path(folder)
@@ -171,14 +165,14 @@ def main(arguments):
 
 
 def _end_with_parent():
-    """Ends this process when the other has, however that came."""
+    """Ends this process when its parent ends, for whatever reason."""
     while os.read(0, 1):
         pass
     os._exit(1)
 
 
 def _load(path, modules):
-    """The model, after the modules of its layers."""
+    """Loads the model, after the modules of its layers."""
     expected = "The model must load under TensorFlow in a new process"
     with named_errors(expected, ADVICE):
         for module in modules:

@@ -1,4 +1,4 @@
-"""What an export is told: signatures with their routing, preprocessing.
+"""Settings of an export: signatures with their routing, and the rest.
 
 No TensorFlow here: settings are checked under every backend, before anything
 is written.
@@ -23,7 +23,7 @@ from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
 from keras_vmoe.data.preprocessing import Preprocessing
 
-# What requests call the input of a signature, by `Signature.input`.
+# Names of the input in requests, by `Signature.input`.
 INPUT_NAMES = {
     "float": "images",
     "uint8": "images",
@@ -38,18 +38,18 @@ DIALS = (
 NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)  # Of a signature.
 MAX_BATCH_SIZE = 1024
 WARMUP_BATCHES = (1, 8)
-MAX_RECORDS = 1000  # Of warm-up: with more TF Serving refuses the version.
+MAX_RECORDS = 1000  # Warm-up requests that TF Serving accepts in a version.
 
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
-    """One way to ask an exported model: what goes in, how it is routed.
+    """One endpoint of an exported model: its input, output and routing.
 
     Attributes:
-        input: `"float"` for images `(B, H, W, C)` normalised as in training,
+        input: `"float"` for images `(B, H, W, C)` normalized as in training,
             `"uint8"` for pixels `(B, H, W, C)`, `"encoded"` for the bytes
             `(B,)` of JPEG and PNG files of any size.
-        features: Whether to answer with the features `(B, D)` before the head
+        features: Whether to return the features `(B, D)` before the head
             instead of classes.
         capacity_factor: Capacity of the experts relative to an even load, or
             "dropless"; None means that of the export.
@@ -60,8 +60,8 @@ class Signature:
             means that of the export.
 
     Raises:
-        ValueError: If `input`, `features` or `batch_priority` is none of these.
-            Other dials are checked with the model, by `saved_model`.
+        ValueError: If `input`, `features` or `batch_priority` is invalid. The
+            other dials are checked against the model, by `saved_model`.
 
     Example:
 
@@ -85,7 +85,7 @@ class Signature:
 
     @property
     def routing(self):
-        """The dials that are turned, as arguments of `models.set_routing`."""
+        """The dials that are set, as arguments of `models.set_routing`."""
         dials = {name: getattr(self, name) for name in DIALS}
         return {k: v for k, v in dials.items() if v is not None}
 
@@ -100,7 +100,7 @@ STANDARD = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All that an export needs to know.
+    """The checked settings of an export.
 
     Attributes:
         signatures: Dict from name to `Signature`; an ONNX or LiteRT file has
@@ -110,7 +110,7 @@ class Settings:
         max_batch_size: Larger requests are refused.
         warmup_batches: Batch sizes of the warm-up requests; empty for none.
         class_names: One name for each class, or None.
-        card: Dict, what to write into the model card as it is.
+        card: Dict of the user's own entries in the model card.
     """
 
     signatures: dict
@@ -123,34 +123,33 @@ class Settings:
 
 
 def make_signatures(table, **defaults):
-    """The standard signatures and those of a user's table.
+    """The standard signatures and those in a user's table.
 
     Args:
         table: None, a dict from name to a dict of `Signature`'s attributes (or
             a `Signature`), or an iterable of such pairs.
-        **defaults: Dials of all signatures that do not turn them themselves.
+        **defaults: Dials of all signatures that do not set them themselves.
 
     Returns:
         Dict from name to `Signature`.
 
     Raises:
-        ValueError: If a name is there twice or is no name, or if a setting is
+        ValueError: If a name is invalid or given twice, or if a setting is
             unknown.
     """
     signatures = dict(STANDARD)
     for name, settings in _pairs(table):
-        # Those with two underscores before them are TensorFlow's.
+        # Names with two leading underscores are TensorFlow's.
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ValueError(
                 "The name of a signature must be a word of letters, digits and "
-                "underscores that begins with a letter. "
-                f"Received: {name!r}. Write for example 'fast'."
+                "underscores that begins with a letter, such as 'fast'. "
+                f"Received: {name!r}."
             )
         if name in signatures:
             raise ValueError(
-                "Every signature must have a name of its own. Received: "
-                f"{name!r} twice; {list(STANDARD)} are always there. Choose "
-                "another name."
+                "Every signature must have a name of its own, other than "
+                f"{list(STANDARD)}. Received: {name!r} twice. Choose another."
             )
         if not isinstance(settings, Signature):
             known = [field.name for field in dataclasses.fields(Signature)]
@@ -164,7 +163,7 @@ def make_signatures(table, **defaults):
 
 
 def _pairs(table):
-    """The pairs of name and settings of a table of signatures, checked."""
+    """The pairs of name and settings in a table of signatures, checked."""
     pairs = table.items() if isinstance(table, Mapping) else table or ()
     try:
         pairs = [(name, settings) for name, settings in pairs]
@@ -173,7 +172,7 @@ def _pairs(table):
         good = False
     if not good:
         raise ValueError(
-            "`signatures` must go from names to dicts of settings, such as "
+            "`signatures` must map names to dicts of settings, such as "
             "{'fast': dict(capacity_factor=0.5)}. "
             f"Received: signatures={table!r}."
         )
@@ -181,13 +180,13 @@ def _pairs(table):
 
 
 def check_names(class_names, num_classes):
-    """The names of the classes as a tuple, checked; None without."""
+    """The class names as a tuple, checked; None without any."""
     if class_names is None:
         return None
     is_list = isinstance(class_names, Sequence | np.ndarray)
-    names = list(class_names) if is_list else []
-    known = all(isinstance(x, str) or is_integer(x) for x in names)
-    if not is_list or isinstance(class_names, str | bytes) or not known:
+    is_text = isinstance(class_names, str | bytes)
+    names = list(class_names) if is_list and not is_text else [None]
+    if not all(isinstance(x, str) or is_integer(x) for x in names):
         raise ValueError(
             "`class_names` must be a list of names in the order of the "
             f"classes. Received: class_names={class_names!r}."
@@ -196,49 +195,49 @@ def check_names(class_names, num_classes):
     if len(names) != num_classes:
         raise ValueError(
             f"`class_names` must have one name for each of the {num_classes} "
-            f"classes. Received: {len(names)} names. Give all, or None."
+            f"classes. Received: {len(names)} names."
         )
-    # Half a character has no bytes.
+    # Unpaired surrogates have no bytes.
     lines = [x.encode("utf-8", "ignore").decode().splitlines() for x in names]
     if lines != [[x] for x in names] or len({*names}) < len(names):
         raise ValueError(
-            "Class names must be lines of text that differ, and '' is that of "
-            f"no class. Received: class_names={names}."
+            "Class names must be distinct, non-empty lines of text. Received: "
+            f"class_names={names}."
         )
     return names
 
 
 def check_card(card, reserved):
-    """A model card's own entries as plain values, checked.
+    """The user's entries in the model card as JSON values, checked.
 
     Args:
-        card: What the user gave.
-        reserved: Names that the card has anyway.
+        card: Dict from the user, or None.
+        reserved: Names of the entries that every card has.
     """
     try:
         plain = json.dumps(dict(card or {}), default=float, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            "`card` must be a dict that holds what JSON takes, such as "
+            "`card` must be a dict of JSON values, such as "
             f"{{'test_accuracy': 0.98}}. Received: card={card!r} ({error})."
         ) from error
     for name in set(card or {}) & set(reserved):
         raise ValueError(
-            f"The model card tells {name!r} itself. Received: "
+            f"Every model card has a {name!r} entry already. Received: "
             f"card={{{name!r}: {card[name]!r}}}. Choose another name."
         )
     return json.loads(plain)
 
 
 def check_preprocessing(preprocessing, channels):
-    """A `Preprocessing` that fits a model; the package's own for None."""
+    """A `Preprocessing` that fits a model; the package's default for None."""
     if preprocessing is None:
         return Preprocessing()
     if not isinstance(preprocessing, Preprocessing):
         raise ValueError(
-            "`preprocessing` must be a Preprocessing or None. Received: "
-            f"preprocessing={preprocessing!r}. Write "
-            "export.Preprocessing(test_crop=0.875)."
+            "`preprocessing` must be None or a Preprocessing, such as "
+            "export.Preprocessing(test_crop=0.875). Received: "
+            f"preprocessing={preprocessing!r}."
         )
     for name in ("mean", "std"):
         value = getattr(preprocessing, name)
@@ -261,8 +260,8 @@ def check_warmup(warmup, max_batch_size, num_signatures):
         check_sizes(warmup=batch)
         if batch > max_batch_size:
             raise ValueError(
-                "Warm-up requests must not be refused. Received: a batch of "
-                f"{batch} with max_batch_size={max_batch_size}."
+                "Warm-up requests must not exceed `max_batch_size`. Received: "
+                f"a batch of {batch} with max_batch_size={max_batch_size}."
             )
     check_at_most(
         "warm-up requests", num_signatures * len(batches), MAX_RECORDS
@@ -271,7 +270,7 @@ def check_warmup(warmup, max_batch_size, num_signatures):
 
 
 def check_at_most(name, value, largest):
-    """Raises if a number is larger than what a server takes."""
+    """Raises if a number is larger than what TF Serving accepts."""
     if value > largest:
         raise ValueError(
             f"`{name}` must be at most {largest}. Received: {name}={value}."
@@ -279,10 +278,10 @@ def check_at_most(name, value, largest):
 
 
 def check_path(name, path):
-    """Raises unless this is a path that TensorFlow reads as it is."""
+    """Raises unless TensorFlow takes a path literally."""
     is_path = isinstance(path, str | os.PathLike)
     if not is_path or set("[\\") & set(pathlib.PurePath(path).as_posix()):
         raise ValueError(
             f"`{name}` must be a path without '[' and '\\', which TensorFlow "
-            f"reads as a pattern. Received: {name}={path!r}."
+            f"would read as a pattern. Received: {name}={path!r}."
         )

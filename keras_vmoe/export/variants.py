@@ -1,4 +1,4 @@
-"""The models that an export needs: routed, answering, quantized."""
+"""Checks of a model, and its variants: routed, answering, quantized."""
 
 import os
 
@@ -7,18 +7,19 @@ import keras
 from keras_vmoe import layers
 from keras_vmoe import models
 from keras_vmoe._checks import check_choice
+from keras_vmoe._keras import all_layers
 from keras_vmoe.distribution import _processes
 from keras_vmoe.layers.experts import MLPExperts
 from keras_vmoe.layers.quantized_experts import QuantizedMLPExperts
 from keras_vmoe.models.cloning import clone_around
 from keras_vmoe.models.cloning import is_graph
 
-# Layers and operations that end a model in something else than logits.
+# Layers and operations whose output is no logits.
 ACTIVATIONS = (
     "Softmax", "Sigmoid", "ReLU", "Relu", "LeakyReLU", "ELU", "PReLU",
 )  # fmt: skip
 KINDS = ("int8", "float16")
-ONE_BY_ONE = ("images_per_group", 1)  # As a dense model always answers.
+ONE_BY_ONE = ("images_per_group", 1)  # As dense models always do.
 
 
 def check_model(model):
@@ -26,13 +27,13 @@ def check_model(model):
     if isinstance(model, (str, os.PathLike)):
         raise ValueError(
             "`model` must be a Keras model. Received: the path "
-            f"{str(model)!r}. Load it by `models.load`."
+            f"{str(model)!r}. Load it with `models.load`."
         )
     if _processes.num_processes() > 1:
         raise ValueError(
-            "An export is made in one process. Received: "
-            f"{_processes.num_processes()} of them. Save the model by "
-            "`models.save`, and load and export it in a single one."
+            "A model is exported from a single process. Received: "
+            f"{_processes.num_processes()} of them. Save the model with "
+            "`models.save`, and load and export it in one process."
         )
     if not is_graph(model) or not model.built:
         raise ValueError(
@@ -43,15 +44,15 @@ def check_model(model):
     one = len(shapes) == len(model.outputs) == 1 and len(shapes[0]) == 3
     if not one or None in shapes[0]:
         raise ValueError(
-            "`model` must go from one batch of images of a known size, "
+            "`model` must map one batch of images of a known size, "
             f"(B, H, W, C), to one output. Received: inputs {shapes} and "
             f"{len(model.outputs)} outputs. Build it with its image size."
         )
     if not keras.backend.is_float_dtype(model.inputs[0].dtype):
         raise ValueError(
-            "`model` must take images of floats. Received: inputs of type "
-            f"{model.inputs[0].dtype}. Build it from a `keras.Input` of "
-            "float32, whose pixels are Preprocessing(mean=0, std=1)."
+            "`model` must take floating-point images. Received: inputs of type "
+            f"{model.inputs[0].dtype}. Build it from a float32 `keras.Input`, "
+            "and export it with Preprocessing(mean=0, std=1) if that is pixels."
         )
     _check_logits(model)
 
@@ -69,33 +70,28 @@ def _check_logits(model):
     else:
         return
     raise ValueError(
-        "`model` must give logits, one vector for each image. Received: "
+        "`model` must return logits, one vector per image. Received: "
         f"{received}. Pool, end with a `Dense` without activation, and train "
-        "by a loss with from_logits=True."
+        "with a loss that has from_logits=True."
     )
 
 
-def layers_of(model):
-    """All layers, those inside of others included."""
-    return model._flatten_layers()  # There is no public way to them.
-
-
 def moe_layers_of(model):
-    """All MoE layers, those of nested models included."""
-    return [x for x in layers_of(model) if isinstance(x, layers.MoEMLP)]
+    """All MoE layers, those in nested models included."""
+    return [x for x in all_layers(model) if isinstance(x, layers.MoEMLP)]
 
 
 def last_of(model):
-    """The operation that makes the outputs, inside of nested models too."""
+    """The operation that makes the outputs, also in nested models."""
     last, _ = _last_here(model)
     return last_of(last) if is_graph(last) else last
 
 
 def _last_here(model):
-    """The last operation of a graph that changes more than types; its inputs.
+    """The last operation that changes more than the type, and its inputs.
 
-    Those of the call that counts here: a layer may be called elsewhere as well,
-    and only Keras's private history tells its calls apart.
+    A layer may be called several times; only Keras's private history tells
+    which call made the outputs.
     """
     operation, node, _ = model.outputs[0]._keras_history
     while True:
@@ -114,18 +110,18 @@ def _changes_nothing(operation):
 
 
 def features_of(model):
-    """What the `Dense` layer gets that makes the logits; None without one."""
+    """The input of the `Dense` that makes the logits; None without one."""
     last, inputs = _last_here(model)
     return inputs[0] if isinstance(last, keras.layers.Dense) else None
 
 
 def has_classes(model):
-    """Whether the model tells classes apart, or gives features alone."""
+    """Whether the model returns logits, or only features."""
     return getattr(model, "num_classes", True) is not None
 
 
 def default_dials(model, **dials):
-    """The dials that are set, for a model that routes; none for a dense one."""
+    """The dials that are set; none for a dense model, which must have none."""
     dials = {k: v for k, v in dials.items() if v is not None}
     if moe_layers_of(model):
         return dials
@@ -134,29 +130,29 @@ def default_dials(model, **dials):
         raise ValueError(
             "A dense model has nothing to route. Received: "
             f"{', '.join(f'{k}={v!r}' for k, v in turned.items())} with "
-            f"{model.name!r}. Leave it out."
+            f"{model.name!r}. Omit it."
         )
     return {}
 
 
 def routes_alone(model):
-    """Whether every image is a routing group of its own."""
+    """Whether every image is its own routing group."""
     return all(x.images_per_group == 1 for x in moe_layers_of(model))
 
 
 def routed(model, dials):
-    """The model under the dials of a signature, around the same weights.
+    """The model with the dials of a signature, around the same weights.
 
     Args:
         model: A model, dense ones included.
-        dials: Arguments of `models.set_routing`; where every router routes
-            each image alone, a group of one is no change.
+        dials: Arguments of `models.set_routing`. A group of one image changes
+            nothing in a model that routes each image alone.
 
     Returns:
         A model.
 
     Raises:
-        ValueError: If the model cannot take a dial.
+        ValueError: If the model has no such dial.
     """
     if routes_alone(model) and dials.get("images_per_group") == 1:
         dials = {k: v for k, v in dials.items() if k != "images_per_group"}
@@ -164,14 +160,14 @@ def routed(model, dials):
 
 
 def answering(model):
-    """A model that gives a dict of all that signatures may ask for.
+    """A model that returns a dict of all that signatures may return.
 
     Args:
         model: A model.
 
     Returns:
-        A model from images to `features` `(B, D)`, where it has a head, and
-        `logits` `(B, classes)`, where it has classes; float32.
+        A model from images to `features` `(B, D)`, if it has a head, and
+        `logits` `(B, classes)`, if it has classes; float32.
     """
     outputs = {"logits": model.outputs[0], "features": features_of(model)}
     if not has_classes(model):
@@ -185,15 +181,15 @@ def answering(model):
 
 
 def check_quantization(model, kind, kinds):
-    """Raises unless the experts of a model can be stored so."""
+    """Raises unless a model's experts can be quantized to this type."""
     check_choice("quantize_experts", kind, (None, *kinds))
     experts = [layer.experts for layer in moe_layers_of(model)]
     all_known = experts and all(isinstance(x, MLPExperts) for x in experts)
     if kind is not None and not all_known:
         kinds = sorted({type(x).__name__ for x in experts}) or "a dense model"
         raise ValueError(
-            "Only `MLPExperts` are quantized. Received: "
-            f"quantize_experts={kind!r} with {kinds}. Leave it out."
+            "Only `MLPExperts` can be quantized. Received: "
+            f"quantize_experts={kind!r} with {kinds}. Omit it."
         )
 
 

@@ -1,4 +1,4 @@
-"""What the experts do: statistics of the routers, and pictures of them."""
+"""What the experts do: statistics of the routers, and plots of them."""
 
 from keras_vmoe.inspection._plots import plot_history
 from keras_vmoe.inspection.statistics import reset_routing_statistics

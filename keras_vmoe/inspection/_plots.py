@@ -10,13 +10,12 @@ from keras_vmoe._extras import require
 
 
 def plot_history(history, routing, path):
-    """Draws loss, accuracy and the load of every expert over the epochs.
+    """Plots loss, accuracy and the load of every expert over the epochs.
 
     Args:
         history: Dict from metric name to a list with one value per epoch, as
             in `keras.callbacks.History.history`.
-        routing: List with one dict per epoch, as `routing_statistics` gives
-            them.
+        routing: List with the `routing_statistics` of each epoch.
         path: PNG file to write, atomically.
 
     Returns:
@@ -52,12 +51,11 @@ def history_figure(history, routing):
 
 
 def load_heatmap(name, epochs):
-    """Draws the load of a layer's experts over the epochs.
+    """Plots the load of a layer's experts over the epochs.
 
     Args:
         name: Name of the layer, for the title.
-        epochs: List with one dict per epoch, as `routing_statistics` gives for
-            the layer.
+        epochs: List with the layer's `routing_statistics` of each epoch.
 
     Returns:
         `(height, width, 3)` uint8 array.

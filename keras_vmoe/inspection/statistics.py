@@ -5,7 +5,7 @@ from keras_vmoe._keras import all_layers
 
 
 def routing_statistics(model):
-    """Routing statistics of each MoE layer in training since the last reset.
+    """Training statistics of each router since the last reset.
 
     Args:
         model: Any Keras model with `MoEMLP` layers, nested ones included.
@@ -14,7 +14,7 @@ def routing_statistics(model):
         Dict from layer name to a dict with the floats `auxiliary_loss`,
         `dropped_share`, `gate_entropy`, `importance_cv2` and
         `experts_per_image`, and `load_share`, a numpy array `(E,)`: means over
-        the training steps. Layers without a training step are left out.
+        the training steps. Layers without any are left out.
 
     Example:
 
@@ -45,7 +45,7 @@ def reset_routing_statistics(model):
 def moe_layers(model):
     """The `MoEMLP` layers of a model or layer by name, nested ones included.
 
-    Layers of different nested models may have one name: the second one becomes
+    Layers of different nested models may share a name: the second one becomes
     `<name>_1`, and so on.
     """
     found = {}

@@ -1,4 +1,4 @@
-"""Activations that Keras has no name for."""
+"""The tanh approximation of gelu, which has no name in Keras."""
 
 import keras
 
@@ -43,7 +43,7 @@ def get_activation(identifier):
 
 
 def serialize_activation(activation):
-    """The string or config that `get_activation` turns back."""
+    """The string or config from which `get_activation` restores it."""
     if activation is gelu_tanh:
         return "gelu_tanh"
     return keras.activations.serialize(activation)

@@ -1,4 +1,4 @@
-"""Multi-head attention as vision transformers initialise it."""
+"""Multi-head attention, initialized as in vision transformers."""
 
 import math
 
@@ -9,12 +9,12 @@ from keras_vmoe.layers.freezing import hand_down
 
 @keras.saving.register_keras_serializable("keras_vmoe")
 class MultiHeadAttention(keras.layers.MultiHeadAttention):
-    """Keras's attention for D features in and out, initialised as in V-MoE.
+    """Keras's attention with D features in and out, initialized as in V-MoE.
 
     All four kernels map D to D features, so that one Glorot limit,
-    `sqrt(3 / D)`, is right for each. Left alone, Keras takes the kernels
-    `(D, heads, D / heads)` for convolutions and starts them several times too
-    small.
+    `sqrt(3 / D)`, is right for each. By default Keras takes the kernels
+    `(D, heads, D / heads)` for convolutions and initializes them several times
+    too small.
 
     Args:
         num_heads: Heads; must divide `features`.
@@ -43,10 +43,11 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
 
     def __init__(self, num_heads, features, **kwargs):
         if num_heads < 1 or features % num_heads:
+            divisors = [n for n in range(1, 33) if features % n == 0]
             raise ValueError(
                 "`hidden_dim` must be divisible by `num_heads`. "
                 f"Received: hidden_dim={features}, num_heads={num_heads}. "
-                f"{_divisors_hint(features)}"
+                f"Numbers of heads that fit: {divisors}."
             )
         limit = math.sqrt(3 / features)
         super().__init__(
@@ -57,29 +58,16 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         )
         self.features = features
 
-    def _compute_attention(
-        self,
-        query,
-        key,
-        value,
-        attention_mask=None,
-        training=None,
-        return_attention_scores=False,
-        use_causal_mask=False,
-    ):
-        # JAX's fused attention has no float16 on CPU; the explicit one has.
+    def call(self, query, value, key=None, **kwargs):
+        # JAX's fused attention has no float16 on CPU; asking for the scores
+        # takes the explicit one.
         explicit = keras.backend.backend() == "jax" and (
             keras.backend.standardize_dtype(query.dtype) == "float16"
         )
-        return super()._compute_attention(
-            query,
-            key,
-            value,
-            attention_mask=attention_mask,
-            training=training,
-            return_attention_scores=return_attention_scores or explicit,
-            use_causal_mask=use_causal_mask,
+        outputs = super().call(
+            query, value, key, return_attention_scores=explicit, **kwargs
         )
+        return outputs[0] if explicit else outputs
 
     def get_config(self):
         config = keras.layers.Layer.get_config(self)
@@ -88,11 +76,6 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
             "num_heads": self.num_heads,
             "features": self.features,
         }
-
-
-def _divisors_hint(features):
-    divisors = [n for n in range(1, 33) if features % n == 0]
-    return f"Numbers of heads that fit: {divisors}."
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")

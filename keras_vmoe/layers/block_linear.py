@@ -13,7 +13,7 @@ def block_linear(x, kernel, bias, expert=None, count=None):
         bias: `(E, F)` variable.
         expert: `(M,)` int32 tensor, ascending. None means one block for each
             expert, in their order.
-        count: int32 scalar, how many blocks are of interest; they stand first.
+        count: int32 scalar, the number of blocks in use; they come first.
 
     Returns:
         `(M, T, F)` tensor.
@@ -53,7 +53,7 @@ def _can_fuse(x):
 
 
 def _matmul(x, kernel, expert, count):
-    """`x[m] @ kernel[expert[m]]`, as fast as the backend can."""
+    """`x[m] @ kernel[expert[m]]`, by the fastest way of the backend."""
     if keras.backend.backend() == "torch":
         return _matmul_segments(x, kernel, expert)
     if keras.backend.backend() == "jax":
@@ -71,7 +71,7 @@ def _matmul_jax(x, kernel, expert, count):
 
 
 def _matmul_loop(x, kernel, expert, count):
-    """Block after block, as many as there are tokens in."""
+    """Block after block, only those in use."""
     import jax
 
     @jax.custom_vjp

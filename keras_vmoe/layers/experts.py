@@ -8,7 +8,7 @@ from keras_vmoe.distribution import _constraints
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.block_linear import block_linear
-from keras_vmoe.layers.stochastic import Dropout
+from keras_vmoe.layers.stochastic import SeededDropout
 from keras_vmoe.layers.weights import BIAS_INITIALIZER
 from keras_vmoe.layers.weights import for_each_expert
 from keras_vmoe.layers.weights import get_options
@@ -92,7 +92,7 @@ class MLPExperts(keras.layers.Layer):
             bias_constraint=bias_constraint,
         )
         self.seed = seed
-        self.dropout_layer = Dropout(
+        self.dropout_layer = SeededDropout(
             dropout, seed=seed, dtype=self.dtype_policy, name="dropout"
         )
 

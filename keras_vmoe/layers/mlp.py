@@ -6,7 +6,7 @@ from keras_vmoe._checks import check_sizes
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.freezing import hand_down
-from keras_vmoe.layers.stochastic import Dropout
+from keras_vmoe.layers.stochastic import SeededDropout
 from keras_vmoe.layers.weights import BIAS_INITIALIZER
 from keras_vmoe.layers.weights import get_options
 from keras_vmoe.layers.weights import options_config
@@ -74,7 +74,7 @@ class MLP(keras.layers.Layer):
         )
         self.seed = seed
         self.hidden_dense = self._dense(self.hidden_dim, "hidden")
-        self.dropout_layer = Dropout(
+        self.dropout_layer = SeededDropout(
             dropout, seed=seed, dtype=self.dtype_policy, name="dropout"
         )
 

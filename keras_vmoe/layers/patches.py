@@ -9,7 +9,7 @@ from keras_vmoe.layers.freezing import hand_down
 
 @keras.saving.register_keras_serializable("keras_vmoe")
 class PatchEmbedding(keras.layers.Layer):
-    """Cuts images into patches and projects each to a token.
+    """Cuts images into patches and maps each to a token.
 
     Args:
         hidden_dim: D, features of a token.
@@ -42,11 +42,9 @@ class PatchEmbedding(keras.layers.Layer):
         check_sizes(hidden_dim=hidden_dim, patch_size=patch_size)
         self.hidden_dim = int(hidden_dim)
         self.patch_size = int(patch_size)
-        self.projection = keras.layers.Conv2D(
+        self.projection = patch_conv(
             hidden_dim,
             patch_size,
-            strides=patch_size,
-            data_format="channels_last",
             kernel_initializer="lecun_normal",
             dtype=self.dtype_policy,
             name="projection",
@@ -76,6 +74,27 @@ class PatchEmbedding(keras.layers.Layer):
         }
 
 
+def patch_conv(features, patch_size, **kwargs):
+    """A convolution whose patches do not overlap.
+
+    Args:
+        features: Features of a position of the result.
+        patch_size: Side of a patch.
+        **kwargs: Further arguments of `keras.layers.Conv2D`.
+
+    Returns:
+        A layer from `(B, H, W, channels)` to
+        `(B, H / patch_size, W / patch_size, features)`.
+    """
+    return keras.layers.Conv2D(
+        features,
+        patch_size,
+        strides=patch_size,
+        data_format="channels_last",
+        **kwargs,
+    )
+
+
 def patch_grid(image_size, patch_size):
     """Rows and columns of patches in an image.
 
@@ -95,14 +114,14 @@ def patch_grid(image_size, patch_size):
         raise ValueError(
             "`image_size` must be divisible by `patch_size`. "
             f"Received: image_size={(height, width)}, patch_size={patch_size}. "
-            "Resize the images or choose another patch size."
+            "Resize the images or change `patch_size`."
         )
     return height // patch_size, width // patch_size
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
 class ClassToken(keras.layers.Layer):
-    """Puts a learned token, 0 at the start, before the tokens of each image.
+    """Prepends a learned token, initialized to 0, to the tokens of each image.
 
     Call arguments:
         tokens: `(B, N, D)` float tensor.

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_vmoe.layers._blocks import layer_norm
 from keras_vmoe.layers.attention import MultiHeadAttention
 from keras_vmoe.layers.freezing import hand_down
 from keras_vmoe.layers.mlp import MLP
@@ -10,7 +11,7 @@ from keras_vmoe.layers.mlp import MLP
 
 @keras.saving.register_keras_serializable("keras_vmoe")
 class TokenPooling(keras.layers.Layer):
-    """Takes the first token, the class token.
+    """Selects the first token, the class token.
 
     Call arguments:
         tokens: `(B, N, D)` float tensor.
@@ -68,9 +69,7 @@ class AttentionPooling(keras.layers.Layer):
         self.num_heads = num_heads
         self.hidden_dim = hidden_dim
         self.activation = activation
-        self.norm = keras.layers.LayerNormalization(
-            epsilon=1e-6, dtype=self.dtype_policy, name="norm"
-        )
+        self.norm = layer_norm("norm", self.dtype_policy)
         self.mlp = MLP(
             hidden_dim, activation, dtype=self.dtype_policy, name="mlp"
         )

@@ -1,4 +1,4 @@
-"""Expert banks whose kernels take a quarter or half of the bytes."""
+"""Expert banks whose kernels take a quarter or half of the memory."""
 
 import keras
 import numpy as np
@@ -8,15 +8,15 @@ from keras_vmoe.layers.experts import MLPExperts
 
 
 def quantized(kernel, kind):
-    """A kernel in fewer bytes.
+    """A quantized kernel.
 
     Args:
         kernel: `(..., D, F)` float32 array.
         kind: `"int8"` or `"float16"`.
 
     Returns:
-        The small kernel, and the factor `(..., 1, F)` that turns it back; None
-        for float16.
+        The quantized kernel, and the scale `(..., 1, F)` to multiply it by;
+        None for float16.
     """
     if kind == "float16":
         return kernel.astype("float16"), None
@@ -31,8 +31,8 @@ class QuantizedMLPExperts(MLPExperts):
     """Experts with kernels of int8 or float16, for evaluation.
 
     An int8 kernel has one scale for each output feature of each expert, and is
-    turned back into numbers of the compute dtype when it is used: what is
-    saved is memory, not time. Biases stay as they are.
+    dequantized to the compute dtype when it is used: this saves memory, not
+    time. Biases are not quantized.
 
     Args:
         kind: `"int8"` or `"float16"`.
@@ -43,7 +43,7 @@ class QuantizedMLPExperts(MLPExperts):
             `routing.DroplessPlan`.
 
     Returns:
-        What `buffers` are, after the MLPs.
+        The outputs of the MLPs, of the type and shape of `buffers`.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""What a router did in training: means over the steps since a reset."""
+"""Routing statistics of training: means over the steps since a reset."""
 
 import keras
 import numpy as np
@@ -16,7 +16,7 @@ SCALARS = (
 
 
 class RoutingStatistics:
-    """Running means of what a router does, in training.
+    """Running means of a router's load, losses and gates in training.
 
     One small variable, updated inside the compiled training step without any
     transfer to the host, and read between steps.
@@ -41,7 +41,7 @@ class RoutingStatistics:
         )
 
     def update(self, plan, loss, gates, mask, images_per_group):
-        """Takes one step into the means.
+        """Adds one step to the means.
 
         Args:
             plan: The routing plan of the step.
@@ -103,7 +103,7 @@ def gate_entropy(gates, mask=None):
 
 
 def experts_per_image(plan, mask, images_per_group):
-    """Mean share of the experts that serve an image, a scalar in `[0, 1]`.
+    """Mean share of the experts that an image uses, a scalar in `[0, 1]`.
 
     Args:
         plan: A routing plan of `(G, S)` tokens.

@@ -1,11 +1,12 @@
-"""Layers that act on a residual branch, and the seeds that survive saving."""
+"""Layers that act on a residual branch, and seeds that are saved."""
 
 import keras
 from keras import ops
 
+from keras_vmoe._checks import check_rates
 from keras_vmoe.distribution import _replicas
 
-SEED_KEY = "seed_state"
+SEED_KEY = "seed_state_0"
 REPLICA_STEP = 0x9E3779B9  # Far between the seeds of two replicas.
 
 
@@ -26,32 +27,33 @@ class SeedGenerator(keras.random.SeedGenerator):
 
 
 class SavesSeedState:
-    """Mixin: `.keras` and weights files keep the state of the layer's seeds.
+    """Mixin: `.keras` and weights files keep the state of `seed_generator`.
 
     Keras saves a model without it, so that a resumed run would draw the noise
     of the first epoch again. Files without the state load as well: the seeds
     then stay as they are.
     """
 
+    seed_generator = None
+
     def save_own_variables(self, store):
         super().save_own_variables(store)
-        for i, generator in enumerate(self._seed_generators):
-            store[f"{SEED_KEY}_{i}"] = generator.state
+        if self.seed_generator is not None:
+            store[SEED_KEY] = self.seed_generator.state
 
     def load_own_variables(self, store):
-        weights = {}
-        for key in store.keys():
-            if not key.startswith(SEED_KEY):
-                weights[key] = store[key]
+        weights = {key: store[key] for key in store.keys() if key != SEED_KEY}
         super().load_own_variables(weights)
-        for i, generator in enumerate(self._seed_generators):
-            if f"{SEED_KEY}_{i}" in store.keys():
-                generator.state.assign(store[f"{SEED_KEY}_{i}"])
+        if self.seed_generator is not None and SEED_KEY in store.keys():
+            self.seed_generator.state.assign(store[SEED_KEY])
 
 
-@keras.saving.register_keras_serializable("keras_vmoe")
-class Dropout(SavesSeedState, keras.layers.Layer):
+@keras.saving.register_keras_serializable("keras_vmoe", name="Dropout")
+class SeededDropout(SavesSeedState, keras.layers.Layer):
     """`keras.layers.Dropout` whose seed state is saved with the model.
+
+    Keras's own layer makes a generator that no file holds, and that replicas
+    share; a second one beside it would be a variable too many.
 
     Args:
         rate: Share of the values that are set to 0 in training, in `[0, 1]`.
@@ -60,7 +62,7 @@ class Dropout(SavesSeedState, keras.layers.Layer):
 
     Example:
 
-    >>> Dropout(0.1)(keras.ops.ones((2, 3))).shape
+    >>> SeededDropout(0.1)(keras.ops.ones((2, 3))).shape
     (2, 3)
     """
 
@@ -81,10 +83,10 @@ class Dropout(SavesSeedState, keras.layers.Layer):
     def call(self, inputs, training=False):
         if not training or self.rate == 0:
             return inputs
-        # Without a noise shape Keras on PyTorch ignores the layer's seed.
         return keras.random.dropout(
             inputs,
             self.rate,
+            # Without a noise shape Keras on PyTorch ignores the layer's seed.
             noise_shape=self.noise_shape or ops.shape(inputs),
             seed=self.seed_generator,
         )
@@ -133,11 +135,7 @@ class DropPath(SavesSeedState, keras.layers.Layer):
 
     def __init__(self, rate, seed=None, **kwargs):
         super().__init__(**kwargs)
-        if not 0 <= rate < 1:
-            raise ValueError(
-                "`rate` must be at least 0 and below 1. "
-                f"Received: rate={rate}. 0 keeps every branch."
-            )
+        check_rates(rate=rate)
         self.rate = rate
         self.seed = seed
         self.seed_generator = SeedGenerator(seed)

@@ -1,12 +1,9 @@
-"""Models of the papers, as functional Keras models."""
+"""The models of the papers, as functional Keras models."""
 
 from keras_vmoe.models.convnext import ConvNeXtMoE
 from keras_vmoe.models.costs import Cost
 from keras_vmoe.models.costs import cost
-from keras_vmoe.models.costs import without_weights
 from keras_vmoe.models.moe import MoEConfig
-from keras_vmoe.models.placement import moe_blocks
-from keras_vmoe.models.placement import stage_blocks
 from keras_vmoe.models.presets import from_preset
 from keras_vmoe.models.presets import presets
 from keras_vmoe.models.routing_dial import set_routing
@@ -23,11 +20,8 @@ __all__ = [
     "cost",
     "from_preset",
     "load",
-    "moe_blocks",
     "presets",
     "save",
     "set_routing",
-    "stage_blocks",
     "upcycle",
-    "without_weights",
 ]

@@ -1,6 +1,5 @@
 """What the models of the papers have in common."""
 
-import inspect
 import types
 import typing
 
@@ -15,6 +14,7 @@ from keras_vmoe._checks import nearest
 from keras_vmoe.layers.freezing import hand_down
 from keras_vmoe.layers.freezing import set_trainable_parts
 from keras_vmoe.layers.freezing import trainable_parts
+from keras_vmoe.models.moe import MoEConfig
 from keras_vmoe.models.moe import of_version_0_1
 
 # Arguments of version 0.1.0, under which its `.keras` files hold them.
@@ -82,6 +82,7 @@ class MoEModel(keras.Model):
         """A model of the same arguments around another graph."""
         model = type(self).__new__(type(self))
         arguments = {**self.get_config(), "moe": self.moe}
+        del arguments["trainable_parts"]  # The layers of the graph know it.
         MoEModel.__init__(model, inputs, outputs, arguments)
         return model
 
@@ -93,24 +94,24 @@ class MoEModel(keras.Model):
         ]
 
 
-def complete(model_class, options: Options, **defaults):
-    """The options of a model with their defaults, checked.
+def complete(model_class, arguments, options: Options, **defaults):
+    """All arguments of a model as a namespace, checked.
 
     Args:
         model_class: The model's class, for the message.
-        options: What the user gave.
-        **defaults: What differs from family to family.
+        arguments: Dict of the arguments of its family.
+        options: What the user gave of the `Options`.
+        **defaults: Defaults of the options that differ between families.
 
     Returns:
-        A namespace of all `Options`, `dtype` as the name of the policy.
+        A namespace, `moe` as a `MoEConfig` or None and `dtype` as the name of
+        the policy.
 
     Raises:
-        TypeError: If an argument is unknown; Keras ignores those of a
-            functional model.
+        TypeError: If an option is unknown; Keras would ignore it.
         ValueError: If a value is out of range.
     """
-    own = list(inspect.signature(model_class.__init__).parameters)[1:-1]
-    known = own + list(Options.__annotations__)
+    known = [*arguments, *Options.__annotations__]
     for name in options.keys() - set(known):
         raise TypeError(
             f"`{model_class.__name__}` takes the arguments {known}. "
@@ -118,6 +119,7 @@ def complete(model_class, options: Options, **defaults):
         )
     made = types.SimpleNamespace(
         **{
+            **arguments,
             "channels": 3,
             "drop_path_rate": 0.0,
             "dtype": None,
@@ -127,17 +129,67 @@ def complete(model_class, options: Options, **defaults):
             **options,
         }
     )
-    check_sizes(channels=made.channels)
+    classes = 1 if made.num_classes is None else made.num_classes
+    check_sizes(num_classes=classes, channels=made.channels)
     check_rates(drop_path_rate=made.drop_path_rate)
-    scale = made.layer_scale_init_value
-    if scale is not None and (not is_number(scale) or scale <= 0):
-        raise ValueError(
-            "`layer_scale_init_value` must be a number above 0, or None for "
-            f"no layer scale. Received: layer_scale_init_value={scale!r}."
-        )
+    if made.layer_scale_init_value is not None:
+        check_positive(layer_scale_init_value=made.layer_scale_init_value)
+    made.moe = None if made.moe is None else MoEConfig.from_dict(made.moe)
     dtype = made.dtype or keras.config.dtype_policy()
     made.dtype = keras.dtype_policies.get(dtype).name
     return made
+
+
+def blocks(settings, sizes, sparse, num_selected_experts, **kwargs):
+    """For each block its MLP or MoE layer and the options of its branches.
+
+    `sizes` are `(features, hidden_dim)` of each block, `sparse` the indices of
+    those with a MoE layer.
+    """
+    kwargs |= {"activation": settings.activation, "dtype": settings.dtype}
+    for i, (features, hidden_dim) in enumerate(sizes):
+        if i in sparse:
+            mlp = settings.moe.make_layer(
+                i,
+                features,
+                hidden_dim,
+                f"block_{i}_moe",
+                num_selected_experts,
+                **kwargs,
+            )
+        else:
+            mlp = layers.MLP(hidden_dim, name=f"block_{i}_mlp", **kwargs)
+        rate = settings.drop_path_rate * i / max(1, len(sizes) - 1)
+        scale = settings.layer_scale_init_value
+        yield mlp, {"drop_path_rate": rate, "layer_scale_init_value": scale}
+
+
+def image_input(settings):
+    """The symbolic images `(B, H, W, channels)` of a model."""
+    shape = (*image_pair(settings.image_size), settings.channels)
+    return keras.Input(shape, name="images")
+
+
+def classifier(x, settings, kernel_initializer):
+    """From features `(B, D)` to logits, or the features without classes."""
+    if settings.num_classes is None:
+        return x
+    return keras.layers.Dense(
+        settings.num_classes,
+        kernel_initializer=kernel_initializer,
+        dtype="float32",
+        name="head",
+    )(x)
+
+
+def check_positive(**values):
+    """Raises unless all of these are finite numbers above 0."""
+    for name, value in values.items():
+        if not is_number(value) or value <= 0:
+            raise ValueError(
+                f"`{name}` must be a number above 0. "
+                f"Received: {name}={value!r}."
+            )
 
 
 def image_pair(size):

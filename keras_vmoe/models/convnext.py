@@ -5,25 +5,18 @@ from typing import Unpack
 
 import keras
 
-from keras_vmoe import layers
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
-from keras_vmoe._checks import is_number
-from keras_vmoe.layers.convnext import convnext_norm
-from keras_vmoe.layers.convnext import kernel_initializer
-from keras_vmoe.layers.convnext import patchify
-from keras_vmoe.models.base import MoEModel
-from keras_vmoe.models.base import Options
-from keras_vmoe.models.base import complete
-from keras_vmoe.models.base import image_pair
-from keras_vmoe.models.moe import MoEConfig
+from keras_vmoe.layers import _blocks
+from keras_vmoe.layers.patches import patch_conv
+from keras_vmoe.models import base
 from keras_vmoe.models.placement import stage_blocks
 
 NUM_SELECTED_EXPERTS = 1  # K of the Sweet Spot paper's ConvNeXt.
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
-class ConvNeXtMoE(MoEModel):
+class ConvNeXtMoE(base.MoEModel):
     """ConvNeXt whose MLPs may be mixtures of experts.
 
     A functional model. Its layers are named `stem`, `stem_norm`,
@@ -47,7 +40,7 @@ class ConvNeXtMoE(MoEModel):
         mlp_ratio: F / D of the dense MLPs.
         moe: None for the dense twin, or a dict of `models.MoEConfig`'s
             attributes, such as `layers` (`"every_2"`, `"stage"`, `"last_3"`,
-            `"last_2"` or block indices; see `models.stage_blocks`),
+            `"last_2"` or block indices; see `models.placement`),
             `num_experts`, `mlp_ratio` (that of the experts). K is 1 unless set.
         drop_path_rate: Stochastic depth: probability of dropping a residual
             branch of an image in the last block. It rises linearly from 0 in
@@ -98,126 +91,93 @@ class ConvNeXtMoE(MoEModel):
         patch_size=None,
         mlp_ratio=4,
         moe=None,
-        **options: Unpack[Options],
+        **options: Unpack[base.Options],
     ):
-        options = complete(
+        settings = base.complete(
             ConvNeXtMoE,
+            {
+                "depths": _plain(depths),
+                "dims": _plain(dims),
+                "num_classes": num_classes,
+                "isotropic": isotropic,
+                "image_size": image_size,
+                "patch_size": patch_size,
+                "mlp_ratio": mlp_ratio,
+                "moe": moe,
+            },
             options,
             layer_scale_init_value=1e-6,
             activation="gelu",
             name="convnext_moe",
         )
-        moe = None if moe is None else MoEConfig.from_dict(moe)
-        stages = _stages(depths, dims, isotropic)
-        check_sizes(num_classes=1 if num_classes is None else num_classes)
-        _check_ratio(mlp_ratio)
-        side = patch_size
+        stages = _stages(settings)
+        base.check_positive(mlp_ratio=mlp_ratio)
         if patch_size is None:
-            side = 16 if isotropic else 4
-        check_sizes(patch_size=side)
-        _check_image(image_size, side * 2 ** (len(stages) - 1))
+            patch_size = 16 if isotropic else 4
+        check_sizes(patch_size=patch_size)
+        _check_image(image_size, patch_size * 2 ** (len(stages) - 1))
 
-        policy = options.dtype
-        shape = (*image_pair(image_size), options.channels)
-        images = keras.Input(shape, name="images")
-        x = patchify(stages[0][1], side, "stem", policy)(images)
+        images = base.image_input(settings)
+        x = _convolution(stages[0][1], patch_size, "stem", settings)(images)
         if not isotropic:
-            x = convnext_norm("stem_norm", policy)(x)
-        mlps = _mlps(stages, mlp_ratio, moe, options)
-        x = _blocks(x, stages, mlps, options)
-        x = _head(x, num_classes, policy)
-        arguments = {
-            "depths": _plain(depths),
-            "dims": _plain(dims),
-            "num_classes": num_classes,
-            "isotropic": isotropic,
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "mlp_ratio": mlp_ratio,
-            "moe": moe,
-        }
-        super().__init__(images, x, {**arguments, **vars(options)})
+            x = _blocks.layer_norm("stem_norm", settings.dtype)(x)
+        x = _stack(x, stages, settings)
+        x = keras.layers.GlobalAveragePooling2D(
+            data_format="channels_last", dtype=settings.dtype, name="pooling"
+        )(x)
+        x = _blocks.layer_norm("norm", settings.dtype)(x)
+        x = base.classifier(x, settings, _blocks.convnext_initializer())
+        super().__init__(images, x, vars(settings))
 
 
-def _blocks(x, stages, mlps, options):
+def _stack(x, stages, settings):
     """All stages, with the downsampling between them."""
-    number = itertools.count()
-    last = max(1, len(mlps) - 1)
-    for stage, (depth, features) in enumerate(stages):
-        if stage:
-            name = f"downsample_{stage}"
-            x = convnext_norm(f"{name}_norm", options.dtype)(x)
-            x = patchify(features, 2, name, options.dtype)(x)
-        for i in itertools.islice(number, depth):
-            x = layers.convnext_block(
-                x,
-                mlps[i],
-                name=f"block_{i}",
-                drop_path_rate=options.drop_path_rate * i / last,
-                layer_scale_init_value=options.layer_scale_init_value,
-            )
+    depths, moe = [depth for depth, _ in stages], settings.moe
+    dims = [features for depth, features in stages for _ in range(depth)]
+    blocks = base.blocks(
+        settings,
+        [(features, round(settings.mlp_ratio * features)) for features in dims],
+        () if moe is None else stage_blocks(moe.layers, depths),
+        NUM_SELECTED_EXPERTS,
+    )
+    starts = [0, *itertools.accumulate(depths)]
+    for i, (mlp, branch) in enumerate(blocks):
+        if i and i in starts:
+            name = f"downsample_{starts.index(i)}"
+            x = _blocks.layer_norm(f"{name}_norm", settings.dtype)(x)
+            x = _convolution(dims[i], 2, name, settings)(x)
+        x = _blocks.convnext_block(x, mlp, f"block_{i}", **branch)
     return x
 
 
-def _mlps(stages, mlp_ratio, moe, options):
-    """One MLP or MoE layer for each block."""
-    sparse = ()
-    if moe is not None:
-        sparse = stage_blocks(moe.layers, [depth for depth, _ in stages])
-    features = [size for depth, size in stages for _ in range(depth)]
-    arguments = {"activation": options.activation, "dtype": options.dtype}
-    mlps = []
-    for i, size in enumerate(features):
-        hidden_dim = round(mlp_ratio * size)
-        if i in sparse:
-            mlp = moe.make_layer(
-                i,
-                size,
-                hidden_dim,
-                f"block_{i}_moe",
-                num_selected_experts=NUM_SELECTED_EXPERTS,
-                **arguments,
-            )
-        else:
-            mlp = layers.MLP(hidden_dim, name=f"block_{i}_mlp", **arguments)
-        mlps.append(mlp)
-    return mlps
+def _convolution(features, patch_size, name, settings):
+    """The stem, or what halves the height and width of a feature map."""
+    return patch_conv(
+        features,
+        patch_size,
+        kernel_initializer=_blocks.convnext_initializer(),
+        dtype=settings.dtype,
+        name=name,
+    )
 
 
-def _head(x, num_classes, policy):
-    """From the feature map to the logits of an image."""
-    x = keras.layers.GlobalAveragePooling2D(
-        data_format="channels_last", dtype=policy, name="pooling"
-    )(x)
-    x = convnext_norm("norm", policy)(x)
-    if num_classes is None:
-        return x
-    return keras.layers.Dense(
-        num_classes,
-        kernel_initializer=kernel_initializer(),
-        dtype="float32",
-        name="head",
-    )(x)
-
-
-def _stages(depths, dims, isotropic):
+def _stages(settings):
     """`(depth, features)` of each stage, checked."""
     depths, dims = (
         sizes if isinstance(sizes, (list, tuple)) else (sizes,)
-        for sizes in (_plain(depths), _plain(dims))
+        for sizes in (settings.depths, settings.dims)
     )
     good = [is_integer(size) and size > 0 for size in (*depths, *dims)]
     if not all(good) or not depths or len(depths) != len(dims):
         raise ValueError(
-            "`depths` and `dims` must be as many integers of at least 1. "
+            "`depths` and `dims` must be equally many integers of at least 1. "
             f"Received: depths={depths}, dims={dims}. "
             "ConvNeXt-T has depths=(3, 3, 9, 3), dims=(96, 192, 384, 768)."
         )
-    if isotropic and len(depths) > 1:
+    if settings.isotropic and len(depths) > 1:
         raise ValueError(
             "An isotropic model has one stage. "
-            f"Received: depths={depths}. ConvNeXt-S (iso.) has depths=18, "
-            "dims=384."
+            f"Received: depths={depths}. ConvNeXt-S (iso.) has depths=18."
         )
     return list(zip(depths, dims, strict=True))
 
@@ -227,19 +187,10 @@ def _plain(sizes):
     return sizes.tolist() if hasattr(sizes, "tolist") else sizes
 
 
-def _check_ratio(mlp_ratio):
-    if not is_number(mlp_ratio) or mlp_ratio <= 0:
-        raise ValueError(
-            "`mlp_ratio` must be a number above 0. "
-            f"Received: mlp_ratio={mlp_ratio!r}. ConvNeXt has 4."
-        )
-
-
 def _check_image(image_size, stride):
     """Raises unless the feature map of every stage is whole."""
-    if any(side % stride for side in image_pair(image_size)):
+    if any(side % stride for side in base.image_pair(image_size)):
         raise ValueError(
             f"`image_size` must be divisible by {stride}, the stride of the "
-            f"last stage. Received: image_size={image_size}. Resize the "
-            "images."
+            f"last stage. Received: image_size={image_size}."
         )

@@ -1,17 +1,21 @@
 """What a model costs: parameters, multiply-adds, memory of activations."""
 
-import contextlib
 import dataclasses
 import functools
 import math
-import typing
+import re
 import warnings
 
 import keras
-from keras.src.backend.common import global_state
 
 from keras_vmoe import layers
 from keras_vmoe import routing
+from keras_vmoe._keras import uninitialized_variables
+from keras_vmoe.layers import patches
+from keras_vmoe.layers import positions
+from keras_vmoe.layers.attention import SelfAttention
+from keras_vmoe.layers.pooling import AttentionPooling
+from keras_vmoe.models.cloning import is_graph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +24,10 @@ class Cost:
 
     Attributes:
         params: Parameters.
-        active_params: Parameters that work on one token: of the experts of a
-            MoE layer, as many as a token visits on average.
+        active_params: Parameters that work on one token, of a MoE layer's
+            experts as many as a token visits on average.
         macs: Multiply-adds of matrix products and convolutions per image, the
-            papers' "FLOPs", at the model's capacity factors, empty slots
-            included.
+            papers' "FLOPs", empty slots of the experts included.
         activation_bytes: Outputs of all layers for one image in their compute
             dtype, buffers and hidden features of experts included: an estimate
             of what a training step keeps per image.
@@ -36,24 +39,27 @@ class Cost:
     activation_bytes: int
 
 
-class Work(typing.NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Work:
     """What one layer does for one image.
 
     Attributes:
-        multiply_adds: Those of matrix products and convolutions.
+        macs: Multiply-adds of matrix products and convolutions.
         values: Numbers that it makes besides its output.
     """
 
-    multiply_adds: int = 0
-    values: int = 0
+    macs: float = 0
+    values: float = 0
+
+    def __add__(self, other):
+        return Work(self.macs + other.macs, self.values + other.values)
 
 
 def cost(model):
     """Counts what a model costs, from its graph.
 
-    Walks the graph with the shapes of one image. Layers of Keras with a kernel,
-    and the layers of this package, are counted; another layer with a matrix
-    gets a warning.
+    Counts, for one image, the layers of Keras with a kernel and the layers of
+    this package; another layer with a matrix gets a warning.
 
     Args:
         model: A functional or sequential Keras model with one image input of
@@ -74,8 +80,7 @@ def cost(model):
     Reference:
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 3.
     """
-    graph = _graph(model)
-    if graph is None or not model.built:
+    if not is_graph(model) or not model.built:
         raise ValueError(
             "`model` must be a functional or sequential Keras model, built "
             f"from `keras.Input`. Received: model={model!r}."
@@ -86,68 +91,66 @@ def cost(model):
             "The sizes of an image must be known. Received: a model of inputs "
             f"{shapes}. Build it with fixed sizes."
         )
-    inputs = [
-        keras.KerasTensor((1, *shape), dtype=tensor.dtype)
-        for shape, tensor in zip(shapes, model.inputs, strict=True)
+    images = [
+        keras.KerasTensor((1, *tensor.shape[1:]), dtype=tensor.dtype)
+        for tensor in model.inputs
     ]
     calls = []
-    _walk(graph, inputs if len(inputs) > 1 else inputs[0], calls)
+    _copy(model, images, calls)
     params = model.count_params()
     sparse = {layer for layer, *_ in calls if isinstance(layer, layers.MoEMLP)}
     return Cost(
         params=params,
         active_params=round(params - sum(map(_idle_params, sparse))),
-        macs=round(sum(work.multiply_adds for _, work, _ in calls)),
+        macs=round(sum(work.macs for _, work, _ in calls)),
         activation_bytes=round(sum(w.values * size for _, w, size in calls)),
     )
 
 
-def _graph(model):
-    """The functional model that this is or holds; None for another layer."""
-    if isinstance(model, keras.Sequential):
-        model = model._functional
-    return model if hasattr(model, "_run_through_graph") else None
+def _copy(model, specs, calls):
+    """Goes through a graph with inputs of other shapes, in a copy of it.
+
+    `calls` gets the `(layer, work, bytes per value)` of each call of a layer.
+    """
+    graph = model
+    if isinstance(model, keras.Sequential) or model.compiled:
+        # Keras would call the one by its list, and compile the other's copy.
+        graph = keras.Model(model.inputs, model.outputs)
+    inputs = [keras.Input(batch_shape=x.shape, dtype=x.dtype) for x in specs]
+    keras.models.clone_model(
+        graph,
+        keras.tree.pack_sequence_as(graph.input, inputs),
+        clone_function=lambda layer: _Counted(layer, calls),
+    )
 
 
-def _walk(model, inputs, calls):
-    """Appends `(layer, work, bytes per value)` of every call of a layer."""
+class _Counted(keras.Operation):
+    """Stands for a layer in the copy of a graph, and notes what it does."""
 
-    def spec(operation):
-        return functools.partial(visit, operation)
+    def __init__(self, layer, calls):
+        super().__init__()
+        self.layer, self.calls = layer, calls
 
-    def visit(operation, *args, **kwargs):
-        if _graph(operation) is not None:
-            return _walk(_graph(operation), args[0], calls)
-        outputs = operation.compute_output_spec(*args, **kwargs)
-        if isinstance(operation, keras.layers.InputLayer):
+    def compute_output_spec(self, *args, **kwargs):
+        outputs = self.layer.compute_output_spec(*args, **kwargs)
+        if is_graph(self.layer):
+            _copy(self.layer, keras.tree.flatten(args[0]), self.calls)
             return outputs
         flat = keras.tree.flatten(outputs)
-        found = work(operation, args[0], flat[0])
-        values = found.values + sum(math.prod(x.shape) for x in flat)
-        size = keras.backend.standardize_dtype(flat[0].dtype)
-        found = found._replace(values=values)
-        calls.append((operation, found, _itemsize(size)))
+        found = Work(values=sum(math.prod(x.shape) for x in flat))
+        found += work(self.layer, args[0], flat[0])
+        self.calls.append((self.layer, found, _itemsize(flat[0].dtype)))
         return outputs
-
-    return model._run_through_graph(inputs, operation_fn=spec)
 
 
 def _itemsize(dtype):
-    bits = "".join(c for c in dtype if c.isdigit())
+    bits = re.sub(r"\D", "", keras.backend.standardize_dtype(dtype))
     return int(bits or 8) // 8
 
 
 @functools.singledispatch
 def work(layer, inputs, outputs):
-    """The `Work` of one call of a layer with one image.
-
-    Args:
-        layer: A layer.
-        inputs, outputs: `keras.KerasTensor`s of a batch of one image.
-
-    Returns:
-        A `Work`.
-    """
+    """The `Work` of one call of a layer, with `KerasTensor`s of one image."""
     matrices = [w for w in getattr(layer, "weights", []) if len(w.shape) > 1]
     if matrices:
         warnings.warn(
@@ -159,26 +162,21 @@ def work(layer, inputs, outputs):
 
 
 @work.register(keras.layers.Dense)
-def _(layer, inputs, outputs):
-    return Work(math.prod(outputs.shape[:-1]) * _size(layer.kernel))
-
-
 @work.register(keras.layers.Conv2D)
 @work.register(keras.layers.DepthwiseConv2D)
 def _(layer, inputs, outputs):
-    last = layer.data_format == "channels_last"
-    positions = outputs.shape[1:-1] if last else outputs.shape[2:]
-    return Work(math.prod(positions) * _size(layer.kernel))
+    last = getattr(layer, "data_format", "channels_last") == "channels_last"
+    features = outputs.shape[-1 if last else 1]
+    return Work(math.prod(outputs.shape) // features * _size(layer.kernel))
 
 
-@work.register(layers.PatchEmbedding)
+@work.register(patches.PatchEmbedding)
 def _(layer, inputs, outputs):
     return Work(outputs.shape[1] * _size(layer.projection.kernel))
 
 
-@work.register(layers.ClassToken)
-@work.register(layers.LearnedPositions)
-@work.register(layers.SinCos2DPositions)
+@work.register(patches.ClassToken)
+@work.register(positions.LearnedPositions)
 def _(layer, inputs, outputs):
     return Work()  # Sums only.
 
@@ -188,108 +186,88 @@ def _(layer, inputs, outputs):
     return _mlp_work(layer, math.prod(inputs.shape[:-1]))
 
 
-@work.register(layers.SelfAttention)
+@work.register(SelfAttention)
 def _(layer, inputs, outputs):
-    _, num_tokens, features = inputs.shape
-    scores = num_tokens**2
-    return Work(
-        4 * num_tokens * features**2 + 2 * scores * features,
-        4 * num_tokens * features + layer.num_heads * scores,
-    )
+    return _attention_work(layer, inputs.shape[1], inputs)
 
 
-@work.register(layers.AttentionPooling)
+@work.register(AttentionPooling)
 def _(layer, inputs, outputs):
-    _, num_tokens, features = inputs.shape
-    projections = 2 * (num_tokens + 1) * features**2
-    mlp = _mlp_work(layer.mlp, 1)
-    return Work(
-        projections + 2 * num_tokens * features + mlp.multiply_adds,
-        2 * num_tokens * features + layer.num_heads * num_tokens + mlp.values,
-    )
+    return _attention_work(layer, 1, inputs) + _mlp_work(layer.mlp, 1)
 
 
 @work.register(layers.MoEMLP)
 def _(layer, inputs, outputs):
     num_tokens, features = math.prod(inputs.shape[1:-1]), inputs.shape[-1]
     slots = slots_of(layer, num_tokens)
-    gate = num_tokens * sum(
-        _size(w) for w in layer.router.gate_layer.weights if len(w.shape) > 1
-    )
+    gate = [w for w in layer.router.gate_layer.weights if len(w.shape) > 1]
     # Every matrix of an expert is applied once to each of its slots. Quantized
     # kernels have a row of scales beside them, which is none.
     stacks = [w for w in layer.experts.weights if len(w.shape) > 2]
-    matrices = [w for w in stacks if 1 not in w.shape[1:]]
-    bank = slots * sum(map(_size, matrices)) / layer.num_experts
-    multiply_adds = gate + bank
-    values = slots * (features + sum(w.shape[-1] for w in matrices))
+    bank = [w for w in stacks if 1 not in w.shape[1:]]
+    total = Work(
+        num_tokens * sum(map(_size, gate))
+        + slots * sum(map(_size, bank)) / layer.num_experts,
+        slots * (features + sum(w.shape[-1] for w in bank)),
+    )
     if isinstance(layer.router, layers.SoftRouter):
         # Every slot is a mixture of all tokens, and every token of all slots.
-        multiply_adds += 2 * num_tokens * slots * features
-        values += 2 * num_tokens * slots
+        mixtures = 2 * num_tokens * slots
+        total += Work(mixtures * features, mixtures)
     if isinstance(layer, layers.SharedExpertMoEMLP):
-        shared = _mlp_work(layer.shared_expert, num_tokens)
-        multiply_adds += shared.multiply_adds
-        values += shared.values
-    return Work(multiply_adds, values)
+        total += _mlp_work(layer.shared_expert, num_tokens)
+    return total
 
 
-def _mlp_work(layer, positions):
-    kernels = _size(layer.hidden_dense.kernel) + _size(
-        layer.output_dense.kernel
+def _attention_work(layer, num_queries, tokens):
+    """Of a number of queries to all tokens."""
+    _, num_tokens, features = tokens.shape
+    projected = 2 * (num_queries + num_tokens) * features
+    scores = num_queries * num_tokens
+    return Work(
+        projected * features + 2 * scores * features,
+        projected + layer.num_heads * scores,
     )
-    return Work(positions * kernels, positions * layer.hidden_dim)
+
+
+def _mlp_work(layer, num_tokens):
+    size = _size(layer.hidden_dense.kernel) + _size(layer.output_dense.kernel)
+    return Work(num_tokens * size, num_tokens * layer.hidden_dim)
 
 
 def slots_of(layer, num_tokens):
-    """Slots in the experts' buffers per image, on average.
-
-    Args:
-        layer: A `MoEMLP`.
-        num_tokens: Tokens of an image.
-    """
+    """Slots per image, on average, in a `MoEMLP` of that many tokens."""
     router = layer.router
     if isinstance(router, layers.SoftRouter):
         return layer.num_experts * router.gate_layer.mu.shape[-1]
+    # A router of a user's own may have neither.
     selected = getattr(router, "num_selected_experts", 1)
-    factor = _capacity_factor(router)
+    factor = getattr(router, "capacity_factor", 1.0)
     if factor == "dropless":
         return selected * num_tokens
     if layer.images_per_group == "batch":  # Of a large batch.
         return num_tokens * min(selected * factor, layer.num_experts)
-    capacity = routing.capacity(
-        layer.images_per_group * num_tokens,
-        layer.num_experts,
-        selected,
-        factor,
-    )
+    group = layer.images_per_group * num_tokens
+    capacity = routing.capacity(group, layer.num_experts, selected, factor)
     return layer.num_experts * capacity / layer.images_per_group
 
 
 def _idle_params(layer):
     """Parameters of the experts that a token does not visit, on average."""
-    router = layer.router
-    if isinstance(router, layers.SoftRouter):
+    if isinstance(layer.router, layers.SoftRouter):
         return 0
-    visited = getattr(router, "num_selected_experts", None)
-    if visited is None:
-        visited = _capacity_factor(router)
+    factor = getattr(layer.router, "capacity_factor", 1.0)
+    visited = getattr(layer.router, "num_selected_experts", factor)
     share = max(0.0, 1 - visited / layer.num_experts)
     return share * layer.experts.count_params()
-
-
-def _capacity_factor(router):
-    """That of the router; 1 for a router of somebody's own without one."""
-    return getattr(router, "capacity_factor", 1.0)
 
 
 def _size(variable):
     return math.prod(variable.shape)
 
 
-@contextlib.contextmanager
 def without_weights():
-    """Models that are built in this context have shapes but no weights.
+    """A context in which models are built with shapes but no weights.
 
     Their cost can be counted, however large they are. Do not train or save
     them: wherever a weight is asked for, it is drawn anew.
@@ -302,11 +280,4 @@ def without_weights():
     >>> round(cost(model).params / 1e9, 1)
     7.2
     """
-    name = "uninitialized_variables"
-    waiting = list(global_state.get_global_attribute(name, []))
-    try:
-        with keras.StatelessScope(initialize_variables=False):
-            yield
-    finally:
-        # Or the next scope that ends would fill them.
-        global_state.set_global_attribute(name, waiting)
+    return uninitialized_variables()

@@ -24,7 +24,7 @@ class MoEConfig:
     ConvNeXt.
 
     Attributes:
-        layers: Placement; see `models.moe_blocks` and `models.stage_blocks`.
+        layers: Placement; see `models.placement`.
         num_experts: E.
         router: `"top_k"`, `"expert_choice"`, `"soft"` or `"bias_balanced"`, or
             a router without weights yet, which only describes: each layer of

@@ -16,7 +16,7 @@ def moe_blocks(layers, num_layers, more_names=""):
         layers: `"every_<n>"` (blocks n - 1, 2n - 1, ...), `"last_<n>"`, or a
             sequence of block indices.
         num_layers: Blocks of the model.
-        more_names: What else the caller knows, for the message.
+        more_names: Further names that the caller takes, for the message.
 
     Returns:
         Tuple of increasing block indices.
@@ -39,10 +39,9 @@ def moe_blocks(layers, num_layers, more_names=""):
     layers = layers.tolist() if hasattr(layers, "tolist") else layers
     if not _are_blocks(layers, num_layers):
         raise ValueError(
-            f"Block indices must be a list of different integers from 0 to "
+            "Block indices must be a list of different integers from 0 to "
             f"{num_layers - 1}, at least one. Received: layers={layers!r}. "
-            "The blocks are counted from 0; a name such as 'last_1' works as "
-            "well."
+            "A name such as 'last_1' works as well."
         )
     return tuple(sorted(layers))
 
@@ -56,7 +55,7 @@ def stage_blocks(layers, depths):
     Args:
         layers: `"stage"` (the last block of each stage), `"last_1"`, `"last_2"`
             (that of the last stage or two), `"last_3"` (these two, and the
-            middle block of the last but one stage, `depth // 2`), or what
+            middle block of the penultimate stage, `depth // 2`), or what
             `moe_blocks` takes.
         depths: Blocks of each stage.
 
@@ -89,7 +88,7 @@ def stage_blocks(layers, depths):
         raise ValueError(
             f"In {len(depths)} stages the placement must be one of "
             f"{list(named)}, 'stage', 'every_<n>' or a list of block indices; "
-            "'last_3' needs three blocks or more in the last but one stage. "
+            "'last_3' needs three blocks or more in the penultimate stage. "
             f"Received: layers={layers!r} with depths={list(depths)}."
         )
     return named[layers]
@@ -109,8 +108,7 @@ def _named(layers, num_layers, more_names):
         raise ValueError(
             "The placement of MoE layers must be 'every_<n>', 'last_<n>' (such "
             f"as 'every_2' or 'last_2'){more_names} or a list of block "
-            f"indices. Received: layers={layers!r}. "
-            "V-MoE has 'every_2' and 'last_2'."
+            f"indices. Received: layers={layers!r}."
         )
     kind, number = match[1], int(match[2])
     if kind == "every":
@@ -119,7 +117,7 @@ def _named(layers, num_layers, more_names):
         blocks = tuple(range(1, num_layers, 2))
     if not blocks or (kind == "last" and number > len(blocks)):
         raise ValueError(
-            f"A model of {num_layers} blocks has no place for this many MoE "
+            f"A model of {num_layers} blocks is too small for this many MoE "
             f"layers. Received: layers={layers!r} (the default is 'last_2'). "
             "'last_<n>' counts over odd blocks, of which there are "
             f"{num_layers // 2}; take fewer, or a list of block indices."

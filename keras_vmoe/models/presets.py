@@ -25,26 +25,26 @@ class Preset:
     Attributes:
         name: As users write it.
         model: The class.
-        arguments: Its arguments, without `num_classes`.
-        moe: Its `moe` argument.
-        num_classes: Classes unless set.
+        arguments: Its arguments, without `num_classes` and `moe`.
         source: Where the sizes are printed.
-        paper_classes: Classes of the model that the paper counts.
         paper_params: Millions of parameters, as printed; None if they are not.
-        paper_active: Millions of active parameters, as printed.
         paper_gflops: Giga multiply-adds per image, as printed.
+        paper_active: Millions of active parameters, as printed.
+        paper_classes: Classes of the model that the paper counts.
+        num_classes: Classes unless set.
+        moe: Its `moe` argument.
     """
 
     name: str
     model: type
     arguments: dict
     source: str
-    moe: dict | None = None
-    num_classes: int = IMAGENET_1K
-    paper_classes: int = IMAGENET_1K
     paper_params: str | None = None
-    paper_active: str | None = None
     paper_gflops: str | None = None
+    paper_active: str | None = None
+    paper_classes: int = IMAGENET_1K
+    num_classes: int = IMAGENET_1K
+    moe: dict | None = None
 
     @property
     def description(self):
@@ -73,10 +73,10 @@ V_MOE_SIZES = {
         1280, 32, 16, 5120, 14, "655.8", ("last_5", "2688.6"), "7160.8",
     ),
 }  # fmt: skip
-# Name: hidden_dim, num_heads; millions of parameters, giga multiply-adds.
+# The same sizes; millions of parameters, giga multiply-adds.
 VIT_SIZES = {
-    "vit_s16": (384, 6, "22", "4.6"),
-    "vit_b16": (768, 12, "86.6", "17.5"),
+    "vit_s16": (384, 12, 6, 1536, 16, "22", "4.6"),
+    "vit_b16": (768, 12, 12, 3072, 16, "86.6", "17.5"),
 }
 # Name: depths, dims, isotropic; millions of parameters, giga multiply-adds.
 CONVNEXT_SIZES = {
@@ -89,77 +89,52 @@ CONVNEXT_SIZES = {
 # Dense model, experts, placement, mlp_ratio of the experts (None: that of the
 # dense MLP); millions of parameters and of active ones, where printed.
 SWEET_SPOT_MODELS = (
-    ("vit_s16", 8, "last_2", None, None, None),
-    ("vit_s16", 8, "every_2", None, "71.7", None),
-    ("vit_b16", 8, "last_2", None, None, None),
-    ("vit_b16", 8, "every_2", None, "284.9", None),
+    ("vit_s16", 8, "last_2"),
+    ("vit_s16", 8, "every_2", None, "71.7"),
+    ("vit_b16", 8, "last_2"),
+    ("vit_b16", 8, "every_2", None, "284.9"),
     ("convnext_t", 4, "last_2", 2, "34.5", "25.6"),
-    ("convnext_t", 4, "last_2", None, None, None),
-    ("convnext_t", 8, "last_2", None, "70.0", None),
-    ("convnext_t", 8, "last_2", 2, None, None),
-    ("convnext_t", 8, "last_3", None, None, None),
-    ("convnext_t", 8, "stage", None, None, None),
-    ("convnext_t", 8, "every_2", None, None, None),
-    ("convnext_t", 16, "last_2", None, None, None),
-    ("convnext_s", 4, "last_2", None, None, None),
-    ("convnext_s", 8, "last_2", None, None, None),
-    ("convnext_s", 16, "last_2", None, None, None),
-    ("convnext_b", 4, "last_2", None, None, None),
-    ("convnext_b", 8, "last_2", None, "162.0", None),
-    ("convnext_b", 16, "last_2", None, None, None),
-    ("convnext_iso_s", 8, "last_2", None, "38.9", None),
-    ("convnext_iso_s", 8, "every_2", None, None, None),
-    ("convnext_iso_b", 8, "last_2", None, None, None),
-    ("convnext_iso_b", 8, "every_2", None, None, None),
+    ("convnext_t", 4, "last_2"),
+    ("convnext_t", 8, "last_2", None, "70.0"),
+    ("convnext_t", 8, "last_2", 2),
+    ("convnext_t", 8, "last_3"),
+    ("convnext_t", 8, "stage"),
+    ("convnext_t", 8, "every_2"),
+    ("convnext_t", 16, "last_2"),
+    ("convnext_s", 4, "last_2"),
+    ("convnext_s", 8, "last_2"),
+    ("convnext_s", 16, "last_2"),
+    ("convnext_b", 4, "last_2"),
+    ("convnext_b", 8, "last_2", None, "162.0"),
+    ("convnext_b", 16, "last_2"),
+    ("convnext_iso_s", 8, "last_2", None, "38.9"),
+    ("convnext_iso_s", 8, "every_2"),
+    ("convnext_iso_b", 8, "last_2"),
+    ("convnext_iso_b", 8, "every_2"),
 )
 
 
-def _v_moe_presets():
-    for name, row in V_MOE_SIZES.items():
-        hidden_dim, num_layers, num_heads, mlp_dim, patch_size, *printed = row
-        dense, (last, with_last), with_every = printed
-        arguments = {
-            "image_size": 224,
-            "patch_size": patch_size,
-            "hidden_dim": hidden_dim,
-            "num_layers": num_layers,
-            "num_heads": num_heads,
-            "mlp_dim": mlp_dim,
-            # The paper counts it; the released models have none.
-            "representation_size": hidden_dim,
-        }
-        rows = [(None, None, dense)]
-        rows += [(8, last, None), (8, "every_2", None)]
-        rows += [(32, last, with_last), (32, "every_2", with_every)]
-        for num_experts, placement, params in rows:
-            yield Preset(
-                name=_name(name, num_experts, placement),
-                model=ViTMoE,
-                arguments=arguments,
-                moe=_moe(num_experts, placement),
-                num_classes=IMAGENET_21K,
-                source=V_MOE,
-                paper_classes=JFT,
-                paper_params=params,
-            )
-
-
-def _dense_presets():
-    for name, (dim, num_heads, params, gflops) in VIT_SIZES.items():
-        arguments = {
-            "image_size": 224,
-            "patch_size": 16,
-            "hidden_dim": dim,
-            "num_layers": 12,
-            "num_heads": num_heads,
-            "mlp_dim": 4 * dim,
-            "layer_scale_init_value": 1e-4,
-            "activation": "gelu",
-        }
-        yield Preset(
-            name, ViTMoE, arguments, VIT,
-            paper_params=params, paper_gflops=gflops,
+def _v_moe():
+    for name, (*sizes, dense, last, every) in V_MOE_SIZES.items():
+        # The paper counts an extra layer; the released models have none.
+        extra = {"representation_size": sizes[0]}
+        twin = Preset(
+            name, ViTMoE, _vit(sizes, **extra), V_MOE, dense,
+            num_classes=IMAGENET_21K, paper_classes=JFT,
         )  # fmt: skip
+        placement, params = last
+        yield twin
+        yield _sparse(twin, 8, placement)
+        yield _sparse(twin, 8, "every_2")
+        yield _sparse(twin, 32, placement, None, params)
+        yield _sparse(twin, 32, "every_2", None, every)
+
+
+def _sweet_spot():
+    dense = {}
+    for name, (*sizes, params, gflops) in VIT_SIZES.items():
+        arguments = _vit(sizes, layer_scale_init_value=1e-4, activation="gelu")
+        dense[name] = Preset(name, ViTMoE, arguments, VIT, params, gflops)
     for name, row in CONVNEXT_SIZES.items():
         depths, dims, isotropic, params, gflops = row
         arguments = {
@@ -168,48 +143,39 @@ def _dense_presets():
             "isotropic": isotropic,
             "layer_scale_init_value": None if isotropic else 1e-6,
         }
-        yield Preset(
-            name, ConvNeXtMoE, arguments, CONVNEXT,
-            paper_params=params, paper_gflops=gflops,
-        )  # fmt: skip
-
-
-def _sweet_spot_presets(dense):
-    for name, experts, placement, ratio, params, active in SWEET_SPOT_MODELS:
-        twin = dense[name]
-        moe = _moe(experts, placement, mlp_ratio=ratio)
-        yield dataclasses.replace(
-            twin,
-            name=_name(name, experts, placement, ratio),
-            moe=moe,
-            source=SWEET_SPOT,
-            paper_params=params,
-            paper_active=active,
-            paper_gflops=None,
+        dense[name] = Preset(
+            name, ConvNeXtMoE, arguments, CONVNEXT, params, gflops
         )
+    yield from dense.values()
+    for name, *row in SWEET_SPOT_MODELS:
+        twin = dataclasses.replace(dense[name], source=SWEET_SPOT)
+        yield _sparse(twin, *row)
 
 
-def _moe(num_experts, placement, **settings):
-    if num_experts is None:
-        return None
-    settings = {k: v for k, v in settings.items() if v is not None}
-    return {"num_experts": num_experts, "layers": placement, **settings}
+def _vit(sizes, **more):
+    names = ("hidden_dim", "num_layers", "num_heads", "mlp_dim", "patch_size")
+    return {"image_size": 224, **dict(zip(names, sizes, strict=True)), **more}
 
 
-def _name(dense, num_experts, placement, mlp_ratio=None):
-    if num_experts is None:
-        return dense
-    name = f"{dense}_e{num_experts}_{placement.replace('_', '')}"
-    return name if mlp_ratio is None else f"{name}_r{mlp_ratio}"
+def _sparse(
+    dense, num_experts, placement, mlp_ratio=None, params=None, active=None
+):
+    """The row of a dense model with experts."""
+    name = f"{dense.name}_e{num_experts}_{placement.replace('_', '')}"
+    moe = {"num_experts": num_experts, "layers": placement}
+    if mlp_ratio is not None:
+        name, moe["mlp_ratio"] = f"{name}_r{mlp_ratio}", mlp_ratio
+    return dataclasses.replace(
+        dense,
+        name=name,
+        moe=moe,
+        paper_params=params,
+        paper_active=active,
+        paper_gflops=None,
+    )
 
 
-def _table():
-    dense = {preset.name: preset for preset in _dense_presets()}
-    rows = [*_v_moe_presets(), *dense.values(), *_sweet_spot_presets(dense)]
-    return {preset.name: preset for preset in rows}
-
-
-PRESETS = _table()
+PRESETS = {preset.name: preset for preset in (*_v_moe(), *_sweet_spot())}
 
 
 def presets():

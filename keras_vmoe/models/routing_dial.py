@@ -6,6 +6,7 @@ import warnings
 import keras
 
 from keras_vmoe import layers
+from keras_vmoe._keras import all_layers
 from keras_vmoe.models.cloning import clone_around
 from keras_vmoe.models.cloning import is_graph
 
@@ -23,11 +24,9 @@ def set_routing(
     Routing save compute, more experts per token cost some. Settings left at
     None stay as they are.
 
-    The new model shares the weights of the given one, so that it needs no
-    memory of its own and follows further training; `keras.Model.save` writes
-    it as a whole. Its layers are new ones around the same variables, and it
-    compiles its own functions. It is compiled as the given model is, with a new
-    optimizer.
+    The new model shares the weights of the given one: it needs no memory of its
+    own and follows further training; `keras.Model.save` writes it as a whole.
+    It is compiled as the given model is, with a new optimizer.
 
     Args:
         model: A `ViTMoE` or any functional or sequential Keras model with
@@ -36,15 +35,14 @@ def set_routing(
             "dropless".
         num_selected_experts: K.
         batch_priority: Whether confident tokens are served first.
-        images_per_group: Images that are routed together, or "batch" for one
-            group per batch.
+        images_per_group: Images that are routed together, or "batch" for all.
 
     Returns:
         A model of the same class.
 
     Raises:
-        ValueError: If nothing is to be set, the model has no MoE layers or
-            hides them inside of other layers, or a setting does not fit their
+        ValueError: If no setting is given, the model has no MoE layers or
+            hides them inside other layers, or a setting does not fit their
             routers.
 
     Example:
@@ -57,53 +55,47 @@ def set_routing(
     Reference:
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 4.
     """
-    router = {
+    settings = {
         "capacity_factor": capacity_factor,
         "num_selected_experts": num_selected_experts,
         "batch_priority": batch_priority,
+        "images_per_group": images_per_group,
     }
-    router = {k: v for k, v in router.items() if v is not None}
-    if not router and images_per_group is None:
+    settings = {k: v for k, v in settings.items() if v is not None}
+    _check(model, settings)
+    clone = clone_around(
+        model,
+        lambda layer: _with_routing(layer, **settings),
+        lambda moe: _changed_config(moe, **settings),
+    )
+    if model.compiled:
+        _compile_alike(clone, model)
+    return clone
+
+
+def _check(model, settings):
+    """Raises unless there is something to set, and a model to set it in."""
+    if not settings:
         raise ValueError(
             "At least one routing setting must be given. Received: none (None "
-            "leaves a setting as it is). Set for example `capacity_factor=0.5`,"
-            " or 'dropless'."
+            "leaves a setting as it is). Set for example `capacity_factor=0.5`."
         )
-    _check_dials(router, images_per_group)
+    factor = settings.get("capacity_factor")
+    if isinstance(factor, str) and factor != "dropless":
+        raise ValueError(
+            "`capacity_factor` must be a number above 0 or 'dropless'. "
+            f"Received: capacity_factor={factor!r}."
+        )
     if not is_graph(model) or not model.built:
         raise ValueError(
             "`model` must be a built functional or sequential Keras model, "
             f"whose layers can be replaced. Received: model={model!r}. Build "
             "it from `keras.Input`, or set the routers' arguments."
         )
-    clone = clone_around(
-        model,
-        lambda layer: _with_routing(layer, router, images_per_group),
-        lambda moe: _changed_config(moe, router, images_per_group),
-    )
-    if not any(isinstance(x, layers.MoEMLP) for x in clone._flatten_layers()):
+    if not any(isinstance(x, layers.MoEMLP) for x in all_layers(model)):
         raise ValueError(
             "The model must have MoE layers. Received: model="
             f"{model.name!r} without any. A dense model has nothing to route."
-        )
-    if model.compiled:
-        _compile_alike(clone, model)
-    return clone
-
-
-def _check_dials(router, images_per_group):
-    """Raises for strings other than the two known ones."""
-    factor = router.get("capacity_factor")
-    if isinstance(factor, str) and factor != "dropless":
-        raise ValueError(
-            f"`capacity_factor` must be a number above 0 or 'dropless'. "
-            f"Received: capacity_factor={factor!r}. V-MoE has 1.05."
-        )
-    if isinstance(images_per_group, str) and images_per_group != "batch":
-        raise ValueError(
-            "`images_per_group` must be an integer of at least 1 or "
-            f"'batch'. Received: images_per_group="
-            f"{images_per_group!r}. V-MoE has 8."
         )
 
 
@@ -119,13 +111,13 @@ def _compile_alike(clone, model):
         )
 
 
-def _with_routing(layer, settings, images_per_group):
+def _with_routing(layer, images_per_group=None, **settings):
     """A MoE layer with another router around the same weights."""
-    router = layer.router
+    router, changes = layer.router, {}
     if settings:
-        _check_router_dials(router, settings, layer.name)
-        router = router.sharing(**_with_priority(router, settings))
-    changes = {"router": router}
+        changes["router"] = router.sharing(
+            **_settings_for(router, settings, layer.name)
+        )
     if images_per_group is not None:
         if router.images_per_group is not None:
             raise ValueError(
@@ -137,14 +129,11 @@ def _with_routing(layer, settings, images_per_group):
     return layer.sharing(**changes)
 
 
-def _with_priority(router, settings):
-    """Dropless settings come without priority: nobody has to wait."""
-    if _is_dropless(settings) and hasattr(router, "batch_priority"):
-        return {"batch_priority": False, **settings}
-    return settings
+def _settings_for(router, settings, layer):
+    """The settings, if the router has them all.
 
-
-def _check_router_dials(router, settings, layer):
+    Dropless settings come without priority: no token has to wait.
+    """
     config = router.get_config()
     for name, value in settings.items():
         if name not in config or isinstance(router, layers.SoftRouter):
@@ -152,22 +141,22 @@ def _check_router_dials(router, settings, layer):
                 f"The {type(router).__name__} of {layer!r} has no such dial. "
                 f"Received: {name}={value!r}. Leave it out."
             )
+    if _is_dropless(settings) and "batch_priority" in config:
+        return {"batch_priority": False, **settings}
+    return settings
 
 
-def _changed_config(moe, settings, images_per_group):
+def _changed_config(moe, images_per_group=None, **settings):
+    """The model's `MoEConfig` with other settings."""
     if images_per_group is not None:
         moe = dataclasses.replace(moe, images_per_group=images_per_group)
-    if not isinstance(moe.router, keras.layers.Layer):
-        if _is_dropless(settings):
-            settings = {"batch_priority": None, **settings}
-        return dataclasses.replace(moe, **settings)
-    _check_router_dials(moe.router, settings, "moe")
-    config = {
-        **moe.router.get_config(),
-        **_with_priority(moe.router, settings),
-    }
-    router = type(moe.router).from_config(config)
-    return dataclasses.replace(moe, router=router)
+    if isinstance(moe.router, keras.layers.Layer):
+        settings = _settings_for(moe.router, settings, "moe")
+        config = {**moe.router.get_config(), **settings}
+        settings = {"router": type(moe.router).from_config(config)}
+    elif _is_dropless(settings):
+        settings = {"batch_priority": None, **settings}
+    return dataclasses.replace(moe, **settings)
 
 
 def _is_dropless(settings):

@@ -1,4 +1,4 @@
-"""Whole `.keras` files: written atomically, checked before they are read."""
+"""`.keras` files: written atomically, checked before they are read."""
 
 import math
 import pathlib
@@ -9,17 +9,16 @@ import keras
 from keras_vmoe import _files
 from keras_vmoe.distribution import _processes
 
-# What HDF5 and zip files take beside the numbers: one kilobyte per variable was
-# measured.
+# Overhead of HDF5 and zip files: one kilobyte per variable was measured.
 SLACK, SLACK_PER_VARIABLE = 2**16, 2**12
 
 
 def save(model, path):
-    """Saves a model so that `path` is always a whole file or none.
+    """Saves a model so that `path` is always a complete file or none.
 
     The file is written beside `path` under another name and then renamed: a
-    full disk or a killed process leaves the file that was there before. In a
-    run of several processes all must call this, and the first writes.
+    full disk or a killed process leaves the previous file. In a run of several
+    processes all must call this, and the first writes.
 
     Args:
         model: A Keras model.
@@ -30,17 +29,14 @@ def save(model, path):
 
     Raises:
         ValueError: If `path` does not end in `.keras`.
-        OSError: If it cannot be written; what was there before is kept.
+        OSError: If it cannot be written; the previous file is kept.
 
     Example:
 
     >>> save(model, "model.keras")  # doctest: +SKIP
     """
     path = pathlib.Path(path)
-    if path.suffix != ".keras":
-        raise ValueError(
-            f"A model file must end in '.keras'. Received: path={str(path)!r}."
-        )
+    _check_suffix(path)
     with _processes.gathered(_processes.variables_of(model)) as writes:
         if writes:
             with _files.replacing(path, size_of(model)) as partial:
@@ -49,7 +45,7 @@ def save(model, path):
 
 
 def size_of(model):
-    """Bytes that a file of a model and its optimizer takes, at the most."""
+    """At most this many bytes are in a file of a model and its optimizer."""
     variables = _processes.variables_of(model)
     numbers = sum(
         math.prod(x.shape) * (8 if str(x.dtype).endswith("64") else 4)
@@ -59,7 +55,7 @@ def size_of(model):
 
 
 def load(path, compile=True):
-    """Loads a `.keras` file after checking that it is whole.
+    """Loads a `.keras` file after checking that it is complete.
 
     Args:
         path: A `.keras` file.
@@ -72,7 +68,7 @@ def load(path, compile=True):
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no model, or cut short or damaged.
+        ValueError: If the file is no model, or truncated or corrupt.
 
     Example:
 
@@ -84,22 +80,26 @@ def load(path, compile=True):
             f"A model file must exist. Received: path={str(path)!r}. "
             "`keras-vmoe train` writes `model.keras` into its run folder."
         )
-    if path.suffix != ".keras":
+    _check_suffix(path)
+    corruption = _corruption(path)
+    if corruption:
         raise ValueError(
-            f"A model file must end in '.keras'. Received: path={str(path)!r}. "
-            "Name the model first, other files behind it."
-        )
-    damage = _damage(path)
-    if damage:
-        raise ValueError(
-            f"The model file must be whole, but {damage}. "
+            f"The model file must be complete, but {corruption}. "
             f"Received: path={str(path)!r} of {path.stat().st_size} bytes. "
-            "It was cut short or damaged in a copy: copy it again."
+            "It may be truncated or corrupt: copy it again."
         )
     return keras.saving.load_model(path, compile=compile)
 
 
-def _damage(path):
+def _check_suffix(path):
+    if path.suffix != ".keras":
+        raise ValueError(
+            f"A model file must end in '.keras'. Received: path={str(path)!r}. "
+            "Name the model before other files."
+        )
+
+
+def _corruption(path):
     """What is wrong with a zip file, or None."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -108,4 +108,4 @@ def _damage(path):
                 return "it is a zip archive without a model in it"
     except (zipfile.BadZipFile, EOFError) as error:
         return f"it is not a complete zip archive ({error})"
-    return f"its member {member!r} is damaged" if member else None
+    return f"its member {member!r} is corrupt" if member else None

@@ -5,7 +5,6 @@ import dataclasses
 import keras
 import numpy as np
 
-from keras_vmoe import layers
 from keras_vmoe._checks import check_flags
 from keras_vmoe._checks import check_not_negative
 from keras_vmoe.models.base import MoEModel
@@ -15,24 +14,21 @@ from keras_vmoe.models.moe import MoEConfig
 def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
     """Makes a MoE model whose experts start as copies of the dense MLPs.
 
-    All other weights are copied. Gates start at random, and a token gets back
-    what its experts give it times the gates, of which it has K; so the model
-    must be trained on. It gives the dense model's outputs at the start if the
+    All other weights are copied; gates are initialized at random, so the model
+    needs further training. It starts with the dense model's outputs if the
     gates of a token sum to 1 (`renormalize=True`, or K = E) and no token is
-    dropped. With K = 1 and `renormalize` the weight is exactly 1, and outputs
-    differ by no more than the order of summation in matrix products of another
-    shape (2.4e-7 of logits of order 1 in float32); but then the gate learns
-    from the auxiliary losses alone.
+    dropped. With K = 1 and `renormalize` outputs differ only by rounding
+    (2.4e-7 of logits of order 1 in float32), but the gate learns from the
+    auxiliary losses alone.
 
     Args:
         model: A dense `ViTMoE` or `ConvNeXtMoE`.
         moe: The `moe` argument of the new model; experts have the hidden
             features of the MLPs that they start from.
-        noise_std: Standard deviation of the noise on the experts' kernels, in
-            units of that of the kernel's own values.
+        noise_std: Standard deviation of noise added to the experts' kernels,
+            relative to that of the kernel's own values.
         preserve_outputs: Whether to set `renormalize=True` and
-            `capacity_factor="dropless"`, which keeps the function of the
-            dense model. It takes no noise.
+            `capacity_factor="dropless"`, which keeps the dense model's outputs.
         seed: Seed of the noise.
 
     Returns:
@@ -45,8 +41,7 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
     Example:
 
     >>> from keras_vmoe.models import ConvNeXtMoE
-    >>> dense = ConvNeXtMoE(
-    ...     depths=[2], dims=[8], num_classes=10, image_size=8)
+    >>> dense = ConvNeXtMoE(depths=[2], dims=[8], num_classes=9, image_size=8)
     >>> sparse = upcycle(dense, dict(layers=[1], num_experts=4))
     >>> [layer.name for layer in sparse.moe_layers]
     ['block_1_moe']
@@ -66,19 +61,15 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
     if preserve_outputs:
         moe = _preserving(moe, noise_std)
     sparse = type(model).from_config({**model.get_config(), "moe": moe})
-    experts = [(_dense_mlp(model, layer), layer) for layer in sparse.moe_layers]
-    for mlp, layer in experts:
-        _check_hidden(mlp, layer)
-
-    names = {layer.name for layer in model.layers}
-    for layer in sparse.layers:
-        if layer.name in names:
-            source = model.get_layer(layer.name)
-            layer.set_weights(source.get_weights())
-            layer.trainable = source.trainable
+    dense = {layer.name: layer for layer in model.layers}
     generator = np.random.default_rng(seed)
-    for mlp, layer in experts:
-        _copy_experts(mlp, layer.experts, noise_std, generator)
+    for layer in sparse.layers:
+        if layer.name in dense:
+            layer.set_weights(dense[layer.name].get_weights())
+            layer.trainable = dense[layer.name].trainable
+        else:
+            mlp = dense[layer.name.removesuffix("_moe") + "_mlp"]
+            _copy_experts(mlp, layer, noise_std, generator)
     return sparse
 
 
@@ -110,11 +101,8 @@ def _preserving(moe, noise_std):
     )
 
 
-def _dense_mlp(model, layer):
-    return model.get_layer(layer.name.removesuffix("_moe") + "_mlp")
-
-
-def _check_hidden(mlp, layer):
+def _copy_experts(mlp, layer, noise_std, generator):
+    """Every expert becomes a copy of the MLP, with noise of its own."""
     if mlp.hidden_dim != layer.hidden_dim:
         raise ValueError(
             "Experts that start from an MLP have its hidden features. "
@@ -122,19 +110,13 @@ def _check_hidden(mlp, layer):
             f"and {mlp.hidden_dim} in the MLP. Leave `hidden_dim` and "
             "`mlp_ratio` out."
         )
-
-
-def _copy_experts(mlp: layers.MLP, experts, noise_std, generator):
-    """Every expert becomes a copy of the MLP, with noise of its own."""
-    for weight, source in (
-        (experts.hidden_kernel, mlp.hidden_dense.kernel),
-        (experts.hidden_bias, mlp.hidden_dense.bias),
-        (experts.output_kernel, mlp.output_dense.kernel),
-        (experts.output_bias, mlp.output_dense.bias),
-    ):
-        value = keras.ops.convert_to_numpy(source)
-        copies = np.broadcast_to(value, weight.shape)
-        if noise_std and value.ndim > 1:
-            noise = generator.normal(size=weight.shape) * value.std()
-            copies = copies + noise_std * noise.astype(value.dtype)
-        weight.assign(copies)
+    for part in ("hidden", "output"):
+        for kind in ("kernel", "bias"):
+            source = getattr(getattr(mlp, f"{part}_dense"), kind)
+            weight = getattr(layer.experts, f"{part}_{kind}")
+            value = keras.ops.convert_to_numpy(source)
+            copies = np.broadcast_to(value, weight.shape)
+            if noise_std and kind == "kernel":
+                noise = generator.normal(size=weight.shape) * value.std()
+                copies = copies + noise_std * noise.astype(value.dtype)
+            weight.assign(copies)

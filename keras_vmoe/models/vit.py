@@ -4,16 +4,15 @@ from typing import Unpack
 
 import keras
 
-from keras_vmoe import layers
 from keras_vmoe._checks import check_choice
 from keras_vmoe._checks import check_rates
 from keras_vmoe._checks import check_sizes
-from keras_vmoe.layers.patches import patch_grid
-from keras_vmoe.models.base import MoEModel
-from keras_vmoe.models.base import Options
-from keras_vmoe.models.base import complete
-from keras_vmoe.models.base import image_pair
-from keras_vmoe.models.moe import MoEConfig
+from keras_vmoe.layers import _blocks
+from keras_vmoe.layers import patches
+from keras_vmoe.layers import pooling as poolings
+from keras_vmoe.layers import positions
+from keras_vmoe.layers.stochastic import SeededDropout
+from keras_vmoe.models import base
 from keras_vmoe.models.placement import moe_blocks
 
 NUM_SELECTED_EXPERTS = 2  # K of V-MoE.
@@ -22,7 +21,7 @@ POSITION_EMBEDDINGS = ("learned", "sincos2d")
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
-class ViTMoE(MoEModel):
+class ViTMoE(base.MoEModel):
     """Vision transformer whose MLPs may be mixtures of experts.
 
     A functional model. Its layers are named `embedding`, `class_token`,
@@ -106,131 +105,105 @@ class ViTMoE(MoEModel):
         position_embedding="learned",
         moe=None,
         dropout=0.0,
-        **options: Unpack[Options],
+        **options: Unpack[base.Options],
     ):
-        options = complete(
-            ViTMoE, options, activation="gelu_tanh", name="vit_moe"
+        settings = base.complete(
+            ViTMoE,
+            {
+                "image_size": image_size,
+                "patch_size": patch_size,
+                "hidden_dim": hidden_dim,
+                "num_layers": num_layers,
+                "num_heads": num_heads,
+                "mlp_dim": mlp_dim,
+                "num_classes": num_classes,
+                "pooling": pooling,
+                "representation_size": representation_size,
+                "position_embedding": position_embedding,
+                "moe": moe,
+                "dropout": dropout,
+            },
+            options,
+            activation="gelu_tanh",
+            name="vit_moe",
         )
-        moe = None if moe is None else MoEConfig.from_dict(moe)
-        check_choice("pooling", pooling, POOLINGS)
-        check_choice(
-            "position_embedding", position_embedding, POSITION_EMBEDDINGS
-        )
-        check_sizes(
-            patch_size=patch_size,
-            hidden_dim=hidden_dim,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            mlp_dim=mlp_dim,
-            num_classes=1 if num_classes is None else num_classes,
-            representation_size=representation_size or 1,
-        )
-        check_rates(dropout=dropout)
-        policy = options.dtype
-        shape = (*image_pair(image_size), options.channels)
-        images = keras.Input(shape, name="images")
-        x = layers.PatchEmbedding(
-            hidden_dim, patch_size, dtype=policy, name="embedding"
+        _check(settings)
+        images = base.image_input(settings)
+        x = patches.PatchEmbedding(
+            hidden_dim, patch_size, dtype=settings.dtype, name="embedding"
         )(images)
-        grid = patch_grid(shape[:2], patch_size)
-        x = _positions(x, pooling, position_embedding, grid, dropout, policy)
-        mlps = _mlps(num_layers, hidden_dim, mlp_dim, moe, dropout, options)
-        x = _encoder(x, list(mlps), num_heads, dropout, options)
-        x = _pooling(pooling, num_heads, mlp_dim, options)(x)
-        x = _head(x, representation_size, num_classes, policy)
-        arguments = {
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "hidden_dim": hidden_dim,
-            "num_layers": num_layers,
-            "num_heads": num_heads,
-            "mlp_dim": mlp_dim,
-            "num_classes": num_classes,
-            "pooling": pooling,
-            "representation_size": representation_size,
-            "position_embedding": position_embedding,
-            "moe": moe,
-            "dropout": dropout,
-        }
-        super().__init__(images, x, {**arguments, **vars(options)})
-
-
-def _encoder(x, mlps, num_heads, dropout, options):
-    """The encoder blocks and the norm after them."""
-    last = max(1, len(mlps) - 1)
-    for i, mlp in enumerate(mlps):
-        x = layers.encoder_block(
-            x,
-            mlp,
-            num_heads,
-            name=f"block_{i}",
-            dropout=dropout,
-            drop_path_rate=options.drop_path_rate * i / last,
-            layer_scale_init_value=options.layer_scale_init_value,
+        x = _positions(
+            x, settings, patches.patch_grid(images.shape[1:3], patch_size)
         )
-    return keras.layers.LayerNormalization(
-        epsilon=1e-6, dtype=options.dtype, name="norm"
-    )(x)
+        x = _encoder(x, settings)
+        x = _pooling(settings)(x)
+        super().__init__(images, _head(x, settings), vars(settings))
 
 
-def _mlps(num_layers, hidden_dim, mlp_dim, moe, dropout, options):
-    """One MLP or MoE layer for each block."""
-    sparse = () if moe is None else moe_blocks(moe.layers, num_layers)
-    arguments = {
-        "activation": options.activation,
-        "dropout": dropout,
-        "dtype": options.dtype,
-    }
-    for i in range(num_layers):
-        if i in sparse:
-            yield moe.make_layer(
-                i,
-                hidden_dim,
-                mlp_dim,
-                f"block_{i}_moe",
-                num_selected_experts=NUM_SELECTED_EXPERTS,
-                **arguments,
-            )
-        else:
-            yield layers.MLP(mlp_dim, name=f"block_{i}_mlp", **arguments)
-
-
-def _pooling(pooling, num_heads, mlp_dim, options):
-    policy = options.dtype
-    if pooling == "token":
-        return layers.TokenPooling(dtype=policy, name="pooling")
-    if pooling == "gap":
-        return keras.layers.GlobalAveragePooling1D(dtype=policy, name="pooling")
-    return layers.AttentionPooling(
-        num_heads, mlp_dim, options.activation, dtype=policy, name="pooling"
+def _check(settings):
+    """Raises for a value that is out of range."""
+    check_choice("pooling", settings.pooling, POOLINGS)
+    check_choice(
+        "position_embedding", settings.position_embedding, POSITION_EMBEDDINGS
     )
+    names = ("patch_size", "hidden_dim", "num_layers", "num_heads", "mlp_dim")
+    check_sizes(**{name: getattr(settings, name) for name in names})
+    check_sizes(representation_size=settings.representation_size or 1)
+    check_rates(dropout=settings.dropout)
 
 
-def _positions(x, pooling, position_embedding, grid, dropout, policy):
+def _positions(x, settings, grid):
     """The class token, if one is pooled, and the positions."""
-    if pooling == "token":
-        x = layers.ClassToken(dtype=policy, name="class_token")(x)
-    if position_embedding == "learned":
-        x = layers.LearnedPositions(dtype=policy, name="positions")(x)
+    policy = settings.dtype
+    if settings.pooling == "token":
+        x = patches.ClassToken(dtype=policy, name="class_token")(x)
+    if settings.position_embedding == "learned":
+        x = positions.LearnedPositions(dtype=policy, name="positions")(x)
     else:
-        x = layers.SinCos2DPositions(grid, dtype=policy, name="positions")(x)
-    if dropout:
-        x = layers.Dropout(dropout, dtype=policy, name="dropout")(x)
+        x = positions.SinCos2DPositions(grid, dtype=policy, name="positions")(x)
+    if settings.dropout:
+        x = SeededDropout(settings.dropout, dtype=policy, name="dropout")(x)
     return x
 
 
-def _head(x, representation_size, num_classes, policy):
+def _encoder(x, settings):
+    """The encoder blocks and the norm after them."""
+    moe, num_layers = settings.moe, settings.num_layers
+    blocks = base.blocks(
+        settings,
+        [(settings.hidden_dim, settings.mlp_dim)] * num_layers,
+        () if moe is None else moe_blocks(moe.layers, num_layers),
+        NUM_SELECTED_EXPERTS,
+        dropout=settings.dropout,
+    )
+    heads, dropout = settings.num_heads, settings.dropout
+    for i, (mlp, branches) in enumerate(blocks):
+        x = _blocks.encoder_block(
+            x, mlp, heads, f"block_{i}", dropout, **branches
+        )
+    return _blocks.layer_norm("norm", settings.dtype)(x)
+
+
+def _pooling(settings):
+    """The layer from tokens `(B, N, D)` to features `(B, D)`."""
+    options = {"dtype": settings.dtype, "name": "pooling"}
+    if settings.pooling == "token":
+        return poolings.TokenPooling(**options)
+    if settings.pooling == "gap":
+        return keras.layers.GlobalAveragePooling1D(**options)
+    return poolings.AttentionPooling(
+        settings.num_heads, settings.mlp_dim, settings.activation, **options
+    )
+
+
+def _head(x, settings):
     """From the features of an image to its logits."""
-    if representation_size is not None:
+    if settings.representation_size is not None:
         x = keras.layers.Dense(
-            representation_size,
+            settings.representation_size,
             activation="tanh",
             kernel_initializer="lecun_normal",
-            dtype=policy,
+            dtype=settings.dtype,
             name="pre_logits",
         )(x)
-    if num_classes is None:
-        return x
-    return keras.layers.Dense(
-        num_classes, kernel_initializer="zeros", dtype="float32", name="head"
-    )(x)
+    return base.classifier(x, settings, "zeros")

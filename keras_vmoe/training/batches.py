@@ -1,4 +1,4 @@
-"""What a run reads: its datasets, and the batches that `fit` trains on."""
+"""The datasets of a run, and the batches that `fit` trains on."""
 
 import functools
 import itertools
@@ -13,20 +13,19 @@ from keras_vmoe.distribution import _replicas
 def datasets(config, info):
     """The datasets of training (its first epoch), validation and test.
 
-    Of several processes each trains on a part of the images, and reads all of
-    the others.
+    Each of several processes trains on its part of the images, and reads all
+    images of validation and test.
     """
+    whole = {"training": False, "shard": None}
     one_hot = is_one_hot(config)
     return (
-        load(config, info, "train_split", True, epoch=0),
-        load(
-            config, info, "validation_split", False, shard=None, one_hot=one_hot
-        ),
-        load(config, info, "test_split", False, shard=None),
+        load(config, info, "train_split", epoch=0),
+        load(config, info, "validation_split", one_hot=one_hot, **whole),
+        load(config, info, "test_split", **whole),
     )
 
 
-def load(config, info, split, training, **options):
+def load(config, info, split, training=True, **options):
     """One of the run's datasets, or this process's part of it."""
     processes = _processes.num_processes()
     images, seed = config.data, config.seed
@@ -36,7 +35,7 @@ def load(config, info, split, training, **options):
         batch_size //= processes
         index = _processes.process_id()
         options["shard"] = (index, processes)
-        seed = seed_of_epoch(seed, index)  # Or all would crop alike.
+        seed = seed_of_epoch(seed, index)  # Or all would crop the same way.
     try:
         return data.load(
             images.dataset,
@@ -60,58 +59,46 @@ def load(config, info, split, training, **options):
 
 
 def check_batches(config, model, strategy):
-    """Raises unless each device gets whole groups of a batch."""
+    """Raises unless each device gets whole groups of images."""
     groups = [x.images_per_group for x in model.moe_layers]
     group = max([1, *(x for x in groups if x != "batch")])
     replicas = _replicas.num_replicas(strategy)
     if replicas == 1:
-        return  # Where a last group may be a part of one.
+        return  # Where the last group may be partial.
     processes = _processes.num_processes()
     _replicas.check_batch(config.data.batch_size, group, replicas, processes)
 
 
 def parts_of(config, length):
-    """Steps from checkpoint to checkpoint, and how many of these there are."""
+    """Steps between two checkpoints, and the number of checkpoints."""
     parts = config.checkpoint.checkpoints_per_epoch
     if parts > length:
         raise ValueError(
             "An epoch must have a step for each of its checkpoints. Received: "
-            f"checkpoints_per_epoch={parts} with {length} steps per epoch. "
-            "Choose a smaller number."
+            f"checkpoints_per_epoch={parts} with {length} steps per epoch."
         )
     return length // parts, config.epochs * parts
 
 
 def batches(config, info, first_step, length):
-    """Batches of one epoch after the other, without end.
+    """Batches of one epoch after another, without end.
 
-    Each epoch is a dataset of its own, a function of the seed and of its
-    number: what was read before does not matter.
-
-    Args:
-        config: A `TrainConfig`.
-        info: The dataset's `data.info`.
-        first_step: Steps of the run before the first of these batches.
-        length: Batches of an epoch.
-
-    Yields:
-        Pairs of NumPy arrays.
+    Each epoch of `length` batches is a dataset of its own, a function of the
+    seed and the epoch's number: it does not depend on what was read before.
     """
     first_epoch, done = divmod(first_step, length)
     for epoch in itertools.count(first_epoch):
-        dataset = load(
-            config, info, "train_split", True, epoch=epoch,
-            one_hot=is_one_hot(config),
-        )  # fmt: skip
+        options = {"epoch": epoch, "one_hot": is_one_hot(config)}
+        dataset = load(config, info, "train_split", **options)
         yield from dataset.skip(done).as_numpy_iterator()
         done = 0
 
 
 def stream(config, info, first_step, example, strategy):
-    """What `fit` reads: batches, on several devices of a known size.
+    """What `fit` reads: batches, of a static shape on several devices.
 
-    (Keras forgets the size of a generator's batches. A TPU needs it, and so do
-    several processes, which would wait for ever at another one.)
+    (Keras drops the static shape of a generator's batches. A TPU needs it, and
+    so do several processes, which would wait forever at another one.)
     """
     length = len(example)
     source = functools.partial(batches, config, info, first_step, length)

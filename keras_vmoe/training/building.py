@@ -1,4 +1,4 @@
-"""What a run is made of: devices, model, optimizer and loss."""
+"""The parts of a run: distribution, model, optimizer and loss."""
 
 import dataclasses
 
@@ -18,28 +18,24 @@ MOMENTUM = 0.9  # Of SGD.
 
 
 def make_strategy(config):
-    """What spreads a run over several devices; None on one.
-
-    Raises:
-        ValueError: If the run cannot be spread so.
-    """
+    """The distribution or strategy of a run; None on one device."""
     devices, optimizer = config.devices, config.optimizer
     name, processes = devices.distribution, _processes.num_processes()
     if name is None:
         if devices.expert_shards or devices.shard_dense or processes > 1:
             raise ValueError(
                 "Several processes or expert shards need a distribution. "
-                f"Received: expert_shards={devices.expert_shards}, "
-                f"shard_dense={devices.shard_dense}, {processes} processes, "
-                "distribution=None. Set distribution='auto'."
+                f"Received: distribution=None, {processes} processes, "
+                f"expert_shards={devices.expert_shards}, "
+                f"shard_dense={devices.shard_dense}. Set distribution='auto'."
             )
         return None
     num_experts, dropless = _experts_of(config)
     if dropless and name == "expert_parallel":
         raise ValueError(
-            "Under 'expert_parallel' tokens travel in buffers of a fixed "
-            "capacity. Received: dropless experts. Set a capacity factor, or "
-            "use 'data_parallel'."
+            "Under 'expert_parallel' tokens are exchanged in buffers of a "
+            "fixed capacity. Received: capacity_factor='dropless'. Set a "
+            "number, or use 'data_parallel'."
         )
     strategy = distribution.resolve(
         name,
@@ -49,13 +45,13 @@ def make_strategy(config):
     )
     if hasattr(strategy, "num_replicas_in_sync") and optimizer.accumulate > 1:
         raise ValueError(
-            "Keras adds up gradients on one device of TensorFlow only. "
+            "On TensorFlow, Keras accumulates gradients on one device only. "
             f"Received: accumulate={optimizer.accumulate} with distribution="
             f"{name!r}. Leave it out; more devices take larger batches."
         )
     if optimizer.ema is not None and processes > 1:
         raise ValueError(
-            "Keras keeps an average of the weights in one process only. "
+            "Keras averages weights in a single process only. "
             f"Received: ema={optimizer.ema} in {processes} processes. Leave it "
             "out."
         )
@@ -63,7 +59,7 @@ def make_strategy(config):
 
 
 def _experts_of(config):
-    """How many experts a model will have, and whether they drop nothing."""
+    """How many experts a model will have, and whether they are dropless."""
     moe, preset = config.moe, config.model.preset
     if preset is not None:
         moe = find_preset(preset).moe
@@ -75,15 +71,7 @@ def _experts_of(config):
 
 
 def make_model(config, num_classes):
-    """The model of a configuration, with weights of its own.
-
-    Args:
-        config: A `TrainConfig`.
-        num_classes: Classes of the dataset, if it knows them.
-
-    Returns:
-        A `ViTMoE` or `ConvNeXtMoE`.
-    """
+    """A `ViTMoE` or `ConvNeXtMoE` by a `TrainConfig`, newly initialized."""
     sizes, moe = config.model, config.moe
     settings = {
         "num_classes": config.data.num_classes or num_classes,
@@ -114,11 +102,7 @@ def make_model(config, num_classes):
 def compile_model(model, config, steps):
     """Compiles a model with the optimizer, loss and metrics of a run.
 
-    Args:
-        model: A model.
-        config: A `TrainConfig`.
-        steps: Steps of the whole run; Keras counts also those that only add up
-            their gradients.
+    Its steps include those that only accumulate gradients.
     """
     settings = config.optimizer
     decayed = list(optimizers.KERNELS)
@@ -131,18 +115,21 @@ def compile_model(model, config, steps):
         decay_gates=settings.decay_gates,
         global_clipnorm=settings.clip_norm,
         use_ema=settings.ema is not None,
-        # The average moves at every step, and by an update's momentum in all.
+        # Keras moves the average every step, also between two updates.
         ema_momentum=(settings.ema or 0.99) ** (1 / settings.accumulate),
         gradient_accumulation_steps=(
             settings.accumulate if settings.accumulate > 1 else None
         ),
         **arguments,
     )
-    model.compile(optimizer, make_loss(config), metrics=make_metrics(config))
+    kind = keras.metrics.SparseCategoricalAccuracy
+    if is_one_hot(config):
+        kind = keras.metrics.CategoricalAccuracy
+    model.compile(optimizer, make_loss(config), metrics=[kind(name="accuracy")])
 
 
 def make_schedule(config, steps):
-    """The learning rate of a run, which has so many steps."""
+    """The learning rate schedule of a run with so many steps."""
     return optimizers.WarmUp(
         config.optimizer.learning_rate,
         steps=steps,
@@ -153,7 +140,7 @@ def make_schedule(config, steps):
 
 
 def make_loss(config):
-    """The loss of a run, of logits."""
+    """The loss of a run, as a function of logits."""
     if config.optimizer.loss == "bce":
         return keras.losses.BinaryCrossentropy(from_logits=True)
     if config.optimizer.loss == "sigmoid":
@@ -166,21 +153,6 @@ def make_loss(config):
 
 
 def sigmoid_crossentropy(labels, logits):
-    """Binary cross-entropies, summed over the classes: V-MoE's loss.
-
-    Args:
-        labels: `(B, classes)`, in [0, 1].
-        logits: `(B, classes)`.
-
-    Returns:
-        `(B,)` tensor.
-    """
+    """V-MoE's loss: binary cross-entropy, summed over the classes, `(B,)`."""
     losses = keras.ops.binary_crossentropy(labels, logits, from_logits=True)
     return keras.ops.sum(losses, axis=-1)
-
-
-def make_metrics(config):
-    """The metrics of a run."""
-    if is_one_hot(config):
-        return [keras.metrics.CategoricalAccuracy(name="accuracy")]
-    return [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]

@@ -1,4 +1,4 @@
-"""Callbacks for `fit`: routing in the logs, stopping on NaN, atomic files."""
+"""Callbacks for `fit`: routing statistics, stopping on NaN, the history."""
 
 import csv
 import io
@@ -16,15 +16,22 @@ from keras_vmoe.distribution import _processes
 from keras_vmoe.inspection import _plots
 
 
-class RoutingHistory(keras.callbacks.Callback):
-    """Puts what the routers did into the logs of every epoch.
+class _RoutingCallback(keras.callbacks.Callback):
+    """Reads the routing statistics of each epoch."""
 
-    Adds the means over the epoch's training steps:
+    def on_epoch_begin(self, epoch, logs=None):
+        inspection.reset_routing_statistics(self.model)
+
+
+class RoutingHistory(_RoutingCallback):
+    """Adds routing statistics to the logs of every epoch.
+
+    They are means over the epoch's training steps:
 
     - `auxiliary_loss`: sum of all MoE layers' weighted auxiliary losses.
     - `dropped_share`: share of the choices that were dropped, in `[0, 1]`.
     - `min_expert_load`, `max_expert_load`: load of the least and the most
-      chosen expert of any layer; 1 is an even load.
+      loaded expert of any layer; 1 is an even load.
     - with `per_layer`, for each MoE layer `<layer>/dropped_share`,
       `<layer>/gate_entropy` (mean entropy of the gates, in nats),
       `<layer>/importance_cv2` (squared coefficient of variation of the experts'
@@ -32,15 +39,14 @@ class RoutingHistory(keras.callbacks.Callback):
       serve an image), `<layer>/auxiliary_loss` and `<layer>/load_<e>`, the
       share of the choices that fell on expert e.
 
-    They are in the logs as metrics are: in what `fit` returns, in `CSVLogger`
-    and `TensorBoard`, for `EarlyStopping` to monitor. Put this callback before
-    those. (Under JAX a layer cannot update a `keras.Metric` inside of the
-    compiled step, so that the means are kept in the routers and read here, once
-    per epoch.)
+    Other callbacks see them as metrics: `History`, `CSVLogger`, `TensorBoard`,
+    `EarlyStopping`. Put this callback before those. (Under JAX a layer cannot
+    update a `keras.Metric` inside the compiled step, so the routers keep the
+    means, and they are read here once per epoch.)
 
     Args:
         per_layer: Whether to log each layer as well.
-        epochs: Statistics of the epochs before, of a run that is resumed.
+        epochs: Statistics of the epochs before, when a run is resumed.
 
     Attributes:
         epochs: One dict per epoch, from layer name to that layer's statistics;
@@ -60,9 +66,6 @@ class RoutingHistory(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self.epochs = list(self.earlier)
 
-    def on_epoch_begin(self, epoch, logs=None):
-        inspection.reset_routing_statistics(self.model)
-
     def on_epoch_end(self, epoch, logs=None):
         layers = inspection.routing_statistics(self.model)
         if not layers:
@@ -75,7 +78,7 @@ class RoutingHistory(keras.callbacks.Callback):
 
 
 def _summary(layers):
-    """The numbers of one epoch's log line."""
+    """Statistics over all layers."""
     loads = [layer["load_share"] for layer in layers]
     dropped = [layer["dropped_share"] for layer in layers]
     return {
@@ -86,20 +89,20 @@ def _summary(layers):
     }
 
 
-class RoutingMonitor(keras.callbacks.Callback):
-    """Warns when experts die or a layer drops too much.
+class RoutingMonitor(_RoutingCallback):
+    """Warns of dying experts and of layers that drop too much.
 
-    Looks once per epoch at the means over its training steps. An expert whose
-    load stays low is trained by few tokens and chosen by fewer still.
+    Checks the means over each epoch's training steps. An expert whose load
+    stays low is trained on few tokens and then chosen by even fewer.
 
     Args:
-        min_load: Smallest load of an expert, relative to an even load; below
-            it counts as dying.
+        min_load: Load below which an expert counts as dying, relative to an
+            even load.
         max_dropped_share: Largest share of the choices (of the tokens, with
             expert choice) that a layer may drop.
 
     Attributes:
-        warnings: The messages so far, one per epoch and layer at most.
+        warnings: The messages so far, at most one per epoch and layer.
 
     Example:
 
@@ -108,31 +111,27 @@ class RoutingMonitor(keras.callbacks.Callback):
 
     def __init__(self, min_load=0.1, max_dropped_share=0.2):
         super().__init__()
-        for name, value in (
-            ("min_load", min_load),
-            ("max_dropped_share", max_dropped_share),
-        ):
+        self.min_load = min_load
+        self.max_dropped_share = max_dropped_share
+        for name in ("min_load", "max_dropped_share"):
+            value = getattr(self, name)
             if not is_number(value) or not 0 <= value <= 1:
                 raise ValueError(
                     f"`{name}` must be a number between 0 and 1. "
-                    f"Received: {name}={value!r}. 0.1 is a tenth."
+                    f"Received: {name}={value!r}."
                 )
-        self.min_load = min_load
-        self.max_dropped_share = max_dropped_share
         self.warnings = []
-
-    def on_epoch_begin(self, epoch, logs=None):
-        inspection.reset_routing_statistics(self.model)
 
     def on_epoch_end(self, epoch, logs=None):
         for name, layer in inspection.routing_statistics(self.model).items():
             problems = self._problems(layer)
             if problems:
                 message = (
-                    f"Epoch {epoch + 1}, {name}: {'; '.join(problems)}. What "
-                    "balances the load: larger weights of the auxiliary losses "
-                    "(or `update_rate` of a BiasBalancedRouter), more noise, "
-                    "fewer experts; what drops less: a larger capacity factor."
+                    f"Epoch {epoch + 1}, {name}: {'; '.join(problems)}. To "
+                    "balance the load, increase the weights of the auxiliary "
+                    "losses (`update_rate` of a BiasBalancedRouter) or the "
+                    "noise, or use fewer experts; to drop less, increase the "
+                    "capacity factor."
                 )
                 self.warnings.append(message)
                 warnings.warn(message, stacklevel=2)
@@ -153,15 +152,15 @@ class RoutingMonitor(keras.callbacks.Callback):
         return problems
 
 
-class RoutingTensorBoard(keras.callbacks.Callback):
-    """Writes what the routers did for TensorBoard, on every backend.
+class RoutingTensorBoard(_RoutingCallback):
+    """Writes routing statistics for TensorBoard, on every backend.
 
-    Once per epoch the statistics of each MoE layer as scalars, and the load of
-    its experts over all epochs of this `fit` as a picture: one row per expert,
-    one column per epoch. Needs TensorFlow and matplotlib.
+    After each epoch it writes the statistics of each MoE layer as scalars, and
+    the load of its experts over all epochs of this `fit` as an image: one row
+    per expert, one column per epoch. Needs TensorFlow and matplotlib.
 
     Args:
-        log_dir: Folder of the event files, as of `keras.callbacks.TensorBoard`.
+        log_dir: Folder of the event files, as in `keras.callbacks.TensorBoard`.
 
     Raises:
         ImportError: If TensorFlow or matplotlib is missing.
@@ -183,12 +182,9 @@ class RoutingTensorBoard(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self.epochs = []
         if not _processes.is_first_process():
-            return  # It only resets the statistics, as all must at once.
+            return  # It only resets the statistics, as all processes must.
         path = pathlib.Path(self.log_dir) / "routing"
         self.writer = self.tensorflow.summary.create_file_writer(str(path))
-
-    def on_epoch_begin(self, epoch, logs=None):
-        inspection.reset_routing_statistics(self.model)
 
     def on_epoch_end(self, epoch, logs=None):
         layers = inspection.routing_statistics(self.model)
@@ -201,8 +197,8 @@ class RoutingTensorBoard(keras.callbacks.Callback):
                 summary.scalar(name, value)
             for name in layers:
                 loads = [layers[name] for layers in self.epochs]
-                picture = _plots.load_heatmap(name, loads)
-                summary.image(f"{name}/load", picture[None])
+                heatmap = _plots.load_heatmap(name, loads)
+                summary.image(f"{name}/load", heatmap[None])
         self.writer.flush()
 
     def on_train_end(self, logs=None):
@@ -214,11 +210,13 @@ class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite."""
 
 
+# Not `keras.callbacks.TerminateOnNaN`, which does not name the epoch or the
+# last good checkpoint, and misses weights that the last update ruined.
 class StopOnNonFiniteLoss(keras.callbacks.Callback):
     """Raises as soon as the training loss is NaN or infinite.
 
     Reads the loss after every step, which waits for the step to finish, and at
-    the end of an epoch the weights, which the last update may have spoilt.
+    the end of an epoch the weights, which the last update may have ruined.
 
     Args:
         checkpoint: Optional path of the last good model, for the message.
@@ -242,45 +240,38 @@ class StopOnNonFiniteLoss(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         loss = float((logs or {}).get("loss", 0.0))
         if not math.isfinite(loss):
-            received = f"loss={loss} at step {batch + 1}"
-            raise NonFiniteLossError(self._message(received))
+            self._stop(f"loss={loss} at step {batch + 1}")
 
     def on_epoch_end(self, epoch, logs=None):
         # The last step's loss was computed before the last step's update.
-        if not is_finite(self.model):
-            received = "weights that are not finite at the end"
-            raise NonFiniteLossError(self._message(received))
+        finite = map(keras.ops.isfinite, self.model.trainable_weights)
+        if not all(bool(keras.ops.all(x)) for x in finite):
+            self._stop("weights that are not finite at the end")
 
-    def _message(self, received):
+    def _stop(self, received):
         kept = "No good model was saved before."
         if self.checkpoint and pathlib.Path(self.checkpoint).exists():
             kept = f"The last good model is kept at {self.checkpoint}."
-        return (
+        raise NonFiniteLossError(
             "The training loss and the weights must stay finite. "
             f"Received: {received} of epoch {self.epoch + 1}. {kept} Start "
             "another run with a lower learning rate or a longer warm-up, or "
-            "look for broken images."
+            "look for corrupt images."
         )
 
 
-def is_finite(model):
-    """Whether all trained weights are finite."""
-    return all(
-        bool(keras.ops.all(keras.ops.isfinite(weight)))
-        for weight in model.trainable_weights
-    )
-
-
+# Not `keras.callbacks.CSVLogger`: appending to its file, a run that was killed
+# between a row and its checkpoint would hold that epoch twice when resumed.
 class HistoryFile(keras.callbacks.Callback):
-    """Writes the logs of all epochs, and every expert's load, as CSV.
+    """Writes the logs of all epochs, and the load of every expert, as CSV.
 
     The file is rewritten after every epoch, atomically. The load of expert e
     of a layer is in the column `<layer>/load_<e>`, as a share of the choices.
 
     Args:
         path: CSV file.
-        routing: Optional `RoutingHistory` that stands before this callback.
-        rows: Rows of the epochs before, of a run that is resumed.
+        routing: Optional `RoutingHistory`, placed before this callback.
+        rows: Rows of the epochs before, when a run is resumed.
 
     Attributes:
         rows: One dict per epoch.
@@ -312,21 +303,20 @@ class HistoryFile(keras.callbacks.Callback):
 
 
 def _columns(layers):
-    """All statistics of all layers under names of their own."""
+    """The statistics of all layers as `<layer>/<name>`."""
     row = {}
     for name, layer in layers.items():
-        for key, value in layer.items():
+        loads = {f"load_{e}": x for e, x in enumerate(layer["load_share"])}
+        for key, value in {**layer, **loads}.items():
             if key != "load_share":
-                row[f"{name}/{key}"] = value
-        for e, share in enumerate(layer["load_share"]):
-            row[f"{name}/load_{e}"] = float(share)
+                row[f"{name}/{key}"] = float(value)
     return row
 
 
 def _csv(rows):
     """Dicts as CSV; the columns are all their keys, in order."""
     text = io.StringIO(newline="")
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = dict.fromkeys(key for row in rows for key in row)
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)

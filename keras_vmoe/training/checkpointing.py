@@ -8,21 +8,26 @@ import zlib
 import keras
 
 from keras_vmoe import _files
+from keras_vmoe._checks import check_sizes
 from keras_vmoe.distribution import _processes
 from keras_vmoe.models.saving import size_of
 
 NAME = "epoch_{:06d}"
 WEIGHTS, STATE = ".weights.h5", ".json"
-# What a damaged state file raises, or a missing weights file.
-DAMAGE = (FileNotFoundError, KeyError, TypeError, ValueError)
+# What a corrupt state file raises, or a missing weights file.
+CORRUPT = (FileNotFoundError, KeyError, TypeError, ValueError)
 
 
+# Not `keras.callbacks.BackupAndRestore` or `ModelCheckpoint`: a kill while they
+# write leaves a corrupt file in place of the last good one, they keep neither
+# the noise nor the history, and several processes would all write.
 class Checkpoints:
-    """The checkpoints in a folder, one per epoch, the newest few of them kept.
+    """The checkpoints in a folder, one per epoch; the newest are kept.
 
-    A checkpoint is a weights file of Keras, which holds the weights, the
-    optimizer and the routers' noise, and beside it a small state file with its
-    checksum, written last: a checkpoint without a state file does not exist.
+    A checkpoint is a Keras weights file, with the weights, the optimizer state
+    and the seeds of the routers' noise, and next to it a small state file with
+    its checksum. The state file is written last: a checkpoint without one does
+    not count.
 
     Args:
         folder: Folder of the checkpoints; made when the first is saved.
@@ -30,25 +35,14 @@ class Checkpoints:
     """
 
     def __init__(self, folder, keep=2):
-        if keep < 1:
-            raise ValueError(
-                "`keep` must be at least 1, the number of checkpoints to keep. "
-                f"Received: keep={keep}."
-            )
+        check_sizes(keep=keep)
         self.folder = pathlib.Path(folder)
         self.keep = keep
 
     def save(self, model, epoch, state):
-        """Saves a checkpoint, then removes the oldest ones.
+        """Saves a checkpoint and a state, then removes the oldest ones.
 
-        Args:
-            model: A compiled and built model.
-            epoch: Epochs that are done.
-            state: Dict for JSON, returned by `restore`.
-
-        Raises:
-            OSError: If it cannot be written, as on a full disk; the older
-                checkpoints are whole and still there.
+        On a full disk it raises an OSError, and the others stay as they are.
         """
         variables = _processes.variables_of(model)
         with _processes.gathered(variables) as writes:
@@ -63,18 +57,19 @@ class Checkpoints:
             model.save_weights(partial, overwrite=True)
             checksum = _checksum(partial)
         state = {**state, "epoch": epoch, "crc32": checksum}
-        _files.write_text(path.with_suffix(STATE), json.dumps(state))
+        text = json.dumps(state, default=lambda array: array.tolist())
+        _files.write_text(path.with_suffix(STATE), text)
         for old in self.epochs()[: -self.keep]:
-            self._remove(old)
+            path = self.folder / NAME.format(old)
+            # The state file first: without it the weights do not count.
+            path.with_suffix(STATE).unlink(missing_ok=True)
+            path.with_suffix(WEIGHTS).unlink(missing_ok=True)
 
     def restore(self, model):
-        """Restores the newest whole checkpoint and warns of damaged ones.
+        """Restores the newest intact checkpoint and warns of corrupt ones.
 
-        Args:
-            model: A compiled model of the same configuration.
-
-        Returns:
-            The `state` that was saved, with `epoch`; None without a checkpoint.
+        Returns the state that was saved, with `epoch` and with arrays as lists;
+        None without a checkpoint. The model must be compiled.
         """
         for epoch in reversed(self.epochs()):
             path = self.folder / NAME.format(epoch)
@@ -83,16 +78,17 @@ class Checkpoints:
                 state = json.loads(path.with_suffix(STATE).read_text())
                 if state["crc32"] != _checksum(weights):
                     raise ValueError("its checksum is wrong")
-            except DAMAGE as error:
+            except CORRUPT as error:
                 warnings.warn(
-                    f"The checkpoint {weights} is damaged ({error}) and passed "
-                    "over.",
+                    f"The checkpoint {weights} is corrupt ({error}) and is "
+                    "skipped.",
                     stacklevel=2,
                 )
-                # Kept, but no checkpoint any more.
-                state = path.with_suffix(STATE)
+                # The file is kept, but no longer counts as a checkpoint.
                 if _processes.is_first_process():
-                    state.replace(state.with_suffix(".damaged"))
+                    path.with_suffix(STATE).replace(
+                        path.with_suffix(".corrupt")
+                    )
                 continue
             model.optimizer.build(model.trainable_variables)
             model.load_weights(weights)
@@ -104,24 +100,9 @@ class Checkpoints:
         stems = (path.stem for path in self.folder.glob(f"epoch_*{STATE}"))
         return sorted(int(stem.removeprefix("epoch_")) for stem in stems)
 
-    def _remove(self, epoch):
-        path = self.folder / NAME.format(epoch)
-        # The state first: without it the rest is nothing.
-        path.with_suffix(STATE).unlink(missing_ok=True)
-        path.with_suffix(WEIGHTS).unlink(missing_ok=True)
-
 
 class SaveCheckpoint(keras.callbacks.Callback):
-    """Saves a checkpoint after every epoch.
-
-    Args:
-        checkpoints: A `Checkpoints`.
-        state: Function that returns the dict to save beside the weights.
-
-    Example:
-
-    >>> callback = SaveCheckpoint(Checkpoints("run/checkpoints"), dict)
-    """
+    """Saves a checkpoint after every epoch, with what `state()` returns."""
 
     def __init__(self, checkpoints, state):
         super().__init__()

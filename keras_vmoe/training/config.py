@@ -1,26 +1,19 @@
-"""What a training run needs to know, as one typed value."""
+"""The configuration of a training run, as one typed value."""
 
 import dataclasses
 from typing import Literal
 
-from keras_vmoe._checks import check_not_negative
-from keras_vmoe._checks import check_rates
-from keras_vmoe._checks import check_sizes
-from keras_vmoe._checks import is_integer
-from keras_vmoe._checks import is_number
+from keras_vmoe import _checks
 from keras_vmoe.data import Augmentation
 from keras_vmoe.models import MoEConfig
 from keras_vmoe.models.presets import find_preset
 from keras_vmoe.routing._groups import check_capacity_factor
-from keras_vmoe.training.typed import check_optional_sizes
-from keras_vmoe.training.typed import check_positive
-from keras_vmoe.training.typed import check_types
-from keras_vmoe.training.typed import check_value
+from keras_vmoe.training import typed
 
 DEFAULT_IMAGE_SIZE = 32
-DEFAULT_WARMUP = 1 / 12  # Of all steps, where no warm-up is set.
+DEFAULT_WARMUP = 1 / 12  # Share of all steps.
 WARMUPS = ("warmup", "warmup_epochs", "warmup_steps")
-# What describes a ViT alone: a preset or a ConvNeXt has sizes of its own.
+# The sizes of a ViT: a preset and a ConvNeXt have their own.
 VIT_SIZES = (
     "patch_size", "hidden_dim", "num_layers", "num_heads", "mlp_dim",
     "pooling", "position_embedding", "representation_size", "dropout",
@@ -33,17 +26,17 @@ class DataConfig:
     """Images and batches.
 
     Attributes:
-        dataset: Of TFDS, or digits, image_folder.
-        data_dir: Folder of the dataset or the images.
-        train_split: Such as train[:90%].
-        validation_split: Measured after each epoch.
-        test_split: Measured once, at the end.
-        num_classes: If the dataset does not know them.
+        dataset: TFDS name, digits or image_folder.
+        data_dir: Folder of the dataset or images.
+        train_split: TFDS split, such as train[:90%].
+        validation_split: Evaluated after each epoch.
+        test_split: Evaluated once, at the end.
+        num_classes: If the dataset does not define it.
         batch_size: Images per training step.
-        augmentation: Random changes (--augmentation.help).
-        test_crop: Share of the side a centre crop keeps.
-        class_weights: How often a class is drawn.
-        skip_corrupt: Skip damaged images, with a warning.
+        augmentation: See --augmentation.help.
+        test_crop: Share of the side kept by a center crop.
+        class_weights: Sampling weight of each class.
+        skip_corrupt: Skip corrupt images, with a warning.
     """
 
     dataset: str = "digits"
@@ -59,35 +52,36 @@ class DataConfig:
     skip_corrupt: bool = False
 
     def __post_init__(self):
-        check_types(self, "data.")
-        check_optional_sizes(self, "batch_size", "num_classes")
-        check_positive(self, "test_crop", at_most=1)
+        typed.check_types(self, "data.")
+        typed.check_positive(self, "test_crop")
+        good = (self.test_crop or 1) <= 1
+        typed.check_value(good, self, "test_crop", "at most 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The dense part of the model; sizes are those of a `ViTMoE`.
+    """The dense part of the model: a preset, or the sizes of a `ViTMoE`.
 
     Attributes:
-        preset: See `keras-vmoe presets`.
-        family: Refuse models of the other family.
-        image_size: In pixels; null: the preset's, or 32.
-        init: .keras file, run folder or checkpoint.
-        freeze: What is not trained.
-        head_bias: Starting value of the head's bias.
-        capacity_factor: Of the experts; null: the model's.
-        drop_path_rate: A dict has it by dense preset.
-        patch_size: Side of a patch in pixels.
+        preset: Model of a paper; see `keras-vmoe presets`.
+        family: Accept models of this family only.
+        image_size: Pixels; default: the preset's, or 32.
+        init: Pretrained weights: .keras, run, checkpoint.
+        freeze: Part that is not trained.
+        head_bias: Initial value of the head's bias.
+        capacity_factor: Experts'; default: the model's.
+        drop_path_rate: Last block's, or a dict by preset.
+        patch_size: Side of a patch, in pixels.
         hidden_dim: Features of a token.
         num_layers: Encoder blocks.
         num_heads: Attention heads.
         mlp_dim: Hidden features of MLPs and experts.
-        pooling: How tokens become one vector.
+        pooling: Class token, mean, or attention.
         position_embedding: Learned or fixed positions.
-        representation_size: Of a tanh layer before the head.
+        representation_size: Features of a tanh layer before the head.
         dropout: Dropout rate.
-        layer_scale_init_value: Starting value of the layer scale.
-        dtype: Dtype policy of the layers.
+        layer_scale_init_value: Initial layer scale; default: none.
+        dtype: Policy.
     """
 
     preset: str | None = None
@@ -111,19 +105,16 @@ class ModelConfig:
     dtype: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
 
     def __post_init__(self):
-        check_types(self, "model.")
-        check_optional_sizes(self, "image_size")
+        typed.check_types(self, "model.")
         if self.preset is not None:
             find_preset(self.preset)
         if self.capacity_factor not in (None, "dropless"):
             check_capacity_factor(self.capacity_factor)
-        check_value(
-            is_number(self.head_bias), self, "head_bias", "a finite number"
-        )
+        good = _checks.is_number(self.head_bias)
+        typed.check_value(good, self, "head_bias", "a finite number")
         rates = self.drop_path_rate
-        rates = rates.values() if isinstance(rates, dict) else [rates]
-        for rate in rates:
-            check_rates(drop_path_rate=rate)
+        for rate in rates.values() if isinstance(rates, dict) else [rates]:
+            _checks.check_rates(drop_path_rate=rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,10 +124,10 @@ class ConvNeXtConfig:
     Attributes:
         depths: Blocks of each stage.
         dims: Features of each stage.
-        patch_size: Side of a patch of the stem in pixels.
+        patch_size: Side of a patch of the stem, in pixels.
         isotropic: Whether there is one stage, without downsampling.
         mlp_ratio: Hidden features of the MLPs, relative to the stage's.
-        layer_scale_init_value: Starting value of the layer scale.
+        layer_scale_init_value: Initial value of the layer scale.
     """
 
     depths: tuple[int, ...] = (2, 2, 2)
@@ -152,20 +143,20 @@ class OptimizerConfig:
     """Loss, optimizer and learning rate.
 
     Attributes:
-        name: The optimizer; SGD has momentum 0.9.
-        learning_rate: Its peak, after the warm-up.
-        schedule: How it falls from there.
-        final_learning_rate: End of cosine and linear.
-        warmup: Share of the steps (default: 1/12).
-        warmup_epochs: Epochs of warm-up instead.
-        warmup_steps: Updates of warm-up instead.
+        name: Optimizer; SGD has momentum 0.9.
+        learning_rate: Peak, at the end of the warm-up.
+        schedule: Decay.
+        final_learning_rate: At the end of cosine or linear.
+        warmup: Share of all steps; default: 1/12.
+        warmup_epochs: Length in epochs instead.
+        warmup_steps: Length in updates instead.
         weight_decay: Decoupled decay of kernels.
-        expert_weight_decay: Of experts; null: the same.
+        expert_weight_decay: Of experts; default: the same.
         decay_positions: Decay learned positions too.
         decay_gates: Decay the routers' kernels too.
-        clip_norm: Largest global norm of the gradients.
-        accumulate: Steps whose gradients make one update.
-        ema: Momentum of an average of the weights.
+        clip_norm: Clip gradients to this global norm.
+        accumulate: Steps of gradients per update.
+        ema: Momentum of averaged weights; default: off.
         loss: Softmax, or mean or sum of sigmoids.
         label_smoothing: Share spread over all classes.
     """
@@ -188,61 +179,57 @@ class OptimizerConfig:
     label_smoothing: float = 0.0
 
     def __post_init__(self):
-        check_types(self, "optimizer.")
-        check_optional_sizes(self, "accumulate", "warmup_steps")
-        check_positive(self, "learning_rate")
-        check_positive(self, "clip_norm")
-        decay = self.expert_weight_decay
-        check_not_negative(
+        typed.check_types(self, "optimizer.")
+        typed.check_positive(self, "learning_rate", "clip_norm", "ema")
+        _checks.check_not_negative(
             weight_decay=self.weight_decay,
             final_learning_rate=self.final_learning_rate,
-            expert_weight_decay=0 if decay is None else decay,
+            expert_weight_decay=self.expert_weight_decay or 0,
             warmup_epochs=self.warmup_epochs or 0,
         )
-        check_rates(
-            label_smoothing=self.label_smoothing, warmup=self.warmup or 0
+        _checks.check_rates(
+            label_smoothing=self.label_smoothing,
+            warmup=self.warmup or 0,
+            ema=self.ema or 0,
         )
-        if self.ema is not None:
-            good = is_number(self.ema) and 0 < self.ema < 1
-            check_value(good, self, "ema", "above 0 and below 1")
         given = {name: getattr(self, name) for name in WARMUPS}
         given = [f"{k}={x}" for k, x in given.items() if x is not None]
         if len(given) > 1:
             raise ValueError(
                 f"The warm-up must be set by one of {WARMUPS}. "
-                f"Received: {', '.join(given)}. Set the others to null (a "
-                "recipe may set one as well)."
+                f"Received: {', '.join(given)}. Set the others, which may be "
+                "those of a recipe, to null."
             )
         if self.label_smoothing and self.loss != "ce":
             raise ValueError(
-                "Labels are smoothed over the classes of a cross-entropy. "
+                "Label smoothing needs the softmax loss. "
                 f"Received: label_smoothing={self.label_smoothing} with "
-                f"loss={self.loss!r}. Leave one of them out."
+                f"loss={self.loss!r}. Set one of them only."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What a stopped run is resumed from.
+    """Checkpoints, from which a stopped run is resumed.
 
     Attributes:
-        checkpoints_per_epoch: Parts an epoch is cut into.
-        keep_checkpoints: How many to keep until the end.
+        checkpoints_per_epoch: Save this often per epoch.
+        keep_checkpoints: Keep this many until the end.
     """
 
     checkpoints_per_epoch: int = 1
     keep_checkpoints: int = 2
 
     def __post_init__(self):
-        check_sizes(**dataclasses.asdict(self))
+        typed.check_types(self, "checkpoint.")
 
 
 @dataclasses.dataclass(frozen=True)
 class DevicesConfig:
-    """How a run is spread over several devices.
+    """Distribution over several devices.
 
     Attributes:
-        distribution: null uses one device.
+        distribution: Strategy; default: one device.
         expert_shards: Devices that share the experts.
         shard_dense: Shard the dense kernels too.
     """
@@ -255,8 +242,7 @@ class DevicesConfig:
     shard_dense: bool = False
 
     def __post_init__(self):
-        check_types(self, "devices.")
-        check_optional_sizes(self, "expert_shards")
+        typed.check_types(self, "devices.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,15 +253,15 @@ class TrainConfig:
         run_dir: New, or of a stopped run.
         epochs: Passes over the training split.
         seed: Makes a run repeatable on one machine.
-        backend: null leaves the choice to Keras.
+        backend: Keras backend.
         tensorboard: Write logs for TensorBoard.
         data: Images and batches.
-        model: The dense part of the model, a preset or the size of a ViT.
-        convnext: Not a ViT (--convnext.help).
-        moe: MoE layers (--moe.help); null: dense.
+        model: The dense part: a preset, or the sizes of a ViT (--model.help).
+        convnext: ConvNeXt, not a ViT; see --convnext.help.
+        moe: MoE layers; null: dense; see --moe.help.
         optimizer: Loss, optimizer and learning rate.
-        checkpoint: What a stopped run is resumed from.
-        devices: How the run is spread over several devices.
+        checkpoint: Checkpoints, from which a stopped run is resumed.
+        devices: Distribution over several devices.
     """
 
     run_dir: str = "runs/digits"
@@ -292,10 +278,9 @@ class TrainConfig:
     devices: DevicesConfig = DevicesConfig()
 
     def __post_init__(self):
-        check_types(self)
-        check_sizes(epochs=self.epochs)
-        good = is_integer(self.seed) and 0 <= self.seed < 2**32
-        check_value(good, self, "seed", "an integer from 0 to 2**32 - 1")
+        typed.check_types(self)
+        good = _checks.is_integer(self.seed) and 0 <= self.seed < 2**32
+        typed.check_value(good, self, "seed", "an integer from 0 to 2**32 - 1")
         warmup = self.optimizer.warmup_epochs
         if warmup is not None and warmup >= self.epochs:
             raise ValueError(
@@ -310,7 +295,7 @@ class TrainConfig:
             kinds = {"vit": "a ViT", "convnext": "a ConvNeXt"}
             raise ValueError(
                 f"This recipe is for {kinds[self.model.family]}. Received: "
-                f"{kinds[self.family]}. Name a preset of the family "
+                f"{kinds[self.family]}. Name a preset of that family "
                 "(`keras-vmoe presets`), or set `convnext.dims` and "
                 "`convnext.depths` for a ConvNeXt."
             )
@@ -333,7 +318,7 @@ class TrainConfig:
 
     @property
     def drop_path_rate(self):
-        """Rate of the last block: one for all models, or that of this one."""
+        """Rate of the last block, of this model if it depends on it."""
         rate = self.model.drop_path_rate
         if isinstance(rate, dict):
             dense = (self.model.preset or "").partition("_e")[0]
@@ -341,11 +326,11 @@ class TrainConfig:
         return rate
 
     def warmup_of(self, steps):
-        """Steps of the warm-up in a run.
+        """Steps of the warm-up.
 
         Args:
-            steps: Steps of the whole run, as Keras counts them: also those
-                that only add up their gradients.
+            steps: Steps of the whole run, including those that only accumulate
+                gradients.
 
         Returns:
             An integer.
@@ -353,14 +338,15 @@ class TrainConfig:
         optimizer = self.optimizer
         if optimizer.warmup_steps is not None:
             return optimizer.warmup_steps * optimizer.accumulate
-        share = optimizer.warmup
-        share = DEFAULT_WARMUP if share is None else share
-        if optimizer.warmup_epochs is not None:
+        share = DEFAULT_WARMUP
+        if optimizer.warmup is not None:
+            share = optimizer.warmup
+        elif optimizer.warmup_epochs is not None:
             share = optimizer.warmup_epochs / self.epochs
         return min(round(share * steps), steps - 1)
 
     def _check_sizes(self, what, value):
-        """Raises if sizes of a ViT are set that will not be used."""
+        """Raises if sizes of a ViT are set that would not be used."""
         changed = [
             f"model.{name}={getattr(self.model, name)!r}"
             for name in VIT_SIZES
@@ -374,9 +360,9 @@ class TrainConfig:
             raise ValueError(
                 f"A {what} has its own sizes. Received: {', '.join(changed)} "
                 f"with {what}={value!r}. Leave one of them out; the dense twin "
-                "of a preset is a preset as well."
+                "of a preset is a preset, too."
             )
 
 
-# Groups whose name may be left out, on the command line and in files.
+# Groups whose names may be left out on the command line and in files.
 GROUPS = ("data", "model", "optimizer", "checkpoint", "devices")

@@ -1,4 +1,4 @@
-"""What a run would do, before it does it."""
+"""A run before it starts: settings, cost, memory and steps."""
 
 import dataclasses
 
@@ -6,24 +6,21 @@ from keras_vmoe import data
 from keras_vmoe import models
 from keras_vmoe._extras import require
 from keras_vmoe.evaluation._description import cost_lines
-from keras_vmoe.training.batches import check_batches
-from keras_vmoe.training.batches import datasets
-from keras_vmoe.training.building import make_model
-from keras_vmoe.training.building import make_schedule
-from keras_vmoe.training.building import make_strategy
+from keras_vmoe.models.costs import without_weights
+from keras_vmoe.training import batches
+from keras_vmoe.training import building
+from keras_vmoe.training import run_folder
 from keras_vmoe.training.initialization import check_start
-from keras_vmoe.training.run_folder import check_run
-from keras_vmoe.training.run_folder import settings_of
 
-# Numbers of the size of the weights: themselves, gradients, optimizer's slots.
+# Arrays of the weights' size: weights, gradients, optimizer slots.
 COPIES = {"adamw": 4, "lamb": 4, "sgd": 3}
 
 
 def describe(config):
     """The settings, cost, memory and steps of a run, as text.
 
-    Memory is an estimate: the weights, gradients and the optimizer's slots in
-    float32, and what all layers make of a batch.
+    Memory is an estimate: weights, gradients and optimizer slots in float32,
+    and the activations of all layers for a batch.
 
     Args:
         config: A `TrainConfig`.
@@ -38,29 +35,28 @@ def describe(config):
 
     >>> print(describe(TrainConfig()))  # doctest: +SKIP
     """
-    strategy = make_strategy(config)  # Raises where a run would.
+    strategy = building.make_strategy(config)  # Raises as a run would.
     info = data.info(config.data.dataset, config.data.data_dir)
-    check_run(config, info.class_names)
+    run_folder.check_run(config, info.class_names)
     if config.model.init is not None:
         check_start(config.model.init)
-    steps = len(datasets(config, info)[0])
-    schedule = make_schedule(config, steps * config.epochs)
+    steps = len(batches.datasets(config, info)[0])
+    schedule = building.make_schedule(config, steps * config.epochs)
     no_values = dataclasses.replace(config.model, init=None, head_bias=0.0)
-    with models.without_weights():
-        model = make_model(
+    with without_weights():
+        model = building.make_model(
             dataclasses.replace(config, model=no_values), info.num_classes
         )
-    check_batches(config, model, strategy)
+    batches.check_batches(config, model, strategy)
     cost = models.cost(model)
     optimizer = config.optimizer
     copies = COPIES[optimizer.name] + (optimizer.ema is not None)
     copies += optimizer.accumulate > 1
     weights = 4 * copies * cost.params
     activations = cost.activation_bytes * config.data.batch_size
-    yaml = require("yaml", "cli")
+    settings = run_folder.settings_of(config)
     lines = [
-        yaml.safe_dump(settings_of(config), sort_keys=False).rstrip(),
-        "",
+        require("yaml", "cli").safe_dump(settings, sort_keys=False),
         *cost_lines(cost),
         f"memory, estimated: {weights / 2**20:.0f} MiB for weights and "
         f"optimizer, {activations / 2**20:.0f} MiB for a batch",

@@ -1,8 +1,10 @@
-"""What a training starts from, and what it left: weights, frozen parts."""
+"""Models before and after a run: initial weights, frozen parts, restoring."""
 
 import json
 import pathlib
 import warnings
+
+from keras.ops import convert_to_numpy
 
 from keras_vmoe import checkpoints
 from keras_vmoe import layers
@@ -17,19 +19,12 @@ from keras_vmoe.training.run_folder import CLASSES
 from keras_vmoe.training.run_folder import CONFIG
 from keras_vmoe.training.run_folder import MODEL
 
-ANY_STEPS = 2**31  # The schedule of a model that is not trained.
+POSITIONS = "positions/embedding"
+ANY_STEPS = 2**31  # For the schedule of a model that is not trained.
 
 
 def starting_model(config, info):
-    """The model of a run before its first step.
-
-    Args:
-        config: A `TrainConfig`.
-        info: The dataset's `data.info`.
-
-    Returns:
-        A model with the weights of `model.init`, if any, frozen as is asked.
-    """
+    """The model of a run before its first step."""
     model = make_model(config, info.num_classes)
     if config.model.init is not None:
         initialize(model, config.model.init, info.class_names)
@@ -38,14 +33,14 @@ def starting_model(config, info):
 
 
 def restore(run_dir):
-    """The model of a run, whether it is finished or was stopped.
+    """Loads the model of a run, finished or stopped.
 
     Args:
         run_dir: Folder of the run.
 
     Returns:
-        The model of the last epoch that is whole: of `model.keras`, or of the
-        newest checkpoint while there are checkpoints. With `optimizer.ema` its
+        The model of the last complete epoch: from the newest checkpoint while
+        there are checkpoints, else from `model.keras`. With `optimizer.ema` its
         weights are the averages.
 
     Raises:
@@ -63,8 +58,8 @@ def restore(run_dir):
             return models.load(run_dir / MODEL, compile=False)
         raise FileNotFoundError(
             f"A run folder must hold {MODEL} or a checkpoint. Received: "
-            f"{str(run_dir)!r}, which has neither. A stopped run goes on by "
-            f"keras-vmoe train --config {run_dir / CONFIG}."
+            f"{str(run_dir)!r}, which has neither. To continue a stopped run: "
+            f"keras-vmoe train --config {run_dir / CONFIG}"
         )
     config = recipes.load(run_dir / CONFIG)
     classes = json.loads((run_dir / CLASSES).read_text())
@@ -73,8 +68,8 @@ def restore(run_dir):
     compile_model(model, config, ANY_STEPS)
     if kept.restore(model) is None:
         raise ValueError(
-            "A checkpoint of the run must be whole. Received: "
-            f"{str(run_dir)!r}, where all are damaged. Train it again."
+            "One checkpoint of the run must be intact. Received: "
+            f"{str(run_dir)!r}, where all are corrupt. Train it again."
         )
     if config.optimizer.ema:
         model.optimizer.finalize_variable_values(model.trainable_variables)
@@ -82,20 +77,12 @@ def restore(run_dir):
 
 
 def initialize(model, path, class_names=()):
-    """Gives a model the weights of a file, for fine-tuning.
+    """Loads pretrained weights into a model, for fine-tuning.
 
-    Args:
-        model: The model to train.
-        path: A `.keras` file, the folder of a run, or a checkpoint that
-            `checkpoints.read` knows. The head starts anew where the classes
-            differ, learned positions are resized.
-        class_names: Names of the model's classes, compared with those of the
-            run that a file is from.
-
-    Raises:
-        ValueError: If the weights do not fit otherwise; the message lists all
-            of them. The model is then as it was.
-        FileNotFoundError, CheckpointError: As `checkpoints.read`.
+    They are those of a `.keras` file, a run folder, or a checkpoint that
+    `checkpoints.read` knows. The head keeps its initial weights where the
+    classes differ from `class_names`; learned positions are resized. A model
+    that they do not fit is left unchanged.
     """
     check_start(path)
     path = pathlib.Path(path)
@@ -103,30 +90,29 @@ def initialize(model, path, class_names=()):
         copy_weights(restore(path), model, _same_classes(path, class_names))
     elif path.suffix == ".keras":
         source = models.load(path, compile=False)
-        same = _same_classes(path.parent, class_names)
-        copy_weights(source, model, same)
+        copy_weights(source, model, _same_classes(path.parent, class_names))
     elif isinstance(model, models.ViTMoE):
         checkpoints.load(model, path)
     else:
         raise ValueError(
-            "Checkpoints of other programs are of ViTs. Received: "
+            "Checkpoints of other programs hold ViTs. Received: "
             f"init={str(path)!r} for a {type(model).__name__}. Give a .keras "
-            "file or the folder of a run."
+            "file or a run folder."
         )
 
 
 def check_start(path):
-    """Raises unless there is something by the name of a start."""
+    """Raises unless the weights to start from exist."""
     path = pathlib.Path(path)
     if not path.exists() and not list(path.parent.glob(f"{path.name}.*")):
         raise FileNotFoundError(
-            "The weights to start from must exist: a .keras file, the folder "
-            f"of a run, or a checkpoint. Received: init={str(path)!r}."
+            "The weights to start from must exist: a .keras file, a run "
+            f"folder, or a checkpoint. Received: init={str(path)!r}."
         )
 
 
 def _same_classes(run_dir, class_names):
-    """Whether the classes of a run's model are these, as far as is known."""
+    """Whether a run's model has these classes, as far as is known."""
     file = run_dir / CLASSES
     if not class_names or not file.exists():
         return True
@@ -134,53 +120,43 @@ def _same_classes(run_dir, class_names):
 
 
 def copy_weights(source, model, with_head=True):
-    """Copies the weights of one model to another, layer by layer.
+    """Copies the weights of one model to another, by their paths.
 
-    Args:
-        source: The model with the weights.
-        model: One of the same layers; `head` and `positions` may have other
-            shapes.
-        with_head: Whether the head is copied where its shape is the same.
-
-    Raises:
-        ValueError: If layers are missing or have other shapes.
+    Positions may have another shape, and the head, which then stays as it is.
     """
-    theirs = {layer.name: layer for layer in source.layers if layer.weights}
-    ours = {layer.name: layer for layer in model.layers if layer.weights}
-    values, wrong = {}, sorted((theirs.keys() ^ ours.keys()) - {"head"})
-    for name in theirs.keys() & ours.keys():
-        arrays = theirs[name].get_weights()
-        shapes = [tuple(weight.shape) for weight in ours[name].weights]
-        if name == "positions" and isinstance(model, models.ViTMoE):
-            arrays = [fit_positions(arrays[0], model)]
-        same = [array.shape for array in arrays] == shapes
-        if same and (with_head or name != "head"):
-            values[name] = arrays
-        elif name == "head" and arrays[0].shape[0] == shapes[0][0]:
-            warnings.warn(
-                "The head of the file has other classes: the model's starts "
-                "anew.",
-                stacklevel=4,
-            )
-        else:
-            wrong.append(f"{name} {[a.shape for a in arrays]} for {shapes}")
+    theirs = {w.path: convert_to_numpy(w) for w in source.weights}
+    ours = {w.path: w for w in model.weights}
+    if isinstance(model, models.ViTMoE) and POSITIONS in theirs:
+        theirs[POSITIONS] = fit_positions(theirs[POSITIONS], model)
+    shapes = {name: tuple(weight.shape) for name, weight in ours.items()}
+    found = {name: array.shape for name, array in theirs.items()}
+    head = [name for name in ours if name.startswith("head/")]
+    if not with_head or any(found.get(x) != shapes[x] for x in head):
+        warnings.warn(
+            "The head of the file has other classes: the model's head is "
+            "newly initialized.",
+            stacklevel=4,
+        )
+        for name in head:
+            theirs[name] = convert_to_numpy(ours[name])
+            found[name] = shapes[name]
+    wrong = [
+        f"{name} {found.get(name)} for {shapes.get(name)}"
+        for name in sorted(found.keys() | shapes.keys())
+        if found.get(name) != shapes.get(name)
+    ]
     if wrong:
         raise ValueError(
             "The weights to start from must be those of the same model. "
-            f"Received: layers that differ: {'; '.join(sorted(wrong))}. "
-            "Train a model of the architecture of the file."
+            f"Received: weights that differ: {'; '.join(wrong)}. Train a model "
+            "of that architecture."
         )
-    for name, arrays in values.items():
-        ours[name].set_weights(arrays)
+    for name, weight in ours.items():
+        weight.assign(theirs[name])
 
 
 def freeze(model, what):
-    """Freezes parts of a model.
-
-    Args:
-        model: A `ViTMoE` or `ConvNeXtMoE`.
-        what: `"routers"`, `"backbone"` (all but the head), or None.
-    """
+    """Freezes the `"routers"`, the `"backbone"` (all but the head), or None."""
     for layer in model.layers:
         if what == "backbone" and layer.name != "head":
             layer.trainable = False

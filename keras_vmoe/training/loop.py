@@ -6,7 +6,6 @@ import sys
 from typing import NamedTuple
 
 import keras
-import numpy as np
 
 from keras_vmoe import data
 from keras_vmoe import evaluation
@@ -15,34 +14,26 @@ from keras_vmoe import models
 from keras_vmoe._extras import require
 from keras_vmoe.data import _corruption
 from keras_vmoe.distribution import _processes
+from keras_vmoe.training import batches
+from keras_vmoe.training import building
 from keras_vmoe.training import callbacks
-from keras_vmoe.training.batches import check_batches
-from keras_vmoe.training.batches import datasets
-from keras_vmoe.training.batches import parts_of
-from keras_vmoe.training.batches import stream
-from keras_vmoe.training.building import compile_model
-from keras_vmoe.training.building import make_loss
-from keras_vmoe.training.building import make_strategy
+from keras_vmoe.training import run_folder
 from keras_vmoe.training.checkpointing import Checkpoints
 from keras_vmoe.training.checkpointing import SaveCheckpoint
 from keras_vmoe.training.initialization import restore
 from keras_vmoe.training.initialization import starting_model
-from keras_vmoe.training.run_folder import CHECKPOINTS
-from keras_vmoe.training.run_folder import MODEL
-from keras_vmoe.training.run_folder import flat
-from keras_vmoe.training.run_folder import open_run
-from keras_vmoe.training.run_folder import settings_of
-from keras_vmoe.training.run_folder import write_result
 from keras_vmoe.training.validation import Validation
+
+NOTHING_DONE = {"epoch": 0, "rows": [], "routing": []}
 
 
 class RunResult(NamedTuple):
-    """What a run came to.
+    """The outcome of a run.
 
     Attributes:
-        test_accuracy: Share of the test images classified right.
+        test_accuracy: Share of the test images classified correctly.
         model: The trained model.
-        run_dir: `pathlib.Path` of the run's files.
+        run_dir: `pathlib.Path` of the run folder.
     """
 
     test_accuracy: float
@@ -53,17 +44,17 @@ class RunResult(NamedTuple):
 def train(config):
     """Trains a model and writes a run folder.
 
-    The folder holds `config.yaml` (to be given to `keras-vmoe train --config`),
-    `classes.json`, `history.csv`, a checkpoint of each epoch while it trains,
-    `model.keras` (the model of the last epoch, written when the run ends or is
-    interrupted; `restore` has that of a killed run) and, when all is done,
-    `curves.png` and `result.json`. Test images are looked at once, after the
+    The folder holds `config.yaml` (an input of `keras-vmoe train --config`),
+    `classes.json`, `history.csv`, checkpoints of the last epochs while it
+    trains, `model.keras` (the model of the last epoch, written when the run
+    ends or is interrupted; `restore` gives that of a killed run) and, at the
+    end, `curves.png` and `result.json`. Test images are used once, after the
     training.
 
-    A run that was stopped continues from its last checkpoint when it is started
-    again with the same settings, and ends as if it had never stopped:
-    weights, optimizer, noise, order and augmentation of the images are those of
-    the epoch.
+    A stopped run continues from its last checkpoint when it is started again
+    with the same settings, and ends as if it had never stopped: weights,
+    optimizer state, noise, order and augmentation of the images are those of
+    that epoch.
 
     Args:
         config: A `TrainConfig`.
@@ -72,8 +63,8 @@ def train(config):
         A `RunResult`.
 
     Raises:
-        ValueError: If the configuration fits no model or dataset, before
-            anything is written, or is not that of the run in the folder.
+        ValueError: If the configuration fits no model or dataset (nothing has
+            been written then), or differs from that of the run in the folder.
         FileExistsError: If the run folder holds a finished run or other files.
         NonFiniteLossError: If the loss becomes NaN; the model of the last good
             epoch stays in the folder.
@@ -87,84 +78,97 @@ def train(config):
         require("tensorboard", "data")
     _processes.check_agreement(
         "configuration and versions",
-        **flat(settings_of(config)),
+        **run_folder.flat(run_folder.settings_of(config)),
         **_processes.versions(),
     )
     keras.utils.set_random_seed(config.seed)
-    strategy = make_strategy(config)
+    strategy = building.make_strategy(config)
     with strategy.scope() if strategy else contextlib.nullcontext():
         return _train(config, strategy)
 
 
 def _train(config, strategy):
-    """A run, in the scope of what spreads it over the devices."""
+    """A run, in the scope of its distribution strategy."""
     info = data.info(config.data.dataset, config.data.data_dir)
-    train_data, validation_data, test_data = datasets(config, info)
+    train_data, validation_data, test_data = batches.datasets(config, info)
     length = len(train_data)
     _processes.check_agreement(
         "data", steps=length, classes=list(info.class_names)
     )
     model = starting_model(config, info)
-    check_batches(config, model, strategy)
-    steps, epochs = parts_of(config, length)
-    compile_model(model, config, steps * epochs)
-    run_dir = open_run(config, info.class_names)
+    batches.check_batches(config, model, strategy)
+    steps, epochs = batches.parts_of(config, length)
+    building.compile_model(model, config, steps * epochs)
+    run_dir = run_folder.open_run(config, info.class_names)
     checkpoints = Checkpoints(
-        run_dir / CHECKPOINTS, config.checkpoint.keep_checkpoints
+        run_dir / run_folder.CHECKPOINTS, config.checkpoint.keep_checkpoints
     )
-    state = checkpoints.restore(model) or {"epoch": 0}
+    state = checkpoints.restore(model) or NOTHING_DONE
     done = state["epoch"]
     _processes.check_agreement("checkpoint", epoch=done)
     if done and _processes.is_first_process():
         print(f"resumed after epoch {done}", flush=True)
-    routing = callbacks.RoutingHistory(epochs=_to_arrays(state))
+    routing = callbacks.RoutingHistory(epochs=state["routing"])
     history = callbacks.HistoryFile(
-        run_dir / "history.csv", routing, state.get("rows", ())
+        run_dir / "history.csv", routing, state["rows"]
     )
-    save = SaveCheckpoint(
-        checkpoints, lambda: _to_lists(history.rows, routing.epochs)
-    )
-    with _named_damage(config):
+    average = [keras.callbacks.SwapEMAWeights()] if config.optimizer.ema else []
+    parts = [
+        callbacks.StopOnNonFiniteLoss(checkpoints.folder),
+        Validation(validation_data, building.make_loss(config), *average),
+        routing,
+        history,
+        *_tensorboard(config, run_dir / "tensorboard"),
+        SaveCheckpoint(
+            checkpoints,
+            lambda: {"rows": history.rows, "routing": routing.epochs},
+        ),
+        *average,
+    ]
+    start = done * steps
+    with _naming_corruption(config):
         if done < epochs:
-            with _last_epoch_kept(run_dir):
+            with _last_epoch_kept(run_dir, checkpoints):
                 model.fit(
-                    stream(config, info, done * steps, train_data, strategy),
+                    batches.stream(config, info, start, train_data, strategy),
                     steps_per_epoch=steps,
                     initial_epoch=done,
                     epochs=epochs,
                     shuffle=False,  # The dataset shuffles itself.
                     verbose=_verbosity(),
-                    callbacks=_callbacks(
-                        config, run_dir, validation_data, routing, history, save
-                    ),
+                    callbacks=parts,
                 )
-        elif config.optimizer.ema:  # Which `fit` ends with.
+        elif average:  # As `fit` does at its end.
             model.optimizer.finalize_variable_values(model.trainable_variables)
-        models.save(model, run_dir / MODEL)
+        models.save(model, run_dir / run_folder.MODEL)
         test = evaluation.measure(model, test_data, routing=False)
     if _processes.is_first_process():
-        _draw_curves(history.rows, routing.epochs, run_dir / "curves.png")
-        write_result(run_dir, test)
-    # All leave together: JAX ends a process that is long in coming.
+        _plot(history.rows, routing.epochs, run_dir / "curves.png")
+        run_folder.write_result(run_dir, test)
+    # All leave together: JAX ends a process whose peers take too long.
     _processes.check_agreement("end of the run", epochs=epochs)
     return RunResult(test.accuracy, model, run_dir)
 
 
+def _plot(rows, routing, path):
+    curves = {name: [row.get(name) for row in rows] for name in rows[0]}
+    inspection.plot_history(curves, routing, path)
+
+
 @contextlib.contextmanager
-def _last_epoch_kept(run_dir):
-    """Leaves a `model.keras` of the last whole epoch when a run is stopped."""
+def _last_epoch_kept(run_dir, checkpoints):
+    """Writes `model.keras` of the last complete epoch if a run is stopped."""
     try:
         yield
     except (KeyboardInterrupt, callbacks.NonFiniteLossError):
-        checkpoints = Checkpoints(run_dir / CHECKPOINTS)
-        # Of several processes the others may not come along.
+        # With several processes, the others may not get here.
         if checkpoints.epochs() and _processes.num_processes() == 1:
-            models.save(restore(run_dir), run_dir / MODEL)
+            models.save(restore(run_dir), run_dir / run_folder.MODEL)
         raise
 
 
-def _named_damage(config):
-    """Names damaged images in errors, unless they are to be skipped."""
+def _naming_corruption(config):
+    """Names corrupt images in errors, unless they are skipped."""
     reads = config.data
     splits = (reads.train_split, reads.validation_split, reads.test_split)
     splits = () if reads.skip_corrupt else splits
@@ -172,58 +176,17 @@ def _named_damage(config):
 
 
 def _verbosity():
-    """Of `fit`: nothing, a bar, or a line per epoch."""
+    """Of `fit`: silent, a progress bar, or a line per epoch."""
     if not _processes.is_first_process():
         return 0
     return 1 if sys.stdout.isatty() else 2
 
 
-def _callbacks(config, run_dir, validation_data, routing, history, save):
-    """The callbacks of a run, in their order."""
-    average = []
-    if config.optimizer.ema:
-        average.append(keras.callbacks.SwapEMAWeights())
-    logs = run_dir / "tensorboard"
-    board = []
-    if config.tensorboard:
-        board.append(callbacks.RoutingTensorBoard(logs))
-        if _processes.is_first_process():
-            board.append(keras.callbacks.TensorBoard(logs, write_graph=False))
-    return [
-        callbacks.StopOnNonFiniteLoss(run_dir / CHECKPOINTS),
-        Validation(validation_data, make_loss(config), *average),
-        routing,
-        history,
-        *board,
-        save,
-        *average,
-    ]
-
-
-def _draw_curves(rows, routing, path):
-    """Draws the logs of all epochs, and every expert's load."""
-    curves = {name: [row.get(name) for row in rows] for name in rows[0]}
-    inspection.plot_history(curves, routing, path)
-
-
-def _to_lists(rows, epochs):
-    """What a checkpoint keeps of the history, for JSON."""
-    routing = [
-        {
-            name: {key: np.asarray(value).tolist() for key, value in x.items()}
-            for name, x in layers.items()
-        }
-        for layers in epochs
-    ]
-    return {"rows": rows, "routing": routing}
-
-
-def _to_arrays(state):
-    """The routing of the epochs before, as it was."""
-    return [
-        {
-            name: {**x, "load_share": np.array(x["load_share"])}
-            for name, x in layers.items()
-        }
-        for layers in state.get("routing", ())
-    ]
+def _tensorboard(config, folder):
+    """Callbacks that write logs for TensorBoard, if they are wanted."""
+    if not config.tensorboard:
+        return []
+    routing = callbacks.RoutingTensorBoard(folder)
+    if not _processes.is_first_process():
+        return [routing]
+    return [routing, keras.callbacks.TensorBoard(folder, write_graph=False)]

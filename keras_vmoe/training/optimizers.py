@@ -1,24 +1,26 @@
-"""Keras's optimizers with weight decay by kind of variable, and schedules."""
+"""Keras's optimizers with weight decay by kind of variable; a schedule."""
 
+import math
 import re
 
 import keras
 from keras import ops
 
+from keras_vmoe._checks import check_choice
+from keras_vmoe._checks import check_not_negative
 from keras_vmoe._checks import is_number
 from keras_vmoe.distribution import _replicas
 
-EXPERTS = "/experts/"
 # Kernels of all layers and experts. Biases, norms, positions, the class token
-# and layer scale are left alone, and gates unless `decay_gates`.
+# and layer scale are not decayed, and gates only with `decay_gates`.
 KERNELS = (r"kernel$",)
-GATES = r"/router/"
+EXPERTS, GATES = "/experts/", "/router/"
 
 
 class DecayByKind:
-    """Mixin: weight decay of its own for experts, none for what is no kernel.
+    """Mixin: decays kernels alone, those of experts at a rate of their own.
 
-    Decay is decoupled: in each step a decayed variable loses the share
+    Decay is decoupled: each step a decayed variable loses the share
     `learning_rate * decay` of itself. Under LAMB the trust ratio scales the
     update alone, as in Keras, and not the decay.
 
@@ -27,7 +29,7 @@ class DecayByKind:
             `weight_decay`.
         decayed: Regular expressions; a variable is decayed if one of them is
             found in its path.
-        decay_gates: Whether the kernels of routers are decayed as well.
+        decay_gates: Whether the routers' kernels are decayed as well.
     """
 
     def __init__(
@@ -39,14 +41,8 @@ class DecayByKind:
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        if expert_weight_decay is not None and (
-            not is_number(expert_weight_decay) or expert_weight_decay < 0
-        ):
-            raise ValueError(
-                "`expert_weight_decay` must be a number of at least 0 or None. "
-                f"Received: expert_weight_decay={expert_weight_decay!r}. "
-                "None means that of all kernels."
-            )
+        if expert_weight_decay is not None:
+            check_not_negative(expert_weight_decay=expert_weight_decay)
         self.expert_weight_decay = expert_weight_decay
         self.decayed = tuple(decayed)
         self.decay_gates = decay_gates
@@ -69,12 +65,14 @@ class DecayByKind:
             return float(self.expert_weight_decay)
         return float(self.weight_decay or 0.0)
 
+    # Private in Keras, which has no public way to decay variables at several
+    # rates: `exclude_from_weight_decay` knows all or nothing, and `update_step`
+    # gets variables without a path on TensorFlow.
     def _apply_weight_decay(self, variables):
         groups = {}
         for variable in variables:
             groups.setdefault(self.decay_of(variable), []).append(variable)
         groups.pop(0.0, None)
-        # Each backend decays in its own way, all variables by one number.
         weight_decay = self.weight_decay
         try:
             for self.weight_decay, group in groups.items():
@@ -82,10 +80,12 @@ class DecayByKind:
         finally:
             self.weight_decay = weight_decay
 
+    # Private in Keras, which has no public way to clip after gradients are
+    # accumulated, or to clip the sum over tf.distribute's replicas: it clips
+    # each replica's part by itself.
     def _clip_gradients(self, grads):
         if not (self.clipnorm or self.global_clipnorm or self.clipvalue):
             return grads
-        # Under tf.distribute Keras would clip each replica's part for itself.
         return _replicas.of_sum(super()._clip_gradients, grads)
 
     def get_config(self):
@@ -102,11 +102,7 @@ class AdamW(DecayByKind, keras.optimizers.AdamW):
     """`keras.optimizers.AdamW` with weight decay by kind of variable.
 
     Args:
-        expert_weight_decay: Decay of the experts' kernels; None means
-            `weight_decay`.
-        decayed: Regular expressions of the paths of decayed variables.
-        decay_gates: Whether the kernels of routers are decayed as well.
-        **kwargs: Arguments of `keras.optimizers.AdamW`.
+        **kwargs: Those of `DecayByKind` and of `keras.optimizers.AdamW`.
 
     Example:
 
@@ -123,11 +119,7 @@ class Lamb(DecayByKind, keras.optimizers.Lamb):
     """`keras.optimizers.Lamb` with weight decay by kind of variable.
 
     Args:
-        expert_weight_decay: Decay of the experts' kernels; None means
-            `weight_decay`.
-        decayed: Regular expressions of the paths of decayed variables.
-        decay_gates: Whether the kernels of routers are decayed as well.
-        **kwargs: Arguments of `keras.optimizers.Lamb`.
+        **kwargs: Those of `DecayByKind` and of `keras.optimizers.Lamb`.
 
     Example:
 
@@ -145,11 +137,7 @@ class SGD(DecayByKind, keras.optimizers.SGD):
     """`keras.optimizers.SGD` with weight decay by kind of variable.
 
     Args:
-        expert_weight_decay: Decay of the experts' kernels; None means
-            `weight_decay`.
-        decayed: Regular expressions of the paths of decayed variables.
-        decay_gates: Whether the kernels of routers are decayed as well.
-        **kwargs: Arguments of `keras.optimizers.SGD`.
+        **kwargs: Those of `DecayByKind` and of `keras.optimizers.SGD`.
 
     Example:
 
@@ -167,6 +155,8 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
     """Linear warm-up from 0, then a decay.
 
     The first step has `peak / warmup_steps`, step `warmup_steps` the peak.
+    (`keras.optimizers.schedules.CosineDecay` would waste its first step on a
+    learning rate of 0; Keras's other schedules have no warm-up.)
 
     Args:
         peak: Highest learning rate.
@@ -174,7 +164,7 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
         warmup_steps: Steps of the warm-up, below `steps`.
         decay: `"cosine"` or `"linear"` down to `end`, `"rsqrt"` (the peak times
             `sqrt(warmup_steps / step)`), or `"constant"`.
-        end: Learning rate at the end of cosine and linear decay.
+        end: Learning rate at the end of a cosine or linear decay.
 
     Raises:
         ValueError: If the decay is unknown, or a number out of range.
@@ -187,11 +177,7 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
 
     def __init__(self, peak, steps, warmup_steps=0, decay="cosine", end=0.0):
         super().__init__()
-        if decay not in DECAYS:
-            raise ValueError(
-                f"`decay` must be one of {DECAYS}. Received: decay={decay!r}. "
-                "The papers' recipes have cosine and linear."
-            )
+        check_choice("decay", decay, DECAYS)
         if not is_number(peak) or peak <= 0 or not is_number(end) or end < 0:
             raise ValueError(
                 "`peak` must be a number above 0 and `end` one of at least 0. "
@@ -211,22 +197,20 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
 
     def __call__(self, step):
         step = ops.cast(step, "float32")
-        warm = (step + 1.0) / max(1, self.warmup_steps)
-        length = max(1, self.steps - self.warmup_steps)
+        start = float(max(1, self.warmup_steps))
+        warm = self.peak * (step + 1.0) / start
+        length = self.steps - self.warmup_steps
         done = ops.clip((step - self.warmup_steps) / length, 0.0, 1.0)
         if self.decay == "cosine":
-            share = 0.5 * (1.0 + ops.cos(3.141592653589793 * done))
+            share = 0.5 * (1.0 + ops.cos(math.pi * done))
+            rate = self.end + (self.peak - self.end) * share
         elif self.decay == "linear":
-            share = 1.0 - done
-        else:
-            share = ops.ones_like(done)
-        rate = self.end + (self.peak - self.end) * share
-        if self.decay == "rsqrt":
-            start = float(max(1, self.warmup_steps))
+            rate = self.end + (self.peak - self.end) * (1.0 - done)
+        elif self.decay == "rsqrt":
             rate = self.peak * ops.sqrt(start / ops.maximum(step, start))
-        if not self.warmup_steps:
-            return rate
-        return ops.where(step < self.warmup_steps, self.peak * warm, rate)
+        else:
+            rate = self.peak
+        return ops.where(step < self.warmup_steps, warm, rate)
 
     def get_config(self):
         return {

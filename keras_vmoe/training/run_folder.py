@@ -1,4 +1,4 @@
-"""The folder of a run: its configuration, and whether it may be written to."""
+"""Run folders: their settings, and whether a run may write to one."""
 
 import dataclasses
 import json
@@ -28,29 +28,15 @@ FREE = (
 
 
 def open_run(config, class_names):
-    """Makes the folder of a run, or opens that of a stopped one.
-
-    Args:
-        config: A `TrainConfig`.
-        class_names: Names of the classes.
-
-    Returns:
-        `pathlib.Path` of the folder.
-
-    Raises:
-        FileExistsError: If the folder holds a finished run or other files.
-        ValueError: If it holds a run of another configuration; the message
-            lists what differs.
-    """
+    """Makes a run folder, or opens that of a stopped run of these settings."""
     check_run(config, class_names)
     run_dir, settings = pathlib.Path(config.run_dir), settings_of(config)
     _processes.check_agreement("run folder", run_dir=config.run_dir)
     if not _processes.is_first_process():
-        return run_dir  # All have checked, one writes.
+        return run_dir  # All processes check, one writes.
     run_dir.mkdir(parents=True, exist_ok=True)
-    yaml = require("yaml", "cli")
-    text = yaml.safe_dump(settings, sort_keys=False)
-    # First: what a stopped run is known by.
+    text = require("yaml", "cli").safe_dump(settings, sort_keys=False)
+    # First, because it identifies a stopped run.
     _files.write_text(run_dir / CONFIG, text)
     _files.write_text(run_dir / CLASSES, json.dumps(class_names))
     return run_dir
@@ -64,7 +50,7 @@ def check_run(config, class_names):
 
 
 def settings_of(config):
-    """A configuration as plain values, with the backend that is in use."""
+    """A configuration as plain values, with the backend in use."""
     settings = dataclasses.asdict(config)
     settings["backend"] = keras.backend.backend()
     if config.moe is not None:
@@ -73,30 +59,28 @@ def settings_of(config):
 
 
 def write_result(run_dir, test):
-    """Marks a run as finished, which needs its checkpoints no more."""
-    names = ("accuracy", "top5", "loss")
-    result = {name: getattr(test, name) for name in names}
+    """Marks a run as finished, which no longer needs its checkpoints."""
+    result = {x: getattr(test, x) for x in ("accuracy", "top5", "loss")}
     _files.write_text(run_dir / RESULT, json.dumps(result))
     shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)
 
 
 def _check_same(run_dir, settings, class_names):
     """Raises unless the folder holds a stopped run with these settings."""
-    if (run_dir / RESULT).exists() or not (run_dir / CONFIG).exists():
-        kind = (
-            "a finished run" if (run_dir / RESULT).exists() else "other files"
-        )
+    is_finished = (run_dir / RESULT).exists()
+    if is_finished or not (run_dir / CONFIG).exists():
+        kind = "a finished run" if is_finished else "other files"
         raise FileExistsError(
-            "`run_dir` must be new or empty, or hold a run that was stopped, "
-            f"so that no run is overwritten. Received: run_dir={str(run_dir)!r}"
-            f", which holds {kind}. Name another folder or remove this one."
+            "`run_dir` must be new or empty, or hold a stopped run: no run is "
+            f"overwritten. Received: run_dir={str(run_dir)!r}, which holds "
+            f"{kind}. Name another folder or remove this one."
         )
     if not any(run_dir.glob(f"{CHECKPOINTS}/*")):
-        return  # It stopped before there was anything to resume.
+        return  # It was stopped before there was anything to resume.
     config = recipes.load(run_dir / CONFIG)
     there, here = flat(settings_of(config)), flat(settings)
     there["backend"] = config.backend
-    # The same folder of datasets may lie elsewhere, its classes stay.
+    # The datasets may be in another folder, but with the same classes.
     there["classes"] = json.loads((run_dir / CLASSES).read_text())
     here["classes"] = list(class_names)
     different = [
@@ -108,7 +92,7 @@ def _check_same(run_dir, settings, class_names):
         raise ValueError(
             "A stopped run is resumed with the settings that it was started "
             f"with. Received: run_dir={str(run_dir)!r}, where these differ: "
-            f"{'; '.join(different)}. Name another folder, or give `--config "
+            f"{'; '.join(different)}. Name another folder, or use `--config "
             f"{run_dir / CONFIG}`."
         )
 
@@ -125,6 +109,6 @@ def flat(settings, prefix=""):
 
 
 def _is_empty(folder):
-    """Whether nothing but half-written files of ours is in the folder."""
+    """Whether a folder holds nothing but our half-written files."""
     names = (path.name for path in folder.iterdir())
     return all(name.startswith(_files.PARTIAL) for name in names)

@@ -1,15 +1,11 @@
-"""Dataclasses of settings: made of plain values, checked by their types."""
+"""Dataclasses of settings: built from plain values, checked by their types."""
 
 import dataclasses
 import types
 import typing
 from typing import Literal
 
-from keras_vmoe._checks import check_choice
-from keras_vmoe._checks import check_flags
-from keras_vmoe._checks import check_keys
-from keras_vmoe._checks import check_sizes
-from keras_vmoe._checks import is_number
+from keras_vmoe import _checks
 
 
 def kinds_of(cls):
@@ -23,74 +19,52 @@ def kinds_of(cls):
 
 
 def from_dict(cls, settings, what):
-    """An instance of a dataclass, and of those inside of it.
+    """An instance of a dataclass, and of those inside it.
 
-    Args:
-        cls: A dataclass.
-        settings: Dict of its attributes; null, or such a dict for those that
-            are dataclasses.
-        what: What has these settings, for the message.
-
-    Raises:
-        ValueError: If a key is unknown; the message has the nearest one.
+    An unknown key is an error that says `what` has it, and the nearest key.
     """
     if not isinstance(settings, dict):
         raise ValueError(
             f"{what} must be a mapping of names to values. "
             f"Received: {settings!r}."
         )
-    kinds, values = kinds_of(cls), {}
-    check_keys(what, settings, kinds)
-    for name, value in settings.items():
-        kind = kinds[name]
-        if value is None or not dataclasses.is_dataclass(kind):
-            values[name] = tuple(value) if isinstance(value, list) else value
-        elif hasattr(kind, "from_dict"):
-            values[name] = kind.from_dict(value)
-        else:
-            values[name] = from_dict(kind, value, f"`{name}`")
-    return cls(**values)
+    kinds = kinds_of(cls)
+    _checks.check_keys(what, settings, kinds)
+    return cls(**{x: convert(kinds[x], settings[x], x) for x in settings})
+
+
+def convert(kind, value, name):
+    """A plain value as a setting of this type."""
+    if value is None or not dataclasses.is_dataclass(kind):
+        return tuple(value) if isinstance(value, list) else value
+    if hasattr(kind, "from_dict"):
+        return kind.from_dict(value)
+    return from_dict(kind, value, f"`{name}`")
 
 
 def check_types(config, group=""):
-    """Raises unless words are among those known, and flags true or false.
+    """Raises unless flags, words and sizes are what their types say.
 
-    Args:
-        config: A dataclass.
-        group: What stands before its attributes in messages.
+    A setting that may only be an integer is a size, of at least 1; a `seed` is
+    not. `group` comes before the names in messages.
     """
-    for name, kind in typing.get_type_hints(type(config)).items():
-        value, parts = getattr(config, name), typing.get_args(kind)
-        if kind is bool:
-            check_flags(**{group + name: value})
+    for field, kind in typing.get_type_hints(type(config)).items():
+        value, parts = getattr(config, field), typing.get_args(kind)
+        name = group + field
         words = [
             word
             for part in (kind, *parts)
             if typing.get_origin(part) is Literal
             for word in typing.get_args(part)
         ]
-        other = (value is None and types.NoneType in parts) or (
-            float in parts and is_number(value)
-        )
-        if words and not other:
-            check_choice(group + name, value, words)
-
-
-def check_optional_sizes(config, *names):
-    """Raises unless these are integers of at least 1, or None."""
-    values = {name: getattr(config, name) for name in names}
-    check_sizes(**{k: x for k, x in values.items() if x is not None})
-
-
-def check_positive(config, name, at_most=None):
-    """Raises unless an attribute is a positive number, or None."""
-    value = getattr(config, name)
-    if value is None:
-        return
-    good, words = is_number(value) and value > 0, "positive"
-    if at_most is not None:
-        good, words = good and value <= at_most, f"in (0, {at_most}]"
-    check_value(good, config, name, words)
+        if value is None and types.NoneType in parts:
+            continue
+        if kind is bool:
+            _checks.check_flags(**{name: value})
+        elif kind in (int, int | None) and field != "seed":
+            _checks.check_sizes(**{name: value})
+        elif words and not (float in parts and _checks.is_number(value)):
+            _checks.check_choice(name, value, words)
 
 
 def check_value(good, config, name, words):
@@ -100,3 +74,11 @@ def check_value(good, config, name, words):
         raise ValueError(
             f"`{name}` must be {words}. Received: {name}={value!r}."
         )
+
+
+def check_positive(config, *names):
+    """Raises unless these attributes are positive numbers, or None."""
+    for name in names:
+        value = getattr(config, name)
+        good = value is None or (_checks.is_number(value) and value > 0)
+        check_value(good, config, name, "a positive number")

@@ -1,4 +1,4 @@
-"""Validation after every epoch: on several devices the numbers of one."""
+"""Validation after every epoch, the same on any number of devices."""
 
 import keras
 import numpy as np
@@ -7,31 +7,24 @@ from keras_vmoe import distribution
 
 
 class Validation(keras.callbacks.Callback):
-    """Puts the loss and accuracy on a dataset into the logs of every epoch.
+    """Adds the loss and accuracy on a dataset to the logs of every epoch.
 
-    `fit` would do so too, but would have to leave a last batch out that several
-    devices cannot share evenly, or route its groups otherwise. Here the numbers
-    are those of one device, `val_loss` and `val_accuracy`. Put it before the
-    callbacks that read the logs.
+    They are `val_loss` and `val_accuracy`, as on one device. (The validation of
+    `fit` would drop a last batch that several devices cannot share evenly, or
+    route it in other groups.) Put it before the callbacks that read the logs.
 
     Args:
         dataset: Batches of `(images, labels)`, the same in all processes;
             labels are integers `(B,)` or distributions `(B, classes)`.
-        loss: Keras loss, or function of labels and logits to `(B,)`.
+        loss: Keras loss, or function from labels and logits to `(B,)`.
         average: Optional `keras.callbacks.SwapEMAWeights` of the same `fit`,
-            whose averages of the weights are to be measured.
-
-    Example:
-
-    >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    >>> callback = Validation(dataset, loss)  # doctest: +SKIP
-    >>> model.fit(x, y, callbacks=[callback])  # doctest: +SKIP
+            whose averaged weights are measured.
     """
 
     def __init__(self, dataset, loss, average=None):
         super().__init__()
         self.dataset = dataset
-        # Not Keras's mean, which tf.distribute divides by its replicas.
+        # Without Keras's mean, which tf.distribute divides by its replicas.
         self.losses = getattr(loss, "call", loss)
         self.average = average
 
@@ -57,7 +50,7 @@ class Validation(keras.callbacks.Callback):
 
 
 def _is_right(labels, logits):
-    """For each image whether its class has the largest logit."""
+    """Whether each image's class has the largest logit."""
     if labels.ndim > 1:
         labels = labels.argmax(axis=-1)
     return logits.argmax(axis=-1) == labels

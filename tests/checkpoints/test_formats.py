@@ -106,7 +106,7 @@ def test_npz_with_a_huge_head_or_one_name_twice(tmp_path):
     head = b"\x93NUMPY\x02\x00" + (10**8).to_bytes(4, "little")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x.npy", head + b" " * 1000)
-    with pytest.raises(checkpoints.CheckpointError, match="a head of 1000"):
+    with pytest.raises(checkpoints.CheckpointError, match="whole .npz file"):
         checkpoints.read(path)
     np.savez(path, a=np.ones(2))
     with zipfile.ZipFile(path, "a") as archive:

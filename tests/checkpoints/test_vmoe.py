@@ -75,7 +75,7 @@ def test_wrong_arrays_leave_the_model_as_it_was(loaded, change, words):
 @pytest.mark.parametrize("arrays", [[1, 2], None, np.zeros(3)])
 def test_not_a_dict(loaded, arrays):
     words = "or a dict from the reference's names to arrays. Received: "
-    with pytest.raises(TypeError, match=words + "arrays=.* of type "):
+    with pytest.raises(TypeError, match=words + "arrays="):
         load_vmoe(loaded[0], arrays)
 
 

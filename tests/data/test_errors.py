@@ -102,7 +102,7 @@ def test_dataset_without_image_and_label(data_dir, name, function):
     assert "must have an image (H, W, channels) and an integer label" in text
     keys = ["image"] if name == "unlabelled" else ["image", "label"]
     assert f"Received: name={name!r} with features {keys}" in text
-    assert "Choose another dataset" in text
+    assert "Prepare it with such features" in text
 
 
 # The data folder
@@ -153,7 +153,7 @@ def test_file_that_is_missing(copy):
     path = shards(copy, "train")[1]
     path.unlink()
     text = message_of(OSError, load, copy)
-    assert "must be as they were written" in text
+    assert "must be complete and readable" in text
     assert f"Received: path={str(path)!r} (the file is missing)" in text
     assert f"Delete the folder {str(path.parent)!r}" in text
 
@@ -164,7 +164,7 @@ def test_record_that_is_truncated(copy):
     text = message_of(OSError, load, copy)
     reason = "11 whole records instead of 12"
     assert f"Received: path={str(path)!r} ({reason})" in text
-    assert "prepare 'grey' again" in text
+    assert "prepare the dataset again" in text
 
 
 def test_whole_records_that_are_missing(copy):

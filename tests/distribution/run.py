@@ -29,11 +29,12 @@ BATCH, STEPS, EXPERTS = 16, 5, 8
 parser = argparse.ArgumentParser()
 parser.add_argument("family", choices=["vit", "convnext"])
 parser.add_argument(
-    "shards", nargs="+", help="0 is one device, data is DataParallel."
+    "shards",
+    nargs="+",
+    help="0 is one device, data is DataParallel, dense is 4 with shard_dense.",
 )
 parser.add_argument("--noise", action="store_true")
 parser.add_argument("--router", default="top_k")
-parser.add_argument("--shard_dense", action="store_true")
 parser.add_argument("--save", help="Folder of .keras files.")
 
 
@@ -71,20 +72,20 @@ def make_model(arguments):
     return model
 
 
-def parallel_of(arguments, shards):
+def parallel_of(shards):
     """A distribution by its name on the command line."""
     if shards == "0":
         return None
     if shards == "data":
         return distribution.DataParallel()
-    return distribution.ExpertParallel(
-        int(shards), shard_dense=arguments.shard_dense
-    )
+    if shards == "dense":
+        return distribution.ExpertParallel(4, shard_dense=True)
+    return distribution.ExpertParallel(int(shards))
 
 
 def train(arguments, shards):
     """Losses and weights of a few steps, and where they lie."""
-    keras.distribution.set_distribution(parallel_of(arguments, shards))
+    keras.distribution.set_distribution(parallel_of(shards))
     model = make_model(arguments)
     steps = noted_steps()
     images = np.random.default_rng(0).normal(size=(STEPS * BATCH, 8, 8, 3))
@@ -143,9 +144,9 @@ def on_one_device(variable):
 
 
 def noted_steps():
-    """A list that gets the next model's compiled training step.
+    """A list that gets the compiled training step of the next model.
 
-    `fit` itself runs what is looked at here.
+    It is the one that `fit` runs.
     """
     found = []
 
@@ -168,7 +169,7 @@ def collectives(hlo):
     """Per kind of collective the bytes of each, on one device."""
     found = {}
     pattern = r" = (\(?[^=]*?)\s(all-to-all|all-gather|collective-permute)\("
-    hlo = re.sub(r"/\*.*?\*/", "", hlo)  # Numbers inside of long tuples.
+    hlo = re.sub(r"/\*.*?\*/", "", hlo)  # Indices in long tuples.
     for shapes, kind in re.findall(pattern, hlo):
         sizes = re.findall(r"f32\[([\d,]*)\]", shapes)
         if sizes:

@@ -15,6 +15,7 @@ from keras_vmoe import evaluation
 from keras_vmoe import layers
 from keras_vmoe import models
 from keras_vmoe.distribution import _replicas
+from keras_vmoe.layers import stochastic
 from keras_vmoe.training import optimizers
 from keras_vmoe.training.callbacks import RoutingHistory
 
@@ -72,7 +73,7 @@ def train(model):
 def noise_of_replicas(strategy):
     """What dropout, drop path and a noisy gate draw in each replica."""
     with strategy.scope():
-        dropout, path = layers.Dropout(0.5), layers.DropPath(0.5)
+        dropout, path = stochastic.SeededDropout(0.5), stochastic.DropPath(0.5)
         router = layers.TopKRouter(4, 1, noise_std=1.0)
         router.build((None, 6, 8))
 

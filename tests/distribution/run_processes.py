@@ -4,12 +4,14 @@ KERAS_BACKEND=jax python -m tests.distribution.run_processes \
     localhost:12345 2 0 FOLDER
 """
 
+import faulthandler
 import json
 import os
 import sys
 
 from tests import devices
 
+faulthandler.dump_traceback_later(240, exit=True)
 address, count, index, folder = sys.argv[1:5]
 COUNT, INDEX, DEVICES = int(count), int(index), 8
 # Read when JAX is imported.
@@ -24,11 +26,11 @@ from keras_vmoe import evaluation  # noqa: E402
 from keras_vmoe import models  # noqa: E402
 from keras_vmoe.distribution import _processes  # noqa: E402
 
-BATCH, EPOCHS, IMAGES = 16, 3, 48
+BATCH, EPOCHS, IMAGES = 16, 2, 48
 
 
 def main():
-    """Three epochs; every process feeds its part of the batches."""
+    """Two epochs; every process feeds its part of the batches."""
     if COUNT > 1:
         distribution.initialize(address, COUNT, INDEX)
     # Nobody has set a seed so far.
@@ -52,7 +54,7 @@ def main():
         epochs=EPOCHS,
         verbose=0,
     ).history
-    # The last batch of 11 can be spread over no eight devices.
+    # The last batch of 11 cannot be split over eight devices.
     batches = [(images[:16], labels[:16]), (images[16:27], labels[16:27])]
     measured = evaluation.measure(model, batches)
     models.save(model, f"{folder}/{COUNT}.keras")
@@ -72,10 +74,12 @@ def main():
         **{**_processes.versions(), "keras": f"3.{INDEX}"},
     )
     print(json.dumps(result))
+    if COUNT > 1:
+        _processes.leave(0)
 
 
 def dense_model():
-    """Another small model, to be spread by data parallelism."""
+    """Another small model, for data parallelism."""
     layers = [keras.layers.Flatten(), keras.layers.Dense(4)]
     model = keras.Sequential([keras.Input((8, 8, 3)), *layers])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -84,7 +88,7 @@ def dense_model():
 
 
 def errors_of(model, images, labels, data):
-    """What `fit` says of data at which processes would wait for ever."""
+    """What `fit` says of data that would deadlock the processes."""
     full = data.batch(8, drop_remainder=True)
 
     def batches():
@@ -112,7 +116,7 @@ def unequal(data):
 
 
 def error(function, *args, **kwargs):
-    """What a function complains of; one process has nobody to wait for."""
+    """The message of a function's error; a single process has none."""
     if COUNT == 1:
         return None
     try:

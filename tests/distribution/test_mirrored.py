@@ -90,7 +90,7 @@ def fit(batch, per_group, training=True):
     except ValueError as error:
         return str(error)
 print(json.dumps([
-    fit(12, 4), fit(12, None), fit(12, 3), fit(12, 1), fit(12, 4, False)]))
+    fit(12, 4), fit(12, "batch"), fit(12, 3), fit(12, 1), fit(12, 4, False)]))
 """
 
 
@@ -99,9 +99,9 @@ print(json.dumps([
 def test_a_replica_trains_on_whole_groups():
     """Two replicas of six images: groups of four would be torn."""
     torn, one_group, *good = json.loads(python("-c", FIT))
-    assert "batch_size=12 for 2 devices, 4 images in a group" in torn
+    assert "batch_size=12 for 2 devices, 4 images per group" in torn
     assert "Choose a multiple of 8" in torn
-    assert "12 images in a group" in one_group
+    assert "12 images per group" in one_group
     assert good == [None] * 3
 
 

@@ -42,8 +42,8 @@ def calls(monkeypatch):
         ((2,), 13, [(16, True), (1, False)]),
         ((2,), 1, [(1, False)]),
         ((2, 3), 13, [(24, True), (1, False)]),
-        # All images compete: zeros would take places.
-        ((None,), 12, [(12, False)]),
+        # All images compete: zeros would take slots.
+        (("batch",), 12, [(12, False)]),
         ((), 5, [(8, True)]),
     ],
 )

@@ -6,22 +6,21 @@ import pytest
 
 from keras_vmoe import models
 
-# Under other backends the same process of TensorFlow would do the same.
-IN_TENSORFLOW = pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow",
-    reason="shown under TensorFlow, whose process the others start",
-)
+# The other backends start a process of TensorFlow, which does the same.
+IN_TENSORFLOW = pytest.mark.backends("tensorflow")
+# Without a process of the runtime for the agreement check; see `asked_here`.
+ASKED_HERE = pytest.mark.usefixtures("asked_here")
 CLASSES = tuple("abcdefghij")
 FAST = {"capacity_factor": 0.5, "batch_priority": True}
 BATCHES = (0, 1, 3, 8, 17)
 
 
-def vit(**moe):
+def vit(num_classes=10, **moe):
     keras.utils.set_random_seed(0)
     return wild(
         models.ViTMoE(
-            16, 4, 32, 2, 4, 64, 10,
-            moe={"layers": [0, 1], "num_experts": 4, **moe} if moe else None,
+            16, 4, 32, 2, 4, 64, num_classes,
+            moe={"layers": [0], "num_experts": 4, **moe} if moe else None,
         )
     )  # fmt: skip
 
@@ -53,6 +52,7 @@ def wild(model):
 
 
 def images(batch, seed=0):
+    """Those of a small batch are the first of a larger one."""
     generator = np.random.default_rng(seed)
     return generator.uniform(-1, 1, (batch, 16, 16, 3)).astype("float32")
 

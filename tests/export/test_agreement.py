@@ -1,4 +1,4 @@
-"""One check for all formats: what disagrees with the model gets no name."""
+"""One check for all formats: only what agrees with the model is written."""
 
 import dataclasses
 import json
@@ -60,14 +60,14 @@ def test_an_answer_fits_its_own_logits(name, value):
 
 
 def test_answers_without_a_number_and_of_another_shape():
-    with pytest.raises(ValueError, match="NaN or infinity from 's', of noise"):
+    with pytest.raises(ValueError, match="NaN or infinity from 's'"):
         distances(answer([[np.nan, 1, 2]]), [[0, 1, 2]])
-    with pytest.raises(ValueError, match=r"shape \(1, 3\) for \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"shape \(1, 3\) instead of \(1, 2\)"):
         distances(answer([[0, 1, 2]]), [[0, 1]])
 
 
 def fake(monkeypatch, change):
-    """Lets what is asked be the model of a test, with changed answers."""
+    """Lets a model of the test be what is asked, with changed answers."""
 
     def ask(path, signatures, probes):
         (batches,) = probes.values()
@@ -85,28 +85,34 @@ def far(index, images, by=1.0):
     return change
 
 
+@pytest.fixture(scope="module")
+def linear():
+    """A model that is computed in no time."""
+    layers = [keras.layers.Flatten(), keras.layers.Dense(10)]
+    return keras.Sequential([keras.Input((16, 16, 3)), *layers])
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (far(0, slice(0, 0)), None),
         (far(0, slice(1, 3)), None),  # Half of the images agree.
-        (far(0, slice(1, 4)), "must say what the model says"),
+        (far(0, slice(1, 4)), "must reproduce the model's outputs"),
         (far(0, slice(0, 1)), "must not depend on its batch mates"),
         (far(1, slice(0, 1), 1e-3), "must not depend on its batch mates"),
         (far(2, slice(0, 1)), None),
-        (lambda x: [far(i, slice(0, 1))(x) for i in (2, 3)], "must say what"),
+        (lambda x: [far(i, slice(0, 1))(x) for i in (2, 3)], "must reproduce"),
         (far(0, slice(0, 1), np.nan), "NaN or infinity"),
     ],
 )
-def test_which_images_must_agree(change, words, model, monkeypatch):
+def test_which_images_must_agree(change, words, linear, monkeypatch):
     fake(monkeypatch, change)
-    routed, settings = small.alone(model), Settings(ALONE)
     if words is None:
-        found = agreement.agree(routed, model, settings)
+        found = agreement.agree(linear, linear, Settings(ALONE))
         assert 0 <= found["serving_default"] < 1e-5
         return
     with pytest.raises(ValueError, match=words):
-        agreement.agree(routed, model, settings)
+        agreement.agree(linear, linear, Settings(ALONE))
 
 
 def test_another_model_is_found_out(model, monkeypatch):
@@ -114,12 +120,12 @@ def test_another_model_is_found_out(model, monkeypatch):
     fake(monkeypatch, lambda answers: None)
     routed = small.alone(model)
     settings = Settings({"serving_default": FAST})
-    with pytest.raises(ValueError, match="must say what the model says"):
+    with pytest.raises(ValueError, match="must reproduce the model's outputs"):
         agreement.agree(routed, model, settings)
     other = small.vit(num_selected_experts=2)
     head = other.get_layer("head")
     head.bias.assign(np.array(keras.ops.convert_to_numpy(head.bias)) + 1e-3)
-    with pytest.raises(ValueError, match="must say what the model says"):
+    with pytest.raises(ValueError, match="must reproduce the model's outputs"):
         agreement.agree(small.alone(other), model, Settings(ALONE))
 
 
@@ -138,14 +144,13 @@ def test_probes():
     assert lengths == [1, 1, 1]
 
 
-@pytest.mark.slow
 @small.IN_TENSORFLOW
-@pytest.mark.parametrize("name", ["1", "a.onnx"])
-def test_what_cannot_be_loaded(name, tmp_path):
-    (tmp_path / name).write_bytes(b"none")
+def test_what_cannot_be_loaded(tmp_path):
+    path = tmp_path / "a.onnx"  # The runtime that is imported fastest.
+    path.write_bytes(b"none")
     probes = {"serving_default": [small.images(1)]}
     with pytest.raises(ValueError, match="must load and answer in a process"):
-        agreement.ask(tmp_path / name, ALONE, probes)
+        agreement.ask(path, ALONE, probes)
 
 
 def test_the_newest_version(tmp_path):
@@ -157,6 +162,7 @@ def test_the_newest_version(tmp_path):
 
 
 @small.IN_TENSORFLOW
+@small.ASKED_HERE
 @pytest.mark.slow
 def test_half_precision_and_features_agree(tmp_path):
     moe = {"layers": [1], "num_experts": 4}
@@ -179,6 +185,7 @@ def test_half_precision_and_features_agree(tmp_path):
 
 
 @small.IN_TENSORFLOW
+@small.ASKED_HERE
 @pytest.mark.slow
 def test_quantized_experts_agree_as_such(tmp_path):
     model = small.vit(num_experts=8, hidden_dim=256, num_selected_experts=2)
@@ -189,16 +196,17 @@ def test_quantized_experts_agree_as_such(tmp_path):
         )
         files = (path / "variables").iterdir()
         sizes[kind] = sum(x.stat().st_size for x in files)
-    kernels = 4 * 2 * 2 * 8 * 32 * 256
+    kernels = 4 * 2 * 8 * 32 * 256
     assert sizes[None] - sizes["float16"] > 0.98 * kernels / 2
     assert sizes[None] - sizes["int8"] > 0.95 * kernels * 3 / 4
 
 
 @small.IN_TENSORFLOW
+@small.ASKED_HERE
 @pytest.mark.slow
 def test_the_loader_in_a_process_without_keras(tmp_path):
     """At most 2.5 times the weights of 60 MB; warm-up requests are answered."""
-    model = small.vit(num_experts=64, hidden_dim=1800)
+    model = small.vit(num_experts=64, hidden_dim=3600)
     folder = export.saved_model(model, tmp_path, warmup=[1])
     weights = sum(x.stat().st_size for x in (folder / "variables").iterdir())
     assert weights > 5.5e7

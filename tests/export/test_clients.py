@@ -1,6 +1,6 @@
-"""The files of examples/serving: a client against servers of this test.
+"""Clients of an exported folder: those of TensorFlow, and examples/serving.
 
-The servers answer from an exported folder, in TensorFlow's C API, with the
+The servers of this test answer from the folder, in TensorFlow's C API, with the
 messages of TF Serving's two interfaces. TF Serving itself is a program that
 is not on the package index.
 """
@@ -13,6 +13,8 @@ import pathlib
 import re
 import runpy
 import socketserver
+import subprocess
+import sys
 import threading
 
 import grpc
@@ -25,8 +27,10 @@ from tensorflow_serving.apis import predict_pb2
 from tensorflow_serving.apis import prediction_service_pb2_grpc
 from tensorflow_serving.config import model_server_config_pb2
 
+from keras_vmoe.export.settings import STANDARD
 from keras_vmoe.export.settings import WARMUP_BATCHES
 from tests.export import small
+from tests.export.conftest import SIGNATURES
 
 FOLDER = pathlib.Path(__file__).parents[2] / "examples" / "serving"
 pytestmark = [pytest.mark.slow, small.IN_TENSORFLOW]
@@ -154,6 +158,48 @@ def test_answers_of_something_else(answer, words, files):
     place = f"127.0.0.1:{server.server_address[1]}"
     with pytest.raises(SystemExit, match=words):
         client("digits", *files, "--rest", place, "--signature", "mine")
+
+
+TENSORFLOW_ALONE = """
+import contextlib, sys
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.tools import saved_model_cli
+
+folder, files = sys.argv[1:]
+call = tf.saved_model.load(folder).signatures["serving_default"]
+with np.load(f"{files}/batches.npz") as batches:
+    answers = [call(images=tf.constant(x))["logits"] for x in batches.values()]
+np.savez(f"{files}/answers.npz", *answers)
+for command in ("show --all", "run --tag_set serve --signature_def "
+        f"serving_default --inputs images={files}/images.npy --outdir {files}"):
+    sys.argv = ["saved_model_cli", *command.split(), "--dir", folder]
+    with contextlib.suppress(SystemExit):
+        saved_model_cli.main()
+assert "keras_vmoe" not in sys.modules
+"""
+
+
+def test_tensorflow_without_this_package(folder, served, tmp_path):
+    """The loader of Python, and saved_model_cli."""
+    batches = [small.images(batch) for batch in small.BATCHES]
+    np.savez(tmp_path / "batches.npz", *batches)
+    np.save(tmp_path / "images.npy", small.images(2))
+    done = subprocess.run(
+        [sys.executable, "-c", TENSORFLOW_ALONE, str(folder), str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    right = served("serving_default", images=batches[-1])["logits"]
+    atol = 1e-5 * np.abs(right).max()
+    with np.load(tmp_path / "answers.npz") as answers:
+        for batch, given in zip(small.BATCHES, answers.values(), strict=True):
+            np.testing.assert_allclose(given, right[:batch], atol=atol)
+    for name in (*STANDARD, *SIGNATURES):
+        assert f"signature_def['{name}']" in done.stdout
+    given = np.load(tmp_path / "logits.npy")
+    np.testing.assert_allclose(given, right[:2], atol=atol)
 
 
 def test_batches_of_the_server_are_warmed_up():

@@ -26,6 +26,7 @@ def folder(tmp_path_factory):
 
 
 @small.IN_TENSORFLOW
+@small.ASKED_HERE
 def test_what_the_command_writes_down(folder):
     done = run(
         "export", folder, folder / "served", "--warmup=[2]", "--signatures",

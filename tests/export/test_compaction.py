@@ -114,6 +114,7 @@ def test_what_a_function_keeps():
     assert controls[0].startswith("^Assign") and controls[0] != controls[1]
 
 
+@small.ASKED_HERE
 @pytest.mark.slow
 def test_many_positions_of_the_dial_take_little(tmp_path):
     """Six of them, with a small model of four MoE layers."""

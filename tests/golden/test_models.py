@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_vmoe import losses
 from keras_vmoe.checkpoints import load_vmoe
-from keras_vmoe.models import moe_blocks
+from keras_vmoe.models.placement import moe_blocks
 from keras_vmoe.routing._groups import group_tokens
 from tests.golden.models import NAMES
 from tests.golden.models import build
@@ -43,6 +43,7 @@ def test_logits_compiled(golden):
     assert_close(logits, golden.figures["logits"])
 
 
+@pytest.mark.backends("torch")
 def test_placement_by_name_is_theirs(golden):
     # Their configuration lists blocks; ours has a name for them.
     name = {"vit_last2_k2": "last_2", "vit_every2_k1_bpr": "every_2"}

@@ -36,12 +36,19 @@ def eagerly(function):
 
 
 def slow_after(number, values):
-    """All but the first few are slow: eager JAX compiles each operation."""
+    """All but the first few are slow."""
     slow = [pytest.param(v, marks=pytest.mark.slow) for v in values[number:]]
     return [*values[:number], *slow]
 
 
-HOW = pytest.mark.parametrize("how", [eagerly, compiled])
+# Eager JAX compiles each operation, and so is slow.
+EAGERLY = [
+    pytest.param(eagerly, marks=pytest.mark.backends("tensorflow", "torch")),
+    pytest.param(
+        eagerly, marks=[pytest.mark.slow, pytest.mark.backends("jax")]
+    ),
+]
+HOW = pytest.mark.parametrize("how", [compiled, *EAGERLY])
 EACH = pytest.mark.parametrize("number", range(len(CONFIGS)))
 
 
@@ -99,6 +106,7 @@ def check_decisions_and_outputs(how, number):
     assert float(dropped_share) == pytest.approx(dropped, abs=1e-6)
 
 
+@pytest.mark.backends("torch")
 @EACH
 def test_capacity(number):
     assert places(CONFIGS[number]) == CONFIGS[number]["capacity"]
@@ -177,6 +185,7 @@ def test_expert_choice(how, number):
     assert float(dropped_share) == pytest.approx(dropped, abs=1e-6)
 
 
+@pytest.mark.backends("torch")
 def test_the_slow_definition_of_expert_choice():
     gates = np.exp(CHOICE["logits"].astype("float64"))
     gates /= gates.sum(axis=-1, keepdims=True)

@@ -59,6 +59,7 @@ def test_a_gate_serves_routers_of_other_settings(tmp_path):
     np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.backends("torch")
 def test_a_gate_of_another_width_or_number_of_experts():
     gate = layers.LinearGate(4)
     layers.TopKRouter(4, gate=gate).build((None, 3, 6))
@@ -68,12 +69,14 @@ def test_a_gate_of_another_width_or_number_of_experts():
         layers.TopKRouter(3, gate=gate)(np.ones((1, 3, 6), "float32"))
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize("router", ["topk", 3])
 def test_a_router_is_an_object_or_a_name(router):
     with pytest.raises(ValueError, match="`router` must be .*Received: router"):
         layers.MoEMLP(4, 8, router)
 
 
+@pytest.mark.backends("torch")
 def test_gate_of_another_width():
     router = layers.TopKRouter(4, gate=keras.layers.Dense(6))
     with pytest.raises(
@@ -82,6 +85,7 @@ def test_gate_of_another_width():
         router(np.ones((1, 5, 8), "float32"))
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize(
     "setting",
     ["noise_std", "importance_loss_weight", "load_loss_weight"],
@@ -92,6 +96,7 @@ def test_settings_are_finite_and_not_negative(setting, value):
         layers.TopKRouter(4, **{setting: value})
 
 
+@pytest.mark.backends("torch")
 def test_copies_of_a_seeded_router_draw_different_noise():
     model = models.ViTMoE(
         8, 4, 8, 4, 2, 8, 3,
@@ -101,12 +106,14 @@ def test_copies_of_a_seeded_router_draw_different_noise():
     assert seeds == [8, 10]
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize("moe", [True, "last_2", [1]])
 def test_moe_is_a_dict(moe):
     with pytest.raises(ValueError, match="must be a dict.*Received: moe="):
         models.ViTMoE(8, 4, 8, 4, 2, 8, 3, moe=moe)
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize(
     "size", ["patch_size", "hidden_dim", "num_layers", "mlp_dim", "num_classes"]
 )

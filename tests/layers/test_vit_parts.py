@@ -6,6 +6,13 @@ import pytest
 from keras import ops
 
 from keras_vmoe import layers
+from keras_vmoe.layers import _blocks
+from keras_vmoe.layers import activations
+from keras_vmoe.layers import attention
+from keras_vmoe.layers import patches
+from keras_vmoe.layers import pooling
+from keras_vmoe.layers import positions
+from keras_vmoe.layers import stochastic
 from keras_vmoe.layers.positions import sincos2d
 from tests.gradients import compiled
 from tests.harness import randomize
@@ -44,7 +51,7 @@ def assert_same(got, expected):
 
 @pytest.mark.parametrize("size", [(4, 6), (6, 2)])
 def test_patch_embedding(size):
-    layer = layers.PatchEmbedding(hidden_dim=8, patch_size=2)
+    layer = patches.PatchEmbedding(hidden_dim=8, patch_size=2)
     images = random(2, *size, 3)
     out = run(layer, images)
     kernel, bias = map(float64, layer.projection.weights)
@@ -52,12 +59,13 @@ def test_patch_embedding(size):
 
 
 def test_patch_embedding_starts_as_lecun_normal():
-    layer = layers.PatchEmbedding(hidden_dim=64, patch_size=8)
+    layer = patches.PatchEmbedding(hidden_dim=64, patch_size=8)
     layer.build((None, 32, 32, 3))
     kernel = float64(layer.projection.kernel)
     assert kernel.std() == pytest.approx((8 * 8 * 3) ** -0.5, rel=0.03)
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize(
     ("shape", "patch_size", "words"),
     [
@@ -69,11 +77,11 @@ def test_patch_embedding_starts_as_lecun_normal():
 )  # fmt: skip
 def test_image_of_broken_patches(shape, patch_size, words):
     with pytest.raises(ValueError, match=words):
-        layers.PatchEmbedding(8, patch_size).build(shape)
+        patches.PatchEmbedding(8, patch_size).build(shape)
 
 
 def test_class_token():
-    layer = layers.ClassToken()
+    layer = patches.ClassToken()
     tokens = random(2, 3, 4)
     layer.build(tokens.shape)
     assert not float64(layer.token).any(), "starts at 0"
@@ -84,15 +92,16 @@ def test_class_token():
 
 
 def test_learned_positions():
-    layer = layers.LearnedPositions()
+    layer = positions.LearnedPositions()
     layer.build((None, 50, 64))
     assert float64(layer.embedding).std() == pytest.approx(0.02, rel=0.05)
-    layer = layers.LearnedPositions()
+    layer = positions.LearnedPositions()
     tokens = random(2, 3, 4)
     out = run(layer, tokens)
     assert_same(out, tokens + float64(layer.embedding))
 
 
+@pytest.mark.backends("torch")
 def test_sincos2d_by_its_formula():
     rows, columns, features = 3, 4, 12
     table = sincos2d(rows, columns, features)
@@ -107,7 +116,7 @@ def test_sincos2d_by_its_formula():
 
 @pytest.mark.parametrize("class_tokens", [0, 1])
 def test_sincos2d_positions_spare_the_class_token(class_tokens):
-    layer = layers.SinCos2DPositions(grid=(2, 3))
+    layer = positions.SinCos2DPositions(grid=(2, 3))
     tokens = random(2, 6 + class_tokens, 8)
     out = run(layer, tokens)
     assert layer.weights == []
@@ -116,6 +125,7 @@ def test_sincos2d_positions_spare_the_class_token(class_tokens):
     assert_same(out[:, class_tokens:], expected)
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
@@ -129,11 +139,11 @@ def test_sincos2d_positions_spare_the_class_token(class_tokens):
 )  # fmt: skip
 def test_sincos2d_that_does_not_fit(shape, words):
     with pytest.raises(ValueError, match=words):
-        layers.SinCos2DPositions(grid=(2, 3)).build(shape)
+        positions.SinCos2DPositions(grid=(2, 3)).build(shape)
 
 
 def test_self_attention():
-    layer = layers.SelfAttention(num_heads=2)
+    layer = attention.SelfAttention(num_heads=2)
     tokens = random(2, 5, 8)
     out = run(layer, tokens)
     weights = dict(zip(ATTENTION, map(float64, layer.weights), strict=True))
@@ -141,7 +151,7 @@ def test_self_attention():
 
 
 def test_self_attention_starts_as_glorot_uniform_of_d_to_d():
-    layer = layers.SelfAttention(num_heads=8)
+    layer = attention.SelfAttention(num_heads=8)
     layer.build((None, 5, 64))
     limit = np.sqrt(6 / (64 + 64))
     for name, weight in zip(ATTENTION, layer.weights, strict=True):
@@ -153,6 +163,7 @@ def test_self_attention_starts_as_glorot_uniform_of_d_to_d():
             assert np.abs(values).max() <= limit
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize("num_heads", [3, 0])
 def test_heads_that_do_not_divide(num_heads):
     words = (
@@ -161,7 +172,7 @@ def test_heads_that_do_not_divide(num_heads):
         r"\[1, 2, 4, 8\]"
     )
     with pytest.raises(ValueError, match=words):
-        layers.SelfAttention(num_heads).build((None, 5, 8))
+        attention.SelfAttention(num_heads).build((None, 5, 8))
 
 
 @pytest.mark.parametrize(
@@ -180,11 +191,11 @@ def test_mlp(activation, slowly):
 
 def test_token_pooling():
     tokens = random(2, 3, 4)
-    assert_same(run(layers.TokenPooling(), tokens), tokens[:, 0])
+    assert_same(run(pooling.TokenPooling(), tokens), tokens[:, 0])
 
 
 def test_attention_pooling():
-    layer = layers.AttentionPooling(num_heads=2, hidden_dim=5)
+    layer = pooling.AttentionPooling(num_heads=2, hidden_dim=5)
     tokens = random(2, 6, 8)
     out = run(layer, tokens)
     attention = zip(ATTENTION, layer.attention.weights, strict=True)
@@ -197,13 +208,14 @@ def test_attention_pooling():
     assert_same(out, expected[:, 0])
 
 
+@pytest.mark.backends("torch")
 def test_attention_pooling_with_heads_that_do_not_divide():
     with pytest.raises(ValueError, match="hidden_dim=8, num_heads=3"):
-        layers.AttentionPooling(3, 5).build((None, 6, 8))
+        pooling.AttentionPooling(3, 5).build((None, 6, 8))
 
 
 def test_layer_scale():
-    layer = layers.LayerScale(1e-4)
+    layer = stochastic.LayerScale(1e-4)
     layer.build((None, 3, 4))
     np.testing.assert_allclose(float64(layer.scale), np.full(4, 1e-4), 1e-6)
     layer.scale.assign([1.0, 2.0, 0.0, -1.0])
@@ -215,7 +227,7 @@ def test_layer_scale():
 
 
 def test_drop_path_drops_whole_images():
-    layer = layers.DropPath(0.3, seed=0)
+    layer = stochastic.DropPath(0.3, seed=0)
     branch = np.ones((4000, 2, 3), "float32")
     drop = compiled(lambda x: layer(x, training=True), layer)
     out = ops.convert_to_numpy(drop(branch))
@@ -229,15 +241,16 @@ def test_drop_path_drops_whole_images():
     np.testing.assert_array_equal(layer(branch), branch)
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize("rate", [1.0, -0.1, 2])
 def test_drop_path_rate(rate):
-    words = f"at least 0 and below 1. Received: rate={rate}. 0 keeps every"
+    words = f"at least 0 and below 1. Received: rate={rate}. 0 turns it off"
     with pytest.raises(ValueError, match=words):
-        layers.DropPath(rate)
+        stochastic.DropPath(rate)
 
 
 def test_dropout():
-    layer = layers.Dropout(0.25, seed=0)
+    layer = stochastic.SeededDropout(0.25, seed=0)
     x = np.ones((100, 100), "float32")
     drop = compiled(lambda x: layer(x, training=True), layer)
     out = ops.convert_to_numpy(drop(x))
@@ -247,7 +260,32 @@ def test_dropout():
     np.testing.assert_array_equal(layer(x), x)
 
 
-@pytest.mark.parametrize("make", [layers.Dropout, layers.DropPath])
+@pytest.mark.backends("torch")
+def test_names_in_files_of_version_0_1_0():
+    def load(name, module, config, registered):
+        return keras.saving.deserialize_keras_object(
+            {
+                "class_name": name,
+                "module": module,
+                "config": config,
+                "registered_name": registered,
+            }
+        )
+
+    config = {"name": "dropout", "rate": 0.1, "noise_shape": None, "seed": 3}
+    module = "keras_vmoe.layers.stochastic"
+    dropout = load("Dropout", module, config, "keras_vmoe>Dropout")
+    assert type(dropout) is stochastic.SeededDropout
+    assert config.items() <= dropout.get_config().items()
+    name = "keras_vmoe>gelu_tanh"
+    assert (
+        load("function", "builtins", name, "function") is activations.gelu_tanh
+    )
+
+
+@pytest.mark.parametrize(
+    "make", [stochastic.SeededDropout, stochastic.DropPath]
+)
 def test_seeds_repeat_and_travel_with_the_weights(make, tmp_path):
     # After one step a saved model goes on with the second draw, whatever seed
     # it was made with.
@@ -279,7 +317,7 @@ def test_seeds_repeat_and_travel_with_the_weights(make, tmp_path):
 def test_encoder_block_is_pre_norm():
     x = keras.Input((5, 8))
     mlp = layers.MLP(12, name="block_mlp")
-    model = keras.Model(x, layers.encoder_block(x, mlp, 2, name="block"))
+    model = keras.Model(x, _blocks.encoder_block(x, mlp, 2, name="block"))
     tokens = random(2, 5, 8)
     out = run(model, tokens)
 

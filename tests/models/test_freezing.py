@@ -7,6 +7,8 @@ from keras import ops
 
 from keras_vmoe import layers
 from keras_vmoe import models
+from keras_vmoe.layers.attention import SelfAttention
+from keras_vmoe.layers.pooling import AttentionPooling
 from tests.models.definitions import images_of
 from tests.models.definitions import tiny
 
@@ -28,7 +30,7 @@ def functional():
     router = layers.BiasBalancedRouter(2, name="mine")
     inputs = keras.Input((4, 8))
     x = layers.MoEMLP(2, 8, router)(layers.MLP(4)(inputs))
-    x = layers.SelfAttention(2)(layers.AttentionPooling(2, 8)(x)[:, None])
+    x = SelfAttention(2)(AttentionPooling(2, 8)(x)[:, None])
     return keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
 
 

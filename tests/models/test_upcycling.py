@@ -25,7 +25,7 @@ def dense(kind="vit"):
 
 
 def predict(model, images):
-    return model.predict(images, batch_size=3, verbose=0)
+    return keras.ops.convert_to_numpy(model(images))
 
 
 KINDS = pytest.mark.parametrize("kind", ["vit", "convnext"])
@@ -68,6 +68,7 @@ def test_renormalised_gates_with_room_for_all():
     )
 
 
+@pytest.mark.backends("torch")
 def test_frozen_layers_stay_frozen():
     model, _ = dense()
     model.get_layer("block_0_mlp").trainable = False
@@ -82,6 +83,7 @@ def test_plain_gates_change_the_function():
     assert np.abs(predict(sparse, images) - predict(model, images)).max() > 0.01
 
 
+@pytest.mark.backends("torch")
 def test_experts_are_copies_and_noise_is_theirs():
     model, _ = dense()
     moe = {"layers": [3], "num_experts": 4}
@@ -128,6 +130,7 @@ def test_gradients_reach_all_experts(kind):
         assert np.abs(expert).max() > 0
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize(
     ("moe", "arguments", "words"),
     [
@@ -150,6 +153,7 @@ def test_bad_arguments(moe, arguments, words):
         models.upcycle(tiny(moe=None), moe, **arguments)
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize("model", [tiny(), keras.Sequential()])
 def test_only_dense_models(model):
     with pytest.raises(ValueError, match="must be a dense ViTMoE or ConvNeXt"):

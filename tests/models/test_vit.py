@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 from keras_vmoe import layers
+from keras_vmoe.layers.activations import gelu_tanh
 from keras_vmoe.models import MoEConfig
 from keras_vmoe.models import ViTMoE
 from tests.harness import WITHOUT_GRADIENT
@@ -62,6 +63,7 @@ CASES = [
 each = pytest.mark.parametrize("case", CASES, ids=str)
 
 
+@pytest.mark.backends("torch")
 def test_no_argument_is_left_out():
     for name, default in arguments_of(ViTMoE).items():
         values = [case.arguments.get(name, default) for case in CASES]
@@ -89,6 +91,7 @@ def test_mixed_precision(case, policy):
     check_policy(case, policy)
 
 
+@pytest.mark.backends("torch")
 def test_mixed_precision_reaches_every_layer_but_head_and_gates():
     model = tiny(dtype="mixed_bfloat16")
     for layer in model.layers:
@@ -154,6 +157,7 @@ def number_of_weights(
     return total + norm + features * classes + classes
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize(
     ("moe", "experts"),
     [
@@ -171,6 +175,7 @@ def test_number_of_weights(moe, experts):
     assert model.count_params() == expected
 
 
+@pytest.mark.backends("torch")
 def test_vit_b16_has_the_size_of_the_paper():
     # 86.6 million: Dosovitskiy et al., 2021, table 1 ("86M"). A shape is all
     # that is needed for a count.
@@ -184,6 +189,7 @@ def test_vit_b16_has_the_size_of_the_paper():
 # Names and parts.
 
 
+@pytest.mark.backends("torch")
 def test_the_dense_twin_shares_all_but_the_experts():
     sparse, dense = tiny(), tiny(moe=None)
     names = [layer.name for layer in dense.layers]
@@ -200,6 +206,7 @@ def test_the_dense_twin_shares_all_but_the_experts():
     ]
 
 
+@pytest.mark.backends("torch")
 def test_experts_may_be_narrower_than_the_mlps():
     model = tiny(moe={"hidden_dim": 16})
     assert tuple(
@@ -212,6 +219,7 @@ def test_experts_may_be_narrower_than_the_mlps():
     assert model.get_layer("block_2_mlp").hidden_dim == 64
 
 
+@pytest.mark.backends("torch")
 def test_summary_shows_the_blocks():
     lines = []
     tiny().summary(print_fn=lines.append, line_length=120)
@@ -237,6 +245,7 @@ def test_features_by_name(model):
     )
 
 
+@pytest.mark.backends("torch")
 def test_defaults_are_those_of_v_moe():
     model = tiny()
     for layer in model.layers:
@@ -244,7 +253,7 @@ def test_defaults_are_those_of_v_moe():
             assert layer.epsilon == 1e-6
         if isinstance(layer, layers.MLP | layers.MoEMLP):
             mlp = getattr(layer, "experts", layer)
-            assert mlp.activation is layers.gelu_tanh
+            assert mlp.activation is gelu_tanh
     assert not ops.convert_to_numpy(model.get_layer("head").kernel).any()
     router = model.get_layer("block_3_moe").router
     assert (router.num_selected_experts, router.capacity_factor) == (2, 1.05)
@@ -255,6 +264,7 @@ def test_defaults_are_those_of_v_moe():
     assert MoEConfig().images_per_group == 8
 
 
+@pytest.mark.backends("torch")
 def test_drop_path_rises_from_block_to_block():
     model = tiny(drop_path_rate=0.3)
     names = [layer.name for layer in model.layers]
@@ -265,6 +275,7 @@ def test_drop_path_rises_from_block_to_block():
             assert rate == pytest.approx(0.1 * i)
 
 
+@pytest.mark.backends("torch")
 def test_routing_settings_reach_every_router():
     settings = {
         "num_selected_experts": 1,
@@ -278,6 +289,7 @@ def test_routing_settings_reach_every_router():
         assert layer.images_per_group == 3
 
 
+@pytest.mark.backends("torch")
 def test_a_router_object_is_copied_for_each_layer():
     router = layers.TopKRouter(
         3, num_selected_experts=2, z_loss_weight=0.1, seed=5
@@ -290,6 +302,7 @@ def test_a_router_object_is_copied_for_each_layer():
     assert all(layer.router.z_loss_weight == 0.1 for layer in twin.moe_layers)
 
 
+@pytest.mark.backends("torch")
 def test_two_models_do_not_share_a_mutable_config():
     moe = {"layers": [1], "num_experts": 4}
     model = tiny(moe=moe)
@@ -302,6 +315,7 @@ def test_two_models_do_not_share_a_mutable_config():
 # Words.
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -349,6 +363,7 @@ def test_bad_input(arguments, words):
         tiny(**arguments)
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize("channels", [1, 4])
 def test_images_of_any_number_of_channels(channels):
     model = tiny(channels=channels)
@@ -358,6 +373,7 @@ def test_images_of_any_number_of_channels(channels):
     assert again.input_shape == (None, 8, 8, channels)
 
 
+@pytest.mark.backends("torch")
 def test_configs_of_version_0_1():
     config = tiny(drop_path_rate=0.2, layer_scale_init_value=0.1).get_config()
     config["drop_path"] = config.pop("drop_path_rate")
@@ -374,6 +390,7 @@ def test_images_of_another_size(model):
         model(np.zeros((1, 12, 12, 3), "float32"))
 
 
+@pytest.mark.backends("torch")
 def test_the_weights_of_experts_are_reached_by_name():
     paths = {weight.path for weight in tiny().weights}
     for path in ("block_3_moe/experts/hidden_kernel",

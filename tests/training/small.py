@@ -21,11 +21,11 @@ SMALL = training.TrainConfig(
         image_size=8,
         patch_size=4,
         hidden_dim=16,
-        num_layers=2,
+        num_layers=1,
         num_heads=2,
         mlp_dim=32,
     ),
-    moe=models.MoEConfig(layers="last_1", num_experts=4),
+    moe=models.MoEConfig(layers="every_1", num_experts=4),
     optimizer=training.OptimizerConfig(warmup=0.5),
 )
 
@@ -42,6 +42,12 @@ def changed(config, **changes):
         group = changes.get(name, getattr(config, name))
         changes[name] = dataclasses.replace(group, **settings)
     return dataclasses.replace(config, **changes)
+
+
+def config_of(run_dir, cache, **changes):
+    """Settings of a run of three epochs."""
+    changes = {"epochs": 3, **changes}
+    return changed(SMALL, run_dir=str(run_dir), data_dir=cache, **changes)
 
 
 def history(run_dir):

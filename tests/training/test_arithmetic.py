@@ -21,7 +21,7 @@ LABELS = np.eye(10, dtype="float32")
 def small(optimizer):
     """A compiled dense model, always with the same weights."""
     keras.utils.set_random_seed(0)
-    model = tiny(moe=None, num_layers=2)
+    model = tiny(moe=None, num_layers=1)
     model.compile(
         optimizer, keras.losses.CategoricalCrossentropy(from_logits=True)
     )

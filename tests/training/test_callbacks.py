@@ -208,7 +208,7 @@ def test_the_monitor_tells_dead_experts_and_their_layer():
     router = quiet_router(num_selected_experts=2, capacity_factor=4.0)
     first, second = monitored(router, epochs=2)
     assert first.startswith(
-        "Epoch 1, moe: experts [0, 3] get less than 0.1 of an even load. What "
+        "Epoch 1, moe: experts [0, 3] get less than 0.1 of an even load. To "
     )
     assert second.startswith("Epoch 2, moe: ")
     assert "dropped" not in first
@@ -217,7 +217,7 @@ def test_the_monitor_tells_dead_experts_and_their_layer():
 def test_the_monitor_tells_drops():
     # 12 tokens want the 4 places of expert 1: two thirds are dropped.
     (message,) = monitored(quiet_router(capacity_factor=1.0), min_load=0.0)
-    assert message.startswith("Epoch 1, moe: 67% dropped, more than 20%. What")
+    assert message.startswith("Epoch 1, moe: 67% dropped, more than 20%. To")
     assert not monitored(
         quiet_router(capacity_factor=1.0), min_load=0.0, max_dropped_share=0.7
     )

@@ -20,7 +20,7 @@ import pytest
 from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe.training.checkpointing import Checkpoints
-from tests.training.test_resume import config_of
+from tests.training.small import config_of
 
 pytestmark = pytest.mark.backends("jax")
 
@@ -33,7 +33,7 @@ import os, sys, time
 fsync = os.fsync
 os.fsync = lambda file: (time.sleep(0.03), fsync(file))
 from keras_vmoe import training
-from tests.training.test_resume import config_of
+from tests.training.small import config_of
 training.train(config_of(sys.argv[1], sys.argv[2], epochs=int(sys.argv[3])))
 """
 

@@ -107,7 +107,7 @@ def test_fit_and_reload(name, tmp_path):
         use_ema=True,
         gradient_accumulation_steps=2,
     )
-    model = tiny(num_layers=2, moe={"layers": [1]})
+    model = tiny(num_layers=1, moe={"layers": [0]})
     model.compile(optimizer, "mse")
     images, targets = images_of(8), np.ones((8, 10))
     model.fit(images, targets, batch_size=2, epochs=2, verbose=0)
@@ -120,6 +120,29 @@ def test_fit_and_reload(name, tmp_path):
         optimizer.variables, loaded.optimizer.variables, strict=True
     ):
         np.testing.assert_array_equal(float64(mine), float64(theirs))
+
+
+class Seen(optimizers.SGD):
+    """Notes what Keras calls of what is private in it."""
+
+    def _apply_weight_decay(self, variables):
+        self.seen = [*getattr(self, "seen", ()), "decay"]
+        super()._apply_weight_decay(variables)
+
+    def _clip_gradients(self, grads):
+        self.seen = [*getattr(self, "seen", ()), "clip"]
+        return super()._clip_gradients(grads)
+
+
+def test_keras_clips_and_decays_where_we_do_otherwise():
+    """Fails when Keras renames these methods, or calls them no more."""
+    weight = keras.Variable(ops.ones((2,)), name="kernel")
+    optimizer = Seen(RATE, weight_decay=DECAY, global_clipnorm=1e-9)
+    optimizer.apply([ops.ones((2,))], [weight])
+    assert optimizer.seen == ["clip", "decay"]
+    # Nothing of the gradient, clipped to almost nothing, but the decay.
+    expected = np.full(2, 1 - RATE * DECAY)
+    np.testing.assert_allclose(float64(weight), expected, rtol=1e-6)
 
 
 def test_bad_decay():

@@ -7,33 +7,27 @@ import pathlib
 import keras
 import numpy as np
 import pytest
+import yaml
 
 from keras_vmoe import data
 from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe.training import checkpointing
 from keras_vmoe.training.checkpointing import Checkpoints
+from keras_vmoe.training.config import GROUPS
+from keras_vmoe.training.config import VIT_SIZES
 from tests.models.definitions import images_of
 from tests.models.definitions import tiny
 from tests.training.small import SMALL
 from tests.training.small import changed
+from tests.training.small import config_of
 from tests.training.small import history
 
-EPOCHS = 4
 # Bit-equal on JAX; the others add up in an order of their own.
 EXACT = keras.backend.backend() == "jax"
 
-
-def config_of(run_dir, cache, **changes):
-    changes = {"epochs": EPOCHS, **changes}
-    return changed(SMALL, run_dir=str(run_dir), data_dir=cache, **changes)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, cache):
-    """A run that nobody disturbed."""
-    run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    return training.train(config_of(run_dir, cache))
+# Nothing of it depends on the backend.
+once = pytest.mark.backends("jax")
 
 
 def assert_same(result, whole):
@@ -55,62 +49,33 @@ def assert_same(result, whole):
         assert result.test_accuracy == whole.test_accuracy
 
 
-class Killed(BaseException):
-    """What no handler of ours catches, as a kill is."""
-
-
-def die_at(monkeypatch, number):
-    """Lets the process die at the n-th renaming of a file."""
-    count = 0
-    replace = pathlib.Path.replace
-
-    def dying(path, target):
-        nonlocal count
-        count += 1
-        if count == number:
-            raise Killed
-        return replace(path, target)
-
-    monkeypatch.setattr(pathlib.Path, "replace", dying)
-
-
-# Two files at the start, then three an epoch: history, weights, state; then
-# the model and the result.
-# Where files stand is the same on all backends: one of them tries all.
-MOMENTS = (5,)
+# Which files stand in a run folder is the same on all backends: one of them
+# tries all.
+KILLS = (8,)
 if EXACT:
-    slow = (1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16)
-    MOMENTS += tuple(pytest.param(n, marks=pytest.mark.slow) for n in slow)
+    others = (n for n in range(1, 15) if n != 8)
+    KILLS += tuple(pytest.param(n, marks=pytest.mark.slow) for n in others)
 
 
-@pytest.mark.parametrize("number", MOMENTS)
-def test_death_at_any_file(whole, number, tmp_path, cache, monkeypatch):
-    config = config_of(tmp_path / "run", cache)
-    with monkeypatch.context() as patch:
-        die_at(patch, number)
-        with pytest.raises(Killed):
-            training.train(config)
-    assert_same(training.train(config), whole)
+@pytest.mark.parametrize("number", KILLS)
+def test_a_kill_at_any_file(whole, number, left):
+    assert_same(training.train(left(number)), whole)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(optimizer="lamb", ema=0.9, accumulate=3,
-             augmentation=data.Augmentation(crop_padding=1, mixup=0.8)),
-        dict(model=dataclasses.replace(
-            SMALL.model, dropout=0.1, drop_path_rate=0.2)),
-    ],
-    ids=["lamb-ema-accumulate-mixup", "dropout-drop_path"],
-)  # fmt: skip
-def test_whatever_a_run_remembers(changes, tmp_path, cache):
-    """Slots, averages, gradients half added up, seeds of all layers.
+def test_whatever_a_run_remembers(tmp_path, cache):
+    """Slots, averages, accumulated gradients, seeds of all layers.
 
-    Three epochs are twelve steps: two updates are behind the second of them,
-    and two thirds of another.
+    Three epochs are twelve steps: after the second of them two updates are
+    done, and two thirds of another.
     """
-    config = config_of(tmp_path / "run", cache, epochs=3, **changes)
+    model = dataclasses.replace(
+        SMALL.model, num_layers=2, dropout=0.1, drop_path_rate=0.2
+    )
+    config = config_of(
+        tmp_path / "run", cache, optimizer="lamb", ema=0.9, accumulate=3,
+        augmentation=data.Augmentation(crop_padding=1, mixup=0.8), model=model,
+    )  # fmt: skip
     undisturbed = changed(config, run_dir=str(tmp_path / "whole"))
     stop_after(config, 2)
     assert_same(training.train(config), training.train(undisturbed))
@@ -122,42 +87,42 @@ def test_checkpoints_within_an_epoch(whole, tmp_path, cache):
     stop_after(config, 3)  # In the middle of the second epoch.
     result = training.train(config)
     rows = history(result.run_dir)
-    assert [row["epoch"] for row in rows] == [str(i) for i in range(1, 9)]
+    assert [row["epoch"] for row in rows] == [str(i) for i in range(1, 7)]
     pairs = (x.model.trainable_weights for x in (result, whole))
     for mine, theirs in zip(*pairs, strict=True):
         mine, theirs = np.array(mine), np.array(theirs)
         np.testing.assert_allclose(mine, theirs, atol=0 if EXACT else 1e-4)
 
 
+@once
 def test_more_checkpoints_than_steps(tmp_path, cache):
     config = config_of(tmp_path / "run", cache, checkpoints_per_epoch=5)
     with pytest.raises(ValueError, match="checkpoints_per_epoch=5 with 4"):
         training.train(config)
 
 
-def test_a_truncated_checkpoint_falls_back(whole, tmp_path, cache):
-    config = config_of(tmp_path / "run", cache)
-    stop_after(config, 3)
-    folder = tmp_path / "run" / "checkpoints"
-    path = folder / "epoch_000003.weights.h5"
+@once
+def test_a_truncated_checkpoint_falls_back(whole, left):
+    config = left(9)  # Behind the second epoch.
+    folder = pathlib.Path(config.run_dir) / "checkpoints"
+    path = folder / "epoch_000002.weights.h5"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.warns(UserWarning, match="epoch_000003.* is damaged"):
+    with pytest.warns(UserWarning, match="epoch_000002.* is corrupt"):
         result = training.train(config)
     assert_same(result, whole)
 
 
-def stop_after(config, epochs):
-    """Trains some epochs of a run and stops as by an interrupt."""
+class Killed(BaseException):
+    """What no handler of ours catches, as a kill is."""
 
-    class Stop(keras.callbacks.Callback):
+
+def stop_after(config, epochs):
+    """Trains some epochs of a run and stops as by a kill."""
+
+    class SaveAndStop(checkpointing.SaveCheckpoint):
         def on_epoch_begin(self, epoch, logs=None):
             if epoch == epochs:
                 raise Killed
-
-    save = checkpointing.SaveCheckpoint
-
-    class SaveAndStop(save, Stop):
-        pass
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.loop, "SaveCheckpoint", SaveAndStop)
@@ -165,21 +130,20 @@ def stop_after(config, epochs):
             training.train(config)
 
 
-def test_a_run_without_a_checkpoint_is_started_anew(tmp_path, cache):
-    config = config_of(tmp_path / "run", cache, epochs=1)
-    stop_after(config, 0)
-    assert (tmp_path / "run" / "config.yaml").exists()
-    training.train(changed(config, learning_rate=0.001))
-    assert not (tmp_path / "run" / "checkpoints").exists()  # It is finished.
+@once
+def test_a_run_without_a_checkpoint_is_started_anew(left):
+    config = left(3, epochs=1, learning_rate=0.001)
+    training.train(config)
+    run_dir = pathlib.Path(config.run_dir)
+    settings = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert settings["optimizer"]["learning_rate"] == 0.001
+    assert not (run_dir / "checkpoints").exists()  # It is finished.
 
 
-def test_another_configuration_is_refused(tmp_path, cache):
-    config = config_of(tmp_path / "run", cache)
-    stop_after(config, 1)
-    other = changed(
-        config,
-        learning_rate=0.5,
-        augmentation=data.Augmentation(crop_padding=2),
+@once
+def test_another_configuration_is_refused(left):
+    other = left(
+        6, learning_rate=0.5, augmentation=data.Augmentation(crop_padding=2)
     )
     words = (
         "these differ: data.augmentation.crop_padding: 1 there, 2 here; "
@@ -189,6 +153,32 @@ def test_another_configuration_is_refused(tmp_path, cache):
         training.train(other)
 
 
+@once
+def test_a_stopped_run_of_version_0_1_0_goes_on(whole, left):
+    """Its folder is that of today, but for the groups of its settings."""
+    config = left(9)
+    file = pathlib.Path(config.run_dir) / "config.yaml"
+    settings, flat = yaml.safe_load(file.read_text()), {}
+    for name, value in settings.items():
+        old = dict(value) if name in GROUPS else {name: value}
+        if name == "optimizer":
+            old["optimizer"] = old.pop("name")
+        if name == "model":
+            sizes = {x: old.pop(x) for x in (*VIT_SIZES, "image_size", "dtype")}
+            sizes["drop_path"] = old.pop("drop_path_rate")
+            sizes["layer_scale"] = sizes.pop("layer_scale_init_value")
+            del old["family"]
+            old["model"] = sizes
+        if name == "moe":
+            old["moe"] = {**value, "capacity_factor": "auto"}
+        flat |= old
+    assert "learning_rate" in flat and "optimizer" in flat
+    file.write_text(yaml.safe_dump(flat))
+    assert training.restore(config.run_dir).count_params() > 0
+    assert_same(training.train(config), whole)
+
+
+@once
 def test_a_finished_run_is_not_run_again(whole, cache):
     with pytest.raises(FileExistsError, match="which holds a finished run"):
         training.train(config_of(whole.run_dir, cache))
@@ -200,7 +190,7 @@ def test_a_finished_run_is_not_run_again(whole, cache):
 
 
 def fitted():
-    model = tiny(num_layers=2, moe={"layers": [1]})
+    model = tiny(num_layers=1, moe={"layers": [0]})
     model.compile("adam", "mse")
     model.fit(images_of(4), np.ones((4, 10)), shuffle=False, verbose=0)
     return model
@@ -213,7 +203,7 @@ def test_a_checkpoint_holds_weights_optimizer_and_noise(tmp_path):
     model.fit(images_of(4), np.ones((4, 10)), shuffle=False, verbose=0)
     expected = model.get_weights()
 
-    twin = tiny(num_layers=2, moe={"layers": [1]})
+    twin = tiny(num_layers=1, moe={"layers": [0]})
     twin.compile("adam", "mse")
     state = checkpoints.restore(twin)
     assert state["rows"] == [1, 2] and state["epoch"] == 1
@@ -222,6 +212,7 @@ def test_a_checkpoint_holds_weights_optimizer_and_noise(tmp_path):
         np.testing.assert_allclose(mine, theirs, atol=1e-6)
 
 
+@once
 def test_only_the_newest_are_kept(tmp_path):
     model, checkpoints = fitted(), Checkpoints(tmp_path, keep=2)
     for epoch in range(1, 5):
@@ -232,8 +223,9 @@ def test_only_the_newest_are_kept(tmp_path):
         Checkpoints(tmp_path, keep=0)
 
 
+@once
 def test_an_unreadable_disk_loses_no_checkpoint(tmp_path, monkeypatch):
-    """What may pass is an error and no damage."""
+    """An error that may pass is no corruption."""
     model, checkpoints = fitted(), Checkpoints(tmp_path)
     for epoch in (1, 2):
         checkpoints.save(model, epoch, {})
@@ -248,12 +240,13 @@ def test_an_unreadable_disk_loses_no_checkpoint(tmp_path, monkeypatch):
     assert checkpoints.epochs() == [1, 2]
     (tmp_path / "epoch_000002.weights.h5").unlink()
     (tmp_path / "epoch_000001.json").write_text("{")
-    with pytest.warns(UserWarning, match="damaged"):
+    with pytest.warns(UserWarning, match="corrupt"):
         assert checkpoints.restore(model) is None
     assert checkpoints.epochs() == []
 
 
 # h5py has a RuntimeError of its own for it.
+@once
 @pytest.mark.parametrize("kind", [OSError, RuntimeError])
 def test_a_full_disk_leaves_the_last_good_checkpoint(
     tmp_path, monkeypatch, kind

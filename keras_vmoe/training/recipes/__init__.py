@@ -1,9 +1,9 @@
-"""Recipes: settings of runs as YAML files, with the papers' among them.
+"""Recipes: settings of runs as YAML files, including those of the papers.
 
-A recipe is a file such as those beside this one, or the `config.yaml` of a run
-folder: settings of a `TrainConfig` in groups. The name of a group may be left
-out (`learning_rate` is `optimizer.learning_rate`), as in files of version
-0.1.0, and `recipe: NAME` bases a file on another.
+A recipe is a file such as those in this folder, or the `config.yaml` of a run:
+settings of a `TrainConfig` in groups. The names of groups may be left out
+(`learning_rate` is `optimizer.learning_rate`), as in files of version 0.1.0,
+and `recipe: NAME` bases a file on another.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from keras_vmoe.training.typed import from_dict
 from keras_vmoe.training.typed import kinds_of
 
 FOLDER = pathlib.Path(__file__).parent
-# The group of each setting whose name is one of a kind.
+# The group of each setting whose name is unique.
 GROUP_OF = {
     field.name: group
     for group in GROUPS
     for field in dataclasses.fields(kinds_of(TrainConfig)[group])
     if field.name != "name"
 }
-# Words of version 0.1.0.
+# Names of version 0.1.0.
 RENAMED = {
     "drop_path": "drop_path_rate",
     "layer_scale": "layer_scale_init_value",
@@ -33,7 +33,7 @@ RENAMED = {
 
 
 def names():
-    """Names of all recipes that come with the package.
+    """Names of the recipes in the package.
 
     Example:
 
@@ -44,7 +44,7 @@ def names():
 
 
 def read(source):
-    """The settings of a recipe, those of the recipe it is based on below them.
+    """The settings of a recipe, including those of the recipe it is based on.
 
     Args:
         source: Name of a recipe, or path of a YAML file.
@@ -80,15 +80,15 @@ def load(source, **settings):
 
     Args:
         source: Name of a recipe, or path of a YAML file.
-        **settings: Attributes that count more than those of the recipe; of
-            groups dicts with some of theirs.
+        **settings: Attributes that override the recipe's; for groups, dicts
+            with some of theirs.
 
     Returns:
         A `TrainConfig`.
 
     Raises:
         ValueError: If there is no such recipe or setting, or the recipe is for
-            other models than this.
+            models of another family.
 
     Example:
 
@@ -100,7 +100,7 @@ def load(source, **settings):
 
 
 def merge(below, above):
-    """Nested settings over others."""
+    """Nested settings, overridden by others."""
     merged = {**below, **above}
     for name in below.keys() & above.keys():
         if isinstance(below[name], dict) and isinstance(above[name], dict):
@@ -114,7 +114,7 @@ def read_yaml(path):
     jsonargparse = require("jsonargparse", "cli")
     yaml = require("yaml", "cli")
     try:
-        # Not PyYAML's own, which takes 1e-3 for a string.
+        # Not PyYAML's loader, which reads 1e-3 as a string.
         settings = jsonargparse.get_loader("yaml")(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(
@@ -130,9 +130,9 @@ def read_yaml(path):
 
 
 def _grouped(settings, path):
-    """Settings in their groups, by the words of today."""
+    """Settings in their groups, under their current names."""
     known = kinds_of(TrainConfig)
-    # Run folders of version 0.1.0 have all settings, in no groups.
+    # Run folders of version 0.1.0 have all settings, without groups.
     is_old = isinstance(settings.get("optimizer"), str)
     grouped = {}
     for name, value in settings.items():
@@ -151,7 +151,7 @@ def _grouped(settings, path):
 
 
 def _renamed(group, value, is_old):
-    """A group of version 0.1.0 by the words of today."""
+    """A group of version 0.1.0 under its current names."""
     if group == "optimizer" and isinstance(value, str):
         return {"name": value}
     if group == "moe" and is_old and isinstance(value, dict):
