@@ -153,12 +153,13 @@ def _kth_largest(values, k):
         reached = ops.cast(fixed >= kth, "int32")
         count = ops.sum(reached, axis=-1, keepdims=True)
         kth = ops.where(count < k, lower, kth)
+    # A compiler may compute the values twice, and round them differently: there
+    # may be none that is equal, which must not divide by 0.
     found = fixed == kth
-    total = ops.sum(
-        ops.where(found, values, ops.zeros_like(values)), axis=-1, keepdims=True
-    )
+    moved = ops.where(found, values - fixed, ops.zeros_like(values))
     count = ops.sum(ops.cast(found, values.dtype), axis=-1, keepdims=True)
-    return total / count
+    moved = ops.sum(moved, axis=-1, keepdims=True) / ops.maximum(count, 1.0)
+    return kth + moved
 
 
 def _sum_tokens(values, mask):
