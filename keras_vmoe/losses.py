@@ -142,16 +142,24 @@ def router_z_loss(logits, mask=None):
 def _kth_largest(values, k):
     """The K-th largest value of the last axis, equal ones counted, `(..., 1)`.
 
-    By repeated maxima: for small K several times as fast as a sort.
+    By repeated maxima: for small K several times as fast as a sort. The
+    gradient goes to that value; equal ones share it.
     """
-    kth = ops.max(values, axis=-1, keepdims=True)
+    fixed = ops.stop_gradient(values)
+    kth = ops.max(fixed, axis=-1, keepdims=True)
     for _ in range(k - 1):
-        lower = ops.where(values < kth, values, -float("inf"))
+        lower = ops.where(fixed < kth, fixed, -float("inf"))
         lower = ops.max(lower, axis=-1, keepdims=True)
-        reached = ops.cast(values >= kth, "int32")
+        reached = ops.cast(fixed >= kth, "int32")
         count = ops.sum(reached, axis=-1, keepdims=True)
         kth = ops.where(count < k, lower, kth)
-    return kth
+    # A compiler may compute the values twice, and round them differently: there
+    # may be none that is equal, which must not divide by 0.
+    found = fixed == kth
+    moved = ops.where(found, values - fixed, ops.zeros_like(values))
+    count = ops.sum(ops.cast(found, values.dtype), axis=-1, keepdims=True)
+    moved = ops.sum(moved, axis=-1, keepdims=True) / ops.maximum(count, 1.0)
+    return kth + moved
 
 
 def _sum_tokens(values, mask):

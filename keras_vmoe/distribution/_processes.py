@@ -186,15 +186,11 @@ def _gather(values):
         return [values]
     from jax.experimental import multihost_utils
 
-    text = np.frombuffer(json.dumps(values).encode(), "uint8")
+    text = json.dumps(values).encode()
     sizes = multihost_utils.process_allgather(np.array([len(text)]))
-    padded = np.zeros(int(sizes.max()), "uint8")
-    padded[: len(text)] = text
-    texts = multihost_utils.process_allgather(padded)
-    return [
-        json.loads(row[: int(size[0])].tobytes())
-        for row, size in zip(texts, sizes, strict=True)
-    ]
+    padded = np.frombuffer(text.ljust(int(sizes.max())), "uint8")
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row.tobytes()) for row in rows]
 
 
 def variables_of(model):

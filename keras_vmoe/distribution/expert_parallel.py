@@ -62,7 +62,8 @@ class ExpertParallel(DataParallel):
                 f"{keras.backend.backend()!r}. Set KERAS_BACKEND=jax, or use "
                 "tf.distribute, whose devices each hold all experts."
             )
-        devices = devices or keras.distribution.list_devices()
+        if devices is None:
+            devices = keras.distribution.list_devices()
         _check_shards(num_expert_shards, len(devices))
         shape = (len(devices) // num_expert_shards, num_expert_shards)
         mesh = keras.distribution.DeviceMesh(

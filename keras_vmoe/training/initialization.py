@@ -130,29 +130,29 @@ def copy_weights(source, model, with_head=True):
         theirs[POSITIONS] = fit_positions(theirs[POSITIONS], model)
     shapes = {name: tuple(weight.shape) for name, weight in ours.items()}
     found = {name: array.shape for name, array in theirs.items()}
-    head = [name for name in ours if name.startswith("head/")]
-    if not with_head or any(found.get(x) != shapes[x] for x in head):
+    differ = {
+        name
+        for name in found.keys() | shapes.keys()
+        if found.get(name) != shapes.get(name)
+    }
+    wrong = sorted(x for x in differ if not x.startswith("head/"))
+    if wrong:
+        words = [f"{x} {found.get(x)} for {shapes.get(x)}" for x in wrong]
+        raise ValueError(
+            "The weights to start from must be those of the same model. "
+            f"Received: weights that differ: {'; '.join(words)}. Train a model "
+            "of that architecture."
+        )
+    with_head = with_head and not differ
+    if not with_head:
         warnings.warn(
             "The head of the file has other classes: the model's head is "
             "newly initialized.",
             stacklevel=4,
         )
-        for name in head:
-            theirs[name] = convert_to_numpy(ours[name])
-            found[name] = shapes[name]
-    wrong = [
-        f"{name} {found.get(name)} for {shapes.get(name)}"
-        for name in sorted(found.keys() | shapes.keys())
-        if found.get(name) != shapes.get(name)
-    ]
-    if wrong:
-        raise ValueError(
-            "The weights to start from must be those of the same model. "
-            f"Received: weights that differ: {'; '.join(wrong)}. Train a model "
-            "of that architecture."
-        )
     for name, weight in ours.items():
-        weight.assign(theirs[name])
+        if with_head or not name.startswith("head/"):
+            weight.assign(theirs[name])
 
 
 def freeze(model, what):

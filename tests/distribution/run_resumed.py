@@ -26,7 +26,7 @@ else:
 
 from keras_vmoe import models  # noqa: E402
 from keras_vmoe import training  # noqa: E402
-from tests.distribution.stopping import copy_as_stopped  # noqa: E402
+from tests.distribution.stopping import copied_after_one_epoch  # noqa: E402
 from tests.training.small import SMALL  # noqa: E402
 from tests.training.small import changed  # noqa: E402
 from tests.training.small import history  # noqa: E402
@@ -86,9 +86,10 @@ def refused():
 
 def main():
     """Whole runs, and copies of the second that resume after one epoch."""
-    results = {"one": train("one"), "whole": train("whole", **SPREAD)}
+    results = {"one": train("one")}
+    with copied_after_one_epoch(*(FOLDER / name for name in OTHERS)):
+        results["whole"] = train("whole", **SPREAD)
     for name, changes in OTHERS.items():
-        copy_as_stopped(FOLDER / "whole", FOLDER / name)
         results[f"resumed, {name}"] = train(name, **changes)
     print(json.dumps({"refused": refused(), **results}))
 

@@ -19,7 +19,7 @@ from keras_vmoe import distribution  # noqa: E402
 from keras_vmoe import models  # noqa: E402
 from keras_vmoe import training  # noqa: E402
 from keras_vmoe.distribution import _processes  # noqa: E402
-from tests.distribution.stopping import copy_as_stopped  # noqa: E402
+from tests.distribution.stopping import copied_after_one_epoch  # noqa: E402
 from tests.training.small import SMALL  # noqa: E402
 from tests.training.small import changed  # noqa: E402
 from tests.training.small import history  # noqa: E402
@@ -54,10 +54,8 @@ def refused():
 def main():
     distribution.initialize(address, 2, int(index))
     words = refused()
-    whole = train("whole")
-    if _processes.is_first_process():
-        copy_as_stopped(FOLDER / "whole", FOLDER / "stopped")
-    _processes.check_agreement("copy", epochs=1)  # The other waits for it.
+    with copied_after_one_epoch(FOLDER / "stopped"):
+        whole = train("whole")
     found = {"refused": words, "whole": whole, "resumed": train("stopped")}
     print(json.dumps(found))
     _processes.leave(0)

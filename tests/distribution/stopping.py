@@ -1,19 +1,29 @@
 """Runs of two epochs as a kill after the first one leaves them."""
 
+import contextlib
 import shutil
 
-DONE_LATER = ("epoch_000002*", "model.keras", "result.json", "curves.png")
+from keras_vmoe.distribution import _processes
+from keras_vmoe.training.checkpointing import SaveCheckpoint
 
 
-def copy_as_stopped(run_dir, copy):
-    """Copies the folder of a whole run without what its last epoch added.
+@contextlib.contextmanager
+def copied_after_one_epoch(*copies):
+    """Copies the folder of the run in this context when its epoch 2 begins.
 
     Args:
-        run_dir: `pathlib.Path` of the run.
-        copy: `pathlib.Path` that does not exist.
+        *copies: `pathlib.Path`s that do not exist.
     """
-    ignore = shutil.ignore_patterns(*DONE_LATER)
-    shutil.copytree(run_dir, copy, ignore=ignore)
-    assert [x.name for x in (copy / "checkpoints").glob("*.json")] == [
-        "epoch_000001.json"
-    ]
+    begin = SaveCheckpoint.on_epoch_begin
+
+    def copy(self, epoch, logs=None):
+        if epoch == 1 and _processes.is_first_process():
+            for path in copies:
+                shutil.copytree(self.checkpoints.folder.parent, path)
+        begin(self, epoch, logs)
+
+    SaveCheckpoint.on_epoch_begin = copy
+    try:
+        yield
+    finally:
+        SaveCheckpoint.on_epoch_begin = begin

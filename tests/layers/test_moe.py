@@ -452,18 +452,15 @@ def test_number_of_weights():
     assert len(layer.trainable_weights) == 5
 
 
-# What PyTorch has for a compiled step; without code generation, for its speed.
-COMPILERS = ["eager"] if keras.backend.backend() == "torch" else []
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("compiler", COMPILERS)
-def test_torch_compile(compiler):
+@pytest.mark.backends("torch")
+def test_torch_compile():
+    """Without code generation, for the sake of speed."""
     import torch
 
     layer = make_layer()
     images = images_of(5, 6, 4)
-    step = torch.compile(layer, backend=compiler)
+    step = torch.compile(layer, backend="eager")
     assert_same(step(ops.convert_to_tensor(images)), expected_of(layer, images))
 
 

@@ -52,7 +52,7 @@ def test_a_full_disk_is_one_message(config, limit, tmp_path):
     done = run_on_a_full_disk(config, limit, tmp_path / "config.yaml")
     assert done.returncode == 1, done.stderr[-2000:]
     (line,) = [x for x in done.stderr.splitlines() if "keras-vmoe: err" in x]
-    assert "epoch_000001.weights.h5 ([Errno 27] File too large). What" in line
+    assert "epoch_000001.weights.h5 ([Errno 27] File too large). The" in line
     assert "Traceback" not in done.stderr and "HDF5" not in done.stderr
     names = {x.name for x in pathlib.Path(config.run_dir).rglob("*")}
     assert names == {"config.yaml", "classes.json", "history.csv",
