@@ -184,7 +184,7 @@ def check_quantization(model, kind, kinds):
     """Raises unless a model's experts can be quantized to this type."""
     check_choice("quantize_experts", kind, (None, *kinds))
     experts = [layer.experts for layer in moe_layers_of(model)]
-    all_known = experts and all(isinstance(x, MLPExperts) for x in experts)
+    all_known = experts and all(type(x) is MLPExperts for x in experts)
     if kind is not None and not all_known:
         kinds = sorted({type(x).__name__ for x in experts}) or "a dense model"
         raise ValueError(

@@ -229,9 +229,7 @@ class MoEMLP(keras.layers.Layer):
             A layer, built; what has weights is this layer's own unless it is
             among the changes.
         """
-        new = share(self, **changes)
-        new.build(self.get_build_config()["input_shape"])
-        return new
+        return share(self, **changes)
 
     def plan(self, inputs, mask=None):
         """The routing plan of a batch, as in evaluation.

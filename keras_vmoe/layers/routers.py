@@ -208,7 +208,25 @@ def share(layer, **changes):
         for name, part in parts.items()
         if isinstance(part, keras.layers.Layer)
     }
-    return type(layer)(**{**config, **parts, **changes})
+    new = type(layer)(**{**config, **parts, **changes})
+    if layer.built:
+        new.build(layer.get_build_config()["input_shape"])
+        replaced = [parts[name] for name in parts.keys() & changes.keys()]
+        _check_all_shared(layer, [new, *replaced])
+    return new
+
+
+def _check_all_shared(layer, holders):
+    """Raises if some weight of a layer is held by none of the others."""
+    held = {id(weight) for other in holders for weight in other.weights}
+    alone = [w.path for w in layer.weights if id(w) not in held]
+    if alone:
+        raise ValueError(
+            "A new layer shares the weights of sublayers that are arguments of "
+            f"its constructor. Received: {layer.name!r}, a "
+            f"{type(layer).__name__} with the weights {alone} elsewhere. Hold "
+            "them in such a sublayer, as a router does with its gate."
+        )
 
 
 def with_layers(config, *names):

@@ -139,6 +139,8 @@ class SoftRouter(Router):
         noise_std: Standard deviation of the logits' noise in training, in
             units of `1 / E`.
         seed: Optional integer seed of the noise.
+        gate: A `SoftGate`; None makes one. Routers that are given the same
+            one share it.
 
     Call arguments:
         tokens: `(G, S, D)` float tensor; a group is one image.
@@ -172,6 +174,7 @@ class SoftRouter(Router):
         capacity_factor=1.0,
         noise_std=0.0,
         seed=None,
+        gate=None,
         **kwargs,
     ):
         check_settings(type(self).__name__, kwargs)
@@ -181,13 +184,23 @@ class SoftRouter(Router):
                 f"factor. Received: num_slots={num_slots} together with "
                 f"capacity_factor={capacity_factor}. Leave one of them out."
             )
-        gate = SoftGate(
-            num_experts,
-            num_slots,
-            capacity_factor,
-            dtype=kwargs.get("dtype"),
-            name="gate",
-        )
+        if gate is None:
+            gate = SoftGate(
+                num_experts,
+                num_slots,
+                capacity_factor,
+                dtype=kwargs.get("dtype"),
+                name="gate",
+            )
+        elif not isinstance(gate, SoftGate) or (
+            (gate.num_slots, gate.capacity_factor)
+            != (num_slots, capacity_factor)
+        ):
+            raise ValueError(
+                "The gate of a `SoftRouter` must be a `SoftGate` of its slots "
+                f"and capacity factor. Received: {gate=!r}, {num_slots=}, "
+                f"{capacity_factor=}. Leave the gate out."
+            )
         super().__init__(num_experts, noise_std, gate, seed, **kwargs)
         self.num_slots = num_slots
         self.capacity_factor = capacity_factor
@@ -203,10 +216,8 @@ class SoftRouter(Router):
         return ops.sum(gates, axis=-1)
 
     def get_config(self):
-        config = {
+        return {
             **super().get_config(),
             "num_slots": self.num_slots,
             "capacity_factor": self.capacity_factor,
         }
-        del config["gate"]  # Follows from the slots.
-        return config

@@ -291,7 +291,7 @@ class BiasBalancedRouter(TopKRouter):
         return {
             **super().get_config(),
             "update_rate": self.update_rate,
-            "balance": keras.saving.serialize_keras_object(self.balance),
+            "balance": self.balance,
         }
 
     @classmethod

@@ -1,6 +1,7 @@
 """New models around the variables of others."""
 
 import functools
+import itertools
 
 import keras
 
@@ -28,7 +29,8 @@ def clone_around(model, change=None, change_config=None):
             the clone; None leaves it.
 
     Returns:
-        A model of the same class.
+        A model: of the same class where it is one of ours, or where Keras's
+        `clone_model` keeps the class.
 
     Raises:
         ValueError: If MoE layers are hidden inside of other layers.
@@ -55,7 +57,8 @@ def _sharing(layer):
     A layer that is called a second time has two outputs, and features of the
     new model could no longer be taken by name. A copy by `from_config` would
     fill memory with weights of its own first: here Keras's constructor makes a
-    layer without parts, which then gets those of the other.
+    layer without parts, which then gets those of the other. Where the parts
+    do not say all that the layer is, it is called a second time after all.
     """
     if not isinstance(layer, keras.layers.Layer):  # An operation.
         return type(layer).from_config(layer.get_config())
@@ -65,7 +68,10 @@ def _sharing(layer):
             f"Received: {layer.name!r}, a {type(layer).__name__} that holds "
             "one. Call it on the tensors themselves."
         )
-    new = type(layer).__new__(type(layer), **layer.get_config())
+    try:
+        new = type(layer).__new__(type(layer), **layer.get_config())
+    except NotImplementedError:  # Of Keras, for a layer without a config.
+        return layer
     keras.layers.Layer.__init__(
         new,
         activity_regularizer=layer.activity_regularizer,
@@ -75,18 +81,29 @@ def _sharing(layer):
         name=layer.name,
     )
     for name, part in _attributes(layer).items():
-        if name not in _of_every_layer():
+        if name not in _of_every_layer() or isinstance(part, bool):
             setattr(new, name, part)
-    new.supports_masking = layer.supports_masking
     new.input_spec = layer.input_spec
-    new.built = layer.built
-    return new
+    same = itertools.zip_longest(new.variables, layer.variables)
+    return new if all(a is b for a, b in same) else layer
 
 
 def _attributes(layer):
-    """The attributes of a layer by name, without those of its class."""
+    """The attributes of a layer by name, without those of its class.
+
+    They come in the order in which the layer made its variables and sublayers,
+    which is that of its weights in files, whatever its `__init__` began with.
+    """
+    parts = [*layer.variables, *all_layers(layer)]
+    order = {id(part): i for i, part in enumerate(parts)}
     children = getattr(layer, "named_children", dict)  # Of PyTorch.
-    return {**vars(layer), **dict(children())}
+    attributes = {**vars(layer), **dict(children())}
+
+    def first(name):
+        found = keras.tree.flatten(attributes[name])
+        return min((order.get(id(x), -1) for x in found), default=-1)
+
+    return {name: attributes[name] for name in sorted(attributes, key=first)}
 
 
 @functools.cache
@@ -94,5 +111,6 @@ def _of_every_layer():
     """Names of the attributes by which Keras does its own bookkeeping."""
     layer = keras.layers.Layer()
     layer.part = keras.layers.Layer()
+    layer.part.build(())
     layer.build(())
     return _attributes(layer).keys() - {"part"}

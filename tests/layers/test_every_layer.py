@@ -171,7 +171,11 @@ ROUTERS = [
         {"num_experts": 3, "gate": "cosine", **CHOICE_FLAGS},
         TOKENS,
     ),
-    Case(layers.SoftRouter, {"num_experts": 3, **SOFT_FLAGS}, TOKENS),
+    Case(
+        layers.SoftRouter,
+        {"num_experts": 3, "gate": layers.SoftGate(3, 2), **SOFT_FLAGS},
+        TOKENS,
+    ),
     Case(
         layers.SoftRouter,
         {"num_experts": 3, "capacity_factor": 1.5},

@@ -470,7 +470,7 @@ def test_a_bad_token_does_not_crash_a_training_step(name, value):
          "update_rate=-0.1"),
         ("SoftRouter", {"num_selected_experts": 2},
          "SoftRouter has no `num_selected_experts`"),
-        ("SoftRouter", {"gate": "cosine"}, "SoftRouter has no `gate`"),
+        ("SoftRouter", {"gate": "cosine"}, "must be a `SoftGate`"),
         ("SoftRouter", {"z_loss_weight": 0.1}, "no `z_loss_weight`"),
         ("SoftRouter", {"num_slots": 0}, "num_slots=0"),
         ("SoftRouter", {"num_slots": 2, "capacity_factor": 2.0},

@@ -6,12 +6,6 @@ import pytest
 
 from keras_vmoe import models
 
-EXPECTED = [
-    [0.61556315, -0.93538827, 0.30634466],
-    [0.59049559, -0.77951515, 0.36114603],
-    [0.61522341, -0.87431729, 0.34707016],
-]
-
 
 def small_model():
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
@@ -80,24 +74,61 @@ def test_other_suffix(tmp_path):
         models.save(small_model(), tmp_path / "model.h5")
 
 
-def test_a_file_of_version_0_1_0():
-    """Its words for dropless routing and whole batches, its balance bias.
+# Written by 0.1.0 with random weights, as were the logits of these shapes.
+FILES = {
+    # ViTMoE(4, 2, 8, 2, 2, 8, 3, pooling="gap", drop_path=0.1, layer_scale=0.5,
+    #     moe=dict(layers=[0, 1], num_experts=3, num_selected_experts=2, router=
+    #     "bias_balanced", capacity_factor=None, images_per_group=None))
+    "vit": [
+        [0.61556315, -0.93538827, 0.30634466],
+        [0.59049559, -0.77951515, 0.36114603],
+        [0.61522341, -0.87431729, 0.34707016],
+    ],
+    # ConvNeXtMoE(32, (1, 1, 2, 1), (4, 4, 8, 8), 3, drop_path=0.1,
+    #     layer_scale=0.5, moe=dict(num_experts=3, gate="cosine",
+    #     shared_hidden_dim=4, layers="last_2", capacity_factor=1.5))
+    "convnext": [
+        [0.61192542, 0.02146530, 1.23801792],
+        [0.61919087, -0.80532235, 0.49819386],
+        [0.47567523, -1.66943479, -0.39631310],
+    ],
+    # MoEMLP(3, 5, TopKRouter(3, 2, capacity_factor=None, gate=L2Gate(3, 4),
+    #     renormalize=True), images_per_group=None, activation="gelu_tanh",
+    #     dropout=0.1), SharedExpertMoEMLP(3, 5, 4, router=
+    #     ExpertChoiceRouter(3)), MoEMLP(3, 5, SoftRouter(3, num_slots=2)),
+    #     a mean of tokens and Dense(2), in keras.Model
+    "layers": [
+        [0.46564579, -0.08716431],
+        [0.69471467, -0.57246423],
+        [0.49836844, -0.20447122],
+    ],
+}
+SHAPES = {"vit": (4, 4, 3), "convnext": (32, 32, 3), "layers": (4, 6)}
 
-    Written by 0.1.0, with random weights, as were these logits:
-    `ViTMoE(4, 2, 8, 2, 2, 8, 3, pooling="gap", drop_path=0.1, layer_scale=0.5,
-    moe=dict(layers=[0, 1], num_experts=3, num_selected_experts=2,
-    router="bias_balanced", capacity_factor=None, images_per_group=None))`.
-    """
-    file = pathlib.Path(__file__).with_name("version_0_1_0.keras")
-    model = models.load(file)
-    for layer in model.moe_layers:
+
+def of_version_0_1_0(name):
+    file = f"version_0_1_0_{name}.keras"
+    return models.load(pathlib.Path(__file__).with_name(file))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_version_0_1_0(name):
+    model = of_version_0_1_0(name)
+    images = np.random.default_rng(1).normal(size=(3, *SHAPES[name]))
+    logits = model.predict(images.astype("float32"), verbose=0)
+    np.testing.assert_allclose(logits, FILES[name], atol=1e-5)
+
+
+@pytest.mark.backends("torch")
+def test_words_of_version_0_1_0():
+    """None was dropless routing and a whole batch."""
+    model = of_version_0_1_0("vit")
+    for layer in [*model.moe_layers, of_version_0_1_0("layers").layers[1]]:
         assert layer.images_per_group == "batch"
         assert layer.router.capacity_factor == "dropless"
-        assert keras.ops.convert_to_numpy(layer.router.bias).any()
+    assert keras.ops.convert_to_numpy(model.moe_layers[0].router.bias).any()
     assert model.moe.images_per_group == "batch"
     assert model.moe.capacity_factor == "dropless"
-    assert model.drop_path_rate == 0.1
-    assert model.layer_scale_init_value == 0.5
-    images = np.random.default_rng(1).normal(size=(3, 4, 4, 3))
-    logits = model.predict(images.astype("float32"), verbose=0)
-    np.testing.assert_allclose(logits, EXPECTED, atol=1e-5)
+    for renamed in (model, of_version_0_1_0("convnext")):
+        assert renamed.drop_path_rate == 0.1
+        assert renamed.layer_scale_init_value == 0.5
