@@ -10,6 +10,7 @@ from keras_vmoe._keras import parts_of
 def hand_down(layer):
     """Freezes what a frozen layer has made in its `build`."""
     if not layer.trainable:
+        layer.trainable = True  # TensorFlow does not set a value that is set.
         layer.trainable = False
 
 
