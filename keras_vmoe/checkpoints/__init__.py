@@ -1,6 +1,7 @@
 """Loading pretrained weights: V-MoE, ViT and `keras.applications`."""
 
 from keras_vmoe.checkpoints.architecture import vmoe_config
+from keras_vmoe.checkpoints.assignment import resize_positions
 from keras_vmoe.checkpoints.files import CheckpointError
 from keras_vmoe.checkpoints.keras_applications import load_keras_applications
 from keras_vmoe.checkpoints.reading import load
@@ -15,5 +16,6 @@ __all__ = [
     "load_vmoe",
     "read",
     "read_vmoe",
+    "resize_positions",
     "vmoe_config",
 ]

@@ -1,5 +1,6 @@
 """Assigns the arrays of a checkpoint to a model: all or none."""
 
+import math
 import warnings
 
 import keras
@@ -7,7 +8,6 @@ import ml_dtypes
 import numpy as np
 
 from keras_vmoe.layers.patches import patch_grid
-from keras_vmoe.models.base import image_pair
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 HEAD = ("head/kernel", "head/bias")
@@ -104,23 +104,74 @@ def fit_head(arrays, model):
     return arrays | dict(zip(HEAD, fresh, strict=True))
 
 
-def fit_positions(embedding, model):
-    """Resizes a position embedding `(1, N, D)` to the N of a `ViTMoE`.
+def fit_positions(embedding, model, grid=None):
+    """Position embeddings `(1, N, D)`, resized to the patches of a `ViTMoE`.
 
-    One that fits is returned as it is, and so is one that is not of a square
-    patch grid (after the class token if there is one), which `assign` reports.
+    Those of another shape are returned as they are: `assign` reports them.
+
+    Args:
+        embedding: Array.
+        model: A `ViTMoE` with learned positions.
+        grid: `(rows, columns)` of its patches. None takes the square that the
+            tokens beside the model's class token make up.
     """
-    rows, columns = patch_grid(image_pair(model.image_size), model.patch_size)
-    if np.ndim(embedding) != 3 or embedding.shape[0] != 1:
+    shape = np.shape(embedding)
+    if len(shape) != 3 or shape[0] != 1:
         return embedding
-    prefix = 1 if model.pooling == "token" else 0
-    num_patches = embedding.shape[1] - prefix
-    side = round(max(0, num_patches) ** 0.5)
-    if num_patches == rows * columns or side < 1 or side**2 != num_patches:
+    if grid is None:
+        side = math.isqrt(max(1, shape[1] - (model.pooling == "token")))
+        if shape[1] - (model.pooling == "token") != side**2:
+            return embedding
+        grid = (side, side)
+    return resize_positions(embedding, grid, grid_of(model))
+
+
+def grid_of(model):
+    """`(rows, columns)` of the patches of a `ViTMoE` or its clone."""
+    patches = model.get_layer("embedding")
+    return patch_grid(model.input_shape[1:3], patches.patch_size)
+
+
+def resize_positions(embedding, grid, new_grid):
+    """Resizes learned positions to another grid of patches.
+
+    Bilinear, with fixed corners. Tokens before the patches, such as a class
+    token or registers, keep theirs.
+
+    Args:
+        embedding: `(1, P + rows * columns, D)` array: P tokens before the
+            patches, then these row by row.
+        grid: `(rows, columns)` of the patches.
+        new_grid: That of the result.
+
+    Returns:
+        Array `(1, P + new rows * new columns, D)`.
+
+    Raises:
+        ValueError: If there are fewer embeddings than patches.
+
+    Example:
+
+    >>> resize_positions(np.ones((1, 1 + 4 * 16, 8)), (4, 16), (8, 8)).shape
+    (1, 65, 8)
+
+    Reference:
+        [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929), section
+        3.2.
+    """
+    (rows, columns), shape = grid, np.shape(embedding)
+    prefix = shape[1] - rows * columns if len(shape) == 3 else -1
+    if prefix < 0 or shape[0] != 1:
+        raise ValueError(
+            "`embedding` must have the shape (1, tokens, features) with at "
+            f"least one token per patch. Received: shape {shape} for a grid of "
+            f"{rows} x {columns} patches. Give the grid that it was made for."
+        )
+    if tuple(grid) == tuple(new_grid):
         return embedding
     embedding = np.asarray(embedding[0], "float32")
-    table = embedding[prefix:].reshape(side, side, -1)
-    table = zoom(table, (rows, columns)).reshape(rows * columns, -1)
+    table = zoom(embedding[prefix:].reshape(rows, columns, -1), new_grid)
+    table = table.reshape(-1, table.shape[-1])
     return np.concatenate([embedding[:prefix], table])[None]
 
 

@@ -12,7 +12,7 @@ from keras_vmoe.checkpoints.sharded import read_vmoe
 from keras_vmoe.checkpoints.vmoe import load_vmoe
 
 
-def load(model, path, progress=None):
+def load(model, path, progress=None, grid=None):
     """Assigns a pretrained checkpoint of any known format to a model.
 
     Args:
@@ -21,6 +21,7 @@ def load(model, path, progress=None):
             of a dense one.
         path: As of `read`.
         progress: As of `read`.
+        grid: As of `load_vmoe`.
 
     Returns:
         The model.
@@ -33,7 +34,7 @@ def load(model, path, progress=None):
 
     >>> load(model, "ViT-B_16.npz")  # doctest: +SKIP
     """
-    return load_vmoe(model, read(path, progress))
+    return load_vmoe(model, read(path, progress), grid)
 
 
 def read(path, progress=None):

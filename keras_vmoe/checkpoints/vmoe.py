@@ -16,7 +16,7 @@ from keras_vmoe.layers.soft_router import SoftGate
 from keras_vmoe.models.vit import ViTMoE
 
 
-def load_vmoe(model, arrays):
+def load_vmoe(model, arrays, grid=None):
     """Assigns a checkpoint of the reference program to a model.
 
     All is checked before the first assignment: a model is loaded completely or
@@ -30,6 +30,8 @@ def load_vmoe(model, arrays):
         arrays: Prefix of a sharded checkpoint, see `read_vmoe`, or a dict from
             the reference's names, such as
             `"Encoder/encoderblock_0/LayerNorm_0/scale"`, to arrays.
+        grid: `(rows, columns)` of the patches that learned positions were made
+            for. None means a square, as in the reference program.
 
     Returns:
         The model.
@@ -59,7 +61,7 @@ def load_vmoe(model, arrays):
     weights = vmoe_weights(model)
     arrays = fit_head(dict(arrays), model)
     if model.position_embedding == "learned" and POSITIONS in arrays:
-        arrays[POSITIONS] = fit_positions(arrays[POSITIONS], model)
+        arrays[POSITIONS] = fit_positions(arrays[POSITIONS], model, grid)
     assign(model, weights, arrays)
     return model
 

@@ -10,6 +10,7 @@ from keras_vmoe import checkpoints
 from keras_vmoe import layers
 from keras_vmoe import models
 from keras_vmoe.checkpoints.assignment import fit_positions
+from keras_vmoe.checkpoints.assignment import grid_of
 from keras_vmoe.training import recipes
 from keras_vmoe.training.building import compile_model
 from keras_vmoe.training.building import make_model
@@ -127,7 +128,9 @@ def copy_weights(source, model, with_head=True):
     theirs = {w.path: convert_to_numpy(w) for w in source.weights}
     ours = {w.path: w for w in model.weights}
     if isinstance(model, models.ViTMoE) and POSITIONS in theirs:
-        theirs[POSITIONS] = fit_positions(theirs[POSITIONS], model)
+        theirs[POSITIONS] = fit_positions(
+            theirs[POSITIONS], model, grid_of(source)
+        )
     shapes = {name: tuple(weight.shape) for name, weight in ours.items()}
     found = {name: array.shape for name, array in theirs.items()}
     differ = {

@@ -2,14 +2,17 @@
 
 import zipfile
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
 
 from keras_vmoe import checkpoints
+from keras_vmoe import models
 from keras_vmoe.checkpoints._npz import NAMES
 from keras_vmoe.checkpoints.assignment import zoom
 from keras_vmoe.checkpoints.vmoe import vmoe_weights
+from keras_vmoe.training.initialization import initialize
 from tests.golden.models import FOLDER
 from tests.golden.models import build
 from tests.golden.models import read
@@ -236,6 +239,52 @@ def test_positions_of_another_resolution(pooling):
     np.testing.assert_array_equal(got[0, :prefix], old[0, :prefix])
     expected = zoom(old[0, prefix:].reshape(2, 2, 32), (3, 4))
     np.testing.assert_allclose(got[0, prefix:].reshape(3, 4, 32), expected)
+
+
+def ramp(rows, columns):
+    """A table that says row and column of each patch, from 0 to 1."""
+    grid = np.mgrid[0 : 1 : rows * 1j, 0 : 1 : columns * 1j]
+    table = np.zeros((1, rows * columns, 32), "float32")
+    table[0, :, :2] = np.moveaxis(grid, 0, -1).reshape(-1, 2)
+    return table
+
+
+GRIDS = [
+    ((4, 4), (2, 8)), ((2, 8), (4, 4)), ((4, 9), (3, 5)), ((4, 16), (8, 8)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("before", [0, 1, 5])  # Class and register tokens.
+@pytest.mark.parametrize("old, new", GRIDS)
+def test_rows_and_columns_of_rectangles_stay_so(old, new, before):
+    first = np.full((1, before, 32), 7.0, "float32")
+    table = np.concatenate([first, ramp(*old)], axis=1)
+    resized = checkpoints.resize_positions(table, old, new)
+    expected = np.concatenate([first, ramp(*new)], axis=1)
+    np.testing.assert_allclose(resized, expected, atol=1e-6)
+    with pytest.raises(ValueError, match=r"Received: shape .*9 x 9 patches"):
+        checkpoints.resize_positions(table, (9, 9), new)
+
+
+@pytest.mark.parametrize("way", ["keras", "clone", "arrays"])
+@pytest.mark.parametrize("old, new", GRIDS)
+def test_rectangles_in_files(old, new, way, tmp_path):
+    def vit(grid):
+        size = (4 * grid[0], 4 * grid[1])
+        return tiny(num_layers=2, moe=None, pooling="gap", image_size=size)
+
+    source, model = vit(old), vit(new)
+    source.get_layer("positions").embedding.assign(ramp(*old))
+    if way == "arrays":
+        checkpoints.load_vmoe(model, arrays_of(source), grid=old)
+    else:
+        if way == "clone":
+            weights = source.get_weights()
+            source = keras.models.clone_model(source)
+            source.set_weights(weights)
+        initialize(model, models.save(source, tmp_path / "m.keras"))
+    table = keras.ops.convert_to_numpy(model.get_layer("positions").embedding)
+    np.testing.assert_allclose(table, ramp(*new), atol=1e-6)
 
 
 def test_a_head_of_another_size():
