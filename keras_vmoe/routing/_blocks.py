@@ -6,6 +6,8 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from keras_vmoe.routing._groups import ceil_divide
+
 
 class Blocks(NamedTuple):
     """The buffers of a `DroplessPlan`: tokens in blocks of one expert each.
@@ -39,7 +41,7 @@ def fill_blocks(experts, queues, num_experts):
     # Each expert wastes less than one block, and each block holds a choice.
     smaller = min if isinstance(total, int) else ops.minimum
     num_blocks = total // size + smaller(total, num_experts)
-    blocks = -(-queues.load[0] // size)  # (E,) blocks that each expert fills
+    blocks = ceil_divide(queues.load[0], size)  # (E,) that each expert fills
     end = ops.cumsum(blocks)
     index = ops.arange(num_blocks, dtype="int32")
     owner = ops.sum(ops.cast(index[:, None] >= end, "int32"), axis=-1)

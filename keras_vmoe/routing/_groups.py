@@ -54,7 +54,7 @@ def capacity(num_tokens, num_experts, num_selected_experts, capacity_factor):
     slots = num_selected_experts * factor / num_experts
     step = CAPACITY_MULTIPLE * slots.denominator
     # One ceiling does both roundings: ceil(ceil(x) / 4) is ceil(x / 4).
-    blocks = -(-(num_tokens * slots.numerator) // step)
+    blocks = ceil_divide(num_tokens * slots.numerator, step)
     if not isinstance(num_tokens, int):
         return ops.minimum(blocks * CAPACITY_MULTIPLE, num_tokens)
     if num_tokens < 1:
@@ -64,6 +64,14 @@ def capacity(num_tokens, num_experts, num_selected_experts, capacity_factor):
             "which gives a capacity of 0."
         )
     return min(blocks * CAPACITY_MULTIPLE, num_tokens)
+
+
+def ceil_divide(count, size):
+    """`ceil(count / size)` of integers, tensors or not, that are not negative.
+
+    Not `-(-count // size)`: ONNX rounds the quotient of a negative number up.
+    """
+    return (count + size - 1) // size
 
 
 def check_capacity_factor(capacity_factor):
@@ -156,7 +164,7 @@ def group_tokens(inputs, images_per_group, mask=None):
     group_size = images_per_group * num_tokens
     if static and batch < images_per_group:
         return split(1, batch, group_size)
-    groups = -(-batch // images_per_group)
+    groups = ceil_divide(batch, images_per_group)
     if static and batch == groups * images_per_group:
         return split(groups, images_per_group, group_size)
     padding = groups * group_size - total
