@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from keras_vmoe import export
+from keras_vmoe import models
 from keras_vmoe.export.variants import with_quantized_experts
 from tests.export import small
 
@@ -62,6 +63,21 @@ def test_the_runtime_agrees(kind, suffix, tmp_path):
     one, other = run(path, images), run(path, others)
     np.testing.assert_array_equal(one[0], other[0])
     assert np.isnan(other[1]).any() and np.isfinite(other[2]).all()
+
+
+@small.IN_TENSORFLOW
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize("groups", [2, "batch"])
+def test_images_that_are_routed_together(groups, suffix, tmp_path):
+    model = small.MODELS["bpr"]()
+    path = tmp_path / f"model.{suffix}"
+    WRITERS[suffix](model, path, images_per_group=groups)
+    served = models.set_routing(model, images_per_group=groups)
+    for batch in (1, 2, 5):
+        images = small.images(batch)
+        right, given = small.logits(served, images), run(path, images)
+        np.testing.assert_allclose(given, right, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
