@@ -1,13 +1,18 @@
-"""A thousand requests to an exported folder, most of them wrong.
+"""Requests to an exported folder, most of them wrong.
 
-    python run_hostile.py FOLDER
+    python -m tests.export.small FOLDER
+    python tests/export/run_hostile.py FOLDER/3 [COUNT]
 
 Runs without Keras and prints what came of them as JSON. A right request in
-between must get the answer of the first one, to the last bit.
+between must get the answer of the first one, to the last bit, and an image the
+same with any batch mates. `memory` is that of the process in MiB, after a tenth
+of the requests and at the end.
 """
 
 import json
+import pathlib
 import random
+import resource
 import sys
 import zlib
 
@@ -96,7 +101,13 @@ def wrong_bytes(draw, jpeg):
     return {"image_bytes": content}
 
 
-def main(folder):
+def memory():
+    """MiB that the process holds."""
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() // 2**20
+
+
+def main(folder, count=1000):
     """Asks, and counts."""
     served, draw = ServedModel(folder), random.Random(0)
     images = np.random.default_rng(0).normal(size=(4, 16, 16, 3))
@@ -111,13 +122,27 @@ def main(folder):
         answer = served(name, image_bytes=[*BOMBS, jpeg])
         assert (answer["class_id"][:-1] == -1).all()
         assert answer["class_id"][-1] >= 0
-    counts = {"requests": 0, "right": 0, "answered": 0, "refused": 0}
-    for i in range(1000):
+    counts = {
+        "requests": 0, "right": 0, "alone": 0, "answered": 0, "refused": 0,
+    }  # fmt: skip
+    before = 0
+    for i in range(int(count)):
         counts["requests"] += 1
+        if i == int(count) // 10:
+            before = memory()
         if i % 4 == 0:
             answer = served("serving_default", images=images)
             counts["right"] += all(
                 np.array_equal(answer[name], first[name]) for name in first
+            )
+            continue
+        if i % 4 == 1:
+            others = images * draw.choice([np.nan, -1, 1e30])
+            others[2] = images[2]
+            answer = served("serving_default", images=others)
+            counts["alone"] += all(
+                np.array_equal(answer[name][2], first[name][2])
+                for name in first
             )
             continue
         name, inputs = wrong_request(draw, jpeg)
@@ -126,8 +151,8 @@ def main(folder):
             counts["answered"] += 1
         except RefusedRequest:
             counts["refused"] += 1
-    print(json.dumps(counts))
+    print(json.dumps({**counts, "memory": [before, memory()]}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

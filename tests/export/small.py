@@ -1,9 +1,12 @@
 """Small models with weights far from their start, for all exports."""
 
+import sys
+
 import keras
 import numpy as np
 import pytest
 
+from keras_vmoe import export
 from keras_vmoe import models
 
 # The other backends start a process of TensorFlow, which does the same.
@@ -68,3 +71,27 @@ def alone(model, **dials):
     if not model.moe_layers or model.moe.router == "soft":
         return model
     return models.set_routing(model, images_per_group=1, **dials)
+
+
+SIGNATURES = {
+    "fast": FAST,
+    "accurate": {"num_selected_experts": np.int64(3)},
+    "crowded": {"images_per_group": 8, "capacity_factor": 0.5},
+    "fast_jpeg": {"input": "encoded", **FAST},
+}
+
+
+def served_folder(model, parent):
+    """Exports a model with all kinds of signatures."""
+    return export.saved_model(
+        model,
+        parent,
+        version=3,
+        signatures=SIGNATURES,
+        class_names=CLASSES,
+        card={"test_accuracy": 0.5, "preset": None},
+    )
+
+
+if __name__ == "__main__":  # For run_hostile.py.
+    print(served_folder(MODELS["bpr"](), sys.argv[1]))

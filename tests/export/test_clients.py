@@ -30,7 +30,7 @@ from tensorflow_serving.config import model_server_config_pb2
 from keras_vmoe.export.settings import STANDARD
 from keras_vmoe.export.settings import WARMUP_BATCHES
 from tests.export import small
-from tests.export.conftest import SIGNATURES
+from tests.export.small import SIGNATURES
 
 FOLDER = pathlib.Path(__file__).parents[2] / "examples" / "serving"
 pytestmark = [pytest.mark.slow, small.IN_TENSORFLOW]

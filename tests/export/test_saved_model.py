@@ -21,7 +21,7 @@ from keras_vmoe.export.settings import check_warmup
 from tests.export import small
 from tests.export.c_api import RefusedRequest
 from tests.export.c_api import ServedModel
-from tests.export.conftest import SIGNATURES
+from tests.export.small import SIGNATURES
 
 
 def scale(right):
@@ -402,9 +402,9 @@ def test_a_thousand_hostile_requests(folder):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     counts = json.loads(done.stdout.splitlines()[-1])
-    assert counts["requests"] == 1000 and counts["right"] == 250
-    assert counts["answered"] + counts["refused"] == 750
-    assert counts["refused"] > 300
+    assert counts["right"] == counts["alone"] == 250
+    assert counts["answered"] + counts["refused"] == 500
+    assert counts["refused"] > 200
 
 
 def test_weights_are_written_once(folder, model):
