@@ -57,6 +57,14 @@ class MoEModel(keras.Model):
         self._argument_names = tuple(arguments)
         hand_down(self)
 
+    def call(self, inputs, training=None, mask=None):
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            # A pipeline that decodes files knows no sizes; the model does.
+            inputs = tf.ensure_shape(inputs, self.input_shape)
+        return super().call(inputs, training=training, mask=mask)
+
     def get_config(self):
         config = {name: getattr(self, name) for name in self._argument_names}
         return {

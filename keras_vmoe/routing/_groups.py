@@ -147,6 +147,8 @@ def group_tokens(inputs, images_per_group, mask=None):
     """
     shape = ops.shape(inputs)
     batch, features = shape[0], shape[-1]
+    if mask is not None:
+        _check_mask(tuple(mask.shape), tuple(inputs.shape[:-1]))
     num_tokens = math.prod(shape[1:-1])
     total = batch * num_tokens
 
@@ -175,6 +177,18 @@ def group_tokens(inputs, images_per_group, mask=None):
     else:
         mask = ops.pad(ops.reshape(mask, (total,)), ((0, padding),))
     return split(groups, images_per_group, group_size)
+
+
+def _check_mask(shape, tokens):
+    """Raises unless a mask has the shape of the tokens, as far as is known."""
+    pairs = zip(shape, tokens, strict=False)
+    fits = all(None in pair or len(set(pair)) == 1 for pair in pairs)
+    if len(shape) != len(tokens) or not fits:
+        raise ValueError(
+            "`mask` must have one value per token. Received: a mask of shape "
+            f"{shape} for tokens {tokens}. Give it the shape of the inputs "
+            "without their last axis."
+        )
 
 
 def ungroup_tokens(tokens, shape):

@@ -174,3 +174,23 @@ def test_frozen_layers_stay():
         changed = (ops.convert_to_numpy(weight) != before[weight.path]).any()
         frozen = not weight.path.startswith(("head", "block_0_moe"))
         assert changed != frozen, weight.path
+
+
+@pytest.mark.backends("tensorflow")
+def test_a_pipeline_that_knows_no_sizes():
+    """Such as one that decodes files."""
+    import tensorflow as tf
+
+    model, images = tiny(), images_of(6)
+    sizes = (tf.TensorSpec((None, None, 3)), tf.TensorSpec((), tf.int32))
+    data = tf.data.Dataset.from_generator(
+        lambda: ((image, 0) for image in images), output_signature=sizes
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss)
+    model.fit(data.batch(3).repeat(), steps_per_epoch=2, verbose=0)
+    np.testing.assert_allclose(
+        model.predict(data.batch(3).map(lambda x, y: x), steps=2, verbose=0),
+        model.predict(images, batch_size=3, verbose=0),
+        atol=1e-5,
+    )

@@ -178,3 +178,10 @@ def test_dynamic_batch(images_per_group):
         assert int(tf.reduce_sum(tf.cast(mask, "int32"))) == batch * 6
         if images_per_group != "batch":
             assert tokens.shape[1] == images_per_group * 6
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3, 4), (2, 6, 1), (12,)])
+def test_a_mask_of_another_shape(shape):
+    inputs = np.ones((2, 6, 8), "float32")
+    with pytest.raises(ValueError, match=r"one value per token.*\(2, 6\)"):
+        group_tokens(inputs, 1, np.ones(shape, bool))
