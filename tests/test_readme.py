@@ -1,28 +1,80 @@
-"""The README's code runs as it stands."""
+"""Code in README and docs runs as it stands."""
 
+import ast
+import builtins
+import importlib
+import inspect
 import pathlib
 import re
 import runpy
 
 import pytest
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
-BLOCKS = [
-    block
-    for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    if "import keras" in block
-]
+import keras_vmoe
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+
+
+RUN = [block for block in blocks(PAGES[0]) if "model.fit(" in block]
 
 
 def test_there_are_two_examples():
-    assert len(BLOCKS) == 2
+    assert len(RUN) == 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", BLOCKS, ids=["layer", "model"])
+@pytest.mark.parametrize("block", RUN, ids=["layer", "model"])
 def test_example(block, tmp_path):
     """Both train; the first shows that any last batch (30 = 3 * 8 + 6) fits."""
     script = tmp_path / "example.py"
     script.write_text(block)
     model = runpy.run_path(str(script))["model"]
     assert all(loss > 0 for loss in model.history.history["loss"])
+
+
+def package_object(node):
+    """What of this package is called here, or None."""
+    names = []
+    while isinstance(node, ast.Attribute):
+        names, node = [node.attr, *names], node.value
+    if not isinstance(node, ast.Name) or not hasattr(keras_vmoe, node.id):
+        return None
+    found = importlib.import_module(f"keras_vmoe.{node.id}")
+    for name in names:
+        found = getattr(found, name)
+    return found
+
+
+def check_call(call):
+    """Raises if a call of this package is not one that its signature takes."""
+    function = package_object(call.func)
+    if callable(function) and all(k.arg for k in call.keywords):
+        given = dict.fromkeys(k.arg for k in call.keywords)
+        inspect.signature(function).bind(*call.args, **given)
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_are_imported_and_calls_fit(page):
+    """A block imports what it uses; variables may be those of a block above."""
+    known = set(dir(builtins))
+    for block in blocks(page):
+        nodes, imported = list(ast.walk(ast.parse(block))), set()
+        for node in nodes:
+            match node:
+                case ast.Import(names) | ast.ImportFrom(names=names):
+                    imported |= {(x.asname or x.name) for x in names}
+                case ast.Name(name, ast.Store()) | ast.arg(name):
+                    known.add(name)
+                case ast.ClassDef(name) | ast.FunctionDef(name):
+                    known.add(name)
+                case ast.Call():
+                    check_call(node)
+        used = {x.id for x in nodes if isinstance(x, ast.Name)}
+        is_excerpt = "self.router" in block  # Of a method.
+        assert is_excerpt or used <= known | imported, used - known - imported
