@@ -91,7 +91,9 @@ def banks():
         **options,
     )
     inputs = keras.Input((8, 8, 3))
-    x = ours(own(keras.layers.Reshape((16, 12))(inputs)))
+    # A layer in front: without it the first dispatch would need no gradient.
+    x = keras.layers.Dense(12)(keras.layers.Reshape((16, 12))(inputs))
+    x = ours(own(x))
     x = keras.layers.GlobalAveragePooling1D()(x)
     return keras.Model(inputs, keras.layers.Dense(4)(x))
 
