@@ -46,6 +46,16 @@ def check_rates(**rates):
             )
 
 
+def check_dropout(**rates):
+    """Raises unless all of these are numbers of 0 to 1."""
+    for name, rate in rates.items():
+        if not is_number(rate) or not 0 <= rate <= 1:
+            raise ValueError(
+                f"`{name}` must be a number between 0 and 1. "
+                f"Received: {name}={rate!r}. 0 keeps every value."
+            )
+
+
 def check_shares(**shares):
     """Raises unless all of these are numbers in (0, 1], or None."""
     for name, share in shares.items():

@@ -1,9 +1,7 @@
-"""Layout constraints on the buffers of an MoE layer, under `ExpertParallel`.
+"""The exchange of an MoE layer's buffers between devices, `ExpertParallel`.
 
 With constraints on both sides of the exchange between groups and experts, XLA
 compiles it to an all-to-all; with one alone, it would gather experts' weights.
-
-Axes: G groups, E experts, C slots of a buffer, D features.
 """
 
 import keras
@@ -14,11 +12,19 @@ from keras_vmoe.distribution.expert_parallel import REPLICA
 from keras_vmoe.distribution.expert_parallel import ExpertParallel
 
 
-def by_groups(buffers):
-    """Keeps the buffers `(G, E, C, D)` of a group where its images are."""
+def exchanged(bank, buffers):
+    """What a bank makes of buffers that travel to its weights and back.
+
+    Args:
+        bank: Function from `(G, E, C, D)` buffers to the same shape.
+        buffers: `(G, E, C, D)` tensor; each group lies where its images are.
+
+    Returns:
+        `(G, E, C, D)` tensor, laid out as the buffers.
+    """
     parallel = _expert_parallel()
     if parallel is None:
-        return buffers
+        return bank(buffers)
     groups = buffers.shape[0]
     if groups is None or groups % parallel.num_devices:
         raise ValueError(
@@ -27,15 +33,14 @@ def by_groups(buffers):
             "Choose a batch size that is a multiple of `images_per_group` "
             "times the number of devices, or a smaller `images_per_group`."
         )
-    return _constrained(parallel, buffers, DATA)
 
+    def constrain(x, *axes):
+        rest = [None] * (len(x.shape) - len(axes))
+        layout = parallel.layout(*axes, *rest)
+        return keras.distribution.distribute_tensor(x, layout)
 
-def by_experts(buffers):
-    """Moves the buffers `(E, G, C, D)` of an expert to its weights."""
-    parallel = _expert_parallel()
-    if parallel is None:
-        return buffers
-    return _constrained(parallel, buffers, EXPERT, REPLICA)
+    x = constrain(constrain(buffers, DATA), REPLICA, EXPERT)
+    return constrain(constrain(bank(x), REPLICA, EXPERT), DATA)
 
 
 def check_buffers(name):
@@ -52,10 +57,3 @@ def _expert_parallel():
     distribution = keras.distribution.distribution()
     is_ours = isinstance(distribution, ExpertParallel)
     return distribution if is_ours else None
-
-
-def _constrained(parallel, x, *axes):
-    rest = [None] * (len(x.shape) - len(axes))
-    return keras.distribution.distribute_tensor(
-        x, parallel.layout(*axes, *rest)
-    )

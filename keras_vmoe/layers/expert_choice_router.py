@@ -41,7 +41,7 @@ class ExpertChoiceRouter(Router):
         training: Whether to add noise and auxiliary losses.
 
     Returns:
-        A `routing.ExpertChoicePlan`.
+        A `routing.Plan`, of `routing.expert_choice_plan`.
 
     Raises:
         ValueError: If the capacity factor is not positive, `noise_std` is

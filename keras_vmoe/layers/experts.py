@@ -4,21 +4,15 @@ import keras
 from keras import ops
 
 from keras_vmoe._checks import check_sizes
-from keras_vmoe.distribution import _constraints
-from keras_vmoe.layers.activations import get_activation
-from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.block_linear import block_linear
-from keras_vmoe.layers.stochastic import SeededDropout
-from keras_vmoe.layers.weights import BIAS_INITIALIZER
+from keras_vmoe.layers.mlp import TwoLayers
 from keras_vmoe.layers.weights import for_each_expert
 from keras_vmoe.layers.weights import get_options
-from keras_vmoe.layers.weights import options_config
-from keras_vmoe.layers.weights import set_options
 from keras_vmoe.routing._blocks import Blocks
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
-class MLPExperts(keras.layers.Layer):
+class MLPExperts(TwoLayers):
     """E two-layer MLPs, each applied to its own buffer.
 
     Every expert is initialised, regularised and constrained as if it were
@@ -28,21 +22,14 @@ class MLPExperts(keras.layers.Layer):
     Args:
         num_experts: E.
         hidden_dim: F, hidden features of one expert.
-        activation: Activation between the layers. `"gelu"` is the exact one;
-            `"gelu_tanh"` is that of V-MoE.
+        activation: Activation between the layers.
         dropout: Dropout rate after each of the two layers, in `[0, 1]`.
-        kernel_initializer: Initializer of the kernels, `(D, F)` and `(F, D)`.
-        bias_initializer: Initializer of the biases; None means a normal one
-            with a standard deviation of 1e-6, as in V-MoE.
-        kernel_regularizer: Optional regularizer of the kernels.
-        bias_regularizer: Optional regularizer of the biases.
-        kernel_constraint: Optional constraint on the kernels.
-        bias_constraint: Optional constraint on the biases.
-        seed: Optional integer seed of the dropout.
+        **kwargs: Initializers, regularizers, constraints and `seed`, as of
+            `MLP`; that of a kernel is called with the shape of one expert.
 
     Call arguments:
-        buffers: `(G, E, C, D)` float tensor, or the blocks of a
-            `routing.DroplessPlan`.
+        buffers: `(G, E, C, D)` float tensor, or the blocks of
+            `routing.dropless_plan`.
         training: Whether to apply dropout.
 
     Returns:
@@ -62,39 +49,11 @@ class MLPExperts(keras.layers.Layer):
     takes_blocks = True  # Dropless buffers as well.
 
     def __init__(
-        self,
-        num_experts,
-        hidden_dim,
-        activation="gelu",
-        dropout=0.0,
-        kernel_initializer="glorot_uniform",
-        bias_initializer=None,
-        kernel_regularizer=None,
-        bias_regularizer=None,
-        kernel_constraint=None,
-        bias_constraint=None,
-        seed=None,
-        **kwargs,
+        self, num_experts, hidden_dim, activation="gelu", dropout=0.0, **kwargs
     ):
-        super().__init__(**kwargs)
-        check_sizes(num_experts=num_experts, hidden_dim=hidden_dim)
+        super().__init__(hidden_dim, activation, dropout, **kwargs)
+        check_sizes(num_experts=num_experts)
         self.num_experts = int(num_experts)
-        self.hidden_dim = int(hidden_dim)
-        self.activation = get_activation(activation)
-        self.dropout = dropout
-        set_options(
-            self,
-            kernel_initializer=kernel_initializer,
-            bias_initializer=bias_initializer or BIAS_INITIALIZER,
-            kernel_regularizer=kernel_regularizer,
-            bias_regularizer=bias_regularizer,
-            kernel_constraint=kernel_constraint,
-            bias_constraint=bias_constraint,
-        )
-        self.seed = seed
-        self.dropout_layer = SeededDropout(
-            dropout, seed=seed, dtype=self.dtype_policy, name="dropout"
-        )
 
     def build(self, input_shape):
         if len(input_shape) != 4 or input_shape[1] != self.num_experts:
@@ -105,37 +64,35 @@ class MLPExperts(keras.layers.Layer):
                 "`plan.dispatch(tokens)` makes such buffers."
             )
         features = input_shape[-1]
-        self._add_layer("hidden", features, self.hidden_dim)
-        self._add_layer("output", self.hidden_dim, features)
+        # The indices of an `MLP` are 0 and 1: it may be beside, with one seed.
+        self._add_layer("hidden", features, self.hidden_dim, 2)
+        self._add_layer("output", self.hidden_dim, features, 3)
 
-    def _add_layer(self, name, fan_in, fan_out):
+    def _add_layer(self, name, fan_in, fan_out, index):
         kernel = self.add_weight(
             name=f"{name}_kernel",
             shape=(self.num_experts, fan_in, fan_out),
-            **for_each_expert(**get_options(self, "kernel")),
+            **for_each_expert(**get_options(self, "kernel", index)),
         )
         bias = self.add_weight(
             name=f"{name}_bias",
             shape=(self.num_experts, fan_out),
-            **for_each_expert(**get_options(self, "bias")),
+            **for_each_expert(**get_options(self, "bias", index)),
         )
         setattr(self, f"{name}_kernel", kernel)
         setattr(self, f"{name}_bias", bias)
 
     def call(self, buffers, training=False):
         if isinstance(buffers, Blocks):
-            _constraints.check_buffers(self.path)
             rows, *blocks = buffers
             return buffers._replace(rows=self._mlps(rows, blocks, training))
         groups, _, capacity, features = ops.shape(buffers)
         # One batched matmul over E, whatever the number of groups.
-        x = _swap_groups_and_experts(_constraints.by_groups(buffers))
-        x = _constraints.by_experts(x)  # (E, G, C, D)
+        x = _swap_groups_and_experts(buffers)  # (E, G, C, D)
         shape = (self.num_experts, groups * capacity, features)
         x = self._mlps(ops.reshape(x, shape), (), training)
         x = ops.reshape(x, (self.num_experts, groups, capacity, features))
-        x = _swap_groups_and_experts(_constraints.by_experts(x))
-        return _constraints.by_groups(x)
+        return _swap_groups_and_experts(x)
 
     def _mlps(self, x, blocks, training):
         """One MLP for each block of rows; see `block_linear`."""
@@ -148,15 +105,7 @@ class MLPExperts(keras.layers.Layer):
         return input_shape
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            "num_experts": self.num_experts,
-            "hidden_dim": self.hidden_dim,
-            "activation": serialize_activation(self.activation),
-            "dropout": self.dropout,
-            **options_config(self, "kernel", "bias"),
-            "seed": self.seed,
-        }
+        return {**super().get_config(), "num_experts": self.num_experts}
 
 
 def _swap_groups_and_experts(x):

@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_vmoe._checks import check_dropout
 from keras_vmoe._checks import check_sizes
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
@@ -13,8 +14,56 @@ from keras_vmoe.layers.weights import options_config
 from keras_vmoe.layers.weights import set_options
 
 
+class TwoLayers(keras.layers.Layer):
+    """The settings that `MLP` and `MLPExperts` share; see `MLP`."""
+
+    def __init__(
+        self,
+        hidden_dim,
+        activation="gelu",
+        dropout=0.0,
+        kernel_initializer="glorot_uniform",
+        bias_initializer=None,
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        kernel_constraint=None,
+        bias_constraint=None,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        check_sizes(hidden_dim=hidden_dim)
+        check_dropout(dropout=dropout)
+        self.hidden_dim = int(hidden_dim)
+        self.activation = get_activation(activation)
+        self.dropout = dropout
+        set_options(
+            self,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer or BIAS_INITIALIZER,
+            kernel_regularizer=kernel_regularizer,
+            bias_regularizer=bias_regularizer,
+            kernel_constraint=kernel_constraint,
+            bias_constraint=bias_constraint,
+        )
+        self.seed = seed
+        self.dropout_layer = SeededDropout(
+            dropout, seed=seed, dtype=self.dtype_policy, name="dropout"
+        )
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "hidden_dim": self.hidden_dim,
+            "activation": serialize_activation(self.activation),
+            "dropout": self.dropout,
+            **options_config(self, "kernel", "bias"),
+            "seed": self.seed,
+        }
+
+
 @keras.saving.register_keras_serializable("keras_vmoe")
-class MLP(keras.layers.Layer):
+class MLP(TwoLayers):
     """Two dense layers; the dense twin of one expert of `MoEMLP`.
 
     Args:
@@ -38,61 +87,33 @@ class MLP(keras.layers.Layer):
     Returns:
         Tensor of the shape of `inputs`.
 
+    Raises:
+        ValueError: If `hidden_dim` is below 1, `dropout` is not in `[0, 1]`, or
+            Keras does not know an option.
+
     Example:
 
     >>> MLP(hidden_dim=32)(keras.ops.ones((2, 5, 8))).shape
     (2, 5, 8)
     """
 
-    def __init__(
-        self,
-        hidden_dim,
-        activation="gelu",
-        dropout=0.0,
-        kernel_initializer="glorot_uniform",
-        bias_initializer=None,
-        kernel_regularizer=None,
-        bias_regularizer=None,
-        kernel_constraint=None,
-        bias_constraint=None,
-        seed=None,
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
-        check_sizes(hidden_dim=hidden_dim)
-        self.hidden_dim = int(hidden_dim)
-        self.activation = get_activation(activation)
-        self.dropout = dropout
-        set_options(
-            self,
-            kernel_initializer=kernel_initializer,
-            bias_initializer=bias_initializer or BIAS_INITIALIZER,
-            kernel_regularizer=kernel_regularizer,
-            bias_regularizer=bias_regularizer,
-            kernel_constraint=kernel_constraint,
-            bias_constraint=bias_constraint,
-        )
-        self.seed = seed
-        self.hidden_dense = self._dense(self.hidden_dim, "hidden")
-        self.dropout_layer = SeededDropout(
-            dropout, seed=seed, dtype=self.dtype_policy, name="dropout"
-        )
+    def build(self, input_shape):
+        features = input_shape[-1]
+        self.hidden_dense = self._dense("hidden", features, self.hidden_dim, 0)
+        self.output_dense = self._dense("output", self.hidden_dim, features, 1)
+        hand_down(self)
 
-    def _dense(self, units, name):
+    def _dense(self, name, fan_in, fan_out, index):
         options = {
             f"{prefix}_{kind}": value
             for prefix in ("kernel", "bias")
-            for kind, value in get_options(self, prefix).items()
+            for kind, value in get_options(self, prefix, index).items()
         }
-        return keras.layers.Dense(
-            units, **options, dtype=self.dtype_policy, name=name
+        dense = keras.layers.Dense(
+            fan_out, **options, dtype=self.dtype_policy, name=name
         )
-
-    def build(self, input_shape):
-        self.hidden_dense.build(input_shape)
-        self.output_dense = self._dense(input_shape[-1], "output")
-        self.output_dense.build((*input_shape[:-1], self.hidden_dim))
-        hand_down(self)
+        dense.build((None, fan_in))
+        return dense
 
     def call(self, inputs, training=False):
         x = self.activation(self.hidden_dense(inputs))
@@ -101,13 +122,3 @@ class MLP(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape):
         return input_shape
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "hidden_dim": self.hidden_dim,
-            "activation": serialize_activation(self.activation),
-            "dropout": self.dropout,
-            **options_config(self, "kernel", "bias"),
-            "seed": self.seed,
-        }

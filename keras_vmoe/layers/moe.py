@@ -1,6 +1,7 @@
 """The MoE layer: router and experts, for any Keras model."""
 
 import contextlib
+import functools
 import inspect
 import math
 import re
@@ -11,6 +12,7 @@ from keras import ops
 from keras_vmoe._checks import check_choice
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
+from keras_vmoe.distribution import _constraints
 from keras_vmoe.distribution import _replicas
 from keras_vmoe.layers.expert_choice_router import ExpertChoiceRouter
 from keras_vmoe.layers.experts import MLPExperts
@@ -74,13 +76,14 @@ class MoEMLP(keras.layers.Layer):
             same shape, whose weights of two or more axes begin with axis E.
             None means `MLPExperts`. A bank that several layers are given is
             shared. Dropless routing needs a bank with `takes_blocks = True`.
-        images_per_group: Images that are routed together. None routes the
-            whole batch as one group; 1 makes images independent, which a
-            `SoftRouter` always does.
+        images_per_group: Images that are routed together; None means 8, and
+            `"batch"` the whole batch as one group. 1 makes images independent,
+            which a `SoftRouter` always does.
         **kwargs: Further arguments of `MLPExperts` for the default bank
             (`activation`, `dropout`, `kernel_initializer`, `bias_initializer`,
             `kernel_regularizer`, `bias_regularizer`, `kernel_constraint`,
-            `bias_constraint`, `seed`), and of `keras.layers.Layer`.
+            `bias_constraint`, and the `seed` of its dropout; the router has
+            one of its own), and of `keras.layers.Layer`.
 
     Call arguments:
         inputs: `(B, ..., D)` float tensor with at least one axis of tokens.
@@ -170,7 +173,9 @@ class MoEMLP(keras.layers.Layer):
         if not self.router.built:
             self.router.build(group)
         self.router.check_features(features)
-        if not self.experts.built:
+        if self.experts.built:
+            _check_built(self.experts, self.num_experts, features)
+        else:
             # Variables are found as the experts' by this part of their path.
             is_named = self.experts.name == "experts"
             scope = contextlib.nullcontext if is_named else keras.name_scope
@@ -200,7 +205,9 @@ class MoEMLP(keras.layers.Layer):
     def _run(self, buffers, training):
         """The bank's outputs, of the shape of the buffers."""
         options = {"training": training} if self._takes_training else {}
+        bank = functools.partial(self.experts, **options)
         if isinstance(buffers, Blocks):
+            _constraints.check_buffers(self.experts.path)
             if not getattr(self.experts, "takes_blocks", False):
                 raise ValueError(
                     f"The bank {self.experts.name!r} takes buffers (groups, "
@@ -209,15 +216,21 @@ class MoEMLP(keras.layers.Layer):
                     "capacity_factor=num_experts / num_selected_experts, with "
                     "which nothing is dropped either."
                 )
-            return self.experts(buffers, **options)
-        outputs = self.experts(buffers, **options)
-        if tuple(outputs.shape) != tuple(buffers.shape):
+            return bank(buffers)
+        outputs = _constraints.exchanged(bank, buffers)
+        self._check_outputs(outputs.shape, buffers.shape)
+        return outputs
+
+    def _check_outputs(self, shape, expected):
+        """Raises unless the bank kept the shape, as far as it is known."""
+        pairs = zip(shape, expected, strict=False)
+        known = [pair for pair in pairs if None not in pair]
+        if len(shape) != len(expected) or any(a != b for a, b in known):
             raise ValueError(
                 "An expert bank must return the shape it was given. Received: "
-                f"{tuple(outputs.shape)} for buffers of {tuple(buffers.shape)}"
-                f" from {self.experts.name!r}. Project back to the features."
+                f"{tuple(shape)} for buffers of {tuple(expected)} "
+                f"from {self.experts.name!r}. Project back to the features."
             )
-        return outputs
 
     def sharing(self, **changes):
         """A new layer of the same settings and weights.
@@ -256,6 +269,12 @@ class MoEMLP(keras.layers.Layer):
     def compute_output_spec(self, inputs, mask=None, training=False):
         # Keras would trace `call` with a made-up batch, which fits no group.
         self._check_features(inputs.shape)
+        # The bank takes any number of groups and slots: these are made up.
+        shape = (1, self.num_experts, 4, self.features)
+        buffers = keras.KerasTensor(shape, dtype=self.compute_dtype)
+        options = {"training": training} if self._takes_training else {}
+        outputs = self.experts.compute_output_spec(buffers, **options)
+        self._check_outputs(outputs.shape, shape)
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
@@ -365,6 +384,19 @@ def _check_bank(experts, num_experts):
             "Bank and layer must have the same number of experts. "
             f"Received: experts.num_experts={own} and "
             f"num_experts={num_experts}. Give both the same number."
+        )
+
+
+def _check_built(experts, num_experts, features):
+    """Raises if a bank was built for other buffers than those of a layer."""
+    config = experts.get_build_config() or {}
+    shape = config.get("input_shape")
+    if shape and (shape[1], shape[-1]) != (num_experts, features):
+        raise ValueError(
+            "One bank serves layers of one feature width, with as many experts."
+            f" Received: experts={experts.name!r}, built for {shape[1]} experts"
+            f" of {shape[-1]} features, in a layer of {num_experts} experts of "
+            f"{features} features. Make a bank for this layer."
         )
 
 

@@ -39,8 +39,8 @@ class QuantizedMLPExperts(MLPExperts):
         **kwargs: Arguments of `MLPExperts`.
 
     Call arguments:
-        buffers: `(G, E, C, D)` float tensor, or the blocks of a
-            `routing.DroplessPlan`.
+        buffers: `(G, E, C, D)` float tensor, or the blocks of
+            `routing.dropless_plan`.
 
     Returns:
         The outputs of the MLPs, of the type and shape of `buffers`.
@@ -84,7 +84,7 @@ class QuantizedMLPExperts(MLPExperts):
                 new.kernels[name][1].assign(scale)
         return new
 
-    def _add_layer(self, name, fan_in, fan_out):
+    def _add_layer(self, name, fan_in, fan_out, index):
         shape = (self.num_experts, fan_in, fan_out)
         values = self.add_weight(
             name=f"{name}_kernel",

@@ -41,9 +41,6 @@ class Router(SavesSeedState, keras.layers.Layer):
         check_selection(num_experts, 1)
         check_not_negative(noise_std=noise_std)
         self.supports_masking = True
-        # Under `keras.RematScope` the layer around is rematerialised; a router
-        # of its own could not be, because a plan is not a tensor.
-        self._remat_mode = None
         self.num_experts = int(num_experts)
         self.noise_std = noise_std
         self.gate = gate
@@ -72,7 +69,6 @@ class Router(SavesSeedState, keras.layers.Layer):
         if not self.gate_layer.built:
             self.gate_layer.build(input_shape)
             hand_down(self)
-            return
         built_for = self.gate_layer.get_build_config() or {}
         features = (built_for.get("input_shape") or input_shape)[-1]
         if features != self.features:
@@ -80,6 +76,15 @@ class Router(SavesSeedState, keras.layers.Layer):
                 "One gate serves routers of one feature width. Received: "
                 f"gate={self.gate_layer.name!r}, built for {features} features,"
                 f" in a router of {self.features}. Make a gate for this router."
+            )
+        # A gate takes any number of groups and tokens: these are made up.
+        tokens = keras.KerasTensor((1, 4, self.features), self.compute_dtype)
+        shape = self.gate_layer.compute_output_spec(tokens).shape
+        if len(shape) < 3 or shape[2] != self.num_experts:
+            raise ValueError(
+                f"The gate must give one logit for each of {self.num_experts} "
+                f"experts. Received: logits of shape {tuple(shape)}. "
+                "Make a gate layer with as many outputs as experts."
             )
 
     def check_features(self, features):
@@ -110,12 +115,6 @@ class Router(SavesSeedState, keras.layers.Layer):
     ):
         # A gate of the user's own may work in lower precision.
         logits = ops.cast(self.gate_layer(tokens), "float32")  # (G, S, E)
-        if len(logits.shape) < 3 or logits.shape[2] != self.num_experts:
-            raise ValueError(
-                f"The gate must give one logit for each of {self.num_experts} "
-                f"experts. Received: logits of shape {tuple(logits.shape)}. "
-                "Make a gate layer with as many outputs as experts."
-            )
         noisy_logits = self._add_noise(logits) if training else logits
         if group_size is None:
             group_size = ops.shape(tokens)[1]
@@ -123,7 +122,7 @@ class Router(SavesSeedState, keras.layers.Layer):
         if training:
             weighted = self.auxiliary_losses(logits, noisy_logits, mask)
             loss = _mean(sum(weighted)) if weighted else ops.zeros(())
-            if weighted:
+            if weighted and self.trainable:
                 self.add_loss(loss)
             gates = self.expert_gates(logits)
             self.statistics.update(plan, loss, gates, mask, images_per_group)
@@ -155,6 +154,11 @@ class Router(SavesSeedState, keras.layers.Layer):
 
     def after_step(self, plan):
         """What a router does with the plan of a training step; nothing."""
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        # Under `keras.RematScope` the layer around is rematerialised; a router
+        # of its own could not be, because a plan is not a tensor.
+        return layer_call
 
     def compute_mask(self, inputs, previous_mask):
         return None  # Used up: the plan gives masked tokens no place.

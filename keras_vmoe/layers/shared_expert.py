@@ -21,7 +21,8 @@ class SharedExpertMoEMLP(MoEMLP):
     Args:
         num_experts: E, without the shared expert.
         hidden_dim: F, hidden features of one routed expert.
-        shared_hidden_dim: Hidden features of the shared expert.
+        shared_hidden_dim: Hidden features of the shared expert, unless it is
+            given.
         shared_expert: An `MLP` to use as the shared expert; None makes one
             with the settings of the default bank.
         **kwargs: Further arguments of `MoEMLP`.
@@ -33,7 +34,8 @@ class SharedExpertMoEMLP(MoEMLP):
         Tensor of the shape of `inputs`.
 
     Raises:
-        ValueError: As `MoEMLP`.
+        ValueError: As `MoEMLP`, or if `shared_hidden_dim` contradicts the
+            shared expert.
 
     Example:
 
@@ -65,6 +67,12 @@ class SharedExpertMoEMLP(MoEMLP):
                 **settings,
                 dtype=self.dtype_policy,
                 name="shared_expert",
+            )
+        if shared_hidden_dim not in (None, shared_expert.hidden_dim):
+            raise ValueError(
+                "A shared expert brings its own `hidden_dim`. Received: "
+                f"shared_hidden_dim={shared_hidden_dim} together with a "
+                f"shared_expert of {shared_expert.hidden_dim}. Leave it out."
             )
         self.shared_hidden_dim = shared_expert.hidden_dim
         self.shared_expert = shared_expert

@@ -148,7 +148,7 @@ class SoftRouter(Router):
         training: Whether to add noise.
 
     Returns:
-        A `routing.SoftPlan`.
+        A `routing.Plan`, of `routing.soft_plan`.
 
     Raises:
         ValueError: If the number of slots comes out at 0 or is unknown,

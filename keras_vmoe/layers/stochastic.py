@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_vmoe._checks import check_dropout
 from keras_vmoe._checks import check_rates
 from keras_vmoe.distribution import _replicas
 
@@ -68,11 +69,7 @@ class SeededDropout(SavesSeedState, keras.layers.Layer):
 
     def __init__(self, rate, noise_shape=None, seed=None, **kwargs):
         super().__init__(**kwargs)
-        if not 0 <= rate <= 1:
-            raise ValueError(
-                "`rate` must be between 0 and 1. "
-                f"Received: rate={rate}. 0 keeps every value."
-            )
+        check_dropout(rate=rate)
         self.rate = rate
         self.noise_shape = noise_shape
         self.seed = seed

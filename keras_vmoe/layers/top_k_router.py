@@ -61,7 +61,7 @@ class TopKRouter(Router):
         training: Whether to add noise and auxiliary losses.
 
     Returns:
-        A `routing.SparsePlan`, or a `routing.DroplessPlan`.
+        A `routing.Plan`, of `routing.top_k_plan` or `dropless_plan`.
 
     Raises:
         ValueError: If K is not between 1 and E, or the capacity factor is not

@@ -5,15 +5,19 @@ import numpy as np
 from keras import initializers as init
 from keras import ops
 
-# Each number is drawn by itself, whatever the shape.
-ELEMENTWISE = (
-    init.Constant,
-    init.Ones,
-    init.RandomNormal,
-    init.RandomUniform,
-    init.TruncatedNormal,
-    init.Zeros,
-)
+# Of Keras, those that draw each number by itself, whatever the shape. Compared
+# by their call, for which a subclass may have its own.
+ELEMENTWISE = {
+    kind.__call__
+    for kind in (
+        init.Constant,
+        init.Ones,
+        init.RandomNormal,
+        init.RandomUniform,
+        init.TruncatedNormal,
+        init.Zeros,
+    )
+}
 # Of the biases of V-MoE's MLPs; a config, of which each layer makes its own.
 BIAS_INITIALIZER = {"class_name": "RandomNormal", "config": {"stddev": 1e-6}}
 KINDS = {
@@ -36,14 +40,26 @@ def set_options(layer, **options):
         setattr(layer, name, kind.get(value))
 
 
-def get_options(layer, prefix):
+def get_options(layer, prefix, index=0):
     """The options of a layer for one weight, as arguments of `add_weight`.
 
     An initializer is copied: one object draws the same numbers every time.
+
+    Args:
+        layer: A Keras layer.
+        prefix: `"kernel"` or `"bias"`.
+        index: Which of the layer's weights of these options. They differ, even
+            if the initializer has a seed.
     """
     options = {kind: getattr(layer, f"{prefix}_{kind}") for kind in KINDS}
     initializer = options["initializer"]
-    if isinstance(initializer, init.Initializer):
+    if not isinstance(initializer, init.Initializer):
+        return options
+    seed = initializer.get_config().get("seed")
+    if index and isinstance(seed, int):
+        seed = int(np.random.default_rng([seed, index]).integers(2**31))
+        options["initializer"] = _with_seed(initializer, seed)
+    elif not seed or isinstance(seed, int):  # Else a generator: it moves on.
         options["initializer"] = initializer.clone()
     return options
 
@@ -71,9 +87,10 @@ def for_each_expert(initializer, regularizer, constraint):
 
 def _initialize_each(initializer):
     def initialize(shape, dtype=None):
-        if isinstance(initializer, ELEMENTWISE):
+        draws = type(initializer).__call__
+        if draws in ELEMENTWISE:
             return initializer(shape, dtype=dtype)
-        if isinstance(initializer, init.VarianceScaling) and len(shape) == 3:
+        if draws is init.VarianceScaling.__call__ and len(shape) == 3:
             scaling = init.VarianceScaling(
                 initializer.scale,
                 initializer.mode,
@@ -94,11 +111,14 @@ def _with_seeds(initializer, count):
     seed = getattr(initializer, "seed", None)
     if not isinstance(seed, int):
         return [initializer] * count
-    config, seeds = initializer.get_config(), np.random.default_rng(seed)
-    return [
-        type(initializer).from_config({**config, "seed": int(seed)})
-        for seed in seeds.integers(2**31, size=count)
-    ]
+    seeds = np.random.default_rng(seed).integers(2**31, size=count)
+    return [_with_seed(initializer, int(seed)) for seed in seeds]
+
+
+def _with_seed(initializer, seed):
+    """A copy of an initializer with another seed."""
+    config = {**initializer.get_config(), "seed": seed}
+    return type(initializer).from_config(config)
 
 
 class _RegularizeEach(keras.regularizers.Regularizer):
@@ -108,8 +128,9 @@ class _RegularizeEach(keras.regularizers.Regularizer):
         self.regularizer = regularizer
 
     def __call__(self, x):
-        weights = ops.unstack(ops.convert_to_tensor(x))
-        return sum(self.regularizer(w) for w in weights)
+        # Not unstacked: experts that are spread over devices stay there.
+        x = ops.convert_to_tensor(x)
+        return ops.sum(ops.vectorized_map(self.regularizer, x))
 
 
 class _ConstrainEach(keras.constraints.Constraint):
@@ -119,5 +140,4 @@ class _ConstrainEach(keras.constraints.Constraint):
         self.constraint = constraint
 
     def __call__(self, x):
-        weights = ops.unstack(ops.convert_to_tensor(x))
-        return ops.stack([self.constraint(w) for w in weights])
+        return ops.vectorized_map(self.constraint, ops.convert_to_tensor(x))

@@ -21,22 +21,14 @@ layer restores the images.
 """
 
 from keras_vmoe.routing._groups import capacity
-from keras_vmoe.routing.dropless import DroplessPlan
 from keras_vmoe.routing.dropless import dropless_plan
-from keras_vmoe.routing.expert_choice import ExpertChoicePlan
 from keras_vmoe.routing.expert_choice import expert_choice_plan
 from keras_vmoe.routing.plans import Plan
-from keras_vmoe.routing.plans import SparsePlan
-from keras_vmoe.routing.soft import SoftPlan
 from keras_vmoe.routing.soft import soft_plan
 from keras_vmoe.routing.top_k import top_k_plan
 
 __all__ = [
-    "DroplessPlan",
-    "ExpertChoicePlan",
     "Plan",
-    "SoftPlan",
-    "SparsePlan",
     "capacity",
     "dropless_plan",
     "expert_choice_plan",

@@ -21,13 +21,15 @@ import numpy as np  # noqa: E402
 from keras.src.backend.jax import trainer  # noqa: E402
 
 from keras_vmoe import distribution  # noqa: E402
+from keras_vmoe import layers  # noqa: E402
 from keras_vmoe import models  # noqa: E402
 from keras_vmoe.routing._groups import group_tokens  # noqa: E402
+from tests.layers.test_bank import GatedExperts  # noqa: E402
 
 BATCH, STEPS, EXPERTS = 16, 5, 8
 
 parser = argparse.ArgumentParser()
-parser.add_argument("family", choices=["vit", "convnext"])
+parser.add_argument("family", choices=["vit", "convnext", "banks"])
 parser.add_argument(
     "shards",
     nargs="+",
@@ -62,6 +64,8 @@ def make_model(arguments):
             image_size=8, patch_size=4, hidden_dim=16, num_layers=2,
             num_heads=2, mlp_dim=32, num_classes=4, moe=moe,
         )  # fmt: skip
+    elif arguments.family == "banks":
+        model = banks()
     else:
         model = models.ConvNeXtMoE(
             depths=(1, 1), dims=(8, 16), num_classes=4, image_size=8,
@@ -70,6 +74,28 @@ def make_model(arguments):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(1e-3), loss, metrics=["accuracy"])
     return model
+
+
+def banks():
+    """A bank of one's own, and one with penalties and constraints."""
+    options = {"images_per_group": 2, "num_experts": EXPERTS}
+    router = layers.TopKRouter(EXPERTS, 2, noise_std=0.0)
+    own = layers.MoEMLP(
+        router=router, experts=GatedExperts(name="experts"), **options
+    )
+    ours = layers.MoEMLP(
+        hidden_dim=32,
+        kernel_regularizer=keras.regularizers.OrthogonalRegularizer(0.01),
+        kernel_constraint=keras.constraints.MaxNorm(1.0),
+        router=layers.TopKRouter(EXPERTS, 2, noise_std=0.0),
+        **options,
+    )
+    inputs = keras.Input((8, 8, 3))
+    # A layer in front: without it the first dispatch would need no gradient.
+    x = keras.layers.Dense(12)(keras.layers.Reshape((16, 12))(inputs))
+    x = ours(own(x))
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    return keras.Model(inputs, keras.layers.Dense(4)(x))
 
 
 def parallel_of(shards):
@@ -184,7 +210,9 @@ def collectives(hlo):
 def buffer_bytes(model):
     """Bytes of the buffers of each MoE layer, on one device."""
     sizes = []
-    for layer in model.moe_layers:
+    for layer in model.layers:
+        if not isinstance(layer, layers.MoEMLP):
+            continue
         shape = (BATCH, *layer.input.shape[1:])
         buffers = jax.eval_shape(
             lambda images, layer=layer: layer.plan(images).dispatch(

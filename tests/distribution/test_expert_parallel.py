@@ -22,6 +22,7 @@ CASES = {
     "convnext --noise": "0 4 data",
     "vit --router expert_choice": "0 4",
     "vit --router soft": "0 4",
+    "banks": "0 4",
 }
 SAVED = ("vit", "convnext --noise")
 each_case = pytest.mark.parametrize("case", CASES)

@@ -15,10 +15,10 @@ from keras import ops
 
 from keras_vmoe import layers
 from keras_vmoe import losses
-from keras_vmoe.routing import SparsePlan
 from keras_vmoe.routing import capacity
 from keras_vmoe.routing import expert_choice_plan
 from keras_vmoe.routing import top_k_plan
+from keras_vmoe.routing.plans import SparsePlan
 from tests.gradients import compiled
 from tests.routing.definitions import expert_choice_slowly
 from tests.routing.definitions import one_hot_dispatch

@@ -18,10 +18,19 @@ class GatedExperts(keras.layers.Layer):
     """Gated linear units: `silu(x @ gate) * (x @ value) @ output`."""
 
     def build(self, shape):  # (G, E, C, D)
-        kernel = (shape[1], shape[-1], shape[-1])
-        self.gate = self.add_weight(shape=kernel, name="gate")
-        self.value = self.add_weight(shape=kernel, name="value")
-        self.output_kernel = self.add_weight(shape=kernel, name="output")
+        self.gate = self.add_kernel("gate", shape)
+        self.value = self.add_kernel("value", shape)
+        self.output_kernel = self.add_kernel("output", shape)
+
+    def add_kernel(self, name, shape):
+        initializer = keras.initializers.GlorotUniform(
+            input_axes=(1,), output_axes=(2,)
+        )
+        return self.add_weight(
+            name=name,
+            shape=(shape[1], shape[-1], shape[-1]),
+            initializer=initializer,
+        )
 
     def call(self, buffers):
         hidden = ops.silu(ops.matmul(buffers, self.gate))
@@ -29,12 +38,13 @@ class GatedExperts(keras.layers.Layer):
         return ops.matmul(hidden, self.output_kernel)
 
 
-def make(**router):
+def make(images_per_group=8, **router):
     inputs = keras.Input((5, 6))
     layer = layers.MoEMLP(
         4,
         router=layers.TopKRouter(4, 2, **router),
         experts=GatedExperts(),
+        images_per_group=images_per_group,
         name="moe",
     )
     return keras.Model(inputs, layer(inputs))
@@ -61,6 +71,13 @@ def test_trained_saved_loaded_and_dialled(tmp_path):
     assert layer.router.num_selected_experts == 1
 
 
+def test_an_expert_starts_as_if_it_were_alone():
+    bank = GatedExperts()
+    bank.build((None, 16, None, 24))
+    for kernel in bank.get_weights():
+        np.testing.assert_allclose(kernel.std(), 24**-0.5, rtol=0.03)
+
+
 def test_variables_are_found_as_those_of_experts():
     variables = make().get_layer("moe").experts.trainable_variables
     assert all("/experts/" in x.path for x in variables)
@@ -71,10 +88,31 @@ def test_dropless_needs_a_bank_that_takes_blocks():
         make(capacity_factor="dropless")(images())
 
 
-def test_a_bank_of_another_shape():
+@pytest.mark.parametrize("inputs", [keras.Input((5, 6)), images()])
+def test_a_bank_of_another_shape(inputs):
     layer = layers.MoEMLP(4, experts=keras.layers.Dense(3))
     with pytest.raises(ValueError, match="must return the shape.*Received"):
-        layer(images())
+        layer(inputs)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3, 8), (2, 1, 3, 6), (2, 3, 3, 6)])
+@pytest.mark.parametrize("bank", [GatedExperts, layers.MLPExperts])
+def test_a_bank_that_was_built_for_another_layer(bank, shape):
+    if bank is layers.MLPExperts and shape[1] != 4:
+        return  # Refused before it is built.
+    bank = bank() if bank is GatedExperts else bank(4, 8)
+    bank.build(shape)
+    with pytest.raises(ValueError, match="One bank serves layers.*built for"):
+        layers.MoEMLP(4, experts=bank)(keras.Input((5, 6)))
+
+
+@pytest.mark.backends("tensorflow")
+def test_shapes_that_are_known_at_run_time_only():
+    """A graph without the batch, in groups of an unknown number."""
+    layer = make().get_layer("moe")
+    spec = tf.TensorSpec((None, 5, 6), "float32")
+    outputs = tf.function(layer, input_signature=[spec])(images())
+    np.testing.assert_allclose(outputs, layer(images()), atol=1e-5)
 
 
 def test_a_bank_of_another_number_of_experts():
@@ -133,7 +171,7 @@ def test_on_several_devices():
         keras.distribution.set_distribution(parallel)
         try:
             keras.utils.set_random_seed(0)
-            model = make(noise_std=0.0)
+            model = make(images_per_group=2, noise_std=0.0)
             model.compile("sgd", "mse")
             data = tf.data.Dataset.from_tensor_slices((x, 3 * x))
             data = data.repeat(4).batch(8, drop_remainder=True)

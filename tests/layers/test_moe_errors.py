@@ -47,13 +47,27 @@ def test_bad_router(arguments, words):
          "images_per_group=0"),
         ({"images_per_group": 2.0}, "Received: images_per_group=2.0"),
         ({"images_per_group": -8}, "Received: images_per_group=-8"),
-        ({"dropout": -0.1}, "-0.1"),
-        ({"dropout": 1.5}, "1.5"),
+        ({"dropout": -0.1}, "`dropout` must be.*Received: dropout=-0.1"),
+        ({"dropout": 1.5}, "Received: dropout=1.5"),
+        ({"dropout": "a"}, "Received: dropout='a'"),
     ],
 )  # fmt: skip
 def test_bad_layer(arguments, words):
     with pytest.raises(ValueError, match=words):
         layers.MoEMLP(**{"num_experts": 4, "hidden_dim": 8, **arguments})
+
+
+def test_a_shared_expert_of_another_size():
+    expert = layers.MLP(4)
+    layers.SharedExpertMoEMLP(2, 8, 4, expert)
+    with pytest.raises(ValueError, match="shared_hidden_dim=5 together"):
+        layers.SharedExpertMoEMLP(2, 8, 5, expert)
+
+
+def test_a_gate_of_other_experts_is_refused_when_a_model_is_made():
+    router = layers.TopKRouter(4, gate=layers.LinearGate(8))
+    with pytest.raises(ValueError, match="each of 4 experts. Received: logits"):
+        layers.MoEMLP(4, 8, router)(keras.Input((5, 6)))
 
 
 def test_no_tokens():

@@ -50,6 +50,18 @@ def test_initializers_of_matrices(seed):
         np.testing.assert_array_equal(again, kernel)
 
 
+class Ramp(keras.initializers.GlorotUniform):
+    """A subclass that draws other numbers than Keras's class."""
+
+    def __call__(self, shape, dtype=None):
+        return ops.reshape(ops.arange(np.prod(shape), dtype=dtype), shape)
+
+
+def test_initializers_with_a_call_of_their_own():
+    kernel, _ = kernels(Ramp())
+    np.testing.assert_array_equal(kernel[3].ravel(), np.arange(D * F))
+
+
 def test_initializers_that_are_functions():
     def ramp(shape, dtype=None):
         return ops.reshape(ops.arange(np.prod(shape), dtype=dtype), shape)
@@ -70,6 +82,27 @@ def test_hidden_and_output_kernels_differ():
     ):
         one, other = ops.convert_to_numpy(one), ops.convert_to_numpy(other)
         assert np.abs(one - other).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "seed", [lambda: 5, lambda: keras.random.SeedGenerator(5)]
+)
+def test_kernels_of_one_seed_differ_and_repeat(seed):
+    def made():
+        layer = layers.SharedExpertMoEMLP(
+            4, 8, 8,
+            kernel_initializer=keras.initializers.HeNormal(seed=seed()),
+        )  # fmt: skip
+        layer.build((None, 4, 8))
+        bank, mlp = layer.experts, layer.shared_expert
+        stacks = (bank.hidden_kernel, bank.output_kernel)
+        found = [x for stack in stacks for x in ops.convert_to_numpy(stack)]
+        dense = (mlp.hidden_dense, mlp.output_dense)
+        return found + [ops.convert_to_numpy(x.kernel) for x in dense]
+
+    first, again = made(), made()
+    np.testing.assert_array_equal(first, again)
+    assert len(np.unique([x[0, 0] for x in first])) == 10
 
 
 def test_penalties_of_experts_are_summed():

@@ -135,7 +135,7 @@ def test_the_shared_expert_has_the_activation_and_dropout_of_the_model():
         ({"router": "expert_choice", "capacity_factor": "dropless"},
          "cannot be dropless"),
         ({"router": "soft", "images_per_group": 1, "gate": "l2"},
-         "SoftRouter has no `gate`"),
+         "must be a `SoftGate`"),
         ({"router": "soft", "images_per_group": 4},
          "routes each image alone. Received: images_per_group=4"),
         ({"router": "soft", "images_per_group": 1, "num_slots": 0},

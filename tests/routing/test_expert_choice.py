@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_vmoe.routing import ExpertChoicePlan
 from keras_vmoe.routing import expert_choice_plan
+from keras_vmoe.routing.expert_choice import ExpertChoicePlan
 from tests.gradients import compiled
 from tests.gradients import value_and_gradients
 from tests.routing.cases import GATES

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_vmoe.routing import SoftPlan
 from keras_vmoe.routing import soft_plan
+from keras_vmoe.routing.soft import SoftPlan
 from tests.gradients import compiled
 from tests.gradients import numeric_gradient
 from tests.gradients import value_and_gradients

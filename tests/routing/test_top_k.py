@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_vmoe.routing import SparsePlan
 from keras_vmoe.routing import dropless_plan
 from keras_vmoe.routing import top_k_plan
 from keras_vmoe.routing._selection import select_experts
+from keras_vmoe.routing.plans import SparsePlan
 from tests.gradients import compiled
 from tests.gradients import value_and_gradients
 from tests.routing.cases import GATES
