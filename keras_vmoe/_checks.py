@@ -16,6 +16,17 @@ def is_integer(value):
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def plain(value):
+    """Integers of NumPy, alone, in arrays and sequences, as those of Python.
+
+    Keras takes them for some arguments, and no JSON file holds them.
+    """
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(x) for x in value)
+    return int(value) if is_integer(value) else value
+
+
 def check_sizes(least=1, /, **sizes):
     """Raises unless all of these are integers of at least 1, or `least`."""
     for name, size in sizes.items():

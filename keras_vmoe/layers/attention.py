@@ -4,6 +4,7 @@ import math
 
 import keras
 
+from keras_vmoe._checks import plain
 from keras_vmoe.layers.freezing import hand_down
 
 
@@ -106,7 +107,7 @@ class SelfAttention(keras.layers.Layer):
 
     def __init__(self, num_heads, **kwargs):
         super().__init__(**kwargs)
-        self.num_heads = num_heads
+        self.num_heads = plain(num_heads)
 
     def build(self, input_shape):
         self.attention = MultiHeadAttention(

@@ -13,6 +13,7 @@ from keras import ops
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_number
 from keras_vmoe._checks import nearest
+from keras_vmoe._checks import plain
 from keras_vmoe.layers.precision import in_float32
 from keras_vmoe.layers.weights import get_options
 from keras_vmoe.layers.weights import options_config
@@ -148,7 +149,7 @@ class ProjectedGate(Gate):
                 f"{temperature!r}, min_temperature={min_temperature!r}. "
                 "The defaults are 0.5 and 0.01."
             )
-        self.projection_dim = projection_dim
+        self.projection_dim = plain(projection_dim)
         self.temperature = temperature
         self.min_temperature = min_temperature
 

@@ -4,6 +4,7 @@ import keras
 
 from keras_vmoe._checks import check_dropout
 from keras_vmoe._checks import check_sizes
+from keras_vmoe._checks import plain
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.freezing import hand_down
@@ -46,7 +47,7 @@ class TwoLayers(keras.layers.Layer):
             kernel_constraint=kernel_constraint,
             bias_constraint=bias_constraint,
         )
-        self.seed = seed
+        self.seed = plain(seed)
         self.dropout_layer = SeededDropout(
             dropout, seed=seed, dtype=self.dtype_policy, name="dropout"
         )

@@ -43,8 +43,8 @@ class PatchEmbedding(keras.layers.Layer):
         self.hidden_dim = int(hidden_dim)
         self.patch_size = int(patch_size)
         self.projection = patch_conv(
-            hidden_dim,
-            patch_size,
+            self.hidden_dim,
+            self.patch_size,
             kernel_initializer="lecun_normal",
             dtype=self.dtype_policy,
             name="projection",

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_vmoe._checks import plain
 from keras_vmoe.layers._blocks import layer_norm
 from keras_vmoe.layers.attention import MultiHeadAttention
 from keras_vmoe.layers.freezing import hand_down
@@ -66,8 +67,8 @@ class AttentionPooling(keras.layers.Layer):
 
     def __init__(self, num_heads, hidden_dim, activation="gelu_tanh", **kwargs):
         super().__init__(**kwargs)
-        self.num_heads = num_heads
-        self.hidden_dim = hidden_dim
+        self.num_heads = plain(num_heads)
+        self.hidden_dim = plain(hidden_dim)
         self.activation = activation
         self.norm = layer_norm("norm", self.dtype_policy)
         self.mlp = MLP(

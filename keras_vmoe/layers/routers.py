@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_vmoe import routing
 from keras_vmoe._checks import check_not_negative
+from keras_vmoe._checks import plain
 from keras_vmoe.layers.freezing import hand_down
 from keras_vmoe.layers.freezing import set_trainable_parts
 from keras_vmoe.layers.freezing import trainable_parts
@@ -44,8 +45,8 @@ class Router(SavesSeedState, keras.layers.Layer):
         self.num_experts = int(num_experts)
         self.noise_std = noise_std
         self.gate = gate
-        self.seed = seed
-        self.seed_generator = SeedGenerator(seed)
+        self.seed = plain(seed)
+        self.seed_generator = SeedGenerator(self.seed)
         self.gate_layer = get_gate(
             gate, num_experts, dtype=self.dtype_policy, name="gate"
         )

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_vmoe import routing
 from keras_vmoe._checks import check_sizes
+from keras_vmoe._checks import plain
 from keras_vmoe.layers.gates import unit_norm
 from keras_vmoe.layers.precision import in_float32
 from keras_vmoe.layers.routers import Router
@@ -55,7 +56,7 @@ class SoftGate(keras.layers.Layer):
         if num_slots is not None:
             check_sizes(num_slots=num_slots)
         self.num_experts = int(num_experts)
-        self.num_slots = num_slots
+        self.num_slots = plain(num_slots)
         self.capacity_factor = capacity_factor
 
     def build(self, input_shape):
@@ -202,7 +203,7 @@ class SoftRouter(Router):
                 f"{capacity_factor=}. Leave the gate out."
             )
         super().__init__(num_experts, noise_std, gate, seed, **kwargs)
-        self.num_slots = num_slots
+        self.num_slots = plain(num_slots)
         self.capacity_factor = capacity_factor
 
     def make_plan(self, logits, mask, group_size):

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_vmoe._checks import check_dropout
 from keras_vmoe._checks import check_rates
+from keras_vmoe._checks import plain
 from keras_vmoe.distribution import _replicas
 
 SEED_KEY = "seed_state_0"
@@ -71,11 +72,11 @@ class SeededDropout(SavesSeedState, keras.layers.Layer):
         super().__init__(**kwargs)
         check_dropout(rate=rate)
         self.rate = rate
-        self.noise_shape = noise_shape
-        self.seed = seed
+        self.noise_shape = plain(noise_shape)
+        self.seed = plain(seed)
         self.supports_masking = True
         if rate > 0:
-            self.seed_generator = SeedGenerator(seed)
+            self.seed_generator = SeedGenerator(self.seed)
 
     def call(self, inputs, training=False):
         if not training or self.rate == 0:
@@ -134,8 +135,8 @@ class DropPath(SavesSeedState, keras.layers.Layer):
         super().__init__(**kwargs)
         check_rates(rate=rate)
         self.rate = rate
-        self.seed = seed
-        self.seed_generator = SeedGenerator(seed)
+        self.seed = plain(seed)
+        self.seed_generator = SeedGenerator(self.seed)
 
     def call(self, inputs, training=False):
         if not training or self.rate == 0:

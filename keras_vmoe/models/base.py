@@ -11,6 +11,7 @@ from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
 from keras_vmoe._checks import is_number
 from keras_vmoe._checks import nearest
+from keras_vmoe._checks import plain
 from keras_vmoe.layers.freezing import hand_down
 from keras_vmoe.layers.freezing import set_trainable_parts
 from keras_vmoe.layers.freezing import trainable_parts
@@ -125,18 +126,17 @@ def complete(model_class, arguments, options: Options, **defaults):
             f"`{model_class.__name__}` takes the arguments {known}. "
             f"Received: {name}={options[name]!r}.{nearest(name, known)}"
         )
-    made = types.SimpleNamespace(
-        **{
-            **arguments,
-            "channels": 3,
-            "drop_path_rate": 0.0,
-            "dtype": None,
-            "layer_scale_init_value": None,
-            "trainable": True,
-            **defaults,
-            **options,
-        }
-    )
+    given = {
+        **arguments,
+        "channels": 3,
+        "drop_path_rate": 0.0,
+        "dtype": None,
+        "layer_scale_init_value": None,
+        "trainable": True,
+        **defaults,
+        **options,
+    }
+    made = types.SimpleNamespace(**{k: plain(v) for k, v in given.items()})
     classes = 1 if made.num_classes is None else made.num_classes
     check_sizes(num_classes=classes, channels=made.channels)
     check_rates(drop_path_rate=made.drop_path_rate)

@@ -96,8 +96,8 @@ class ConvNeXtMoE(base.MoEModel):
         settings = base.complete(
             ConvNeXtMoE,
             {
-                "depths": _plain(depths),
-                "dims": _plain(dims),
+                "depths": depths,
+                "dims": dims,
                 "num_classes": num_classes,
                 "isotropic": isotropic,
                 "image_size": image_size,
@@ -112,6 +112,7 @@ class ConvNeXtMoE(base.MoEModel):
         )
         stages = _stages(settings)
         base.check_positive(mlp_ratio=mlp_ratio)
+        patch_size = settings.patch_size
         if patch_size is None:
             patch_size = 16 if isotropic else 4
         check_sizes(patch_size=patch_size)
@@ -180,11 +181,6 @@ def _stages(settings):
             f"Received: depths={depths}. ConvNeXt-S (iso.) has depths=18."
         )
     return list(zip(depths, dims, strict=True))
-
-
-def _plain(sizes):
-    """An array as a list, which a saved model can hold."""
-    return sizes.tolist() if hasattr(sizes, "tolist") else sizes
 
 
 def _check_image(image_size, stride):

@@ -11,6 +11,7 @@ from keras_vmoe import layers as moe_layers
 from keras_vmoe._checks import check_keys
 from keras_vmoe._checks import is_number
 from keras_vmoe._checks import nearest
+from keras_vmoe._checks import plain
 from keras_vmoe.layers.moe import ROUTERS
 
 
@@ -136,7 +137,7 @@ class MoEConfig:
                 "dict(layers='last_2', num_experts=8). "
                 f"Received: moe={moe!r}."
             )
-        moe = dict(moe)
+        moe = {name: plain(value) for name, value in moe.items()}
         known = [field.name for field in dataclasses.fields(cls)]
         check_keys("`moe`", moe, known)
         for name in PARTS:

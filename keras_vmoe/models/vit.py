@@ -130,11 +130,13 @@ class ViTMoE(base.MoEModel):
         _check(settings)
         images = base.image_input(settings)
         x = patches.PatchEmbedding(
-            hidden_dim, patch_size, dtype=settings.dtype, name="embedding"
+            settings.hidden_dim,
+            settings.patch_size,
+            dtype=settings.dtype,
+            name="embedding",
         )(images)
-        x = _positions(
-            x, settings, patches.patch_grid(images.shape[1:3], patch_size)
-        )
+        grid = patches.patch_grid(images.shape[1:3], settings.patch_size)
+        x = _positions(x, settings, grid)
         x = _encoder(x, settings)
         x = _pooling(settings)(x)
         super().__init__(images, _head(x, settings), vars(settings))

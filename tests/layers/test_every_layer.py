@@ -219,6 +219,21 @@ def test_config(case):
     check_config(case)
 
 
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("case", CASES + PARTS + ROUTERS, ids=str)
+def test_integers_of_numpy(case):
+    """Such as a count of classes: the layer is the same as of Python's."""
+    arguments = {
+        name: np.array(value)[()] if type(value) is int else value
+        for name, value in case.arguments.items()
+    }
+    layer = case.layer(**arguments)
+    plain, found = case.make().get_config(), layer.get_config()
+    for name in plain.keys() - {"name"}:
+        if isinstance(plain[name], int):
+            assert type(found[name]) is type(plain[name]), name
+
+
 @each
 def test_outputs_and_reload(case, tmp_path):
     check_outputs(case, tmp_path)

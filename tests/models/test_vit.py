@@ -1,11 +1,14 @@
 """`ViTMoE`: the harness, its definition in numpy, its size, its names."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
 from keras_vmoe import layers
+from keras_vmoe import models
 from keras_vmoe.layers.activations import gelu_tanh
 from keras_vmoe.models import MoEConfig
 from keras_vmoe.models import ViTMoE
@@ -398,3 +401,25 @@ def test_the_weights_of_experts_are_reached_by_name():
                  "block_0_mlp/hidden/kernel"):  # fmt: skip
         assert any(p.endswith(path) for p in paths), path
     assert any(p.endswith(WITHOUT_GRADIENT) for p in paths)
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("family", ["vit", "convnext"])
+def test_integers_of_numpy(family):
+    """`num_classes=labels.max() + 1`, in any argument; files hold them."""
+    integer = np.int64
+    moe = dict(
+        layers=np.array([1]), num_experts=integer(2), hidden_dim=integer(8),
+        images_per_group=integer(4), num_selected_experts=integer(1),
+    )  # fmt: skip
+    if family == "vit":
+        sizes = map(integer, (8, 4, 8, 2, 2, 8, 3))
+        model = models.ViTMoE(*sizes, representation_size=integer(8), moe=moe)
+    else:
+        model = models.ConvNeXtMoE(
+            np.array([1, 1]), np.array([8, 16]), integer(3), moe=moe,
+            image_size=(integer(16), 16), patch_size=integer(4),
+            channels=integer(3),
+        )  # fmt: skip
+    config = json.loads(json.dumps(model.get_config()))
+    assert type(model).from_config(config).count_params() > 0
