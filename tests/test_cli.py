@@ -63,6 +63,7 @@ def test_predict_prints_classes_with_probabilities(trained, tmp_path):
     [
         (["train", "--epochs=many"], "epochs"),
         (["train", "--epohs=3"], "--epohs"),
+        (["train", "--optimizer.help"], "run: keras-vmoe train --help\n"),
         (["train", "--epoch=3"], "--epoch"),
         (["train", "--moe.experts=4"], "'experts' is not accepted"),
         (["train", "--model.pooling=mean"], "pooling"),

@@ -46,7 +46,7 @@ def parse(commands, arguments):
         epilog=names,
         version=__version__,
     )
-    subcommands = parser.add_subcommands(required=True)
+    subcommands = parser.add_subcommands(required=True, prog="keras-vmoe")
     for name, function in commands.items():
         command = _command(name, function)
         brief = command.description.partition("\n")[0]

@@ -59,6 +59,11 @@ def check_types(config, group=""):
         ]
         if value is None and types.NoneType in parts:
             continue
+        if dataclasses.is_dataclass(kind) and not isinstance(value, kind):
+            raise ValueError(
+                f"`{name}` must be of the class {kind.__name__}. "
+                f"Received: {name}={value!r}. Leave it out for the defaults."
+            )
         if kind is bool:
             _checks.check_flags(**{name: value})
         elif kind in (int, int | None) and field != "seed":

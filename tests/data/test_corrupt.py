@@ -110,7 +110,7 @@ def test_a_corrupt_image_is_an_error(folder):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_corrupt_images_are_skipped_and_named(folder, training):
+def test_corrupt_images_are_left_out_and_named(folder, training):
     dataset = load(folder, training=training, skip_corrupt=True)
     with pytest.warns(UserWarning, match=r"05.jpg cannot be decoded .* \d+ so"):
         labels = labels_of(dataset)
@@ -122,7 +122,7 @@ def test_corrupt_images_are_skipped_and_named(folder, training):
         np.testing.assert_array_equal(labels, [0] * 8 + [1] * 7)
 
 
-def test_nothing_is_skipped_where_all_is_good(folder):
+def test_nothing_is_left_out_where_all_is_good(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         skipping, plain = (
@@ -146,7 +146,7 @@ def test_flipped_bits_are_found(flipped):
 
 
 @pytest.mark.parametrize("split", ["train", "train[:20]+train[14:]"])
-def test_corrupt_records_are_skipped_and_named(flipped, split):
+def test_corrupt_records_are_left_out_and_named(flipped, split):
     folder, path = flipped
     with pytest.raises(tf.errors.DataLossError):
         labels_of(data.load("grey", split, 8, 4, False, folder))

@@ -11,6 +11,7 @@ from keras_vmoe.models.costs import without_weights
 from keras_vmoe.models.presets import PRESETS
 from keras_vmoe.training import building
 from keras_vmoe.training import recipes
+from keras_vmoe.training.config import GROUPS
 from keras_vmoe.training.run_folder import settings_of
 from tests.training.small import SMALL
 from tests.training.small import changed
@@ -163,13 +164,33 @@ def write(tmp_path, text):
         ("optimizer: {schedule: null}", "`optimizer.schedule` must be one of"),
         ("data: {skip_corrupt: maybe}", "`data.skip_corrupt` must be True or"),
         ("data: 5", "`data` must be a mapping of names"),
+        ("optimizer: null", "`optimizer` must be a mapping .*optimizer=None"),
+        ("data: null", "`data` must be a mapping .*Leave it out"),
+        ("model: null", "`model` must be a mapping"),
+        ("checkpoint: null", "`checkpoint` must be a mapping"),
+        ("devices: []", r"`devices` must be a mapping .*devices=\[\]"),
+        ("recipe: 3", "`recipe` must be the name .*Received: recipe=3 in"),
+        ("recipe: {a: 1}", "`recipe` must be the name"),
+        ("recipe: RING", "must not be based on itself. Received: recipe="),
+        ("moe: 3", "moe.* must be a .*3"),
+        ("convnext: 3", "`convnext` must be a mapping"),
+        ("moe: {capacity_factor: null}", "Write 'dropless', or leave it out"),
+        ("moe: {images_per_group: null}", "Write 'batch', or leave it out"),
         ("[1, 2]", "must be a mapping of names to values"),
         ("a: [", "must be a YAML file. Received: .*recipe.yaml"),
     ],
 )
 def test_a_wrong_recipe_is_named(tmp_path, text, words):
+    write(tmp_path, text.replace("RING", str(tmp_path / "b.yaml")))
+    (tmp_path / "b.yaml").write_text(f"recipe: {tmp_path / 'recipe.yaml'}")
     with pytest.raises(ValueError, match=words):
-        recipes.load(write(tmp_path, text))
+        recipes.load(tmp_path / "recipe.yaml")
+
+
+def test_every_group_is_of_its_class():
+    for name in GROUPS:
+        with pytest.raises(ValueError, match=f"`{name}` must be of the class"):
+            training.TrainConfig(**{name: None})
 
 
 def test_unknown_recipe():
@@ -230,3 +251,18 @@ def test_a_configuration_of_version_0_1_0(tmp_path):
     words = words.replace("capacity_factor: auto", "capacity_factor: null")
     moe = recipes.load(write(tmp_path, words)).moe
     assert (moe.capacity_factor, moe.images_per_group) == ("dropless", "batch")
+
+
+@pytest.mark.parametrize(
+    ("text", "factor"),
+    [
+        ("model: {drop_path: 0.1}", "dropless"),
+        ("optimizer: sgd\nconvnext: {layer_scale: 0.1}", "dropless"),
+        ("optimizer: {name: sgd}", None),
+        ("optimizer: adamw\ndata: {batch_size: 8}", None),
+    ],
+)
+def test_the_version_of_a_file_is_told_by_its_names(tmp_path, text, factor):
+    """`optimizer` is a word in both; a null factor has two meanings."""
+    file = write(tmp_path, f"{text}\nmoe: {{capacity_factor: null}}")
+    assert recipes.load(file).moe.capacity_factor == factor

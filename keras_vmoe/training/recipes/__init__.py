@@ -11,6 +11,7 @@ import pathlib
 
 from keras_vmoe._checks import nearest
 from keras_vmoe._extras import require
+from keras_vmoe.models.base import RENAMED
 from keras_vmoe.models.moe import of_version_0_1
 from keras_vmoe.training.config import GROUPS
 from keras_vmoe.training.config import TrainConfig
@@ -24,11 +25,6 @@ GROUP_OF = {
     for group in GROUPS
     for field in dataclasses.fields(kinds_of(TrainConfig)[group])
     if field.name != "name"
-}
-# Names of version 0.1.0.
-RENAMED = {
-    "drop_path": "drop_path_rate",
-    "layer_scale": "layer_scale_init_value",
 }
 
 
@@ -61,6 +57,11 @@ def read(source):
     >>> read("sweet_spot_vit_in1k")["optimizer"]["name"]
     'lamb'
     """
+    return _read(source, ())
+
+
+def _read(source, above):
+    """The settings of a recipe on which those `above` it are based."""
     path = pathlib.Path(source)
     if str(source) in names():
         path = FOLDER / f"{source}.yaml"
@@ -69,10 +70,23 @@ def read(source):
             f"The recipe must be a YAML file or one of {names()}. "
             f"Received: {source}.{nearest(source, names())}"
         )
+    if path.resolve() in above:
+        raise ValueError(
+            "A recipe must not be based on itself. Received: "
+            f"recipe={str(source)!r}, which leads back to {path}. Leave "
+            "`recipe` out of one of the files."
+        )
     settings = read_yaml(path)
     base = settings.pop("recipe", None)
+    if not isinstance(base, str | None):
+        raise ValueError(
+            "`recipe` must be the name of a recipe or the path of a YAML file. "
+            f"Received: recipe={base!r} in {path}."
+        )
     settings = _grouped(settings, path)
-    return settings if base is None else merge(read(base), settings)
+    if base is None:
+        return settings
+    return merge(_read(base, (*above, path.resolve())), settings)
 
 
 def load(source, **settings):
@@ -132,15 +146,20 @@ def read_yaml(path):
 def _grouped(settings, path):
     """Settings in their groups, under their current names."""
     known = kinds_of(TrainConfig)
-    # Run folders of version 0.1.0 have all settings, without groups.
-    is_old = isinstance(settings.get("optimizer"), str)
+    if _is_old(settings, path):
+        settings = {name: _renamed(name, x) for name, x in settings.items()}
     grouped = {}
     for name, value in settings.items():
-        if name in known:
-            value = _renamed(name, value, is_old)
-        elif name in GROUP_OF:
+        if name == "optimizer" and isinstance(value, str):
+            value = {"name": value}
+        if name in GROUPS and not isinstance(value, dict):
+            raise ValueError(
+                f"`{name}` must be a mapping of names to values. Received: "
+                f"{name}={value!r} in {path}. Leave it out for the defaults."
+            )
+        if name in GROUP_OF:
             name, value = GROUP_OF[name], {name: value}
-        else:
+        elif name not in known:
             raise ValueError(
                 f"A recipe holds settings of `keras-vmoe train`. Received: "
                 f"{path}, with {name}={value!r}."
@@ -150,12 +169,40 @@ def _grouped(settings, path):
     return grouped
 
 
-def _renamed(group, value, is_old):
-    """A group of version 0.1.0 under its current names."""
-    if group == "optimizer" and isinstance(value, str):
-        return {"name": value}
-    if group == "moe" and is_old and isinstance(value, dict):
+def _is_old(settings, path):
+    """Whether a file is of version 0.1.0, by the names that only it has.
+
+    It had no groups but `model`, whose name it shares with today's. Where a
+    file could be of both, a null that each reads in its own way is an error.
+    """
+    parts = {x: y for x, y in settings.items() if isinstance(y, dict)}
+    if parts.keys() & (set(GROUPS) - {"model"}):
+        return False
+    if parts.get("moe", {}).get("capacity_factor") == "auto":
+        return True
+    if any(RENAMED.keys() & parts.get(x, {}).keys() for x in OLD_PARTS):
+        return True
+    for name, word in (
+        ("capacity_factor", "dropless"),
+        ("images_per_group", "batch"),
+    ):
+        if parts.get("moe", {}).get(name, word) is None:
+            raise ValueError(
+                f"A file without groups must not set `moe.{name}` to null, "
+                f"which was {word!r} in version 0.1.0 and is the default "
+                f"today. Received: moe.{name}=None in {path}. Write {word!r}, "
+                "or leave it out."
+            )
+    return False
+
+
+OLD_PARTS = ("model", "convnext")
+
+
+def _renamed(name, value):
+    """A setting of version 0.1.0 in today's words."""
+    if name == "moe" and isinstance(value, dict):
         return of_version_0_1(value)
-    if group in ("model", "convnext") and isinstance(value, dict):
-        return {RENAMED.get(name, name): x for name, x in value.items()}
+    if name in OLD_PARTS and isinstance(value, dict):
+        return {RENAMED.get(key, key): x for key, x in value.items()}
     return value
