@@ -59,10 +59,28 @@ def parse(commands, arguments):
 
 
 class _Parser(jsonargparse.ArgumentParser):
+    """Flags may be written without their group, and with dashes.
+
+    jsonargparse gives a flag that it derives one name alone.
+    """
+
     def __init__(self, usage=argparse.SUPPRESS, **kwargs):
         super().__init__(
             usage=usage, formatter_class=_Layout, allow_abbrev=False, **kwargs
         )
+
+    def add_argument(self, *names, **kwargs):
+        flags = [name for name in names if name.startswith("--")]
+        for flag in flags:
+            group, _, rest = flag.removeprefix("--").partition(".")
+            if group in GROUPS and rest not in ("", "name", "help"):
+                flags = [flag, f"--{rest}"]
+        flags += [name.replace("_", "-") for name in flags]
+        names = dict.fromkeys((*names, *flags))
+        action = super().add_argument(*names, **kwargs)
+        if kwargs.get("type") is bool:
+            action.nargs, action.const = "?", True
+        return action
 
 
 class _Layout(
@@ -85,8 +103,11 @@ class _Layout(
         return text
 
     def _format_action_invocation(self, action):
-        if not action.option_strings or action.nargs == 0:
+        if not action.option_strings:
             return super()._format_action_invocation(action)
+        if action.nargs == 0:
+            names = action.option_strings
+            return ", ".join(x for x in names if "-" not in x.lstrip("-"))
         values = _values(action)
         values = values if len(values) <= _WIDEST else "NAME"
         return f"{min(action.option_strings, key=len)} {values}".rstrip()
@@ -146,6 +167,7 @@ def _command(name, function):
                 "--model.help", action=_SizesHelp, nargs=0,
                 default=argparse.SUPPRESS,
             )  # fmt: skip
+            _hide(command)
             continue
         flag, options = _argument(parameter, hints[parameter.name])
         command.add_argument(flag, help=texts[parameter.name], **options)
@@ -154,8 +176,16 @@ def _command(name, function):
     if TrainConfig not in hints.values():
         command.add_argument("--backend", type=BACKEND, help="Keras backend.")
     command.usage = " ".join([*usage, "[options]"])
-    _add_names(command)
     return command
+
+
+def _hide(command):
+    """Leaves out of the help what has a help of its own."""
+    for action in command._actions:
+        group, _, rest = action.dest.partition(".")
+        is_size = group == "model" and rest in VIT_SIZES
+        if action.dest in GROUPS or is_size or rest.endswith("help"):
+            action.help = argparse.SUPPRESS
 
 
 def _argument(parameter, kind):
@@ -177,36 +207,6 @@ def _argument(parameter, kind):
     elif is_optional and not is_flag:
         options["nargs"] = "?"
     return f"--{parameter.name}" if is_flag else parameter.name, options
-
-
-def _add_names(command):
-    """Hides what has a help of its own, and adds other names of flags.
-
-    Flags may be written without their group, and with dashes. jsonargparse
-    takes several names of an argument, but gives those that it derives only
-    one; hence argparse's own lists.
-    """
-    names = command._option_string_actions
-    for action in list(command._actions):
-        group, _, rest = action.dest.partition(".")
-        # A flag for a file of the group's settings, not the argument `model`.
-        is_group = f"--{action.dest}" in action.option_strings and not rest
-        is_group &= group in GROUPS
-        is_size = group == "model" and rest in VIT_SIZES
-        if is_group or is_size or rest.endswith("help"):
-            action.help = argparse.SUPPRESS
-        if group in GROUPS and rest not in ("", "name", "help"):
-            for name in list(action.option_strings):
-                brief = name.replace(f"--{group}.", "--", 1)
-                action.option_strings.append(brief)
-                names[brief] = action
-        kind = kinds_of(TrainConfig).get(group)
-        if rest and group in GROUPS:
-            kind = kinds_of(kind).get(rest)
-        if kind is bool:
-            action.nargs, action.const = "?", True
-        for name in action.option_strings:
-            names[name.replace("_", "-")] = action
 
 
 def _files_of(function):

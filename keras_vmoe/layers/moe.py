@@ -14,6 +14,10 @@ from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
 from keras_vmoe.distribution import _constraints
 from keras_vmoe.distribution import _replicas
+from keras_vmoe.layers.bank import BANK
+from keras_vmoe.layers.bank import check_bank
+from keras_vmoe.layers.bank import check_built
+from keras_vmoe.layers.bank import check_settings_of
 from keras_vmoe.layers.expert_choice_router import ExpertChoiceRouter
 from keras_vmoe.layers.experts import MLPExperts
 from keras_vmoe.layers.routers import OWNERS
@@ -33,18 +37,6 @@ ROUTERS = {
     "expert_choice": ExpertChoiceRouter,
     "soft": SoftRouter,
     "top_k": TopKRouter,
-}
-# What goes from `MoEMLP` to its default bank.
-BANK = {
-    "activation",
-    "dropout",
-    "kernel_initializer",
-    "bias_initializer",
-    "kernel_regularizer",
-    "bias_regularizer",
-    "kernel_constraint",
-    "bias_constraint",
-    "seed",
 }
 
 
@@ -147,8 +139,8 @@ class MoEMLP(keras.layers.Layer):
                 num_experts, hidden_dim, **bank, dtype=dtype, name="experts"
             )
         else:
-            _check_bank(experts, num_experts)
-            _check_settings_of(experts, {"hidden_dim": hidden_dim, **bank})
+            check_bank(experts, num_experts)
+            check_settings_of(experts, {"hidden_dim": hidden_dim, **bank})
         self.router = router
         self.experts = experts
         self.images_per_group = _group(router, images_per_group)
@@ -174,7 +166,7 @@ class MoEMLP(keras.layers.Layer):
             self.router.build(group)
         self.router.check_features(features)
         if self.experts.built:
-            _check_built(self.experts, self.num_experts, features)
+            check_built(self.experts, self.num_experts, features)
         else:
             # Variables are found as the experts' by this part of their path.
             is_named = self.experts.name == "experts"
@@ -368,43 +360,3 @@ def _check_router(router, num_experts):
             f"Received: router.num_experts={router.num_experts} and "
             f"num_experts={num_experts}. Give both the same number."
         )
-
-
-def _check_bank(experts, num_experts):
-    """Raises unless this is a bank of as many experts, as far as it says."""
-    if not isinstance(experts, keras.layers.Layer):
-        raise ValueError(
-            "`experts` must be a Keras layer from buffers (groups, experts, "
-            "capacity, features) to the same shape, or None. "
-            f"Received: experts={experts!r}. Write `layers.MLPExperts(...)`."
-        )
-    own = getattr(experts, "num_experts", num_experts)
-    if own != num_experts:
-        raise ValueError(
-            "Bank and layer must have the same number of experts. "
-            f"Received: experts.num_experts={own} and "
-            f"num_experts={num_experts}. Give both the same number."
-        )
-
-
-def _check_built(experts, num_experts, features):
-    """Raises if a bank was built for other buffers than those of a layer."""
-    config = experts.get_build_config() or {}
-    shape = config.get("input_shape")
-    if shape and (shape[1], shape[-1]) != (num_experts, features):
-        raise ValueError(
-            "One bank serves layers of one feature width, with as many experts."
-            f" Received: experts={experts.name!r}, built for {shape[1]} experts"
-            f" of {shape[-1]} features, in a layer of {num_experts} experts of "
-            f"{features} features. Make a bank for this layer."
-        )
-
-
-def _check_settings_of(experts, settings):
-    """Raises for settings that a given bank does not follow."""
-    for name, value in settings.items():
-        if value not in (None, getattr(experts, name, None)):
-            raise ValueError(
-                f"A bank brings its own `{name}`. Received: {name}={value!r} "
-                f"together with experts={experts.name!r}. Set it on the bank."
-            )

@@ -4,8 +4,8 @@ import keras
 from keras import ops
 
 from keras_vmoe._checks import check_sizes
+from keras_vmoe.layers.bank import BANK
 from keras_vmoe.layers.mlp import MLP
-from keras_vmoe.layers.moe import BANK
 from keras_vmoe.layers.moe import MoEMLP
 from keras_vmoe.layers.routers import with_layers
 

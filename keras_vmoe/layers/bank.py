@@ -1,0 +1,56 @@
+"""What a MoE layer expects of an expert bank."""
+
+import keras
+
+# What goes from `MoEMLP` to its default bank.
+BANK = {
+    "activation",
+    "dropout",
+    "kernel_initializer",
+    "bias_initializer",
+    "kernel_regularizer",
+    "bias_regularizer",
+    "kernel_constraint",
+    "bias_constraint",
+    "seed",
+}
+
+
+def check_bank(experts, num_experts):
+    """Raises unless this is a bank of as many experts, as far as it says."""
+    if not isinstance(experts, keras.layers.Layer):
+        raise ValueError(
+            "`experts` must be a Keras layer from buffers (groups, experts, "
+            "capacity, features) to the same shape, or None. "
+            f"Received: experts={experts!r}. Write `layers.MLPExperts(...)`."
+        )
+    own = getattr(experts, "num_experts", num_experts)
+    if own != num_experts:
+        raise ValueError(
+            "Bank and layer must have the same number of experts. "
+            f"Received: experts.num_experts={own} and "
+            f"num_experts={num_experts}. Give both the same number."
+        )
+
+
+def check_built(experts, num_experts, features):
+    """Raises if a bank was built for other buffers than those of a layer."""
+    config = experts.get_build_config() or {}
+    shape = config.get("input_shape")
+    if shape and (shape[1], shape[-1]) != (num_experts, features):
+        raise ValueError(
+            "One bank serves layers of one feature width, with as many experts."
+            f" Received: experts={experts.name!r}, built for {shape[1]} experts"
+            f" of {shape[-1]} features, in a layer of {num_experts} experts of "
+            f"{features} features. Make a bank for this layer."
+        )
+
+
+def check_settings_of(experts, settings):
+    """Raises for settings that a given bank does not follow."""
+    for name, value in settings.items():
+        if value not in (None, getattr(experts, name, None)):
+            raise ValueError(
+                f"A bank brings its own `{name}`. Received: {name}={value!r} "
+                f"together with experts={experts.name!r}. Set it on the bank."
+            )
