@@ -27,6 +27,7 @@ from keras_vmoe.layers.routers import with_layers
 from keras_vmoe.layers.soft_router import SoftRouter
 from keras_vmoe.layers.top_k_router import BiasBalancedRouter
 from keras_vmoe.layers.top_k_router import TopKRouter
+from keras_vmoe.layers.weights import mark
 from keras_vmoe.routing._blocks import Blocks
 from keras_vmoe.routing._groups import group_tokens
 from keras_vmoe.routing._groups import ungroup_tokens
@@ -173,6 +174,7 @@ class MoEMLP(keras.layers.Layer):
             scope = contextlib.nullcontext if is_named else keras.name_scope
             with scope("experts"):
                 self.experts.build((None, self.num_experts, None, features))
+        mark(self.experts.variables, "expert")
 
     def _group_size(self, input_shape):
         """S of a full group, None where it is not known."""

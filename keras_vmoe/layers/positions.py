@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_vmoe.layers.weights import mark
+
 
 @keras.saving.register_keras_serializable("keras_vmoe")
 class LearnedPositions(keras.layers.Layer):
@@ -31,6 +33,7 @@ class LearnedPositions(keras.layers.Layer):
             shape=(1, *input_shape[1:]),
             initializer=keras.initializers.RandomNormal(stddev=0.02),
         )
+        mark([self.embedding], "positions")
 
     def call(self, tokens):
         return tokens + self.embedding

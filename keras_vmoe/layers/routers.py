@@ -14,6 +14,7 @@ from keras_vmoe.layers.precision import in_float32
 from keras_vmoe.layers.statistics import RoutingStatistics
 from keras_vmoe.layers.stochastic import SavesSeedState
 from keras_vmoe.layers.stochastic import SeedGenerator
+from keras_vmoe.layers.weights import mark
 from keras_vmoe.routing._groups import check_selection
 
 
@@ -70,6 +71,7 @@ class Router(SavesSeedState, keras.layers.Layer):
         if not self.gate_layer.built:
             self.gate_layer.build(input_shape)
             hand_down(self)
+        mark(self.gate_layer.variables, "gate")
         built_for = self.gate_layer.get_build_config() or {}
         features = (built_for.get("input_shape") or input_shape)[-1]
         if features != self.features:

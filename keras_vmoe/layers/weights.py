@@ -27,6 +27,22 @@ KINDS = {
 }
 
 
+def mark(variables, part):
+    """Says of what part of a model variables are, for optimizers.
+
+    Args:
+        variables: Keras variables.
+        part: `"gate"`, `"expert"` or `"positions"`.
+    """
+    for variable in variables:
+        variable.vmoe_part = part
+
+
+def part_of(variable):
+    """What `mark` has said of a variable; None for all others."""
+    return getattr(variable, "vmoe_part", None)
+
+
 def set_options(layer, **options):
     """Keeps options such as `kernel_initializer` as attributes of a layer.
 

@@ -13,7 +13,6 @@ from keras_vmoe.training import optimizers
 from keras_vmoe.training.batches import is_one_hot
 from keras_vmoe.training.config import VIT_SIZES
 
-POSITIONS = r"positions/embedding$"
 MOMENTUM = 0.9  # Of SGD.
 
 
@@ -105,13 +104,12 @@ def compile_model(model, config, steps):
     Its steps include those that only accumulate gradients.
     """
     settings = config.optimizer
-    decayed = list(optimizers.KERNELS)
     arguments = {"momentum": MOMENTUM} if settings.name == "sgd" else {}
     optimizer = optimizers.OPTIMIZERS[settings.name](
         make_schedule(config, steps),
         weight_decay=settings.weight_decay,
         expert_weight_decay=settings.expert_weight_decay,
-        decayed=decayed + [POSITIONS] * settings.decay_positions,
+        decay_positions=settings.decay_positions,
         decay_gates=settings.decay_gates,
         global_clipnorm=settings.clip_norm,
         use_ema=settings.ema is not None,

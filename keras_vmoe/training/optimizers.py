@@ -1,7 +1,6 @@
 """Keras's optimizers with weight decay by kind of variable; a schedule."""
 
 import math
-import re
 
 import keras
 from keras import ops
@@ -10,15 +9,15 @@ from keras_vmoe._checks import check_choice
 from keras_vmoe._checks import check_not_negative
 from keras_vmoe._checks import is_number
 from keras_vmoe.distribution import _replicas
-
-# Kernels of all layers and experts. Biases, norms, positions, the class token
-# and layer scale are not decayed, and gates only with `decay_gates`.
-KERNELS = (r"kernel$",)
-EXPERTS, GATES = "/experts/", "/router/"
+from keras_vmoe.layers.weights import part_of
 
 
 class DecayByKind:
     """Mixin: decays kernels alone, those of experts at a rate of their own.
+
+    Kernels are the variables that a layer calls so, and all matrices of an
+    expert bank. Layers say which variables are those of gates, experts and
+    learned positions, whatever they are called.
 
     Decay is decoupled: each step a decayed variable loses the share
     `learning_rate * decay` of itself. Under LAMB the trust ratio scales the
@@ -27,16 +26,15 @@ class DecayByKind:
     Args:
         expert_weight_decay: Decay of the experts' kernels; None means
             `weight_decay`.
-        decayed: Regular expressions; a variable is decayed if one of them is
-            found in its path.
-        decay_gates: Whether the routers' kernels are decayed as well.
+        decay_positions: Whether learned positions are decayed as well.
+        decay_gates: Whether the gates' kernels are decayed as well.
     """
 
     def __init__(
         self,
         *args,
         expert_weight_decay=None,
-        decayed=KERNELS,
+        decay_positions=False,
         decay_gates=False,
         **kwargs,
     ):
@@ -44,11 +42,11 @@ class DecayByKind:
         if expert_weight_decay is not None:
             check_not_negative(expert_weight_decay=expert_weight_decay)
         self.expert_weight_decay = expert_weight_decay
-        self.decayed = tuple(decayed)
+        self.decay_positions = decay_positions
         self.decay_gates = decay_gates
 
     def decay_of(self, variable):
-        """The weight decay of a variable, by its path.
+        """The weight decay of a variable, by what it is.
 
         Args:
             variable: A `keras.Variable`.
@@ -56,14 +54,17 @@ class DecayByKind:
         Returns:
             A float, 0 for a variable that is not decayed.
         """
-        path = variable.path
-        if not any(re.search(pattern, path) for pattern in self.decayed):
-            return 0.0
-        if re.search(GATES, path) and not self.decay_gates:
-            return 0.0
-        if EXPERTS in path and self.expert_weight_decay is not None:
-            return float(self.expert_weight_decay)
-        return float(self.weight_decay or 0.0)
+        part, decay = part_of(variable), self.weight_decay
+        is_decayed = variable.name.endswith("kernel")
+        if part == "expert":
+            is_decayed = len(variable.shape) > 2  # (E, D, F); biases (E, F).
+            if self.expert_weight_decay is not None:
+                decay = self.expert_weight_decay
+        elif part == "gate":
+            is_decayed &= self.decay_gates
+        elif part == "positions":
+            is_decayed = self.decay_positions
+        return float(decay or 0.0) if is_decayed else 0.0
 
     # Private in Keras, which has no public way to decay variables at several
     # rates: `exclude_from_weight_decay` knows all or nothing, and `update_step`
@@ -92,9 +93,17 @@ class DecayByKind:
         return {
             **super().get_config(),
             "expert_weight_decay": self.expert_weight_decay,
-            "decayed": list(self.decayed),
+            "decay_positions": self.decay_positions,
             "decay_gates": self.decay_gates,
         }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        if "decayed" in config:  # Of version 0.1.0: patterns of paths.
+            config = dict(config)
+            patterns = " ".join(config.pop("decayed"))
+            config["decay_positions"] = "positions" in patterns
+        return super().from_config(config, custom_objects=custom_objects)
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -106,8 +115,8 @@ class AdamW(DecayByKind, keras.optimizers.AdamW):
 
     Example:
 
-    >>> AdamW(1e-3, weight_decay=0.03, expert_weight_decay=0.06).decayed
-    ('kernel$',)
+    >>> AdamW(1e-3, weight_decay=0.03, expert_weight_decay=0.06).decay_gates
+    False
 
     Reference:
         [Loshchilov and Hutter, 2019](https://arxiv.org/abs/1711.05101).

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_vmoe import layers
 from keras_vmoe.training import optimizers
 from tests.harness import randomize
 from tests.layers.definitions import float64
@@ -82,17 +83,58 @@ def test_each_variable_decays_by_its_kind(make, slowly, gates):
     assert optimizer.weight_decay == DECAY
 
 
-def test_one_decay_for_all_and_other_patterns():
+class GatedBank(keras.layers.Layer):
+    """Has no kernel by name."""
+
+    def build(self, shape):
+        size = (shape[1], shape[3], shape[3])
+        self.value = self.add_weight(shape=size, name="value")
+        self.shift = self.add_weight(shape=size[:2], name="shift")
+
+    def call(self, buffers):
+        return buffers @ self.value + self.shift[:, None]
+
+
+def test_parts_are_known_whatever_their_names(tmp_path):
+    """A router, a gate and a bank of one's own, also from a file."""
+    gate = keras.layers.Dense(2, dtype="float32", name="mine")
+    router = layers.TopKRouter(2, gate=gate, name="any")
+    tokens = keras.Input((4, 8))
+    model = keras.Model(
+        tokens,
+        layers.MoEMLP(2, experts=GatedBank(name="b"), router=router)(tokens),
+    )
+    model.save(tmp_path / "m.keras")
+    custom = {"GatedBank": GatedBank}
+    loaded = keras.models.load_model(tmp_path / "m.keras", custom)
+    optimizer = optimizers.AdamW(
+        RATE, weight_decay=DECAY, expert_weight_decay=EXPERT_DECAY
+    )
+    all_decayed = optimizers.AdamW(RATE, weight_decay=DECAY, decay_gates=True)
+    for layer in (model.layers[1], loaded.layers[1]):
+        kernel = layer.router.gate_layer.kernel
+        assert optimizer.decay_of(kernel) == 0
+        assert all_decayed.decay_of(kernel) == DECAY
+        assert optimizer.decay_of(layer.experts.value) == EXPERT_DECAY
+        assert all_decayed.decay_of(layer.experts.value) == DECAY
+        assert all_decayed.decay_of(layer.experts.shift) == 0
+
+
+def test_a_configuration_of_version_0_1_0():
+    config = optimizers.AdamW(RATE).get_config()
+    del config["decay_positions"]
+    config["decayed"] = ["kernel$", "positions/embedding$"]
+    assert optimizers.AdamW.from_config(config).decay_positions
+
+
+def test_one_decay_for_all_and_for_positions():
     optimizer = optimizers.AdamW(RATE, weight_decay=DECAY)
     model = tiny()
     expert = model.get_layer("block_3_moe").experts.hidden_kernel
     positions = model.get_layer("positions").embedding
     assert optimizer.decay_of(expert) == DECAY
     assert optimizer.decay_of(positions) == 0
-    optimizer = optimizers.AdamW(
-        RATE, weight_decay=DECAY, decayed=["positions/embedding$"]
-    )
-    assert optimizer.decay_of(expert) == 0
+    optimizer = optimizers.AdamW(RATE, weight_decay=DECAY, decay_positions=True)
     assert optimizer.decay_of(positions) == DECAY
 
 
