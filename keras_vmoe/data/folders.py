@@ -1,23 +1,34 @@
 """Folders of images as a dataset: `folder/split/class/image.jpg`.
 
-TFDS's `ImageFolder` lists the files; it can neither slice a split nor repeat
-an order, so that they are read here.
+TFDS's `ImageFolder` takes hidden folders for classes, leaves out endings that
+it does not know without a word, and can neither slice a split nor repeat an
+order, so that folders are listed and read here.
 """
 
+import collections
 import os
+import pathlib
+import random
+import types
+import warnings
 
 from keras_vmoe.data.tensorflow_runtime import tf
 from keras_vmoe.data.tensorflow_runtime import tfds
 
 NAME = "image_folder"
 LAYOUT = "folder/split/class/image.jpg"
+# Of files that `decode_image` reads, whichever of these they hold.
+ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 
 
 class ImageFolder:
     """A folder of images, `folder/split/class/image.jpg`.
 
+    The order of a split is one of all classes: each slice of it has its share
+    of each class, of images in a fixed random order.
+
     Attributes:
-        info: `tfds.core.DatasetInfo`, with features, splits and classes.
+        info: `features` and `splits`, as of `tfds.core.DatasetInfo`.
         data_dir: String, the folder.
     """
 
@@ -30,26 +41,41 @@ class ImageFolder:
                 f"{LAYOUT}. Received: data_dir=None."
             )
         self.data_dir = os.path.expanduser(os.fspath(folder))
-        builder = tfds.ImageFolder(self.data_dir)
-        self.info = builder.info
-        self._files = {
-            split: sorted((x.image_path, x.label) for x in examples)
-            for split, examples in builder._split_examples.items()
-        }
+        found, classes = {}, set()
+        for split in _folders(self.data_dir):
+            found[split] = {}
+            for label in _folders(f"{self.data_dir}/{split}"):
+                path = f"{self.data_dir}/{split}/{label}"
+                found[split][label] = _visible(path)
+                classes.add(label)
+        self._files = _images_of(self.data_dir, found)
         if not any(self._files.values()):
             raise ValueError(
                 f"A folder of images must be laid out as {LAYOUT}, with at "
-                "least one JPEG or PNG. "
+                f"least one file that ends in {', '.join(ENDINGS)}. "
                 f"Received: data_dir={self.data_dir!r} with the entries "
                 f"{sorted(os.listdir(self.data_dir))[:10]}."
             )
+        label = tfds.features.ClassLabel(names=sorted(classes))
+        features = {"image": tfds.features.Image(), "label": label}
+        splits = [
+            tfds.core.SplitInfo(
+                name=name, shard_lengths=[len(files)], num_bytes=0
+            )
+            for name, files in self._files.items()
+        ]
+        self.info = types.SimpleNamespace(
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+            splits=tfds.core.splits.SplitDict(splits),
+        )
 
     def num_examples(self, split):
         """How many images a split has."""
         return len(self.files(split)[0])
 
     def files(self, split):
-        """Paths and labels of a split, in the order of the paths."""
+        """Paths and labels of a split, in its order."""
         parts = tfds.core.ReadInstruction.from_spec(split)
         chosen = []
         for part in parts.to_absolute(self.info.splits):
@@ -76,3 +102,52 @@ class ImageFolder:
             return {"image": image, "label": label, "tfds_id": path}
 
         return dataset.map(read, tf.data.AUTOTUNE)
+
+
+def _visible(folder):
+    """Names in a folder without a slash, but for hidden ones, in order."""
+    names = (name.rstrip("/") for name in tf.io.gfile.listdir(folder))
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def _folders(folder):
+    names = _visible(folder)
+    return [x for x in names if tf.io.gfile.isdir(f"{folder}/{x}")]
+
+
+def _images_of(folder, found):
+    """`(path, class)` of the images of each split, and a word on the rest."""
+    taken, left = collections.Counter(), collections.Counter()
+    files = {}
+    for split, classes in found.items():
+        places = []
+        for label, names in classes.items():
+            images = []
+            for name in names:
+                ending = pathlib.PurePath(name).suffix.lower()
+                is_image = ending in ENDINGS
+                (taken if is_image else left)[ending or name] += 1
+                images += [name] * is_image
+            # Spread evenly over the split, whatever the size of the class.
+            random.Random(label).shuffle(images)  # noqa: S311
+            places += [
+                ((i + 0.5) / len(images), label, name)
+                for i, name in enumerate(images)
+            ]
+        files[split] = [
+            (f"{folder}/{split}/{label}/{name}", label)
+            for _, label, name in sorted(places)
+        ]
+    if left:
+        warnings.warn(
+            f"Files were left out of {folder}: {_words(left)}. Taken: "
+            f"{_words(taken)}. Convert them to JPEG or PNG.",
+            stacklevel=2,
+        )
+    return files
+
+
+def _words(counts):
+    """`12 .jpg, 3 .tif`."""
+    listed = ", ".join(f"{n} {ending}" for ending, n in counts.most_common(8))
+    return listed or "none"

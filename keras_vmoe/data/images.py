@@ -145,6 +145,21 @@ def decoded(content, shape, test_crop):
     return tf.cast(to_channels(image, tuple(size), channels), tf.float32)
 
 
+def decoder_of(feature):
+    """The function from encoded images of a TFDS feature to their pixels.
+
+    What a file holds counts: of an animation, also in a file that is called a
+    JPEG, the first frame is read, which TFDS's own decoder does not do.
+    """
+
+    def decode(content):
+        stored = feature.shape[-1] or 0
+        image = tf.io.decode_image(content, stored, expand_animations=False)
+        return tf.ensure_shape(image, feature.shape)
+
+    return decode if feature.dtype == np.uint8 else feature.decode_example
+
+
 def to_channels(image, size, channels=3, resize=None):
     """Maps a decoded image to pixels `(*size, channels)` in [0, 255].
 

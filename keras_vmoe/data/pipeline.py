@@ -19,6 +19,7 @@ from keras_vmoe.data.augmentation import make_mix
 from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.images import center_crop
 from keras_vmoe.data.images import decode_and_crop
+from keras_vmoe.data.images import decoder_of
 from keras_vmoe.data.images import normalized
 from keras_vmoe.data.images import random_crop
 from keras_vmoe.data.images import resize_by_area
@@ -219,13 +220,15 @@ class Pipeline:
     def _with_pixels(self, example, number=None):
         """An example whose image is decoded to pixels of the right size."""
         image = example[self.schema.image]
-        feature = self.builder.info.features[self.schema.image]
+        decode = None
+        if self.schema.is_encoded:
+            features = self.builder.info.features
+            decode = decoder_of(features[self.schema.image])
         area = self.augmentation.crop_area
         if area is not None:
-            decode = feature.decode_example if self.schema.is_encoded else None
             image = decode_and_crop(image, decode, area, [number, self.seed])
-        elif self.schema.is_encoded:
-            image = feature.decode_example(image)
+        elif decode is not None:
+            image = decode(image)
         if self.test_crop is not None:
             image = center_crop(image, self.size, self.test_crop)
         resize = resize_by_area if self.is_training else None
