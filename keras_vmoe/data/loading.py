@@ -49,7 +49,8 @@ def load(
     One pass is one epoch. In training, order and augmentation differ from epoch
     to epoch; a second run with the same seed, and the same
     `keras.utils.set_random_seed`, repeats them. In evaluation examples come in
-    the order of the files. Images are resized and normalised as by
+    the order of the files (of a folder: of each class in turn, so that every
+    slice has its share). Images are resized and normalised as by
     `preprocess`. Nothing is downloaded. See docs/data.md.
 
     Args:
