@@ -20,6 +20,7 @@ COMMON = ("images_per_group", "capacity_factor", "quantize_experts")
 DIALS = ("num_selected_experts", "batch_priority")
 SERVING = ("version", "signatures", "max_batch_size", "warmup")
 PIXELS = ("mean", "std", "test_crop", "max_pixels")
+FORMATS = {".onnx": "onnx", ".tflite": "litert"}
 EXAMPLE = "fast:capacity_factor=0.5,batch_priority=true"
 
 
@@ -27,7 +28,7 @@ def export_model(
     model: str,
     output: str,
     *,
-    format: Literal["saved_model", "onnx", "litert"] = "saved_model",
+    format: Literal["saved_model", "onnx", "litert"] | None = None,
     images_per_group: int | Literal["batch"] = 1,
     capacity_factor: float | Literal["dropless"] | None = None,
     num_selected_experts: int | None = None,
@@ -53,7 +54,7 @@ def export_model(
     Args:
         model: Run folder or .keras file.
         output: Folder of versions, or file.
-        format: What to write.
+        format: What to write; default: by OUTPUT's name.
         images_per_group: Images routed together.
         capacity_factor: Experts'; default: the model's.
         num_selected_experts: K of an ONNX or LiteRT file.
@@ -75,7 +76,7 @@ def export_model(
           fast:capacity_factor=0.5 accurate:num_selected_experts=3,input=encoded
         keras-vmoe export model.keras served/mine --test_crop 0.875 \\
           --mean='[123.675,116.28,103.53]' --std='[58.395,57.12,57.375]'
-        keras-vmoe export runs/digits digits.onnx --format onnx \\
+        keras-vmoe export runs/digits digits.onnx \\
           --capacity_factor 0.5 --batch_priority true
     """
     given = {**locals(), "signatures": [_signature(x) for x in signatures]}
@@ -84,6 +85,7 @@ def export_model(
     serving = {name: given[name] for name in SERVING}
     pixels = {name: given[name] for name in PIXELS}
     opened, names = open_model(model, classes)
+    format = format or FORMATS.get(pathlib.Path(output).suffix, "saved_model")
     if format != "saved_model":
         _check_unused(format, **serving, **pixels, classes=classes)
         write = getattr(export, format)
@@ -114,18 +116,16 @@ def _check_unused(format, **given):
         if value != defaults[name] and value != []:
             raise ValueError(
                 f"Only a SavedModel has {name}. Received: --{name} {value} "
-                f"with --format {format}. Leave it out."
+                f"for a file of format {format}. Leave it out."
             )
 
 
 def _check_served(output, dials):
     """Raises for the name or the settings of a file of another format."""
-    formats = {".onnx": "onnx", ".tflite": "litert"}
-    suffix = pathlib.Path(output).suffix
-    if suffix in formats:
+    if pathlib.Path(output).suffix in FORMATS:
         raise ValueError(
             "A SavedModel is a folder of versions. Received: "
-            f"{output}. Write --format {formats[suffix]}, or another name."
+            f"{output} with --format saved_model. Choose another name."
         )
     for name, value in dials.items():
         if value is not None:

@@ -86,8 +86,8 @@ def test_the_accuracy_of_a_run_that_is_preprocessed_as_before(folder):
             "--signatures mine:num_selected_experts=1",
         ),
         ("x", ["--signatures", "a:input=["], "numbers, words"),
-        ("x.onnx", [], "--format onnx"),
-        ("x.onnx", ["--format=onnx", "--std=2"], "Only a SavedModel has std"),
+        ("x.onnx", ["--format=saved_model"], "Choose another name"),
+        ("x.onnx", ["--std=2"], "Only a SavedModel has std"),
     ],
 )
 def test_what_the_command_refuses(folder, output, arguments, words):
@@ -101,7 +101,7 @@ def test_what_the_command_refuses(folder, output, arguments, words):
 def test_a_file_by_the_command(folder, tmp_path):
     path = tmp_path / "a.tflite"
     done = run(
-        "export", folder, path, "--format=litert", "--num_selected_experts=1",
+        "export", folder, path, "--num_selected_experts=1",
         "--batch_priority=false", "--capacity_factor=0.5",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
