@@ -62,10 +62,10 @@ def test_predict_prints_classes_with_probabilities(trained, tmp_path):
     "arguments, words",
     [
         (["train", "--epochs=many"], "epochs"),
-        (["train", "--epohs=3"], "--epohs"),
+        (["train", "--epohs=3"], "Did you mean '--epochs'?"),
         (["train", "--optimizer.help"], "run: keras-vmoe train --help\n"),
-        (["train", "--epoch=3"], "--epoch"),
-        (["train", "--moe.experts=4"], "'experts' is not accepted"),
+        (["train", "--moe.num_expert=4"], "Did you mean 'num_experts'?"),
+        (["train", "--moe.num_experts=x"], "`moe.num_experts` must be INT"),
         (["train", "--model.pooling=mean"], "pooling"),
         (["train", "--run_dir=x", "--dataset=digitz"], "name='digitz'"),
         (["train", "--run_dir=x", "--epochs=0"], "epochs=0"),

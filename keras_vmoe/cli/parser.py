@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import re
 import textwrap
 import types
 import typing
@@ -12,6 +13,7 @@ import docstring_parser
 import jsonargparse
 
 from keras_vmoe._checks import check_keys
+from keras_vmoe._checks import nearest
 from keras_vmoe.training import ModelConfig
 from keras_vmoe.training import TrainConfig
 from keras_vmoe.training import recipes
@@ -81,6 +83,33 @@ class _Parser(jsonargparse.ArgumentParser):
         if kwargs.get("type") is bool:
             action.nargs, action.const = "?", True
         return action
+
+    def error(self, message, ex=None):
+        parser = getattr(ex, "subcommand_parser", None) or self
+        flag = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
+        if flag:
+            actions = parser._actions
+            known = [x for action in actions for x in action.option_strings]
+            message += f".{nearest(flag[1], known)}"
+        super().error(_without_classes(message), ex)
+
+
+def _without_classes(message):
+    """A message of jsonargparse on a setting inside of another, for users."""
+    pattern = r"key \"([\w.]+)\".*NestedArg\(key='(.*)', val='(.*)'\)"
+    found = re.search(pattern, message, re.S)
+    if not found:
+        return message
+    group, name, value = found.groups()
+    kind = kinds_of(TrainConfig)
+    for part in group.split("."):
+        kind = kinds_of(kind[part] if isinstance(kind, dict) else kind)
+    words = f"Received: --{group}.{name} {value}."
+    if name not in kind:
+        return f"`{group}` has no such setting. {words}{nearest(name, kind)}"
+    parts = [x for x in _parts_of(kind[name]) if x is not types.NoneType]
+    kinds = "|".join(str(_METAVARS.get(x, x)) for x in parts)
+    return f"`{group}.{name}` must be {kinds}. {words}"
 
 
 class _Layout(
