@@ -61,7 +61,7 @@ def measure(model, dataset, verbose=0, routing=True):
     layers = [x for x in model.layers if routing and hasattr(x, "router")]
     # The routers' tokens, from the same pass as the logits.
     outputs = [model.outputs[0], *(layer.input for layer in layers)]
-    probe = keras.Model(model.inputs, outputs)
+    probe = keras.Model(model.input, outputs)  # Else Keras warns of a list.
     watches = [_RouterWatch(layer) for layer in layers]
     logits, labels = [], []
     bar = keras.utils.Progbar(_length(dataset), verbose=int(verbose))

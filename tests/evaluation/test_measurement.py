@@ -1,5 +1,7 @@
 """`measure`: against a recount by hand."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ def test_a_recount(capsys):
     model = randomize(tiny(moe={"capacity_factor": 0.5}))
     images, labels = images_of(8), np.arange(8) % 10
     batches = [(images[:4], labels[:4]), (images[4:], labels[4:])]
-    found = evaluation.measure(model, batches, verbose=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = evaluation.measure(model, batches, verbose=True)
     assert "2/2" in capsys.readouterr().out
     logits = np.concatenate(
         [model.predict(x, batch_size=4, verbose=0) for x, _ in batches]
