@@ -6,6 +6,7 @@ import glob
 import os
 import pathlib
 import shutil
+import socket
 import tempfile
 import time
 
@@ -128,6 +129,44 @@ def scratch(parent, name):
         shutil.rmtree(folder, ignore_errors=True)
         _remove_stale(parent, name)
         _remove_empty(parent, is_new)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Holds a folder for this process alone, until it leaves or dies.
+
+    Args:
+        folder: `pathlib.Path` of a folder that exists.
+
+    Raises:
+        BlockingIOError: If another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows.
+        yield
+        return
+    path = folder / f"{PARTIAL}lock"
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise BlockingIOError(
+                "A run folder belongs to one process at a time. Received: "
+                f"{str(folder)!r}, which {file.read() or 'another'} writes to. "
+                "Wait for it or name another folder."
+            ) from error
+        except OSError as error:  # A file system without locks.
+            if error.errno not in (*UNABLE, errno.ENOLCK):
+                raise
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def reserve(folder, size):

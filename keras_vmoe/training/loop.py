@@ -66,6 +66,7 @@ def train(config):
         ValueError: If the configuration fits no model or dataset (nothing has
             been written then), or differs from that of the run in the folder.
         FileExistsError: If the run folder holds a finished run or other files.
+        BlockingIOError: If another process trains in the folder.
         NonFiniteLossError: If the loss becomes NaN; the model of the last good
             epoch stays in the folder.
 
@@ -83,12 +84,14 @@ def train(config):
     )
     keras.utils.set_random_seed(config.seed)
     strategy = building.make_strategy(config)
-    with strategy.scope() if strategy else contextlib.nullcontext():
-        return _train(config, strategy)
+    with contextlib.ExitStack() as stack:
+        if strategy:
+            stack.enter_context(strategy.scope())
+        return _train(config, strategy, stack)
 
 
-def _train(config, strategy):
-    """A run, in the scope of its distribution strategy."""
+def _train(config, strategy, stack):
+    """A run, in the scope of its strategy; `stack` holds its folder."""
     info = data.info(config.data.dataset, config.data.data_dir)
     train_data, validation_data, test_data = batches.datasets(config, info)
     length = len(train_data)
@@ -99,7 +102,7 @@ def _train(config, strategy):
     batches.check_batches(config, model, strategy)
     steps, epochs = batches.parts_of(config, length)
     building.compile_model(model, config, steps * epochs)
-    run_dir = run_folder.open_run(config, info.class_names)
+    run_dir = stack.enter_context(run_folder.open_run(config, info.class_names))
     checkpoints = Checkpoints(
         run_dir / run_folder.CHECKPOINTS, config.checkpoint.keep_checkpoints
     )

@@ -1,5 +1,6 @@
 """Run folders: their settings, and whether a run may write to one."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -27,19 +28,25 @@ FREE = (
 )
 
 
+@contextlib.contextmanager
 def open_run(config, class_names):
-    """Makes a run folder, or opens that of a stopped run of these settings."""
+    """Makes a run folder, or opens that of a stopped run of these settings.
+
+    No other run can be started in it until the context is left.
+    """
     check_run(config, class_names)
     run_dir, settings = pathlib.Path(config.run_dir), settings_of(config)
     _processes.check_agreement("run folder", run_dir=config.run_dir)
     if not _processes.is_first_process():
-        return run_dir  # All processes check, one writes.
+        yield run_dir  # All processes check, one writes.
+        return
     run_dir.mkdir(parents=True, exist_ok=True)
-    text = require("yaml", "cli").safe_dump(settings, sort_keys=False)
-    # First, because it identifies a stopped run.
-    _files.write_text(run_dir / CONFIG, text)
-    _files.write_text(run_dir / CLASSES, json.dumps(class_names))
-    return run_dir
+    with _files.locked(run_dir):
+        text = require("yaml", "cli").safe_dump(settings, sort_keys=False)
+        # First, because it identifies a stopped run.
+        _files.write_text(run_dir / CONFIG, text)
+        _files.write_text(run_dir / CLASSES, json.dumps(class_names))
+        yield run_dir
 
 
 def check_run(config, class_names):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 
 import keras
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from keras_vmoe import _files
 from keras_vmoe import data
 from keras_vmoe import models
 from keras_vmoe import training
@@ -176,6 +178,20 @@ def test_folder_with_files_is_not_overwritten(config, tmp_path):
     with pytest.raises(FileExistsError, match="new or empty.*Received: run_d"):
         training.train(config)
     assert (tmp_path / "run" / "model.keras").read_text() == "precious"
+
+
+@once
+def test_two_runs_in_a_folder(config, tmp_path):
+    """The second is refused; a lock that a dead process left holds nobody."""
+    (tmp_path / "run").mkdir()
+    left = tmp_path / "run" / ".partial.lock"
+    left.write_text("process 1 on nowhere")
+    with _files.locked(tmp_path / "run"):
+        words = f"to one process at a time.*process {os.getpid()} on"
+        with pytest.raises(BlockingIOError, match=words):
+            training.train(config)
+        assert list((tmp_path / "run").iterdir()) == [left]
+    assert not left.exists()
 
 
 @once
