@@ -118,8 +118,10 @@ def _matmul_segments(x, kernel, expert):
     """One product per expert; the host reads their sizes."""
     import torch
 
+    experts = torch.arange(kernel.shape[0], device=expert.device)
     try:
-        sizes = torch.bincount(expert, minlength=kernel.shape[0]).tolist()
+        # Not `bincount`, which warns of its speed under `torch.vmap`.
+        sizes = (expert[:, None] == experts).sum(0).tolist()
     except RuntimeError:  # Under `torch.vmap` there is nothing to read.
         return ops.matmul(x, ops.take(kernel, expert, axis=0))
     segments = zip(torch.split(x, sizes), kernel, strict=True)
