@@ -37,6 +37,15 @@ def check_sizes(least=1, /, **sizes):
             )
 
 
+def check_seed(seed):
+    """Raises unless this is an integer of at least 0, or None."""
+    if seed is not None and (not is_integer(seed) or seed < 0):
+        raise ValueError(
+            "`seed` must be an integer of at least 0, or None. "
+            f"Received: seed={seed!r}."
+        )
+
+
 def check_not_negative(**settings):
     """Raises unless all of these are finite numbers of at least 0."""
     for name, value in settings.items():

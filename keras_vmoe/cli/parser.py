@@ -14,6 +14,7 @@ import jsonargparse
 
 from keras_vmoe._checks import check_keys
 from keras_vmoe._checks import nearest
+from keras_vmoe.models import MoEConfig
 from keras_vmoe.training import ModelConfig
 from keras_vmoe.training import TrainConfig
 from keras_vmoe.training import recipes
@@ -90,6 +91,7 @@ class _Parser(jsonargparse.ArgumentParser):
         if flag:
             actions = parser._actions
             known = [x for action in actions for x in action.option_strings]
+            known += [f"--moe.{name}" for name in kinds_of(MoEConfig)]
             message += f".{nearest(flag[1], known)}"
         super().error(_without_classes(message), ex)
 

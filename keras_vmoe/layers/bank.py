@@ -46,6 +46,32 @@ def check_built(experts, num_experts, features):
         )
 
 
+def check_weights(experts, num_experts):
+    """Raises unless each matrix of a built bank belongs to one expert."""
+    for weight in experts.weights:
+        shape = tuple(weight.shape)
+        if len(shape) > 1 and shape[0] != num_experts:
+            raise ValueError(
+                "Weights of an expert bank with two or more axes must begin "
+                f"with one for the {num_experts} experts. Received: "
+                f"{weight.path!r} of shape {shape}. Stack the experts' weights."
+            )
+
+
+def check_output(outputs, expected, name):
+    """Raises unless a bank kept the shape, as far as it is known."""
+    shape = getattr(outputs, "shape", None)
+    pairs = zip(shape or (), expected, strict=False)
+    fits = all(None in pair or len(set(pair)) == 1 for pair in pairs)
+    if shape is None or len(shape) != len(expected) or not fits:
+        got = tuple(shape) if shape is not None else type(outputs).__name__
+        raise ValueError(
+            "An expert bank must return the shape it was given. Received: "
+            f"{got} for buffers of {tuple(expected)} from {name!r}. Project "
+            "back to the features."
+        )
+
+
 def check_settings_of(experts, settings):
     """Raises for settings that a given bank does not follow."""
     for name, value in settings.items():

@@ -7,7 +7,7 @@ from keras_vmoe import losses
 from keras_vmoe import routing
 from keras_vmoe._checks import check_not_negative
 from keras_vmoe.layers.routers import Router
-from keras_vmoe.layers.routers import places
+from keras_vmoe.layers.routers import slots_per_expert
 from keras_vmoe.routing._groups import check_capacity_factor
 
 
@@ -84,7 +84,7 @@ class ExpertChoiceRouter(Router):
         self.z_loss_weight = z_loss_weight
 
     def make_plan(self, logits, mask, group_size):
-        capacity = places(
+        capacity = slots_per_expert(
             group_size,
             ops.shape(logits)[1],
             self.num_experts,

@@ -17,7 +17,9 @@ from keras_vmoe.distribution import _replicas
 from keras_vmoe.layers.bank import BANK
 from keras_vmoe.layers.bank import check_bank
 from keras_vmoe.layers.bank import check_built
+from keras_vmoe.layers.bank import check_output
 from keras_vmoe.layers.bank import check_settings_of
+from keras_vmoe.layers.bank import check_weights
 from keras_vmoe.layers.expert_choice_router import ExpertChoiceRouter
 from keras_vmoe.layers.experts import MLPExperts
 from keras_vmoe.layers.routers import OWNERS
@@ -174,6 +176,7 @@ class MoEMLP(keras.layers.Layer):
             scope = contextlib.nullcontext if is_named else keras.name_scope
             with scope("experts"):
                 self.experts.build((None, self.num_experts, None, features))
+        check_weights(self.experts, self.num_experts)
         mark(self.experts.variables, "expert")
 
     def _group_size(self, input_shape):
@@ -184,6 +187,8 @@ class MoEMLP(keras.layers.Layer):
 
     def call(self, inputs, mask=None, training=False):
         self._check_features(inputs.shape)
+        if not keras.backend.is_float_dtype(inputs.dtype):
+            inputs = ops.cast(inputs, self.compute_dtype)  # Keras leaves them.
         if inputs.shape[0] == 0:
             return inputs
         if training:
@@ -212,19 +217,8 @@ class MoEMLP(keras.layers.Layer):
                 )
             return bank(buffers)
         outputs = _constraints.exchanged(bank, buffers)
-        self._check_outputs(outputs.shape, buffers.shape)
+        check_output(outputs, buffers.shape, self.experts.name)
         return outputs
-
-    def _check_outputs(self, shape, expected):
-        """Raises unless the bank kept the shape, as far as it is known."""
-        pairs = zip(shape, expected, strict=False)
-        known = [pair for pair in pairs if None not in pair]
-        if len(shape) != len(expected) or any(a != b for a, b in known):
-            raise ValueError(
-                "An expert bank must return the shape it was given. Received: "
-                f"{tuple(shape)} for buffers of {tuple(expected)} "
-                f"from {self.experts.name!r}. Project back to the features."
-            )
 
     def sharing(self, **changes):
         """A new layer of the same settings and weights.
@@ -268,7 +262,7 @@ class MoEMLP(keras.layers.Layer):
         buffers = keras.KerasTensor(shape, dtype=self.compute_dtype)
         options = {"training": training} if self._takes_training else {}
         outputs = self.experts.compute_output_spec(buffers, **options)
-        self._check_outputs(outputs.shape, shape)
+        check_output(outputs, shape, self.experts.name)
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
     def compute_output_shape(self, input_shape):

@@ -254,7 +254,9 @@ def _mean(values):
     return ops.sum(values) / ops.maximum(count, 1.0)
 
 
-def places(group_size, num_tokens, num_experts, num_selected, capacity_factor):
+def slots_per_expert(
+    group_size, num_tokens, num_experts, num_selected, capacity_factor
+):
     """C, of a full group, but no more than there are tokens."""
     capacity = routing.capacity(
         group_size, num_experts, num_selected, capacity_factor

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_vmoe._checks import check_dropout
 from keras_vmoe._checks import check_rates
+from keras_vmoe._checks import check_seed
 from keras_vmoe._checks import plain
 from keras_vmoe.distribution import _replicas
 
@@ -71,6 +72,7 @@ class SeededDropout(SavesSeedState, keras.layers.Layer):
     def __init__(self, rate, noise_shape=None, seed=None, **kwargs):
         super().__init__(**kwargs)
         check_dropout(rate=rate)
+        check_seed(seed)
         self.rate = rate
         self.noise_shape = plain(noise_shape)
         self.seed = plain(seed)

@@ -8,7 +8,7 @@ from keras_vmoe import routing
 from keras_vmoe._checks import check_flags
 from keras_vmoe._checks import check_not_negative
 from keras_vmoe.layers.routers import Router
-from keras_vmoe.layers.routers import places
+from keras_vmoe.layers.routers import slots_per_expert
 from keras_vmoe.layers.routers import with_layers
 from keras_vmoe.routing._groups import check_capacity_factor
 from keras_vmoe.routing._groups import check_selection
@@ -142,7 +142,7 @@ class TopKRouter(Router):
                 scores=self.scores(gates),
                 renormalize=self.renormalize,
             )
-        capacity = places(
+        capacity = slots_per_expert(
             group_size,
             ops.shape(logits)[1],
             self.num_experts,

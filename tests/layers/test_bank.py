@@ -90,7 +90,8 @@ def test_dropless_needs_a_bank_that_takes_blocks():
 
 @pytest.mark.parametrize("inputs", [keras.Input((5, 6)), images()])
 def test_a_bank_of_another_shape(inputs):
-    layer = layers.MoEMLP(4, experts=keras.layers.Dense(3))
+    bank = keras.layers.Cropping2D(((0, 0), (0, 3)), "channels_first")
+    layer = layers.MoEMLP(4, experts=bank)
     with pytest.raises(ValueError, match="must return the shape.*Received"):
         layer(inputs)
 
@@ -185,3 +186,38 @@ def test_on_several_devices():
             keras.distribution.set_distribution(None)
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     np.testing.assert_allclose(kernels[1], kernels[0], atol=1e-5)
+
+
+class Pair(keras.layers.Layer):
+    def call(self, buffers):
+        return buffers, buffers
+
+
+class OfSeven(keras.layers.Layer):
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(7, shape[3], shape[3]))
+
+    def call(self, buffers):
+        return buffers
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize(
+    "bank, words",
+    [
+        (keras.layers.Dense(8), r"begin with one for the 4 experts.*\(8, 8\)"),
+        (OfSeven(), r"one for the 4 experts.*\(7, 8, 8\)"),
+        (Pair(), "must return the shape.*Received: tuple"),
+    ],
+)
+def test_what_is_no_bank_of_the_layer(bank, words):
+    with pytest.raises(ValueError, match=words):
+        layers.MoEMLP(4, experts=bank)(np.ones((2, 5, 8), "float32"))
+
+
+@pytest.mark.backends("torch")
+def test_integers_are_inputs_as_well():
+    ones = np.ones((2, 5, 8))
+    layer = layers.MoEMLP(4, 8)
+    outputs = [layer(ones.astype(kind)) for kind in ("int32", "float32")]
+    assert (outputs[0] == outputs[1]).all()

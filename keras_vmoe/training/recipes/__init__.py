@@ -66,6 +66,11 @@ def _read(source, above):
     if str(source) in names():
         path = FOLDER / f"{source}.yaml"
     elif not path.is_file():
+        if path.suffix or len(path.parts) > 1:
+            raise ValueError(
+                "A file of settings must be a YAML file that exists. "
+                f"Received: {source}. `keras-vmoe --help` names the recipes."
+            )
         raise ValueError(
             f"The recipe must be a YAML file or one of {names()}. "
             f"Received: {source}.{nearest(source, names())}"
@@ -129,16 +134,16 @@ def read_yaml(path):
     yaml = require("yaml", "cli")
     try:
         # Not PyYAML's loader, which reads 1e-3 as a string.
-        settings = jsonargparse.get_loader("yaml")(path.read_text())
-    except yaml.YAMLError as error:
+        text = path.read_text(encoding="utf-8")
+        settings = jsonargparse.get_loader("yaml")(text)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(
             f"A recipe must be a YAML file. Received: {path} ({error})."
         ) from error
-    settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise ValueError(
             "A recipe must be a mapping of names to values. "
-            f"Received: {path}, which holds {settings!r}."
+            f"Received: {path}, which holds {settings!r}. An empty one is {{}}."
         )
     return settings
 
