@@ -1,5 +1,6 @@
 """The command `keras-vmoe`."""
 
+import os
 import sys
 import traceback
 
@@ -41,6 +42,8 @@ def main(arguments=None):
         arguments: Command line without the program's name; None means that of
             the process.
     """
+    # Before TensorFlow, whose messages the errors repeat, reads the images.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     status = 1
     try:

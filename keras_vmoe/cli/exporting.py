@@ -63,8 +63,8 @@ def export_model(
         version: Version of a SavedModel.
         signatures: More routing settings, see above.
         max_batch_size: Refuse larger requests.
-        mean: Subtracted from pixels in [0, 255].
-        std: Pixels are divided by it then.
+        mean: Subtracted from pixels in [0, 255]; a number or a list.
+        std: Divides the difference.
         test_crop: Share of the side kept; default: the run's.
         max_pixels: Refuse larger image files.
         warmup: Batch sizes of warm-up requests, or false.

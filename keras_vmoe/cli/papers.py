@@ -52,7 +52,7 @@ def presets(match: str = ""):
 
 _PRESET_LINE = "{:<27} {:>7} {:>8} {:>7} {:>8} {:>7} {:>7} {:>6}"
 _PRESET_COLUMNS = (
-    "preset", "classes", "params", "(paper)", "active", "(paper)", "GFLOPs",
+    "preset", "classes", "params", "(paper)", "active", "(paper)", "GMACs",
     "(paper)",
 )  # fmt: skip
 

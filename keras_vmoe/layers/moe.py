@@ -137,6 +137,11 @@ class MoEMLP(keras.layers.Layer):
             )
         _check_router(router, num_experts)
         if experts is None:
+            if hidden_dim is None:
+                raise ValueError(
+                    "Experts need `hidden_dim`, their hidden features, or a "
+                    "bank of your own. Received: hidden_dim=None, experts=None."
+                )
             dtype = self.dtype_policy
             experts = MLPExperts(
                 num_experts, hidden_dim, **bank, dtype=dtype, name="experts"

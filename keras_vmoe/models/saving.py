@@ -77,8 +77,9 @@ def load(path, compile=True):
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"A model file must exist. Received: path={str(path)!r}. "
-            "`keras-vmoe train` writes `model.keras` into its run folder."
+            f"A model file must exist. Received: path={str(path)!r}"
+            f"{', a folder' if path.is_dir() else ''}. `keras-vmoe train` "
+            "writes `model.keras` into its run folder."
         )
     _check_suffix(path)
     corruption = _corruption(path)

@@ -20,7 +20,8 @@ def describe(config):
     """The settings, cost, memory and steps of a run, as text.
 
     Memory is an estimate: weights, gradients and optimizer slots in float32,
-    and the activations of all layers for a batch.
+    and the activations of all layers for a batch. A run folder that is taken
+    is noted at the end.
 
     Args:
         config: A `TrainConfig`.
@@ -37,7 +38,11 @@ def describe(config):
     """
     strategy = building.make_strategy(config)  # Raises as a run would.
     info = data.info(config.data.dataset, config.data.data_dir)
-    run_folder.check_run(config, info.class_names)
+    notes = []
+    try:
+        run_folder.check_run(config, info.class_names)
+    except (OSError, ValueError) as error:
+        notes.append(f"note: a run would be refused. {error}")
     if config.model.init is not None:
         check_start(config.model.init)
     steps = len(batches.datasets(config, info)[0])
@@ -62,5 +67,6 @@ def describe(config):
         f"optimizer, {activations / 2**20:.0f} MiB for a batch",
         f"steps: {steps} per epoch, {schedule.steps} in all, "
         f"{schedule.warmup_steps} of warm-up",
+        *notes,
     ]
     return "\n".join(lines)

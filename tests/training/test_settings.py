@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import re
 import shutil
 
 import keras
@@ -279,11 +280,14 @@ def test_a_warm_up_longer_than_the_run(config, do):
     [
         ({"init": "nowhere.keras"}, "must exist: a .keras file"),
         ({"expert_shards": 2}, "need a distribution"),
-        ({"run_dir": "run"}, "a finished run"),
     ],
 )
-def test_a_description_of_what_cannot_be(result, config, changes, words):
-    if "run_dir" in changes:
-        changes = {"run_dir": str(result.run_dir)}
+def test_a_description_of_what_cannot_be(config, changes, words):
     with pytest.raises((OSError, ValueError), match=words):
         training.describe(changed(config, **changes))
+
+
+@once
+def test_a_description_where_a_run_is_finished(result, config):
+    text = training.describe(changed(config, run_dir=str(result.run_dir)))
+    assert re.search("of warm-up\nnote: a run .* holds a finished run", text)
