@@ -81,12 +81,23 @@ def test_a_corrupt_record_is_named(trained, tmp_path):
 
 def test_evaluate(trained):
     run_dir, printed = trained
-    done = run("evaluate", run_dir, "digits", "--split=test[:32]")
+    done = run("evaluate", run_dir, "--split=test[:32]")  # Of the run's data.
     assert done.returncode == 0, done.stderr
     assert "images: 32" in done.stdout and "top-5 accuracy: " in done.stdout
     accuracy = re.search(r"test accuracy: ([\d.]+)", printed)[1]
     assert f"accuracy: {accuracy}" in done.stdout
     assert "block_0_moe: " in done.stdout
+
+
+def test_the_dial(trained):
+    """By flags, as `models.set_routing` in Python."""
+    dropped = []
+    for dial in ([], ["--capacity_factor=0.25", "--batch_priority"]):
+        done = run("evaluate", trained[0], "--split=test[:32]", *dial)
+        assert done.returncode == 0, done.stderr
+        found = re.search(r"block_0_moe: ([\d.]+)% dropped", done.stdout)
+        dropped.append(float(found[1]))
+    assert dropped[0] + 20 < dropped[1]
 
 
 def test_dry_runs_of_evaluate_and_predict(trained, tmp_path):

@@ -26,12 +26,20 @@ def restart(backend, arguments):
     os.execve(sys.executable, command, environment)  # noqa: S606
 
 
-def open_model(model, classes=None):
-    """A model of a run folder or `.keras` file, and its classes' names."""
+def open_model(model, classes=None, **dials):
+    """A model of a run folder or `.keras` file, and its classes' names.
+
+    Args:
+        model: Path.
+        classes: File of names; None takes those of the run.
+        **dials: Arguments of `models.set_routing`, None for what stays.
+    """
     if pathlib.Path(model).is_dir():
         opened = training.restore(model)
     else:
         opened = models.load(model, compile=False)
+    if any(value is not None for value in dials.values()):
+        opened = models.set_routing(opened, **dials)
     num_classes = opened.output_shape[-1]
     return opened, _class_names(classes, run_dir_of(model), num_classes)
 

@@ -81,7 +81,7 @@ class _Parser(jsonargparse.ArgumentParser):
         flags += [name.replace("_", "-") for name in flags]
         names = dict.fromkeys((*names, *flags))
         action = super().add_argument(*names, **kwargs)
-        if kwargs.get("type") is bool:
+        if kwargs.get("type") in (bool, bool | None):
             action.nargs, action.const = "?", True
         return action
 
@@ -153,7 +153,8 @@ def _values(action):
     kind = getattr(action, "_typehint", str)  # Of jsonargparse's own.
     parts = [_METAVARS.get(x, x) for x in _parts_of(kind)]
     words = [x for x in parts if isinstance(x, str)]
-    return "|".join(dict.fromkeys(words)) or ("" if kind is bool else "YAML")
+    found = "|".join(dict.fromkeys(words))
+    return found or ("" if kind in (bool, bool | None) else "YAML")
 
 
 def _parts_of(kind):

@@ -1,6 +1,7 @@
 """`train`, `evaluate` and `predict`."""
 
 import sys
+from typing import Literal
 
 import keras
 
@@ -15,6 +16,14 @@ from keras_vmoe.data import _corruption
 from keras_vmoe.data import schema
 from keras_vmoe.distribution import _processes
 from keras_vmoe.evaluation import _description
+
+# Of `models.set_routing`.
+DIALS = (
+    "capacity_factor",
+    "num_selected_experts",
+    "batch_priority",
+    "images_per_group",
+)
 
 
 def train(
@@ -62,6 +71,10 @@ def predict(
     *,
     classes: str | None = None,
     top: int = 3,
+    capacity_factor: float | Literal["dropless"] | None = None,
+    num_selected_experts: int | None = None,
+    batch_priority: bool | None = None,
+    images_per_group: int | Literal["batch"] | None = None,
     dry_run: bool = False,
 ):
     """Classify image files.
@@ -71,19 +84,25 @@ def predict(
         images: PNG, JPEG, BMP or GIF files.
         classes: JSON list of names; default: the run's.
         top: Number of classes to print per image.
+        capacity_factor: Experts'; default: the model's.
+        num_selected_experts: K; default: the model's.
+        batch_priority: Serve confident tokens first; default: the model's.
+        images_per_group: Images routed together; default: the model's.
         dry_run: Print settings, cost, memory and steps only.
 
     Example:
         keras-vmoe predict runs/digits seven.png three.png
         keras-vmoe predict model.keras *.jpg --classes names.json --top 5
     """
-    opened, names = open_model(model, classes)
+    given = dict(locals())
+    dials = {name: given[name] for name in DIALS}
+    opened, names = open_model(model, classes, **dials)
     test_crop = setting_of_run(model, "data.test_crop")
     pixels = data.read_images(images, opened.input_shape[1:3], test_crop)
     if dry_run:
         settings = {"model": model, "images": images, "classes": classes}
         settings |= {"top": top, "backend": keras.backend.backend()}
-        settings["test_crop"] = test_crop
+        settings |= {"test_crop": test_crop, **dials}
         print(_description.describe(opened, settings, len(pixels), 1))
         return
     shows = sys.stdout.isatty()
@@ -95,7 +114,7 @@ def predict(
 
 def evaluate(
     model: str,
-    dataset: str,
+    dataset: str | None = None,
     *,
     split: str = "test",
     data_dir: str | None = None,
@@ -103,6 +122,10 @@ def evaluate(
     test_crop: float | None = None,
     skip_corrupt: bool = False,
     classes: str | None = None,
+    capacity_factor: float | Literal["dropless"] | None = None,
+    num_selected_experts: int | None = None,
+    batch_priority: bool | None = None,
+    images_per_group: int | Literal["batch"] | None = None,
     dry_run: bool = False,
 ):
     """Evaluate a model on a split of a dataset.
@@ -111,29 +134,44 @@ def evaluate(
 
     Args:
         model: Run folder or .keras file.
-        dataset: TFDS name, digits or image_folder.
+        dataset: TFDS name, digits or image_folder; default: the run's.
         split: TFDS split.
-        data_dir: Folder of the dataset or images.
+        data_dir: Folder of the dataset or images; default: the run's.
         batch_size: Images per step.
         test_crop: Share of the side kept; default: the run's.
         skip_corrupt: Skip corrupt images, with a warning.
         classes: JSON list of names; default: the run's.
+        capacity_factor: Experts'; default: the model's.
+        num_selected_experts: K; default: the model's.
+        batch_priority: Serve confident tokens first; default: the model's.
+        images_per_group: Images routed together; default: the model's.
         dry_run: Print settings, cost, memory and steps only.
 
     Example:
-        keras-vmoe evaluate runs/digits digits
+        keras-vmoe evaluate runs/digits
+        keras-vmoe evaluate runs/digits --capacity_factor 0.5 --batch_priority
         keras-vmoe evaluate model.keras cifar10 --split 'test[:50%]'
     """
+    given = dict(locals())
+    dials = {name: given[name] for name in DIALS}
     if test_crop is None:
         test_crop = setting_of_run(model, "data.test_crop")
+    if dataset is None:
+        dataset = setting_of_run(model, "data.dataset")
+        data_dir = data_dir or setting_of_run(model, "data.data_dir")
+    if dataset is None:
+        raise ValueError(
+            "`dataset` must be given for a model that is not from a run. "
+            f"Received: {model}. Write, say: keras-vmoe evaluate {model} digits"
+        )
     reads = {"split": split, "data_dir": data_dir, "batch_size": batch_size}
     reads |= {"test_crop": test_crop, "skip_corrupt": skip_corrupt}
-    opened, names = open_model(model, classes)
+    opened, names = open_model(model, classes, **dials)
     _check_classes(model, opened, names, dataset, data_dir)
     if dry_run:
         settings = {"model": model, "dataset": dataset, "classes": classes}
         count = schema.num_images(dataset, split, data_dir)
-        settings |= {**reads, "backend": keras.backend.backend()}
+        settings |= {**reads, **dials, "backend": keras.backend.backend()}
         print(_description.describe(opened, settings, count, batch_size))
         return
     images = data.load(

@@ -61,7 +61,7 @@ def measure(model, dataset, verbose=0, routing=True):
     layers = [x for x in model.layers if routing and hasattr(x, "router")]
     # The routers' tokens, from the same pass as the logits.
     outputs = [model.outputs[0], *(layer.input for layer in layers)]
-    probe = keras.Model(model.input, outputs)  # Else Keras warns of a list.
+    probe = keras.Model(model.inputs[0], outputs)  # Keras warns of a list.
     watches = [_RouterWatch(layer) for layer in layers]
     logits, labels = [], []
     bar = keras.utils.Progbar(_length(dataset), verbose=int(verbose))
@@ -153,8 +153,8 @@ def report(measurement, class_names):
         others = np.where(np.arange(len(row)) == i, -1, row)
         worst = int(others.argmax())
         wrong = f"{class_names[worst]} ({row[worst]})" if others[worst] else ""
-        share = row[i] / total[i] if total[i] else float("nan")
-        lines.append(f"{name:<24} {total[i]:>7} {share:>8.3f}  {wrong}")
+        share = f"{row[i] / total[i]:.3f}" if total[i] else "-"
+        lines.append(f"{name:<24} {total[i]:>7} {share:>8}  {wrong}")
     for name, routing in measurement.routing.items():
         load = routing["load_share"] * len(routing["load_share"])
         lines += [

@@ -62,7 +62,7 @@ def make_card(model, settings):
     for name, signature in settings.signatures.items():
         variant = asked = routed(model, signature.routing)
         if signature.features and has_classes(model):
-            asked = keras.Model(variant.input, features_of(variant))
+            asked = keras.Model(variant.inputs[0], features_of(variant))
         cost = models.cost(asked)
         costs[name] = {
             **dataclasses.asdict(signature),
