@@ -59,29 +59,10 @@ def parse(commands, arguments):
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """A parser whose flags may be written without their group or with dashes.
-
-    jsonargparse derives a single name for a flag, and takes several.
-    """
-
     def __init__(self, usage=argparse.SUPPRESS, **kwargs):
         super().__init__(
             usage=usage, formatter_class=_Layout, allow_abbrev=False, **kwargs
         )
-
-    def add_argument(self, *names, **kwargs):
-        group, _, rest = names[0].removeprefix("--").partition(".")
-        if names[0].startswith("--") and group in GROUPS:
-            if rest not in ("", "name", "help"):
-                names += (f"--{rest}",)
-        if names[0].startswith("--"):
-            dashed = (name.replace("_", "-") for name in names)
-            names = tuple(dict.fromkeys((*names, *dashed)))
-        if kwargs.get("type") is bool:
-            kwargs |= {"nargs": "?", "const": True}
-        if group == "model" and rest in VIT_SIZES:
-            kwargs["help"] = argparse.SUPPRESS
-        return super().add_argument(*names, **kwargs)
 
 
 class _Layout(
@@ -91,10 +72,6 @@ class _Layout(
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=36, width=80)
-
-    def add_argument(self, action):
-        if not action.dest.endswith(".help"):  # Those are named in the help.
-            super().add_argument(action)
 
     def _get_help_string(self, action):
         text, default = action.help or "", action.default
@@ -142,10 +119,10 @@ class _SizesHelp(argparse.Action):
 
     def __call__(self, parser, *_):
         sizes = _Parser()
-        names = {field.name for field in dataclasses.fields(ModelConfig)}
-        sizes.add_class_arguments(
-            ModelConfig, as_group=False, skip=names - {*VIT_SIZES}
-        )
+        sizes.add_class_arguments(ModelConfig)
+        for action in sizes._actions:
+            if action.dest not in VIT_SIZES:
+                action.help = argparse.SUPPRESS
         sizes.print_help()
         parser.exit()
 
@@ -164,12 +141,7 @@ def _command(name, function):
     usage = ["keras-vmoe", name]
     for parameter in inspect.signature(function).parameters.values():
         if hints[parameter.name] is TrainConfig:
-            command.add_class_arguments(
-                TrainConfig, as_group=False, skip=set(GROUPS)
-            )
-            for group in GROUPS:
-                kind = kinds_of(TrainConfig)[group]
-                command.add_class_arguments(kind, group, as_group=False)
+            command.add_class_arguments(TrainConfig, as_group=False)
             command.add_argument(
                 "--model.help", action=_SizesHelp, nargs=0,
                 default=argparse.SUPPRESS,
@@ -182,6 +154,7 @@ def _command(name, function):
     if TrainConfig not in hints.values():
         command.add_argument("--backend", type=BACKEND, help="Keras backend.")
     command.usage = " ".join([*usage, "[options]"])
+    _add_names(command)
     return command
 
 
@@ -204,6 +177,36 @@ def _argument(parameter, kind):
     elif is_optional and not is_flag:
         options["nargs"] = "?"
     return f"--{parameter.name}" if is_flag else parameter.name, options
+
+
+def _add_names(command):
+    """Hides what has a help of its own, and adds other names of flags.
+
+    Flags may be written without their group, and with dashes. jsonargparse
+    takes several names of an argument, but gives those that it derives only
+    one; hence argparse's own lists.
+    """
+    names = command._option_string_actions
+    for action in list(command._actions):
+        group, _, rest = action.dest.partition(".")
+        # A flag for a file of the group's settings, not the argument `model`.
+        is_group = f"--{action.dest}" in action.option_strings and not rest
+        is_group &= group in GROUPS
+        is_size = group == "model" and rest in VIT_SIZES
+        if is_group or is_size or rest.endswith("help"):
+            action.help = argparse.SUPPRESS
+        if group in GROUPS and rest not in ("", "name", "help"):
+            for name in list(action.option_strings):
+                brief = name.replace(f"--{group}.", "--", 1)
+                action.option_strings.append(brief)
+                names[brief] = action
+        kind = kinds_of(TrainConfig).get(group)
+        if rest and group in GROUPS:
+            kind = kinds_of(kind).get(rest)
+        if kind is bool:
+            action.nargs, action.const = "?", True
+        for name in action.option_strings:
+            names[name.replace("_", "-")] = action
 
 
 def _files_of(function):
@@ -256,11 +259,8 @@ def _by_parameter(function, settings):
     found = {}
     for name, kind in typing.get_type_hints(function).items():
         if kind is TrainConfig:
-            kinds = kinds_of(TrainConfig)
-            values = {x: settings[x] for x in kinds}
-            # jsonargparse makes the classes of flags that it groups itself.
-            values |= {x: kinds[x](**vars(settings[x])) for x in GROUPS}
-            found[name] = TrainConfig(**values)
+            names = [field.name for field in dataclasses.fields(TrainConfig)]
+            found[name] = TrainConfig(**{x: settings[x] for x in names})
         else:
             found[name] = settings[name]
     return found, settings.backend
