@@ -279,7 +279,7 @@ def test_evaluate_refuses_other_classes(trained, tmp_path):
     assert "a model of 10 classes for the 2 of 'image_folder'" in done.stderr
 
 
-def test_evaluate_names_or_skips_a_corrupt_image(trained, tmp_path):
+def test_evaluate_names_or_leaves_out_a_corrupt_image(trained, tmp_path):
     data_dir = write_folder(tmp_path, "abcdefghij")
     path = tmp_path / "test" / "c" / "0.jpg"
     path.write_bytes(path.read_bytes()[:150])

@@ -105,7 +105,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.backends("jax")
-def test_corrupt_images_are_named_or_skipped(config, folder):
+def test_corrupt_images_are_named_or_left_out(config, folder):
     config = changed(
         config, dataset="image_folder", data_dir=str(folder), batch_size=4,
         train_split="train", validation_split="validation", test_split="test",
@@ -114,7 +114,7 @@ def test_corrupt_images_are_named_or_skipped(config, folder):
     with pytest.raises(OSError, match="05.jpg, which is corrupt, in the split"):
         training.train(config)
     config = changed(
-        config, skip_corrupt=True, run_dir=config.run_dir + "_skips"
+        config, skip_corrupt=True, run_dir=config.run_dir + "_left_out"
     )
     with pytest.warns(UserWarning, match="05.jpg cannot be decoded"):
         result = training.train(config)
