@@ -1,6 +1,7 @@
 """A run before it starts: settings, cost, memory and steps."""
 
 import dataclasses
+import json
 
 from keras_vmoe import data
 from keras_vmoe import models
@@ -10,6 +11,7 @@ from keras_vmoe.models.costs import without_weights
 from keras_vmoe.training import batches
 from keras_vmoe.training import building
 from keras_vmoe.training import run_folder
+from keras_vmoe.training.config import VIT_SIZES
 from keras_vmoe.training.initialization import check_start
 
 # Arrays of the weights' size: weights, gradients, optimizer slots.
@@ -59,9 +61,10 @@ def describe(config):
     copies += optimizer.accumulate > 1
     weights = 4 * copies * cost.params
     activations = cost.activation_bytes * config.data.batch_size
-    settings = run_folder.settings_of(config)
+    dump = require("yaml", "cli").safe_dump
     lines = [
-        require("yaml", "cli").safe_dump(settings, sort_keys=False),
+        dump(_used(config), sort_keys=False),
+        dump(_sizes(model), sort_keys=False, default_flow_style=None),
         *cost_lines(cost),
         f"memory, estimated: {weights / 2**20:.0f} MiB for weights and "
         f"optimizer, {activations / 2**20:.0f} MiB for a batch",
@@ -70,3 +73,27 @@ def describe(config):
         *notes,
     ]
     return "\n".join(lines)
+
+
+def _used(config):
+    """The settings, without those that a preset or a ConvNeXt sets aside."""
+    settings = run_folder.settings_of(config)
+    if config.model.preset is not None:
+        del settings["moe"], settings["convnext"]
+    if config.model.preset is not None or config.convnext is not None:
+        for name in VIT_SIZES:
+            del settings["model"][name]
+    return settings
+
+
+def _sizes(model):
+    """The arguments that a model was made with, under its class."""
+    given = json.loads(json.dumps(model.get_config()))
+    given["moe"] = given["moe"] and _set(given["moe"])
+    for name in ("name", "trainable", "trainable_parts"):
+        del given[name]
+    return {type(model).__name__: _set(given)}
+
+
+def _set(arguments):
+    return {name: x for name, x in arguments.items() if x is not None}

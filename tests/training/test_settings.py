@@ -10,6 +10,7 @@ import shutil
 import keras
 import numpy as np
 import pytest
+import yaml
 
 from keras_vmoe import data
 from keras_vmoe import layers
@@ -291,3 +292,21 @@ def test_a_description_of_what_cannot_be(config, changes, words):
 def test_a_description_where_a_run_is_finished(result, config):
     text = training.describe(changed(config, run_dir=str(result.run_dir)))
     assert re.search("of warm-up\nnote: a run .* holds a finished run", text)
+
+
+@once
+def test_a_description_of_a_preset_is_of_its_sizes(config):
+    text = training.describe(
+        changed(
+            config,
+            model=training.ModelConfig(
+                preset="convnext_t_e4_last2_r2", image_size=32
+            ),
+            moe=models.MoEConfig(),
+        )
+    )
+    settings, sizes, *_ = text.split("\n\n")
+    settings, sizes = yaml.safe_load(settings), yaml.safe_load(sizes)
+    assert "hidden_dim" not in settings["model"] and "moe" not in settings
+    assert sizes["ConvNeXtMoE"]["dims"] == [96, 192, 384, 768]
+    assert sizes["ConvNeXtMoE"]["moe"]["num_experts"] == 4
