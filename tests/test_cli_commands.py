@@ -1,7 +1,11 @@
 """The commands beside `train`: what they read, refuse and announce."""
 
+import os
 import re
 import shutil
+import signal
+import threading
+import time
 
 import keras
 import numpy as np
@@ -12,6 +16,7 @@ from keras_vmoe import data
 from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe.training import checkpointing
+from keras_vmoe.training.checkpointing import Checkpoints
 from tests.commands import SMALL
 from tests.commands import in_a_terminal
 from tests.commands import run
@@ -87,6 +92,30 @@ def test_evaluate(trained):
     accuracy = re.search(r"test accuracy: ([\d.]+)", printed)[1]
     assert f"accuracy: {accuracy}" in done.stdout
     assert "block_0_moe: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
+def test_a_stopped_run_says_how_to_resume(tmp_path, number, status):
+    """One line, no traceback; the model of the last epoch is there."""
+    run_dir = tmp_path / "my run"
+    kept = Checkpoints(run_dir / "checkpoints")
+
+    def stop():
+        while not kept.epochs():
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=stop, daemon=True).start()
+    done = run("train", *SMALL, "--epochs=99", f"--run_dir={run_dir}")
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr
+    command = f"keras-vmoe train --config '{run_dir / 'config.yaml'}'"
+    words = rf"stopped after epoch \d+ of 99. Resume with: {command}\n$"
+    assert re.search(words, done.stderr)
+    assert models.load(run_dir / "model.keras").count_params() > 0
+    assert not list(run_dir.glob(".partial*"))
 
 
 def test_the_dial(trained):

@@ -1,6 +1,9 @@
 """The command `keras-vmoe`."""
 
 import os
+import pathlib
+import shlex
+import signal
 import sys
 import traceback
 
@@ -16,6 +19,9 @@ from keras_vmoe.cli.running import evaluate
 from keras_vmoe.cli.running import predict
 from keras_vmoe.cli.running import train
 from keras_vmoe.distribution import _processes
+from keras_vmoe.training.checkpointing import Checkpoints
+from keras_vmoe.training.run_folder import CHECKPOINTS
+from keras_vmoe.training.run_folder import CONFIG
 
 COMMANDS = {
     "train": train,
@@ -36,7 +42,9 @@ USER_ERRORS = (
 
 
 def main(arguments=None):
-    """Runs `keras-vmoe` and returns its exit status: 1 after a printed error.
+    """Runs `keras-vmoe` and returns its exit status.
+
+    That is 1 after a printed error, 130 after Ctrl-C and 143 after SIGTERM.
 
     Args:
         arguments: Command line without the program's name; None means that of
@@ -45,7 +53,8 @@ def main(arguments=None):
     # Before TensorFlow, whose messages the errors repeat, reads the images.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    status = 1
+    status, settings = 1, {}
+    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         require("jsonargparse", "cli")
         from keras_vmoe.cli.parser import parse
@@ -57,9 +66,34 @@ def main(arguments=None):
         status = 0
     except USER_ERRORS as error:
         print(f"keras-vmoe: error: {error}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        status = 143 if isinstance(stop, Terminated) else 130
+        words = _how_to_resume(settings.get("config"))
+        print(f"\nkeras-vmoe: stopped{words}", file=sys.stderr)
     finally:
+        signal.signal(signal.SIGTERM, previous)
         if _processes.num_processes() > 1:
             if sys.exc_info()[1] is not None:
                 traceback.print_exc()
             _processes.leave(status)
     return status
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
+def _terminate(number, frame):
+    raise Terminated
+
+
+def _how_to_resume(config):
+    """What a stopped run has saved, and the command that goes on with it."""
+    if config is None:
+        return ""
+    run_dir = pathlib.Path(config.run_dir)
+    done = max(Checkpoints(run_dir / CHECKPOINTS).epochs(), default=0)
+    if not done:
+        return " before its first epoch was saved"
+    command = f"keras-vmoe train --config {shlex.quote(str(run_dir / CONFIG))}"
+    return f" after epoch {done} of {config.epochs}. Resume with: {command}"

@@ -1,5 +1,6 @@
 """`train`, `evaluate` and `predict`."""
 
+import signal
 import sys
 from typing import Literal
 
@@ -50,6 +51,9 @@ def train(
         keras-vmoe train --config runs/digits/config.yaml --run_dir runs/again
     """
     distribution.initialize(job_addresses, num_processes, process_id)
+    if _processes.num_processes() > 1:
+        # One that waits for others in a collective would not be interrupted.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     first = _processes.is_first_process()
     if first:
         print(f"backend: {keras.backend.backend()}", flush=True)
