@@ -5,6 +5,7 @@ import pathlib
 import shlex
 import signal
 import sys
+import threading
 import traceback
 
 import keras
@@ -54,7 +55,9 @@ def main(arguments=None):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     status, settings = 1, {}
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    previous = None
+    if threading.current_thread() is threading.main_thread():
+        previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         require("jsonargparse", "cli")
         from keras_vmoe.cli.parser import parse
@@ -71,7 +74,8 @@ def main(arguments=None):
         words = _how_to_resume(settings.get("config"))
         print(f"\nkeras-vmoe: stopped{words}", file=sys.stderr)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
         if _processes.num_processes() > 1:
             if sys.exc_info()[1] is not None:
                 traceback.print_exc()
