@@ -160,6 +160,13 @@ def locked(folder):
         except OSError as error:  # A file system without locks.
             if error.errno not in (*UNABLE, errno.ENOLCK):
                 raise
+        if not path.exists() or not os.path.samestat(
+            path.stat(), os.fstat(file.fileno())
+        ):
+            raise BlockingIOError(
+                "A run folder belongs to one process at a time. Received: "
+                f"{str(folder)!r}, which another has just left. Try again."
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -82,6 +82,8 @@ def test_variables_are_the_same_in_the_same_order(make):
     x = make()(x)
     model = keras.Model(inputs, layers.MoEMLP(4, 8)(x))
     clone = clone_around(model)
+    if make is Affine:  # A second one, whose features are its own.
+        assert clone.layers[1] is not model.layers[1]
     assert [w.path for w in clone.weights] == [w.path for w in model.weights]
     for one, other in zip(clone.variables, model.variables, strict=True):
         # The routers' own: statistics and seeds of noise.
