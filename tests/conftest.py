@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(config, items):
 def backends_of(item):
     """Those that a test runs on."""
     if item.path.is_relative_to(TESTS / "data"):
-        return ("jax",)  # tf.data under every backend.
+        return ("torch",)  # tf.data under every backend.
     marker = item.get_closest_marker("backends")
     return marker.args if marker else (BACKEND,)
 

@@ -17,7 +17,7 @@ from tests.commands import run
 from tests.golden.models import FOLDER
 
 # Nothing of it depends on the backend.
-once = pytest.mark.backends("jax")
+once = pytest.mark.backends("torch")
 
 
 def test_train_ends_with_the_test_accuracy(trained):

@@ -24,7 +24,7 @@ from tests.commands import write_folder
 from tests.golden.models import FOLDER
 
 # `test_cli.py` trains and predicts on every backend.
-pytestmark = pytest.mark.backends("jax")
+pytestmark = pytest.mark.backends("torch")
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from tests.models.definitions import images_of
 from tests.models.definitions import tiny
 
 # Files; `test_vmoe.py` assigns what they hold on every backend.
-pytestmark = pytest.mark.backends("jax")
+pytestmark = pytest.mark.backends("torch")
 
 
 def arrays_of(model):

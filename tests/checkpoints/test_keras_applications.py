@@ -8,7 +8,7 @@ from keras_vmoe import checkpoints
 from keras_vmoe import models
 from tests.harness import randomize
 
-pytestmark = pytest.mark.backends("jax")
+pytestmark = pytest.mark.backends("torch")
 
 
 def theirs(**arguments):

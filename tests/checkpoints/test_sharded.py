@@ -17,7 +17,7 @@ from tests.checkpoints import writer
 from tests.golden.models import FOLDER
 
 # Files; `test_vmoe.py` assigns what they hold on every backend.
-pytestmark = pytest.mark.backends("jax")
+pytestmark = pytest.mark.backends("torch")
 
 PREFIX = FOLDER / "vit_checkpoint" / "ckpt_1"
 

@@ -7,7 +7,7 @@ import pytest
 from keras_vmoe import inspection
 from keras_vmoe.inspection import _plots
 
-pytestmark = pytest.mark.backends("jax")
+pytestmark = pytest.mark.backends("torch")
 
 HISTORY = {"loss": [2.0, 1.0], "val_loss": [2.1, 1.2], "accuracy": [0.0, 1.0]}
 LOADS = np.array([[0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.2, 0.0]])

@@ -17,7 +17,7 @@ from keras_vmoe.training.run_folder import settings_of
 from tests.models.definitions import tiny
 from tests.training.test_resume import assert_same
 
-pytestmark = pytest.mark.backends("jax")
+pytestmark = pytest.mark.backends("torch")
 
 # A disk that is full behind the n-th byte of every file.
 SCRIPT = """

@@ -24,7 +24,7 @@ from tests.training.small import changed
 from tests.training.small import history
 
 # Nothing of it depends on the backend.
-once = pytest.mark.backends("jax")
+once = pytest.mark.backends("torch")
 
 
 def test_run_folder(result):
@@ -104,7 +104,7 @@ def folder(tmp_path):
     return root
 
 
-@pytest.mark.backends("jax")
+@pytest.mark.backends("torch")
 def test_corrupt_images_are_named_or_left_out(config, folder):
     config = changed(
         config, dataset="image_folder", data_dir=str(folder), batch_size=4,
@@ -121,7 +121,7 @@ def test_corrupt_images_are_named_or_left_out(config, folder):
     assert len(history(result.run_dir)) == 1
 
 
-@pytest.mark.backends("jax")
+@pytest.mark.backends("torch")
 def test_logs_for_tensorboard(config, result):
     """They change nothing of the run, which has one history for one seed."""
     again = training.train(changed(config, tensorboard=True))

@@ -17,7 +17,7 @@ from tests.training.small import SMALL
 from tests.training.small import changed
 from tests.training.small import history
 
-pytestmark = pytest.mark.backends("jax")
+pytestmark = pytest.mark.backends("torch")
 
 CONVNEXTS = [name for name in recipes.names() if "convnext" in name]
 # The models in the Sweet Spot paper's tables 1 and 2, arXiv:2411.18322, by the

@@ -27,7 +27,7 @@ from tests.training.small import history
 EXACT = keras.backend.backend() == "jax"
 
 # Nothing of it depends on the backend.
-once = pytest.mark.backends("jax")
+once = pytest.mark.backends("torch")
 
 
 def assert_same(result, whole):

@@ -24,7 +24,7 @@ from tests.training.small import changed
 from tests.training.small import history
 
 # Nothing of it depends on the backend.
-once = pytest.mark.backends("jax")
+once = pytest.mark.backends("torch")
 
 
 def losses_of(config):
