@@ -34,10 +34,15 @@ def _as_tuple(match):
 
 
 def _param(name):
-    """Those of exports start processes of TensorFlow, and take seconds each."""
-    if not name.startswith("keras_vmoe.export."):
-        return name
-    marks = [pytest.mark.slow, pytest.mark.backends("tensorflow")]
+    """Whole models run on the backend that compiles nothing.
+
+    Exports start processes of TensorFlow, and take seconds each.
+    """
+    marks = []
+    if name.startswith("keras_vmoe.models."):
+        marks = [pytest.mark.backends("torch")]
+    if name.startswith("keras_vmoe.export."):
+        marks = [pytest.mark.slow, pytest.mark.backends("tensorflow")]
     return pytest.param(name, marks=marks)
 
 

@@ -1,5 +1,7 @@
 """A linear map for each block of rows, by the kernel of the block's expert."""
 
+import functools
+
 import keras
 from keras import ops
 
@@ -72,35 +74,54 @@ def _matmul_jax(x, kernel, expert, count):
 
 def _matmul_loop(x, kernel, expert, count):
     """Block after block, only those in use."""
+    return _loops()(x, kernel, expert, count, False)
+
+
+@functools.cache
+def _loops():
+    """The product, which is its own gradient by the rows.
+
+    And by the kernel that of the sums of outer products, whose gradients are
+    products: loops of an unknown length have derivatives of any order.
+    """
     import jax
 
-    @jax.custom_vjp
-    def matmul(x, kernel, expert, count):
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+    def product(x, kernel, expert, count, transposed):
         def body(b, y):
-            return y.at[b].set(x[b] @ kernel[expert[b]])
+            matrix = kernel[expert[b]]
+            return y.at[b].set(x[b] @ (matrix.T if transposed else matrix))
 
-        zeros = ops.zeros((*x.shape[:2], kernel.shape[-1]), x.dtype)
+        features = kernel.shape[1 if transposed else 2]
+        zeros = ops.zeros((*x.shape[:2], features), x.dtype)
         return jax.lax.fori_loop(0, count, body, zeros)
 
-    def forward(*arguments):
-        return matmul(*arguments), arguments
-
-    def backward(saved, upstream):
+    def of_product(transposed, saved, upstream):
         x, kernel, expert, count = saved
-
-        def body(b, gradients):
-            d_x, d_kernel = gradients
-            d_x = d_x.at[b].set(upstream[b] @ kernel[expert[b]].T)
-            product = (x[b].T @ upstream[b]).astype("float32")
-            return d_x, d_kernel.at[expert[b]].add(product)
-
-        # Summed in float32: in bfloat16 the error grows with the blocks.
-        zeros = (ops.zeros_like(x), ops.zeros_like(kernel, dtype="float32"))
-        d_x, d_kernel = jax.lax.fori_loop(0, count, body, zeros)
+        pair = (upstream, x) if transposed else (x, upstream)
+        d_x = product(upstream, kernel, expert, count, not transposed)
+        d_kernel = outer(*pair, expert, count, len(kernel))
         return d_x, d_kernel.astype(kernel.dtype), None, None
 
-    matmul.defvjp(forward, backward)
-    return matmul(x, kernel, expert, count)
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+    def outer(x, y, expert, count, num_experts):
+        def body(b, total):
+            each = (x[b].T @ y[b]).astype("float32")
+            return total.at[expert[b]].add(each)
+
+        # Summed in float32: in bfloat16 the error grows with the blocks.
+        shape = (num_experts, x.shape[-1], y.shape[-1])
+        return jax.lax.fori_loop(0, count, body, ops.zeros(shape, "float32"))
+
+    def of_outer(_, saved, upstream):
+        x, y, expert, count = saved
+        kernel = upstream.astype(x.dtype)
+        d_x = product(y, kernel, expert, count, True)
+        return d_x, product(x, kernel, expert, count, False), None, None
+
+    product.defvjp(lambda *args: (product(*args), args[:4]), of_product)
+    outer.defvjp(lambda *args: (outer(*args), args[:4]), of_outer)
+    return product
 
 
 def _matmul_ragged(x, kernel, expert):

@@ -19,6 +19,7 @@ from keras_vmoe.export.settings import Signature
 from tests.export import replay
 from tests.export import small
 
+pytestmark = pytest.mark.backends("torch")
 ALONE = {"serving_default": Signature(images_per_group=1)}
 FAST = Signature(images_per_group=1, **small.FAST)
 NAMED = Settings(ALONE, class_names=tuple("abc"))

@@ -12,6 +12,8 @@ from tests.commands import run
 from tests.export import small
 from tests.export import test_conversion
 
+pytestmark = pytest.mark.backends("torch")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

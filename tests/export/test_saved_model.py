@@ -23,6 +23,9 @@ from tests.export.c_api import RefusedRequest
 from tests.export.c_api import ServedModel
 from tests.export.small import SIGNATURES
 
+# The process that other backends start does the same.
+pytestmark = small.IN_TENSORFLOW
+
 
 def scale(right):
     return max(1, np.abs(right).max(initial=0))
@@ -43,6 +46,7 @@ def right(model):
     return small.logits(small.alone(model), small.images(max(small.BATCHES)))
 
 
+@pytest.mark.backends("jax", "tensorflow", "torch")
 @pytest.mark.parametrize("batch", small.BATCHES)
 def test_answers_are_the_models(served, right, batch):
     answer = served("serving_default", images=small.images(batch))
@@ -56,7 +60,6 @@ def test_answers_are_the_models(served, right, batch):
     assert answer["class_name"].tolist() == names
 
 
-@small.IN_TENSORFLOW
 @small.ASKED_HERE
 @pytest.mark.parametrize("kind", sorted(set(small.MODELS) - {"bpr"}))
 @pytest.mark.slow
@@ -81,7 +84,6 @@ def nested():
     return keras.Sequential([keras.Input((16, 16, 3)), backbone, head])
 
 
-@small.IN_TENSORFLOW
 @small.ASKED_HERE
 @pytest.mark.slow
 def test_models_of_ones_own(tmp_path):
@@ -146,7 +148,6 @@ def same_layers(x):
     return x
 
 
-@small.IN_TENSORFLOW
 @small.ASKED_HERE
 @pytest.mark.slow
 def test_any_layers(tmp_path):
@@ -171,7 +172,6 @@ def test_any_layers(tmp_path):
     assert given.shape == (3, 5)
 
 
-@small.IN_TENSORFLOW
 @small.ASKED_HERE
 @pytest.mark.slow
 def test_a_model_without_classes_gives_features(tmp_path):
@@ -257,7 +257,6 @@ def difference(one, other):
     return np.abs(one - other).max()
 
 
-@small.IN_TENSORFLOW
 def test_neighbours_change_nothing(served):
     """By default; in groups of 8 they compete for places, and so they do."""
     for name in served.signatures:
@@ -265,7 +264,6 @@ def test_neighbours_change_nothing(served):
         assert leak > 1e-3 if name == "crowded" else leak == 0, name
 
 
-@small.IN_TENSORFLOW
 @small.ASKED_HERE
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 4])
@@ -289,7 +287,6 @@ def test_other_channels_than_rgb(channels, tmp_path):
         export.saved_model(model, tmp_path, 2, preprocessing=three)
 
 
-@small.IN_TENSORFLOW
 @small.ASKED_HERE
 def test_a_version_that_lacks_a_signature(tmp_path):
     """Beside one of which only the card is there; of one image at most."""
@@ -312,7 +309,6 @@ def test_warm_up_is_not_refused():
     assert check_warmup(False, 4, 1) == ()
 
 
-@small.IN_TENSORFLOW
 def test_a_jpeg_is_gone_over_as_often_as_it_is_small():
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), "uint8")
     file = io.BytesIO()
@@ -329,7 +325,6 @@ def test_a_jpeg_is_gone_over_as_often_as_it_is_small():
         assert np.isfinite(pixels).all() == is_decoded
 
 
-@small.IN_TENSORFLOW
 @small.ASKED_HERE
 @pytest.mark.slow
 def test_a_model_that_would_forget_a_nan(tmp_path):
@@ -360,7 +355,6 @@ def test_an_invalid_image_affects_its_own_answer_alone(served, tmp_path):
     assert classes[0] == classes[-1] >= 0 and classes[1:-1] == [-1] * 4
 
 
-@small.IN_TENSORFLOW
 def test_requests_without_a_sense(folder):
     served = ServedModel(folder)
     images = small.images(2)
@@ -393,7 +387,6 @@ def test_wrong_requests_are_refused(served, images, words):
         served("serving_default", images=images)
 
 
-@small.IN_TENSORFLOW
 def test_a_thousand_hostile_requests(folder):
     """In a process of its own, which must live."""
     program = os.path.join(os.path.dirname(__file__), "run_hostile.py")
@@ -438,7 +431,6 @@ def test_the_model_card(folder, model):
     }  # fmt: skip
 
 
-@small.IN_TENSORFLOW
 def test_warmup_requests(folder):
     """As TF Serving reads them."""
     from tensorflow_serving.apis import prediction_log_pb2

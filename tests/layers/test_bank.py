@@ -145,6 +145,7 @@ def test_a_quantized_bank_costs_as_much():
     assert macs(QuantizedMLPExperts.from_experts(bank, "int8")) == expected
 
 
+@pytest.mark.backends("torch")
 def test_exported(tmp_path):
     """The process that writes imports the module that holds the bank."""
     inputs = keras.Input((8, 8, 3))
