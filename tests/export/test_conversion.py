@@ -11,6 +11,8 @@ from tests.export import small
 
 WRITERS = {"onnx": export.onnx, "tflite": export.litert}
 # Under other backends the same process of TensorFlow writes the same files.
+# JAX does as PyTorch does, and takes longer.
+pytestmark = pytest.mark.backends("tensorflow", "torch")
 IS_TENSORFLOW = keras.backend.backend() == "tensorflow"
 QUANTIZED = [("onnx", "int8"), ("onnx", "float16"), ("tflite", "int8")]
 

@@ -19,6 +19,8 @@ from keras_vmoe.export.variants import features_of
 from tests.export import small
 from tests.export.c_api import ServedModel
 
+# JAX does as PyTorch does, and takes longer.
+pytestmark = pytest.mark.backends("tensorflow", "torch")
 IS_TENSORFLOW = keras.backend.backend() == "tensorflow"
 OWN_LAYER = """
 import keras
@@ -346,7 +348,7 @@ def test_a_version_with_other_outputs_gets_no_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.backends("jax", "torch")  # Where TensorFlow is another backend.
+@pytest.mark.backends("torch")  # Where TensorFlow is another backend.
 @small.ASKED_HERE
 @pytest.mark.parametrize(
     ("code", "words"),
