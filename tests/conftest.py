@@ -42,10 +42,20 @@ LONGEST = [
     "test_docstrings.py",
 ]
 
+# Warnings that are not ours, and what causes them.
+OF_OTHERS = [
+    # Two workers that write one program at once; JAX compiles it again.
+    "Error reading persistent compilation cache entry",
+]
+
 
 def pytest_configure(config):
-    # A warning that our own code causes is a bug.
+    # A warning that a user sees and cannot act on is a bug.
+    for kind in ("UserWarning", "RuntimeWarning", "FutureWarning"):
+        config.addinivalue_line("filterwarnings", f"error::{kind}")
     config.addinivalue_line("filterwarnings", r"error:::keras_vmoe(\..*)?$")
+    for warning in OF_OTHERS:
+        config.addinivalue_line("filterwarnings", f"ignore:{warning}")
 
 
 def pytest_collection_modifyitems(config, items):

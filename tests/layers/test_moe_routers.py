@@ -270,7 +270,8 @@ def losses_of(layer, images):
         layer(images, training=True)
         return list(layer.losses)
 
-    return [float(loss) for loss in compiled(step, layer)(images)]
+    losses = compiled(step, layer)(images)
+    return [float(ops.convert_to_numpy(loss)) for loss in losses]
 
 
 def test_auxiliary_losses():

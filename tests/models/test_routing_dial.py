@@ -247,7 +247,7 @@ def test_features_of_both_models_by_name():
     dial = set_routing(model, capacity_factor=2.0)
     logits = [predict(m, images) for m in (model, dial)]
     for m, expected in zip((model, dial), logits, strict=True):
-        pooled = keras.Model(m.inputs, m.get_layer("pooling").output)
+        pooled = keras.Model(m.input, m.get_layer("pooling").output)
         got = m.get_layer("head")(predict(pooled, images))
         assert_same(float64(got), expected)
         assert len(m.get_layer("norm")._inbound_nodes) == 1
