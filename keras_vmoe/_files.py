@@ -84,7 +84,7 @@ def creating(path):
         try:
             yield folder / path.name
             _check_new(path)  # Others may have been faster.
-            os.rename(folder / path.name, path)
+            _name(folder / path.name, path)
         except OSError as error:
             if error.errno is None:  # One of ours.
                 raise
@@ -218,6 +218,19 @@ def _to_disk(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _name(source, path):
+    """Gives a whole file or folder a name that nothing has."""
+    if source.is_file():
+        # Renamed, it would replace a file that another has just written.
+        try:
+            os.link(source, path)
+            return
+        except OSError as error:  # A file system without links.
+            if error.errno not in (*UNABLE, errno.EPERM):
+                raise
+    os.rename(source, path)
 
 
 def _remove_stale(parent, name):

@@ -191,6 +191,7 @@ class MoEMLP(keras.layers.Layer):
         return None if is_open else math.prod(sizes)
 
     def call(self, inputs, mask=None, training=False):
+        _check_not_traced()
         self._check_features(inputs.shape)
         if not keras.backend.is_float_dtype(inputs.dtype):
             inputs = ops.cast(inputs, self.compute_dtype)  # Keras leaves them.
@@ -345,6 +346,22 @@ def _group(router, images_per_group):
             f"images_per_group={images_per_group!r}. Leave it out."
         )
     return fixed
+
+
+def _check_not_traced():
+    """Raises where PyTorch's tracer would record one batch for all."""
+    if keras.backend.backend() != "torch":
+        return
+    import torch
+
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "The graph of `MoEMLP` must hold for batches of any size. Received:"
+            " a call that torch.jit traces, with the numbers of one batch, as "
+            "`model.export(format='onnx')` does. Use "
+            "`keras_vmoe.export.onnx(model, path)`, or a fixed batch size in "
+            "the `input_signature` of `model.export`."
+        )
 
 
 def _check_router(router, num_experts):

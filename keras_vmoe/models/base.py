@@ -66,6 +66,15 @@ class MoEModel(keras.Model):
             inputs = tf.ensure_shape(inputs, self.input_shape)
         return super().call(inputs, training=training, mask=mask)
 
+    def export(self, filepath, format="tf_saved_model", **kwargs):  # noqa: A002
+        if format in ("onnx", "litert"):
+            raise ValueError(
+                "Keras writes this format without a check, and wrong for some "
+                f"routing and activations. Received: format={format!r}. Use "
+                f"`keras_vmoe.export.{format}(model, path)`."
+            )
+        return super().export(filepath, format=format, **kwargs)
+
     def get_config(self):
         config = {name: getattr(self, name) for name in self._argument_names}
         return {

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_vmoe.routing._groups import ceil_divide
+from keras_vmoe.routing._groups import smallest
 
 
 class Blocks(NamedTuple):
@@ -39,8 +40,7 @@ def fill_blocks(experts, queues, num_experts):
     total = ops.shape(experts)[0]
     size = block_size(total, num_experts)
     # Each expert wastes less than one block, and each block holds a choice.
-    smaller = min if isinstance(total, int) else ops.minimum
-    num_blocks = total // size + smaller(total, num_experts)
+    num_blocks = total // size + smallest(total, num_experts)
     blocks = ceil_divide(queues.load[0], size)  # (E,) that each expert fills
     end = ops.cumsum(blocks)
     index = ops.arange(num_blocks, dtype="int32")

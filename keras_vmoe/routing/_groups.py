@@ -1,10 +1,12 @@
 """Groups of tokens that are routed together, and the capacity of experts."""
 
+import functools
 import math
 from fractions import Fraction
 from typing import Any
 from typing import NamedTuple
 
+import keras
 from keras import ops
 
 from keras_vmoe._checks import is_integer
@@ -55,15 +57,13 @@ def capacity(num_tokens, num_experts, num_selected_experts, capacity_factor):
     step = CAPACITY_MULTIPLE * slots.denominator
     # One ceiling does both roundings: ceil(ceil(x) / 4) is ceil(x / 4).
     blocks = ceil_divide(num_tokens * slots.numerator, step)
-    if not isinstance(num_tokens, int):
-        return ops.minimum(blocks * CAPACITY_MULTIPLE, num_tokens)
-    if num_tokens < 1:
+    if isinstance(num_tokens, int) and num_tokens < 1:
         raise ValueError(
             "Each expert needs a slot for at least 1 token. Received: "
             f"num_tokens={num_tokens}, capacity_factor={capacity_factor}, "
             "which gives a capacity of 0."
         )
-    return min(blocks * CAPACITY_MULTIPLE, num_tokens)
+    return smallest(blocks * CAPACITY_MULTIPLE, num_tokens)
 
 
 def ceil_divide(count, size):
@@ -72,6 +72,30 @@ def ceil_divide(count, size):
     Not `-(-count // size)`: ONNX rounds the quotient of a negative number up.
     """
     return (count + size - 1) // size
+
+
+def smallest(*sizes):
+    """The smallest of some sizes, each an int or that of a symbolic batch."""
+    if all(isinstance(size, int) for size in sizes):
+        return min(sizes)
+    return functools.reduce(_symbolic("min", sizes), sizes)
+
+
+def largest(*sizes):
+    """The largest of some sizes, as `smallest`."""
+    if all(isinstance(size, int) for size in sizes):
+        return max(sizes)
+    return functools.reduce(_symbolic("max", sizes), sizes)
+
+
+def _symbolic(name, sizes):
+    """`min` or `max` of two sizes; of symbolic ones JAX makes no tensor."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        if any(map(jax.export.is_symbolic_dim, sizes)):
+            return getattr(jax.core, f"{name}_dim")
+    return getattr(ops, f"{name}imum")
 
 
 def check_capacity_factor(capacity_factor):

@@ -8,6 +8,7 @@ from keras import ops
 from keras_vmoe.routing._blocks import Blocks
 from keras_vmoe.routing._blocks import fill_blocks
 from keras_vmoe.routing._groups import check_selection
+from keras_vmoe.routing._groups import largest
 from keras_vmoe.routing._selection import renormalized
 from keras_vmoe.routing._selection import select_experts
 from keras_vmoe.routing.plans import SparsePlan
@@ -47,7 +48,7 @@ class DroplessPlan:
         """Returns the experts' outputs to the tokens; see `Plan.combine`."""
         tokens = self.sparse.combine(buffers.rows[None])
         groups, features = ops.shape(self.load)[0], tokens.shape[-1]
-        size = ops.shape(tokens)[1] // _at_least_1(groups)
+        size = ops.shape(tokens)[1] // largest(1, groups)
         return ops.reshape(tokens, (groups, size, features))
 
     def load_share(self):
@@ -63,9 +64,9 @@ class DroplessPlan:
         groups, num_experts = ops.shape(self.load)
         num_tokens, num_choices = ops.shape(self.sparse.slot)[1:]
         images = groups * num_images
-        size = num_tokens // _at_least_1(images) * num_choices
+        size = num_tokens // largest(1, images) * num_choices
         # An empty slot holds more than the last choice, so no image.
-        image, block = flat_experts(self.sparse.choice // _at_least_1(size))
+        image, block = flat_experts(self.sparse.choice // largest(1, size))
         expert = ops.take(self.block_expert, block)
         used = experts_of_images(image, expert, images, num_experts)
         return ops.reshape(used, (groups, num_images, num_experts))
@@ -129,11 +130,6 @@ def dropless_plan(
     return DroplessPlan(
         sparse=sparse, block_expert=owner, count=count, load=load
     )
-
-
-def _at_least_1(number):
-    """The number or 1, of an int or, of a symbolic batch, a tensor."""
-    return max(1, number) if isinstance(number, int) else ops.maximum(1, number)
 
 
 def _one_group(tokens):

@@ -1,5 +1,6 @@
 """What cannot be exported is refused before anything is written."""
 
+import concurrent.futures
 import contextlib
 import errno
 import os
@@ -7,12 +8,14 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import keras
 import numpy as np
 import pytest
 
+from keras_vmoe import _files
 from keras_vmoe import export
 from keras_vmoe._files import creating
 from keras_vmoe.export.variants import features_of
@@ -207,6 +210,36 @@ def test_a_name_that_somebody_else_took_meanwhile(tmp_path):
                 getattr(tmp_path / name, make)()
         assert [x.name for x in tmp_path.iterdir()] == [name]
         (tmp_path / name).rmdir() if make == "mkdir" else None
+
+
+@pytest.mark.parametrize("name", ["1", "a.onnx"])
+def test_two_at_once_and_one_wins(name, tmp_path, monkeypatch):
+    """Both are whole and find the name free before either takes it."""
+    check, both = _files._check_new, threading.Barrier(2)
+
+    def check_together(path):
+        check(path)
+        both.wait(timeout=60)
+
+    def write(words):
+        try:
+            with _files.creating(tmp_path / name) as path:
+                if name == "1":
+                    path.mkdir()
+                    path = path / "graph"
+                path.write_text(words)
+        except FileExistsError as error:
+            assert "Choose another version or name" in str(error)
+            return None
+        return words
+
+    monkeypatch.setattr(_files, "_check_new", check_together)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        won = set(pool.map(write, ["first", "second"])) - {None}
+    path = tmp_path / name
+    path = path / "graph" if name == "1" else path
+    assert won == {path.read_text()}
+    assert [x.name for x in tmp_path.iterdir()] == [name]
 
 
 def test_what_fails_leaves_nothing(tmp_path):

@@ -1,0 +1,59 @@
+"""`model.export` of Keras: right for every batch, or refused."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_vmoe import layers
+from tests.export import small
+
+ROUTINGS = {
+    "groups": ({}, {}),
+    "groups of 3": ({}, {"images_per_group": 3}),
+    "batch": ({"batch_priority": True}, {"images_per_group": "batch"}),
+    "dropless": ({"capacity_factor": "dropless"}, {"images_per_group": 1}),
+}
+
+
+def user_model(router=None, **options):
+    """A functional model around the layer, of no class of ours."""
+    router = layers.TopKRouter(4, **(router or {}))
+    images = keras.Input((2, 2, 8))
+    moe = layers.MoEMLP(4, 8, router, activation="relu", **options)
+    x = keras.layers.GlobalAveragePooling2D()(moe(images))
+    return small.wild(keras.Model(images, x))
+
+
+@pytest.mark.parametrize("kind", ["onnx", "litert"])
+def test_models_of_the_papers_are_exported_by_us(kind, tmp_path):
+    words = rf"keras_vmoe\.export\.{kind}\(model, path\)"
+    with pytest.raises(ValueError, match=words):
+        small.convnext().export(tmp_path / "model", format=kind)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.backends("jax")
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_a_symbolic_batch(kind):
+    import jax
+
+    router, options = ROUTINGS[kind]
+    model = user_model(router, **options)
+    (batch,) = jax.export.symbolic_shape("batch")
+    spec = jax.ShapeDtypeStruct((batch, 2, 2, 8), "float32")
+    exported = jax.export.export(jax.jit(lambda x: model(x)))(spec)
+    for count in (1, 3, 9):
+        images = keras.random.normal((count, 2, 2, 8), seed=count)
+        np.testing.assert_allclose(
+            exported.call(images), model(images), atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.backends("torch")
+def test_a_tracer_of_one_batch_is_refused(tmp_path):
+    model = user_model()
+    model(ops.zeros((1, *model.input_shape[1:])))
+    with pytest.raises(ValueError, match=r"keras_vmoe\.export\.onnx"):
+        model.export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    assert not list(tmp_path.iterdir())
