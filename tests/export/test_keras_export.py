@@ -9,7 +9,6 @@ from keras_vmoe import layers
 from tests.export import small
 
 ROUTINGS = {
-    "groups": ({}, {}),
     "groups of 3": ({}, {"images_per_group": 3}),
     "batch": ({"batch_priority": True}, {"images_per_group": "batch"}),
     "dropless": ({"capacity_factor": "dropless"}, {"images_per_group": 1}),
@@ -33,6 +32,7 @@ def test_models_of_the_papers_are_exported_by_us(kind, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.backends("jax")
 @pytest.mark.parametrize("kind", ROUTINGS)
 def test_a_symbolic_batch(kind):
@@ -42,11 +42,12 @@ def test_a_symbolic_batch(kind):
     model = user_model(router, **options)
     (batch,) = jax.export.symbolic_shape("batch")
     spec = jax.ShapeDtypeStruct((batch, 2, 2, 8), "float32")
-    exported = jax.export.export(jax.jit(lambda x: model(x)))(spec)
-    for count in (1, 3, 9):
+    call = jax.jit(lambda x: model(x))
+    exported = jax.export.export(call)(spec)
+    for count in (1, 8):
         images = keras.random.normal((count, 2, 2, 8), seed=count)
         np.testing.assert_allclose(
-            exported.call(images), model(images), atol=1e-5, rtol=1e-5
+            exported.call(images), call(images), atol=1e-5, rtol=1e-5
         )
 
 
