@@ -11,8 +11,9 @@ from keras_vmoe.models.costs import without_weights
 from keras_vmoe.training import batches
 from keras_vmoe.training import building
 from keras_vmoe.training import run_folder
-from keras_vmoe.training.config import VIT_SIZES
-from keras_vmoe.training.initialization import check_start
+from keras_vmoe.training.architecture import from_scratch
+from keras_vmoe.training.architecture import resolved
+from keras_vmoe.training.config import VIT_DEFAULTS
 
 # Arrays of the weights' size: weights, gradients, optimizer slots.
 COPIES = {"adamw": 4, "lamb": 4, "sgd": 3}
@@ -38,6 +39,7 @@ def describe(config):
 
     >>> print(describe(TrainConfig()))  # doctest: +SKIP
     """
+    config = resolved(config)
     strategy = building.make_strategy(config)  # Raises as a run would.
     info = data.info(config.data.dataset, config.data.data_dir)
     notes = []
@@ -45,11 +47,9 @@ def describe(config):
         run_folder.check_run(config, info.class_names)
     except (OSError, ValueError) as error:
         notes.append(f"note: a run would be refused. {error}")
-    if config.model.init is not None:
-        check_start(config.model.init)
     steps = len(batches.datasets(config, info)[0])
     schedule = building.make_schedule(config, steps * config.epochs)
-    no_values = dataclasses.replace(config.model, init=None, head_bias=0.0)
+    no_values = dataclasses.replace(from_scratch(config).model, head_bias=0.0)
     with without_weights():
         model = building.make_model(
             dataclasses.replace(config, model=no_values), info.num_classes
@@ -76,12 +76,10 @@ def describe(config):
 
 
 def _used(config):
-    """The settings, without those that a preset or a ConvNeXt sets aside."""
+    """The settings, without those that a ConvNeXt sets aside."""
     settings = run_folder.settings_of(config)
-    if config.model.preset is not None:
-        del settings["moe"], settings["convnext"]
-    if config.model.preset is not None or config.convnext is not None:
-        for name in VIT_SIZES:
+    if config.convnext is not None:
+        for name in VIT_DEFAULTS:
             del settings["model"][name]
     return settings
 

@@ -11,7 +11,9 @@ import keras
 from keras_vmoe import _files
 from keras_vmoe._extras import require
 from keras_vmoe.distribution import _processes
+from keras_vmoe.models import MoEConfig
 from keras_vmoe.training import recipes
+from keras_vmoe.training.config import given
 
 CONFIG, CLASSES = "config.yaml", "classes.json"
 MODEL, RESULT = "model.keras", "result.json"
@@ -61,7 +63,8 @@ def settings_of(config):
     settings = dataclasses.asdict(config)
     settings["backend"] = keras.backend.backend()
     if config.moe is not None:
-        settings["moe"] = config.moe.to_dict()
+        moe = MoEConfig.from_dict(given(config.moe)).to_dict()
+        settings["moe"] = {x: moe[x] for x in given(config.moe)}
     return json.loads(json.dumps(settings))  # Tuples are lists in YAML.
 
 

@@ -5,13 +5,14 @@ import pytest
 import yaml
 
 from keras_vmoe import data
-from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe.models.costs import without_weights
 from keras_vmoe.models.presets import PRESETS
 from keras_vmoe.training import building
 from keras_vmoe.training import recipes
+from keras_vmoe.training.architecture import resolved
 from keras_vmoe.training.config import GROUPS
+from keras_vmoe.training.config import given
 from keras_vmoe.training.run_folder import settings_of
 from tests.training.small import SMALL
 from tests.training.small import changed
@@ -248,7 +249,11 @@ def test_a_configuration_of_version_0_1_0(tmp_path):
     )
     assert config.data.augmentation == data.Augmentation(crop_padding=1)
     assert config.checkpoint.checkpoints_per_epoch == 2
-    assert config.moe == models.MoEConfig(layers="last_1", num_experts=4)
+    moe = {"layers": "last_1", "num_experts": 4, "images_per_group": 8}
+    assert given(config.moe) == moe
+    preset = OLD.replace("preset: null", "preset: convnext_t_e4_last2")
+    config = resolved(recipes.load(write(tmp_path, preset)))
+    assert (config.moe.num_experts, config.convnext.mlp_ratio) == (4, 4)
     words = OLD.replace("images_per_group: 8", "images_per_group: null")
     words = words.replace("capacity_factor: auto", "capacity_factor: null")
     moe = recipes.load(write(tmp_path, words)).moe
