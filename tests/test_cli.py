@@ -260,7 +260,7 @@ def test_a_recipe_sets_the_defaults(tmp_path):
     arguments = [x for x in SMALL if "epochs" not in x and "warmup" not in x]
     done = run(
         "train", *arguments, "--recipe=cifar10_small", "--dry_run",
-        "--run_dir", tmp_path / "none",
+        "--run_dir", tmp_path / "none", "--dataset=digits",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "epochs: 6" in done.stdout and "flip: true" in done.stdout
@@ -268,11 +268,25 @@ def test_a_recipe_sets_the_defaults(tmp_path):
     assert "steps: 4 per epoch, 24 in all, 2 of warm-up" in done.stdout
     assert "batch_size: 32" in done.stdout  # What is given counts.
     file = tmp_path / "recipe.yaml"
-    file.write_text("recipe: sweet_spot_vit_in21k\npreset: vit_b16_e8_last2\n")
-    small = (*SMALL[:3], "--batch_size=32")
+    file.write_text(
+        "recipe: sweet_spot_vit_in21k\npreset: vit_b16_e8_last2\n"
+        "moe: {num_experts: 4}\n"
+    )
+    small = (
+        *SMALL[:3],
+        "--batch_size=32",
+        "--dataset=digits",
+        "--moe.capacity_factor=2",
+    )
     done = run("train", *small, f"--config={file}", "--dry-run")
     assert done.returncode == 0, done.stderr
-    for words in ("name: lamb", "epochs: 90", "vit_b16: 0.1"):
+    for words in (
+        "name: lamb",
+        "epochs: 90",
+        "vit_b16: 0.1",
+        "layers: last_2, num_experts: 4",
+        "capacity_factor: 2.0",
+    ):
         assert words in done.stdout
     done = run("train", "--recipe=cifar10", "--dry_run")
     assert done.returncode == 1 and "Did you mean 'cifar10_" in done.stderr

@@ -1,5 +1,7 @@
 """The recipes: each loads, makes a model and runs; what files may hold."""
 
+import re
+
 import keras
 import pytest
 import yaml
@@ -100,7 +102,8 @@ def test_a_recipe_based_on_another():
     small, huge = recipes.load("vmoe_s32_in21k"), recipes.load("vmoe_h14_in21k")
     assert huge.optimizer.learning_rate == 3e-4
     assert huge.optimizer.clip_norm == 1.0 and small.optimizer.clip_norm is None
-    assert changed(huge, learning_rate=1e-3, clip_norm=None) == small
+    same = {"preset": small.model.preset, "clip_norm": None}
+    assert changed(huge, learning_rate=1e-3, **same) == small
 
 
 @pytest.mark.parametrize("preset", ["vmoe_s32_e8_last2", None, "vit_s16"])
@@ -118,9 +121,19 @@ def test_the_capacity_of_fine_tuning(preset):
 
 def test_a_recipe_of_the_other_family():
     with pytest.raises(ValueError, match="is for a ConvNeXt. Received: a ViT"):
-        recipes.load("sweet_spot_convnext_in1k")
+        recipes.load("sweet_spot_convnext_in1k", model={"preset": "vit_s16"})
     with pytest.raises(ValueError, match="is for a ViT. Received: a ConvNeXt"):
         recipes.load("vmoe_b_in21k", model={"preset": "convnext_t"})
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_dry_run_needs_no_dataset(name):
+    """It is of what the recipe says, and says what is missing."""
+    text = training.describe(recipes.load(name))
+    assert "million active per token" in text
+    if name != "digits_small":
+        assert re.search(r"steps: [\d.]+ per 1,000 images, in \d+ epochs", text)
+        assert "note: a run would be refused." in text
 
 
 @pytest.mark.slow
@@ -131,7 +144,7 @@ def test_every_recipe_runs(name, tmp_path):
         load(name), epochs=2, batch_size=8, image_size=8, warmup=0.5,
         warmup_epochs=None, warmup_steps=None, run_dir=str(tmp_path / "run"),
         train_split="train[:16]", validation_split="validation[:8]",
-        test_split="test[:8]",
+        test_split="test[:8]", dataset="digits", preset=None,
     )  # fmt: skip
     if name not in CONVNEXTS:
         config = changed(
