@@ -268,6 +268,7 @@ def _read_files(command, function, arguments):
     elif files.config is not None:
         settings = recipes.read_yaml(files.config)
         known = [action.dest for action in command._actions]
+        known = [name for name in known if name not in ("help", "config")]
         check_keys(f"`{command.usage.split()[1]}`", settings, known)
         command.set_defaults(settings)
     return arguments

@@ -281,7 +281,7 @@ class DevicesConfig:
     """Distribution over several devices.
 
     Attributes:
-        distribution: Strategy; default: one device.
+        distribution: Strategy.
         expert_shards: Devices that share the experts.
         shard_dense: Shard the dense kernels too.
     """

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import shlex
 import shutil
 
 import keras
@@ -102,8 +103,8 @@ def _check_same(run_dir, settings, class_names):
         raise ValueError(
             "A stopped run is resumed with the settings that it was started "
             f"with. Received: run_dir={str(run_dir)!r}, where these differ: "
-            f"{'; '.join(different)}. Name another folder, or use `--config "
-            f"{run_dir / CONFIG}`."
+            f"{'; '.join(different)}. Name another folder, or use: --config "
+            f"{shlex.quote(str(run_dir / CONFIG))}"
         )
 
 
