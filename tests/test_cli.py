@@ -16,7 +16,7 @@ from keras_vmoe import cli
 from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe.training.config import GROUPS
-from keras_vmoe.training.config import VIT_DEFAULTS
+from keras_vmoe.training.config import VIT_SIZES
 from keras_vmoe.training.typed import kinds_of
 from tests.commands import SMALL
 from tests.commands import run
@@ -246,7 +246,7 @@ def test_every_setting_has_a_flag_and_help():
     names = [name for name in kinds if name not in GROUPS]
     names += [name for group in GROUPS for name in kinds_of(kinds[group])]
     for name in names:
-        text = sizes if name in VIT_DEFAULTS else shown
+        text = sizes if name in VIT_SIZES else shown
         assert re.search(rf"^  --(optimizer\.)?{name} +\S", text, re.M), name
     assert "FLOAT|dropless" in shown
     assert "Run folder" in run("evaluate", "--help").stdout

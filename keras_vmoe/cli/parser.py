@@ -19,7 +19,7 @@ from keras_vmoe.training import ModelConfig
 from keras_vmoe.training import TrainConfig
 from keras_vmoe.training import recipes
 from keras_vmoe.training.config import GROUPS
-from keras_vmoe.training.config import VIT_DEFAULTS
+from keras_vmoe.training.config import VIT_SIZES
 from keras_vmoe.training.typed import convert
 from keras_vmoe.training.typed import kinds_of
 from keras_vmoe.version import __version__
@@ -174,9 +174,9 @@ class _SizesHelp(argparse.Action):
         sizes = _Parser()
         sizes.add_class_arguments(ModelConfig)
         for action in sizes._actions:
-            if action.dest not in VIT_DEFAULTS:
+            if action.dest not in VIT_SIZES:
                 action.help = argparse.SUPPRESS
-            action.default = VIT_DEFAULTS.get(action.dest)
+            action.default = VIT_SIZES.get(action.dest)
         sizes.print_help()
         parser.exit()
 
@@ -216,7 +216,7 @@ def _hide(command):
     """Leaves out of the help what has a help of its own."""
     for action in command._actions:
         group, _, rest = action.dest.partition(".")
-        is_size = group == "model" and rest in VIT_DEFAULTS
+        is_size = group == "model" and rest in VIT_SIZES
         if action.dest in GROUPS or is_size or rest.endswith("help"):
             action.help = argparse.SUPPRESS
 

@@ -10,14 +10,13 @@ from keras_vmoe.models.placement import moe_blocks
 from keras_vmoe.models.placement import stage_blocks
 from keras_vmoe.models.presets import find_preset
 from keras_vmoe.training import recipes
-from keras_vmoe.training.config import CONVNEXT_DEFAULTS
-from keras_vmoe.training.config import VIT_DEFAULTS
+from keras_vmoe.training.config import CONVNEXT_SIZES
+from keras_vmoe.training.config import VIT_SIZES
 from keras_vmoe.training.config import ConvNeXtConfig
 from keras_vmoe.training.config import MoESettings
 from keras_vmoe.training.config import given
-from keras_vmoe.training.run_folder import CONFIG
-from keras_vmoe.training.run_folder import MODEL
 
+CONFIG, MODEL = "config.yaml", "model.keras"  # In a run folder.
 # What the experts' weights depend on, beside the placement.
 EXPERTS = (
     "num_experts", "router", "gate", "hidden_dim", "mlp_ratio",
@@ -48,7 +47,7 @@ def resolved(config):
         start = _architecture_of(settings.init)
         is_vit, below = "num_layers" in start, recipes.merge(start, below)
     elif settings.preset is None:
-        below = {**(VIT_DEFAULTS if is_vit else CONVNEXT_DEFAULTS), "moe": {}}
+        below = {**(VIT_SIZES if is_vit else CONVNEXT_SIZES), "moe": {}}
     found = recipes.merge(below, _set_by(config))
     if settings.upcycle and found["moe"] is None:
         found["moe"] = {}
@@ -56,9 +55,9 @@ def resolved(config):
         found["moe"] = given(models.MoEConfig.from_dict(found["moe"]))
     if not is_vit and found["patch_size"] is None:
         found["patch_size"] = 16 if found["isotropic"] else 4
-    names = VIT_DEFAULTS if is_vit else CONVNEXT_DEFAULTS
+    names = VIT_SIZES if is_vit else CONVNEXT_SIZES
     if start is not None:
-        others = found.keys() & {**VIT_DEFAULTS, **CONVNEXT_DEFAULTS}
+        others = found.keys() & {**VIT_SIZES, **CONVNEXT_SIZES}
         _check_same(settings, start, found, others - {"dropout"})
     sizes = {name: found[name] for name in names}
     size = settings.image_size or found.get("image_size", config.image_size)
@@ -94,7 +93,7 @@ def _set_by(config):
         found = given(config.convnext)
     else:
         found = given(config.model)
-        found = {x: found[x] for x in VIT_DEFAULTS if x in found}
+        found = {x: found[x] for x in VIT_SIZES if x in found}
     if config.moe is None:
         return {**found, "moe": None}
     moe = given(config.moe)
@@ -107,9 +106,9 @@ def _preset(name):
         return {}
     preset = find_preset(name)
     if preset.model is models.ViTMoE:
-        below = {**VIT_DEFAULTS, "pooling": "token"}
+        below = {**VIT_SIZES, "pooling": "token"}
     else:
-        below = {**CONVNEXT_DEFAULTS, "patch_size": None}
+        below = {**CONVNEXT_SIZES, "patch_size": None}
     return {**below, **preset.arguments, "moe": preset.moe}
 
 
@@ -120,12 +119,12 @@ def _architecture_of(path):
     if (path / CONFIG).exists():
         config = resolved(from_scratch(recipes.load(path / CONFIG)))
         size = {"image_size": config.image_size, "moe": None}
-        below = VIT_DEFAULTS if config.convnext is None else CONVNEXT_DEFAULTS
+        below = VIT_SIZES if config.convnext is None else CONVNEXT_SIZES
         return {**below, **size, **_set_by(config)}
     if (path / MODEL).exists():
         path = path / MODEL
     if path.suffix != ".keras":
-        below = {**VIT_DEFAULTS, "pooling": "token"}
+        below = {**VIT_SIZES, "pooling": "token"}
         return {**below, **checkpoints.vmoe_config(checkpoints.read(path))}
     model = models.load(path, compile=False)
     if not isinstance(model, MoEModel):

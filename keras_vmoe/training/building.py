@@ -11,7 +11,7 @@ from keras_vmoe.distribution import _processes
 from keras_vmoe.training import optimizers
 from keras_vmoe.training.architecture import resolved
 from keras_vmoe.training.batches import is_one_hot
-from keras_vmoe.training.config import VIT_DEFAULTS
+from keras_vmoe.training.config import VIT_SIZES
 from keras_vmoe.training.config import given
 
 MOMENTUM = 0.9  # Of SGD.
@@ -78,7 +78,7 @@ def make_model(config, num_classes):
             moe["capacity_factor"] = sizes.capacity_factor
     if config.convnext is None:
         make = models.ViTMoE
-        parts = {name: getattr(sizes, name) for name in VIT_DEFAULTS}
+        parts = {name: getattr(sizes, name) for name in VIT_SIZES}
     else:
         make, parts = models.ConvNeXtMoE, vars(config.convnext)
     if sizes.preset is not None:

@@ -16,7 +16,7 @@ DEFAULT_IMAGE_SIZE = 32
 DEFAULT_WARMUP = 1 / 12  # Share of all steps.
 WARMUPS = ("warmup", "warmup_epochs", "warmup_steps")
 # The sizes of a model that are neither set nor those of a preset or a file.
-VIT_DEFAULTS = {
+VIT_SIZES = {
     "patch_size": 8,
     "hidden_dim": 64,
     "num_layers": 4,
@@ -29,7 +29,7 @@ VIT_DEFAULTS = {
     "layer_scale_init_value": None,
     "activation": "gelu_tanh",
 }
-CONVNEXT_DEFAULTS = {
+CONVNEXT_SIZES = {
     "depths": (2, 2, 2),
     "dims": (32, 64, 128),
     "patch_size": 2,
@@ -408,7 +408,7 @@ class TrainConfig:
             kind, other = "ViT", {"convnext": self.convnext}
         else:
             kind = "ConvNeXt"
-            other = {f"model.{x}": getattr(self.model, x) for x in VIT_DEFAULTS}
+            other = {f"model.{x}": getattr(self.model, x) for x in VIT_SIZES}
         wrong = [f"{k}={x!r}" for k, x in other.items() if x is not None]
         if wrong:
             preset = self.model.preset

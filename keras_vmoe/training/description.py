@@ -14,7 +14,7 @@ from keras_vmoe.training import building
 from keras_vmoe.training import run_folder
 from keras_vmoe.training.architecture import from_scratch
 from keras_vmoe.training.architecture import resolved
-from keras_vmoe.training.config import VIT_DEFAULTS
+from keras_vmoe.training.config import VIT_SIZES
 
 # Arrays of the weights' size: weights, gradients, optimizer slots.
 COPIES = {"adamw": 4, "lamb": 4, "sgd": 3}
@@ -100,7 +100,7 @@ def _used(config):
     """The settings, without those that a ConvNeXt sets aside."""
     settings = run_folder.settings_of(config)
     if config.convnext is not None:
-        for name in VIT_DEFAULTS:
+        for name in VIT_SIZES:
             del settings["model"][name]
     return settings
 

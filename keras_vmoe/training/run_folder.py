@@ -14,10 +14,12 @@ from keras_vmoe._extras import require
 from keras_vmoe.distribution import _processes
 from keras_vmoe.models import MoEConfig
 from keras_vmoe.training import recipes
+from keras_vmoe.training.architecture import CONFIG
+from keras_vmoe.training.architecture import MODEL as MODEL
+from keras_vmoe.training.architecture import resolved
 from keras_vmoe.training.config import given
 
-CONFIG, CLASSES = "config.yaml", "classes.json"
-MODEL, RESULT = "model.keras", "result.json"
+CLASSES, RESULT = "classes.json", "result.json"
 CHECKPOINTS = "checkpoints"
 # Settings that may differ when a run is resumed.
 FREE = (
@@ -88,7 +90,7 @@ def _check_same(run_dir, settings, class_names):
         )
     if not any(run_dir.glob(f"{CHECKPOINTS}/*")):
         return  # It was stopped before there was anything to resume.
-    config = recipes.load(run_dir / CONFIG)
+    config = resolved(recipes.load(run_dir / CONFIG))
     there, here = flat(settings_of(config)), flat(settings)
     there["backend"] = config.backend
     # The datasets may be in another folder, but with the same classes.
