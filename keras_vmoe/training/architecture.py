@@ -10,11 +10,11 @@ from keras_vmoe.models.placement import moe_blocks
 from keras_vmoe.models.placement import stage_blocks
 from keras_vmoe.models.presets import find_preset
 from keras_vmoe.training import recipes
-from keras_vmoe.training.config import CONVNEXT_SIZES
-from keras_vmoe.training.config import VIT_SIZES
 from keras_vmoe.training.config import ConvNeXtConfig
-from keras_vmoe.training.config import MoESettings
-from keras_vmoe.training.config import given
+from keras_vmoe.training.sizes import CONVNEXT_SIZES
+from keras_vmoe.training.sizes import VIT_SIZES
+from keras_vmoe.training.sizes import MoESettings
+from keras_vmoe.training.sizes import given
 
 CONFIG, MODEL = "config.yaml", "model.keras"  # In a run folder.
 # What the experts' weights depend on, beside the placement.
