@@ -57,7 +57,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["keras_vmoe", "keras_vmoe.*"]),
-    package_data={"keras_vmoe.training.recipes": ["*.yaml"]},
+    package_data={
+        "keras_vmoe.models": ["*.csv"],
+        "keras_vmoe.training.recipes": ["*.yaml"],
+    },
     install_requires=["keras>=3.15,<4", "numpy>=1.26"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["keras-vmoe = keras_vmoe.cli:main"]},

@@ -1,5 +1,6 @@
 """Sparse Mixture-of-Experts for vision, native to Keras 3."""
 
+from keras_vmoe import _start  # noqa: F401  Before Keras.
 from keras_vmoe import checkpoints
 from keras_vmoe import data
 from keras_vmoe import distribution

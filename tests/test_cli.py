@@ -1,12 +1,18 @@
 """The command as users type it."""
 
+import io
+import json
+import os
 import re
+import sys
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 
 import keras_vmoe
+from keras_vmoe import cli
 from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe.training.config import GROUPS
@@ -24,7 +30,11 @@ def test_train_ends_with_the_test_accuracy(trained):
     run_dir, output = trained
     last = output.strip().splitlines()[-1]
     assert re.fullmatch(r"test accuracy: [01]\.\d{4}", last)
-    assert str(run_dir / "curves.png") in output
+    curves = f"curves and load of every expert: {run_dir / 'curves.png'}"
+    assert curves in output
+    assert "model: ViT of 1 blocks, 16 features, 4 experts in every_1" in output
+    assert "data: digits, train[:128], in 2 epochs" in output
+    assert "Ctrl-C stops the run; the same command resumes it" in output
     assert "max_expert_load" in output
     assert (
         f"backend: {keras.backend.backend()}"
@@ -70,6 +80,10 @@ def test_predict_prints_classes_with_probabilities(trained, tmp_path):
         (["train", "--run_dir=x", "--dataset=digitz"], "name='digitz'"),
         (["train", "--run_dir=x", "--epochs=0"], "epochs=0"),
         (["train", "--run_dir=x", "--seed=-1"], "seed=-1"),
+        (
+            ["train", "--recipe=digits_small", "--epochs=3"],
+            "which may be a recipe's. Set it, too, such as --warmup_epochs 0.3",
+        ),
         (["train", "--run_dir=x", "--validation_split=v"], "validation_split"),
         (["train", "--config=none.yaml"], "none.yaml"),
         (["predict", "none.keras", "a.png"], "must exist. Received: path="),
@@ -110,6 +124,7 @@ def test_null_trains_the_dense_twin(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "test accuracy: " in done.stdout
+    assert f"curves: {run_dir / 'curves.png'}" in done.stdout
     assert "auxiliary_loss" not in (run_dir / "history.csv").read_text()
     assert models.load(run_dir / "model.keras").moe_layers == []
 
@@ -158,12 +173,48 @@ def test_predict_refuses_what_is_no_model(tmp_path, name, content, words):
 
 
 @once
-def test_predict_refuses_what_is_no_image(trained, tmp_path):
-    broken = tmp_path / "broken.png"
+def test_predict_names_what_is_no_image(trained, tmp_path):
+    """The others are answered."""
+    broken, image = tmp_path / "broken.png", tmp_path / "digit.png"
     broken.write_bytes(b"no picture")
-    done = run("predict", trained[0], broken)
-    assert done.returncode == 1
-    assert "broken.png" in done.stderr
+    keras.utils.save_img(image, np.full((8, 8, 1), 128), scale=False)
+    for images, answers in (([broken], 0), ([image, broken, image], 2)):
+        done = run("predict", trained[0], *images)
+        assert done.returncode == 1 and "broken.png" in done.stderr
+        assert done.stdout.count("digit.png: ") == answers
+        assert "broken.png" not in done.stdout
+
+
+@once
+def test_names_that_the_output_cannot_hold(trained, tmp_path, monkeypatch):
+    """As under LC_ALL=C, where print would raise after all the work."""
+    image, names = tmp_path / "digit.png", tmp_path / "names.json"
+    keras.utils.save_img(image, np.full((8, 8, 1), 128), scale=False)
+    names.write_text(json.dumps(list("äöüабвгде字")))
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    command = ["predict", trained[0], image, f"--classes={names}", "--top=10"]
+    assert cli.main([str(x) for x in command]) == 0
+    ascii_only.flush()
+    assert rb"\u5b57" in ascii_only.buffer.getvalue()
+
+
+@once
+@pytest.mark.parametrize("program", ["/bin/keras-vmoe", "mine.py"])
+def test_an_unknown_backend_is_one_line(monkeypatch, program):
+    """The command ends; an import raises."""
+    words = "KERAS_BACKEND must be one of jax, tensorflow, torch. Received: "
+    code = Path(keras_vmoe.__file__).with_name("_start.py").read_text()
+    monkeypatch.setenv("KERAS_BACKEND", "pytorch")
+    monkeypatch.setattr(sys, "argv", [program])
+    monkeypatch.setattr(sys, "orig_argv", ["python", program])
+    error = SystemExit if "keras" in program else ImportError
+    with pytest.raises(error, match=f"{words}KERAS_BACKEND=pytorch"):
+        exec(code, {})
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
+    exec(code, {})
+    assert ("TF_CPP_MIN_LOG_LEVEL" in os.environ) == ("keras" in program)
 
 
 @once
@@ -214,6 +265,7 @@ def test_presets():
     assert row.split() == columns
     done = run("presets", "convnet_t")
     assert done.returncode == 1 and "nearest names: convnext_t" in done.stderr
+    assert len(run("presets").stdout.splitlines()) == len(models.presets()) + 2
 
 
 def test_convert(tmp_path):
@@ -244,6 +296,8 @@ def test_convert_without_a_checkpoint(tmp_path):
     done = run("convert", tmp_path / "none", tmp_path / "x.keras")
     assert done.returncode == 1 and "none.index" in done.stderr
     assert not list(tmp_path.iterdir())
+    done = run("convert", tmp_path, tmp_path / "x.keras")
+    assert "A run folder and a .keras file need no conversion" in done.stderr
 
 
 @once
@@ -260,7 +314,7 @@ def test_a_recipe_sets_the_defaults(tmp_path):
     arguments = [x for x in SMALL if "epochs" not in x and "warmup" not in x]
     done = run(
         "train", *arguments, "--recipe=cifar10_small", "--dry_run",
-        "--run_dir", tmp_path / "none",
+        "--run_dir", tmp_path / "none", "--dataset=digits",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "epochs: 6" in done.stdout and "flip: true" in done.stdout
@@ -268,11 +322,25 @@ def test_a_recipe_sets_the_defaults(tmp_path):
     assert "steps: 4 per epoch, 24 in all, 2 of warm-up" in done.stdout
     assert "batch_size: 32" in done.stdout  # What is given counts.
     file = tmp_path / "recipe.yaml"
-    file.write_text("recipe: sweet_spot_vit_in21k\npreset: vit_b16_e8_last2\n")
-    small = (*SMALL[:3], "--batch_size=32")
+    file.write_text(
+        "recipe: sweet_spot_vit_in21k\npreset: vit_b16_e8_last2\n"
+        "moe: {num_experts: 4}\n"
+    )
+    small = (
+        *SMALL[:3],
+        "--batch_size=32",
+        "--dataset=digits",
+        "--moe.capacity_factor=2",
+    )
     done = run("train", *small, f"--config={file}", "--dry-run")
     assert done.returncode == 0, done.stderr
-    for words in ("name: lamb", "epochs: 90", "vit_b16: 0.1"):
+    for words in (
+        "name: lamb",
+        "epochs: 90",
+        "vit_b16: 0.1",
+        "layers: last_2, num_experts: 4",
+        "capacity_factor: 2.0",
+    ):
         assert words in done.stdout
     done = run("train", "--recipe=cifar10", "--dry_run")
     assert done.returncode == 1 and "Did you mean 'cifar10_" in done.stderr

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import threading
@@ -222,6 +223,7 @@ def test_an_unknown_key_of_a_file_is_named(tmp_path, command, text, words):
     done = run(*command, "--config", file)
     assert done.returncode == 1
     assert words in done.stderr and len(done.stderr) < 800
+    assert "'help'" not in done.stderr and "'config'" not in done.stderr
 
 
 def test_a_stopped_run_is_evaluated_from_its_checkpoint(trained, tmp_path):
@@ -302,10 +304,19 @@ def test_class_names_must_be_as_many_as_classes(trained, tmp_path):
 
 
 def test_evaluate_refuses_other_classes(trained, tmp_path):
-    data_dir = write_folder(tmp_path, "ab")
+    data_dir = write_folder(
+        tmp_path / "my photographs",
+        "ab",
+        ("train", "validation", "test"),
+        count=32,
+    )
     done = run("evaluate", trained[0], "image_folder", data_dir)
     assert done.returncode == 1
     assert "a model of 10 classes for the 2 of 'image_folder'" in done.stderr
+    # The command that it prints works.
+    *_, command = done.stderr.partition("keras-vmoe train ")
+    done = run("train", *shlex.split(command), "--dry_run")
+    assert "hidden_dim: 16" in done.stdout and "ViTMoE" in done.stdout
 
 
 def test_evaluate_names_or_leaves_out_a_corrupt_image(trained, tmp_path):

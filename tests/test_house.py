@@ -19,6 +19,7 @@ ROOMS = {
     "version": set(),
     "_checks": set(),
     "_extras": set(),
+    "_start": set(),
     "_files": set(),
     "_keras": set(),
     "routing": set(),

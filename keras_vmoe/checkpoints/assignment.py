@@ -55,7 +55,7 @@ def assign(model, weights, arrays, mend=VMOE_MEND):
     }
     if any(problems.values()):
         found = (
-            f"{what}: {'; '.join(sorted(names)) or 'none'}."
+            f"{what}: {_some(sorted(names))}."
             for what, names in problems.items()
         )
         raise ValueError(
@@ -72,6 +72,13 @@ def assign(model, weights, arrays, mend=VMOE_MEND):
             )
     for name, weight in weights.items():
         weight.assign(arrays[name].astype(weight.dtype))
+
+
+def _some(names, most=5):
+    """The first of many names, and how many more there are."""
+    more = len(names) - most
+    rest = [f"and {more} more"] if more > 0 else []
+    return "; ".join([*names[:most], *rest]) or "none"
 
 
 def fit_head(arrays, model):

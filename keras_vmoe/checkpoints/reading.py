@@ -101,6 +101,6 @@ def _unknown(path):
     return CheckpointError(
         "A checkpoint must be the prefix of a sharded one of V-MoE, the folder "
         "of one of Orbax, or a .npz file of a ViT. "
-        f"Received: {path}, which is none of these. Use models.load for .keras "
-        "files."
+        f"Received: {path}, which is none of these. A run folder and a .keras "
+        "file need no conversion: the commands and `models.load` read them."
     )

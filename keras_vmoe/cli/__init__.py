@@ -1,5 +1,6 @@
 """The command `keras-vmoe`."""
 
+import io
 import os
 import pathlib
 import shlex
@@ -53,6 +54,9 @@ def main(arguments=None):
     """
     # Before TensorFlow, whose messages the errors repeat, reads the images.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # Names in any alphabet.
+            stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     status, settings = 1, {}
     previous = None

@@ -1,5 +1,6 @@
 """`presets` and `convert`: the papers' models and pretrained weights."""
 
+import csv
 import pathlib
 
 import keras
@@ -7,8 +8,9 @@ import keras
 from keras_vmoe import checkpoints
 from keras_vmoe import models
 from keras_vmoe._checks import check_sizes
-from keras_vmoe.models.costs import without_weights
 from keras_vmoe.models.presets import find_preset
+
+COSTS = pathlib.Path(models.__file__).with_name("preset_costs.csv")
 
 
 def presets(match: str = ""):
@@ -24,24 +26,23 @@ def presets(match: str = ""):
     names = [name for name in models.presets() if match.lower() in name]
     if not names:
         models.from_preset(match)  # Raises, with the nearest names.
+    # Counted once by `models.cost`; tests/models/test_presets.py compares.
+    with open(COSTS, newline="") as file:
+        costs = {row["preset"]: row for row in csv.DictReader(file)}
     print(_PRESET_LINE.format(*_PRESET_COLUMNS))
     for name in names:
-        preset = find_preset(name)
-        with without_weights():
-            classes = preset.paper_classes
-            model = models.from_preset(name, num_classes=classes)
-        cost = models.cost(model)
+        preset, cost = find_preset(name), costs[name]
         row = (
             name,
-            classes,
-            f"{cost.params / 1e6:.1f}",
+            preset.paper_classes,
+            f"{int(cost['params']) / 1e6:.1f}",
             preset.paper_params or "",
-            f"{cost.active_params / 1e6:.1f}",
+            f"{int(cost['active_params']) / 1e6:.1f}",
             preset.paper_active or "",
-            f"{cost.macs / 1e9:.1f}",
+            f"{int(cost['macs']) / 1e9:.1f}",
             preset.paper_gflops or "",
         )
-        print(_PRESET_LINE.format(*row), flush=True)
+        print(_PRESET_LINE.format(*row))
     print(
         "Millions of parameters, in all and active per token; giga "
         "multiply-adds per image; beside them the paper's figures, if it has "

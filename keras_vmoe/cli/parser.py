@@ -176,6 +176,7 @@ class _SizesHelp(argparse.Action):
         for action in sizes._actions:
             if action.dest not in VIT_SIZES:
                 action.help = argparse.SUPPRESS
+            action.default = VIT_SIZES.get(action.dest)
         sizes.print_help()
         parser.exit()
 
@@ -267,6 +268,7 @@ def _read_files(command, function, arguments):
     elif files.config is not None:
         settings = recipes.read_yaml(files.config)
         known = [action.dest for action in command._actions]
+        known = [name for name in known if name not in ("help", "config")]
         check_keys(f"`{command.usage.split()[1]}`", settings, known)
         command.set_defaults(settings)
     return arguments

@@ -1,10 +1,12 @@
 """`train`, `evaluate` and `predict`."""
 
+import shlex
 import signal
 import sys
 from typing import Literal
 
 import keras
+import numpy as np
 
 from keras_vmoe import data
 from keras_vmoe import distribution
@@ -17,6 +19,7 @@ from keras_vmoe.data import _corruption
 from keras_vmoe.data import schema
 from keras_vmoe.distribution import _processes
 from keras_vmoe.evaluation import _description
+from keras_vmoe.training.architecture import resolved
 
 # Of `models.set_routing`.
 DIALS = (
@@ -60,13 +63,37 @@ def train(
     if dry_run:
         print(training.describe(config))
         return
+    if first:
+        print(_announcement(resolved(config)), flush=True)
     result = training.train(config)
     if not first:
         return
     print(f"model: {result.run_dir / 'model.keras'}")
     print(f"history: {result.run_dir / 'history.csv'}")
-    print(f"curves and load of every expert: {result.run_dir / 'curves.png'}")
+    load = " and load of every expert" if result.model.moe_layers else ""
+    print(f"curves{load}: {result.run_dir / 'curves.png'}")
     print(f"test accuracy: {result.test_accuracy:.4f}")
+
+
+def _announcement(config):
+    """What a run is going to do, and how it is stopped."""
+    sizes = config.model
+    if config.convnext is None:
+        kind = f"ViT of {sizes.num_layers} blocks, {sizes.hidden_dim} features"
+    else:
+        kind = f"ConvNeXt of {[*config.convnext.depths]} blocks"
+    kind = f"{sizes.preset}, a {kind}" if sizes.preset else kind
+    moe = config.moe
+    experts = f"{moe.num_experts} experts in {moe.layers}" if moe else "dense"
+    start = f", from {sizes.init}" if sizes.init else ""
+    return (
+        f"model: {kind}, {experts}{start}\n"
+        f"data: {config.data.dataset}, {config.data.train_split}, in "
+        f"{config.epochs} epochs\n"
+        f"run folder: {config.run_dir}\n"
+        "Ctrl-C stops the run; the same command resumes it after its last "
+        "whole epoch."
+    )
 
 
 def predict(
@@ -102,7 +129,13 @@ def predict(
     dials = {name: given[name] for name in DIALS}
     opened, names = open_model(model, classes, **dials)
     test_crop = setting_of_run(model, "data.test_crop")
-    pixels = data.read_images(images, opened.input_shape[1:3], test_crop)
+    size = opened.input_shape[1:3]
+    read = [_read(path, size, test_crop) for path in images]
+    pixels = [x for x in read if not isinstance(x, OSError)]
+    bad = [str(x) for x in read if isinstance(x, OSError)]
+    if not pixels or (bad and dry_run):
+        raise OSError(" ".join(bad))
+    pixels = np.stack(pixels)
     if dry_run:
         settings = {"model": model, "images": images, "classes": classes}
         settings |= {"top": top, "backend": keras.backend.backend()}
@@ -110,10 +143,21 @@ def predict(
         print(_description.describe(opened, settings, len(pixels), 1))
         return
     shows = sys.stdout.isatty()
-    found = evaluation.classify(opened, pixels, names, top, shows)
-    for image, predictions in zip(images, found, strict=True):
-        line = "  ".join(f"{name} {p:.3f}" for name, p in predictions)
-        print(f"{image}: {line}")
+    found = iter(evaluation.classify(opened, pixels, names, top, shows))
+    for image, pixels in zip(images, read, strict=True):
+        if not isinstance(pixels, OSError):
+            line = "  ".join(f"{name} {p:.3f}" for name, p in next(found))
+            print(f"{image}: {line}")
+    if bad:
+        raise OSError(" ".join(bad))
+
+
+def _read(path, size, test_crop):
+    """The pixels of an image, or the error that says why there are none."""
+    try:
+        return data.read_images(path, size, test_crop)[0]
+    except OSError as error:
+        return error
 
 
 def evaluate(
@@ -166,7 +210,8 @@ def evaluate(
     if dataset is None:
         raise ValueError(
             "`dataset` must be given for a model that is not from a run. "
-            f"Received: {model}. Write, say: keras-vmoe evaluate {model} digits"
+            f"Received: {model}. Write, say: keras-vmoe evaluate "
+            f"{shlex.quote(model)} digits"
         )
     reads = {"split": split, "data_dir": data_dir, "batch_size": batch_size}
     reads |= {"test_crop": test_crop, "skip_corrupt": skip_corrupt}
@@ -195,11 +240,13 @@ def _check_classes(path, model, names, dataset, data_dir):
     """Raises for a dataset of more or fewer classes; warns of other names."""
     classes, info = model.output_shape[-1], data.info(dataset, data_dir)
     if info.num_classes not in (None, classes):
+        command = ["keras-vmoe", "train", "--init", path, "--freeze=backbone"]
+        command += ["--dataset", dataset, "--run_dir=runs/tuned"]
+        command += [f"--data_dir={data_dir}"] if data_dir else []
         raise ValueError(
             "The model must have the classes of the dataset. Received: a model "
             f"of {classes} classes for the {info.num_classes} of {dataset!r}. "
-            "Train its head on them: keras-vmoe train --init "
-            f"{path} --freeze backbone."
+            f"Train its head on them: {shlex.join(command)}"
         )
     given = names != numbers(classes)
     if given and info.class_names and list(info.class_names) != names:

@@ -79,7 +79,9 @@ def _curves(axis, history, metric, title):
     axis.set_visible(bool(lines))
     for name, label in lines.items():
         epochs = range(1, len(history[name]) + 1)
-        axis.plot(epochs, history[name], label=label)
+        # A line has two ends: one epoch is a point.
+        marker = "o" if len(epochs) == 1 else None
+        axis.plot(epochs, history[name], marker=marker, label=label)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_title(title)
     axis.set_xlabel("epoch")

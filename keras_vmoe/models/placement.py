@@ -4,6 +4,7 @@ import itertools
 import re
 
 from keras_vmoe._checks import is_integer
+from keras_vmoe._checks import nearest
 
 
 def moe_blocks(layers, num_layers, more_names=""):
@@ -109,6 +110,7 @@ def _named(layers, num_layers, more_names):
             "The placement of MoE layers must be 'every_<n>', 'last_<n>' (such "
             f"as 'every_2' or 'last_2'){more_names} or a list of block "
             f"indices. Received: layers={layers!r}."
+            f"{nearest(layers, ('last_1', 'last_2', 'every_2', 'stage'))}"
         )
     kind, number = match[1], int(match[2])
     if kind == "every":

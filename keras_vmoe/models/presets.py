@@ -245,9 +245,12 @@ def find_preset(name):
     """The row of a preset; see `from_preset`."""
     if not isinstance(name, str) or name not in PRESETS:
         near = difflib.get_close_matches(str(name), PRESETS, n=5, cutoff=0.4)
+        families = sorted({x.partition("_")[0] for x in PRESETS})
+        words = f"Names start with {', '.join(families)}."
+        if near:
+            words = f"The nearest names: {', '.join(near)}."
         raise ValueError(
             "The preset must be one of `models.presets()`. "
-            f"Received: name={name!r}. The nearest names: "
-            f"{', '.join(near) or 'none'}."
+            f"Received: name={name!r}. {words}"
         )
     return PRESETS[name]

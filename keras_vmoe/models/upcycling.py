@@ -7,6 +7,7 @@ import numpy as np
 
 from keras_vmoe._checks import check_flags
 from keras_vmoe._checks import check_not_negative
+from keras_vmoe.layers import MoEMLP
 from keras_vmoe.models.base import MoEModel
 from keras_vmoe.models.moe import MoEConfig
 
@@ -14,17 +15,22 @@ from keras_vmoe.models.moe import MoEConfig
 def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
     """Makes a MoE model whose experts start as copies of the dense MLPs.
 
-    All other weights are copied; gates are initialized at random, so the model
-    needs further training. It starts with the dense model's outputs if the
-    gates of a token sum to 1 (`renormalize=True`, or K = E) and no token is
-    dropped. With K = 1 and `renormalize` outputs differ only by rounding
-    (2.4e-7 of logits of order 1 in float32), but the gate learns from the
-    auxiliary losses alone.
+    A model of E experts makes one of a multiple of E in the same blocks: expert
+    e starts as a copy of expert e mod E, and so do its gate's weights. With
+    twice as many experts and twice the K, it starts with the model's outputs if
+    nothing is dropped.
+
+    Of a dense model all other weights are copied; gates are initialized at
+    random, so the model needs further training. It starts with the dense
+    model's outputs if the gates of a token sum to 1 (`renormalize=True`, or
+    K = E) and no token is dropped. With K = 1 and `renormalize` outputs differ
+    only by rounding (2.4e-7 of logits of order 1 in float32), but the gate
+    learns from the auxiliary losses alone.
 
     Args:
-        model: A dense `ViTMoE` or `ConvNeXtMoE`.
-        moe: The `moe` argument of the new model; experts have the hidden
-            features of the MLPs that they start from.
+        model: A `ViTMoE` or `ConvNeXtMoE`, dense or with experts.
+        moe: The `moe` argument of the new model, over that of `model`; experts
+            have the hidden features of what they start from.
         noise_std: Standard deviation of noise added to the experts' kernels,
             relative to that of the kernel's own values.
         preserve_outputs: Whether to set `renormalize=True` and
@@ -35,8 +41,9 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
         A new model of the same class, not compiled.
 
     Raises:
-        ValueError: If the model is not dense, experts would have other hidden
-            features, or `preserve_outputs` contradicts `moe`.
+        ValueError: If experts would have other hidden features than the MLPs
+            or experts that they start from or be no multiple of them, or if
+            `preserve_outputs` contradicts `moe`.
 
     Example:
 
@@ -49,27 +56,37 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
     Reference:
         [Komatsuzaki et al., 2022](https://arxiv.org/abs/2212.05055), section 3.
     """
-    if not isinstance(model, MoEModel) or model.moe is not None:
+    if not isinstance(model, MoEModel):
         raise ValueError(
-            "`model` must be a dense ViTMoE or ConvNeXtMoE, made with "
-            f"moe=None. Received: model={model!r}. Weights of other models are "
-            "read by `keras_vmoe.checkpoints`."
+            "`model` must be a ViTMoE or ConvNeXtMoE. "
+            f"Received: model={model!r}. Weights of other models are read by "
+            "`keras_vmoe.checkpoints`."
         )
     check_not_negative(noise_std=noise_std)
     check_flags(preserve_outputs=preserve_outputs)
+    if model.moe is not None and isinstance(moe, dict):
+        moe = {**model.moe.to_dict(), **moe}
     moe = MoEConfig.from_dict(moe)
     if preserve_outputs:
         moe = _preserving(moe, noise_std)
     sparse = type(model).from_config({**model.get_config(), "moe": moe})
-    dense = {layer.name: layer for layer in model.layers}
+    sources = {layer.name: layer for layer in model.layers}
     generator = np.random.default_rng(seed)
     for layer in sparse.layers:
-        if layer.name in dense:
-            layer.set_weights(dense[layer.name].get_weights())
-            layer.trainable = dense[layer.name].trainable
+        name = layer.name
+        source = sources.get(name, sources.get(name.replace("_moe", "_mlp")))
+        if isinstance(layer, MoEMLP):
+            _copy_experts(source, layer, noise_std, generator)
+        elif source is None:
+            raise ValueError(
+                "Experts cannot become an MLP again. Received: "
+                f"layers={moe.layers!r}, which leaves out the experts of block "
+                f"{name.split('_')[1]}. Name its block, too."
+            )
         else:
-            mlp = dense[layer.name.removesuffix("_moe") + "_mlp"]
-            _copy_experts(mlp, layer, noise_std, generator)
+            layer.set_weights(source.get_weights())
+        if name in sources:
+            layer.trainable = source.trainable
     return sparse
 
 
@@ -101,22 +118,54 @@ def _preserving(moe, noise_std):
     )
 
 
-def _copy_experts(mlp, layer, noise_std, generator):
-    """Every expert becomes a copy of the MLP, with noise of its own."""
-    if mlp.hidden_dim != layer.hidden_dim:
+def _copy_experts(source, layer, noise_std, generator):
+    """Every expert becomes a copy, with noise of its own."""
+    if source.hidden_dim != layer.hidden_dim:
         raise ValueError(
-            "Experts that start from an MLP have its hidden features. "
+            "Experts have the hidden features of what they start from. "
             f"Received: {layer.hidden_dim} for the experts of {layer.name!r} "
-            f"and {mlp.hidden_dim} in the MLP. Leave `hidden_dim` and "
-            "`mlp_ratio` out."
+            f"and {source.hidden_dim} in {source.name!r}. Leave `hidden_dim` "
+            "and `mlp_ratio` out."
         )
-    for part in ("hidden", "output"):
-        for kind in ("kernel", "bias"):
-            source = getattr(getattr(mlp, f"{part}_dense"), kind)
-            weight = getattr(layer.experts, f"{part}_{kind}")
-            value = keras.ops.convert_to_numpy(source)
-            copies = np.broadcast_to(value, weight.shape)
-            if noise_std and kind == "kernel":
-                noise = generator.normal(size=weight.shape) * value.std()
-                copies = copies + noise_std * noise.astype(value.dtype)
-            weight.assign(copies)
+    if isinstance(source, MoEMLP):
+        _tile(source, layer)
+    else:
+        for part in ("hidden", "output"):
+            for kind in ("kernel", "bias"):
+                value = getattr(getattr(source, f"{part}_dense"), kind)
+                weight = getattr(layer.experts, f"{part}_{kind}")
+                value = keras.ops.convert_to_numpy(value)
+                weight.assign(np.broadcast_to(value, weight.shape))
+    if noise_std:
+        for weight in (
+            layer.experts.hidden_kernel,
+            layer.experts.output_kernel,
+        ):
+            value = keras.ops.convert_to_numpy(weight)
+            noise = generator.normal(size=value.shape) * value[0].std()
+            weight.assign(value + noise_std * noise.astype(value.dtype))
+
+
+def _tile(source, layer):
+    """Copies a MoE layer, its experts and their gates several times."""
+    values = source.get_weights()
+    shapes = [tuple(weight.shape) for weight in layer.weights]
+    fits = len(values) == len(shapes) and all(
+        len(value.shape) == len(shape)
+        and all(
+            new % old == 0 for new, old in zip(shape, value.shape, strict=True)
+        )
+        for value, shape in zip(values, shapes, strict=True)
+    )
+    if not fits or type(source.router) is not type(layer.router):
+        raise ValueError(
+            "Experts start from experts under the same router and gate, of "
+            f"which they are a multiple. Received: num_experts="
+            f"{layer.num_experts} with a {type(layer.router).__name__} for "
+            f"{source.num_experts} with a {type(source.router).__name__}."
+        )
+    for weight, value, shape in zip(layer.weights, values, shapes, strict=True):
+        times = [
+            new // old for new, old in zip(shape, value.shape, strict=True)
+        ]
+        weight.assign(np.tile(value, times))

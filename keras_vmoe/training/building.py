@@ -1,6 +1,6 @@
 """The parts of a run: distribution, model, optimizer and loss."""
 
-import dataclasses
+import re
 
 import keras
 import numpy as np
@@ -8,10 +8,11 @@ import numpy as np
 from keras_vmoe import distribution
 from keras_vmoe import models
 from keras_vmoe.distribution import _processes
-from keras_vmoe.models.presets import find_preset
 from keras_vmoe.training import optimizers
+from keras_vmoe.training.architecture import resolved
 from keras_vmoe.training.batches import is_one_hot
 from keras_vmoe.training.config import VIT_SIZES
+from keras_vmoe.training.config import given
 
 MOMENTUM = 0.9  # Of SGD.
 
@@ -59,39 +60,37 @@ def make_strategy(config):
 
 def _experts_of(config):
     """How many experts a model will have, and whether they are dropless."""
-    moe, preset = config.moe, config.model.preset
-    if preset is not None:
-        moe = find_preset(preset).moe
-        moe = None if moe is None else models.MoEConfig.from_dict(moe)
+    moe = resolved(config).moe
     if moe is None:
         return None, False
+    moe = models.MoEConfig.from_dict(given(moe))
     factor = config.model.capacity_factor or moe.capacity_factor
     return moe.num_experts, factor == "dropless"
 
 
 def make_model(config, num_classes):
     """A `ViTMoE` or `ConvNeXtMoE` by a `TrainConfig`, newly initialized."""
+    config = resolved(config)
     sizes, moe = config.model, config.moe
-    settings = {
-        "num_classes": config.data.num_classes or num_classes,
-        "image_size": config.image_size,
-        "drop_path_rate": config.drop_path_rate,
-        "dtype": sizes.dtype,
-    }
-    factor = sizes.capacity_factor
-    change = {} if factor is None else {"capacity_factor": factor}
-    if sizes.preset is not None:
-        if change and find_preset(sizes.preset).moe:
-            settings["moe"] = change
-        model = models.from_preset(sizes.preset, **settings)
+    if moe is not None:
+        moe = given(moe)
+        if sizes.capacity_factor is not None:
+            moe["capacity_factor"] = sizes.capacity_factor
+    if config.convnext is None:
+        make = models.ViTMoE
+        parts = {name: getattr(sizes, name) for name in VIT_SIZES}
     else:
-        if moe is not None:
-            moe = dataclasses.replace(moe, **change)
-        make, parts = models.ViTMoE, {x: getattr(sizes, x) for x in VIT_SIZES}
-        if config.convnext is not None:
-            make = models.ConvNeXtMoE
-            parts = dataclasses.asdict(config.convnext)
-        model = make(**settings, **parts, moe=moe)
+        make, parts = models.ConvNeXtMoE, vars(config.convnext)
+    if sizes.preset is not None:
+        parts = {**parts, "name": re.sub(r"\W", "_", sizes.preset)}
+    model = make(
+        num_classes=config.data.num_classes or num_classes,
+        image_size=config.image_size,
+        drop_path_rate=config.drop_path_rate,
+        dtype=sizes.dtype,
+        moe=moe,
+        **parts,
+    )
     if sizes.head_bias:
         bias = model.get_layer("head").bias
         bias.assign(np.full(bias.shape, sizes.head_bias))

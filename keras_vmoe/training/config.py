@@ -9,16 +9,13 @@ from keras_vmoe.models import MoEConfig
 from keras_vmoe.models.presets import find_preset
 from keras_vmoe.routing._groups import check_capacity_factor
 from keras_vmoe.training import typed
+from keras_vmoe.training.sizes import VIT_SIZES
+from keras_vmoe.training.sizes import MoESettings
+from keras_vmoe.training.sizes import given
 
 DEFAULT_IMAGE_SIZE = 32
 DEFAULT_WARMUP = 1 / 12  # Share of all steps.
 WARMUPS = ("warmup", "warmup_epochs", "warmup_steps")
-# The sizes of a ViT: a preset and a ConvNeXt have their own.
-VIT_SIZES = (
-    "patch_size", "hidden_dim", "num_layers", "num_heads", "mlp_dim",
-    "pooling", "position_embedding", "representation_size", "dropout",
-    "layer_scale_init_value",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +59,15 @@ class DataConfig:
 class ModelConfig:
     """The dense part of the model: a preset, or the sizes of a `ViTMoE`.
 
+    A size that is None is that of the file to start from (`init`), else that
+    of the preset, else the default.
+
     Attributes:
         preset: Model of a paper; see `keras-vmoe presets`.
         family: Accept models of this family only.
         image_size: Pixels; default: the preset's, or 32.
         init: Pretrained weights: .keras, run, checkpoint.
+        upcycle: Make experts of the MLPs or experts of init.
         freeze: Part that is not trained.
         head_bias: Initial value of the head's bias.
         capacity_factor: Experts'; default: the model's.
@@ -81,6 +82,7 @@ class ModelConfig:
         representation_size: Features of a tanh layer before the head.
         dropout: Dropout rate.
         layer_scale_init_value: Initial layer scale; default: none.
+        activation: Of MLPs and experts.
         dtype: Policy.
     """
 
@@ -88,26 +90,33 @@ class ModelConfig:
     family: Literal["vit", "convnext"] | None = None
     image_size: int | None = None
     init: str | None = None
+    upcycle: bool = False
     freeze: Literal["routers", "backbone"] | None = None
     head_bias: float = 0.0
     capacity_factor: float | Literal["dropless"] | None = None
     drop_path_rate: float | dict[str, float] = 0.0
-    patch_size: int = 8
-    hidden_dim: int = 64
-    num_layers: int = 4
-    num_heads: int = 4
-    mlp_dim: int = 128
-    pooling: Literal["token", "gap", "map"] = "gap"
-    position_embedding: Literal["learned", "sincos2d"] = "learned"
+    patch_size: int | None = None
+    hidden_dim: int | None = None
+    num_layers: int | None = None
+    num_heads: int | None = None
+    mlp_dim: int | None = None
+    pooling: Literal["token", "gap", "map"] | None = None
+    position_embedding: Literal["learned", "sincos2d"] | None = None
     representation_size: int | None = None
-    dropout: float = 0.0
+    dropout: float | None = None
     layer_scale_init_value: float | None = None
+    activation: str | None = None
     dtype: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
 
     def __post_init__(self):
         typed.check_types(self, "model.")
         if self.preset is not None:
             find_preset(self.preset)
+        if self.upcycle and self.init is None:
+            raise ValueError(
+                "`upcycle` needs a model to start from. Received: upcycle=True "
+                "with init=None. Set init, such as --init dense.keras."
+            )
         if self.capacity_factor not in (None, "dropless"):
             check_capacity_factor(self.capacity_factor)
         good = _checks.is_number(self.head_bias)
@@ -121,6 +130,8 @@ class ModelConfig:
 class ConvNeXtConfig:
     """The dense part of a `ConvNeXtMoE`; attributes are its arguments.
 
+    One that is None is as in `ModelConfig`.
+
     Attributes:
         depths: Blocks of each stage.
         dims: Features of each stage.
@@ -128,14 +139,16 @@ class ConvNeXtConfig:
         isotropic: Whether there is one stage, without downsampling.
         mlp_ratio: Hidden features of the MLPs, relative to the stage's.
         layer_scale_init_value: Initial value of the layer scale.
+        activation: Of MLPs and experts.
     """
 
-    depths: tuple[int, ...] = (2, 2, 2)
-    dims: tuple[int, ...] = (32, 64, 128)
-    patch_size: int = 2
-    isotropic: bool = False
-    mlp_ratio: int = 4
+    depths: tuple[int, ...] | None = None
+    dims: tuple[int, ...] | None = None
+    patch_size: int | None = None
+    isotropic: bool | None = None
+    mlp_ratio: int | None = None
     layer_scale_init_value: float | None = None
+    activation: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +242,7 @@ class DevicesConfig:
     """Distribution over several devices.
 
     Attributes:
-        distribution: Strategy; default: one device.
+        distribution: Strategy.
         expert_shards: Devices that share the experts.
         shard_dense: Shard the dense kernels too.
     """
@@ -272,12 +285,17 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     convnext: ConvNeXtConfig | None = None
-    moe: MoEConfig | None = MoEConfig()
+    moe: MoESettings | None = MoESettings()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     devices: DevicesConfig = DevicesConfig()
 
     def __post_init__(self):
+        if isinstance(self.moe, MoEConfig):  # All of it is set.
+            settings = MoESettings(**vars(self.moe))
+            object.__setattr__(self, "moe", settings)
+        if self.moe is not None:
+            MoEConfig.from_dict(given(self.moe))  # Raises for what is none.
         typed.check_types(self)
         good = _checks.is_integer(self.seed) and 0 <= self.seed < 2**32
         typed.check_value(good, self, "seed", "an integer from 0 to 2**32 - 1")
@@ -285,13 +303,13 @@ class TrainConfig:
         if warmup is not None and warmup >= self.epochs:
             raise ValueError(
                 f"`warmup_epochs` must be below epochs={self.epochs}. "
-                f"Received: warmup_epochs={warmup}."
+                f"Received: warmup_epochs={warmup}, which may be a recipe's. "
+                f"Set it, too, such as --warmup_epochs {self.epochs / 10:g}."
             )
-        if self.model.preset is not None:
-            self._check_sizes("preset", self.model.preset)
-        elif self.convnext is not None:
-            self._check_sizes("convnext", self.convnext)
-        if self.model.family not in (None, self.family):
+        self._check_sizes()
+        start_is_enough = self.model.init and not self.model.preset
+        families = (None, self.family)
+        if not start_is_enough and self.model.family not in families:
             kinds = {"vit": "a ViT", "convnext": "a ConvNeXt"}
             raise ValueError(
                 f"This recipe is for {kinds[self.model.family]}. Received: "
@@ -345,22 +363,20 @@ class TrainConfig:
             share = optimizer.warmup_epochs / self.epochs
         return min(round(share * steps), steps - 1)
 
-    def _check_sizes(self, what, value):
-        """Raises if sizes of a ViT are set that would not be used."""
-        changed = [
-            f"model.{name}={getattr(self.model, name)!r}"
-            for name in VIT_SIZES
-            if getattr(self.model, name) != getattr(ModelConfig, name)
-        ]
-        if what == "preset" and self.moe != MoEConfig():
-            changed.append(f"moe={self.moe!r}")
-        if what == "preset" and self.convnext is not None:
-            changed.append(f"convnext={self.convnext!r}")
-        if changed:
+    def _check_sizes(self):
+        """Raises if sizes of the other family are set."""
+        if self.family == "vit":
+            kind, other = "ViT", {"convnext": self.convnext}
+        else:
+            kind = "ConvNeXt"
+            other = {f"model.{x}": getattr(self.model, x) for x in VIT_SIZES}
+        wrong = [f"{k}={x!r}" for k, x in other.items() if x is not None]
+        if wrong:
+            preset = self.model.preset
+            words = f" with preset={preset!r}" if preset else ""
             raise ValueError(
-                f"A {what} has its own sizes. Received: {', '.join(changed)} "
-                f"with {what}={value!r}. Leave one of them out; the dense twin "
-                "of a preset is a preset, too."
+                f"A {kind} has its own sizes. Received: {', '.join(wrong)}"
+                f"{words}. Leave them out."
             )
 
 

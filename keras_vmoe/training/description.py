@@ -8,11 +8,13 @@ from keras_vmoe import models
 from keras_vmoe._extras import require
 from keras_vmoe.evaluation._description import cost_lines
 from keras_vmoe.models.costs import without_weights
+from keras_vmoe.models.presets import find_preset
 from keras_vmoe.training import batches
 from keras_vmoe.training import building
 from keras_vmoe.training import run_folder
+from keras_vmoe.training.architecture import from_scratch
+from keras_vmoe.training.architecture import resolved
 from keras_vmoe.training.config import VIT_SIZES
-from keras_vmoe.training.initialization import check_start
 
 # Arrays of the weights' size: weights, gradients, optimizer slots.
 COPIES = {"adamw": 4, "lamb": 4, "sgd": 3}
@@ -23,7 +25,8 @@ def describe(config):
 
     Memory is an estimate: weights, gradients and optimizer slots in float32,
     and the activations of all layers for a batch. A run folder that is taken
-    is noted at the end.
+    and a dataset that is not there are noted at the end; the steps are then
+    those of 1,000 images, and the classes the preset's.
 
     Args:
         config: A `TrainConfig`.
@@ -32,27 +35,25 @@ def describe(config):
         String of several lines.
 
     Raises:
-        ValueError: If the configuration fits no model or dataset.
+        ValueError: If the configuration fits no model, or not the dataset.
 
     Example:
 
     >>> print(describe(TrainConfig()))  # doctest: +SKIP
     """
+    config = resolved(config)
     strategy = building.make_strategy(config)  # Raises as a run would.
-    info = data.info(config.data.dataset, config.data.data_dir)
-    notes = []
+    info, notes = None, []
     try:
+        info = data.info(config.data.dataset, config.data.data_dir)
         run_folder.check_run(config, info.class_names)
     except (OSError, ValueError) as error:
         notes.append(f"note: a run would be refused. {error}")
-    if config.model.init is not None:
-        check_start(config.model.init)
-    steps = len(batches.datasets(config, info)[0])
-    schedule = building.make_schedule(config, steps * config.epochs)
-    no_values = dataclasses.replace(config.model, init=None, head_bias=0.0)
+    num_classes = _num_classes(config, info)
+    no_values = dataclasses.replace(from_scratch(config).model, head_bias=0.0)
     with without_weights():
         model = building.make_model(
-            dataclasses.replace(config, model=no_values), info.num_classes
+            dataclasses.replace(config, model=no_values), num_classes
         )
     batches.check_batches(config, model, strategy)
     cost = models.cost(model)
@@ -68,19 +69,37 @@ def describe(config):
         *cost_lines(cost),
         f"memory, estimated: {weights / 2**20:.0f} MiB for weights and "
         f"optimizer, {activations / 2**20:.0f} MiB for a batch",
-        f"steps: {steps} per epoch, {schedule.steps} in all, "
-        f"{schedule.warmup_steps} of warm-up",
+        _steps(config, info),
         *notes,
     ]
     return "\n".join(lines)
 
 
+def _num_classes(config, info):
+    """The classes of the dataset or, where it is not there, of the preset."""
+    if info is not None:
+        return info.num_classes
+    preset = config.model.preset
+    return find_preset(preset).num_classes if preset else 10
+
+
+def _steps(config, info):
+    """A line on the steps of a run, for 1,000 images if they are not there."""
+    if info is None:
+        steps = 1000 / config.data.batch_size
+        return f"steps: {steps:.2f} per 1,000 images, in {config.epochs} epochs"
+    steps = len(batches.datasets(config, info)[0])
+    schedule = building.make_schedule(config, steps * config.epochs)
+    return (
+        f"steps: {steps} per epoch, {schedule.steps} in all, "
+        f"{schedule.warmup_steps} of warm-up"
+    )
+
+
 def _used(config):
-    """The settings, without those that a preset or a ConvNeXt sets aside."""
+    """The settings, without those that a ConvNeXt sets aside."""
     settings = run_folder.settings_of(config)
-    if config.model.preset is not None:
-        del settings["moe"], settings["convnext"]
-    if config.model.preset is not None or config.convnext is not None:
+    if config.convnext is not None:
         for name in VIT_SIZES:
             del settings["model"][name]
     return settings

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shlex
 import warnings
 
 from keras.ops import convert_to_numpy
@@ -12,9 +13,12 @@ from keras_vmoe import models
 from keras_vmoe.checkpoints.assignment import fit_positions
 from keras_vmoe.checkpoints.assignment import grid_of
 from keras_vmoe.training import recipes
+from keras_vmoe.training.architecture import from_scratch
+from keras_vmoe.training.architecture import resolved
 from keras_vmoe.training.building import compile_model
 from keras_vmoe.training.building import make_model
 from keras_vmoe.training.checkpointing import Checkpoints
+from keras_vmoe.training.config import given
 from keras_vmoe.training.run_folder import CHECKPOINTS
 from keras_vmoe.training.run_folder import CLASSES
 from keras_vmoe.training.run_folder import CONFIG
@@ -26,9 +30,12 @@ ANY_STEPS = 2**31  # For the schedule of a model that is not trained.
 
 def starting_model(config, info):
     """The model of a run before its first step."""
-    model = make_model(config, info.num_classes)
-    if config.model.init is not None:
-        initialize(model, config.model.init, info.class_names)
+    config = resolved(config)
+    init, upcycle = config.model.init, config.model.upcycle
+    model = make_model(from_scratch(config), info.num_classes)
+    if init is not None:
+        moe = given(config.moe) if upcycle else None
+        initialize(model, init, info.class_names, moe)
     freeze(model, config.model.freeze)
     return model
 
@@ -60,9 +67,9 @@ def restore(run_dir):
         raise FileNotFoundError(
             f"A run folder must hold {MODEL} or a checkpoint. Received: "
             f"{str(run_dir)!r}, which has neither. To continue a stopped run: "
-            f"keras-vmoe train --config {run_dir / CONFIG}"
+            f"keras-vmoe train --config {shlex.quote(str(run_dir / CONFIG))}"
         )
-    config = recipes.load(run_dir / CONFIG)
+    config = from_scratch(recipes.load(run_dir / CONFIG))
     classes = json.loads((run_dir / CLASSES).read_text())
     model = make_model(config, len(classes))
     freeze(model, config.model.freeze)
@@ -77,39 +84,31 @@ def restore(run_dir):
     return model
 
 
-def initialize(model, path, class_names=()):
+def initialize(model, path, class_names=(), moe=None):
     """Loads pretrained weights into a model, for fine-tuning.
 
     They are those of a `.keras` file, a run folder, or a checkpoint that
     `checkpoints.read` knows. The head keeps its initial weights where the
     classes differ from `class_names`; learned positions are resized. A model
-    that they do not fit is left unchanged.
+    that they do not fit is left unchanged. With `moe`, the argument of
+    `models.upcycle`, experts are made of the MLPs or experts of the file.
     """
-    check_start(path)
     path = pathlib.Path(path)
+    run_dir = path if path.is_dir() else path.parent
     if (path / CONFIG).exists() or (path / MODEL).exists():
-        copy_weights(restore(path), model, _same_classes(path, class_names))
+        source = restore(path)
     elif path.suffix == ".keras":
         source = models.load(path, compile=False)
-        copy_weights(source, model, _same_classes(path.parent, class_names))
-    elif isinstance(model, models.ViTMoE):
+    elif moe is None:
         checkpoints.load(model, path)
+        return
     else:
-        raise ValueError(
-            "Checkpoints of other programs hold ViTs. Received: "
-            f"init={str(path)!r} for a {type(model).__name__}. Give a .keras "
-            "file or a run folder."
-        )
-
-
-def check_start(path):
-    """Raises unless the weights to start from exist."""
-    path = pathlib.Path(path)
-    if not path.exists() and not list(path.parent.glob(f"{path.name}.*")):
-        raise FileNotFoundError(
-            "The weights to start from must exist: a .keras file, a run "
-            f"folder, or a checkpoint. Received: init={str(path)!r}."
-        )
+        arrays = checkpoints.read(path)
+        source = models.ViTMoE(**checkpoints.vmoe_config(arrays))
+        checkpoints.load_vmoe(source, arrays)
+    if moe is not None:
+        source = models.upcycle(source, moe)
+    copy_weights(source, model, _same_classes(run_dir, class_names))
 
 
 def _same_classes(run_dir, class_names):

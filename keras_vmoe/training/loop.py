@@ -18,6 +18,7 @@ from keras_vmoe.training import batches
 from keras_vmoe.training import building
 from keras_vmoe.training import callbacks
 from keras_vmoe.training import run_folder
+from keras_vmoe.training.architecture import resolved
 from keras_vmoe.training.checkpointing import Checkpoints
 from keras_vmoe.training.checkpointing import SaveCheckpoint
 from keras_vmoe.training.initialization import restore
@@ -77,6 +78,7 @@ def train(config):
     require("matplotlib", "plots")  # Before an hour of training, not after.
     if config.tensorboard:
         require("tensorboard", "data")
+    config = resolved(config)
     _processes.check_agreement(
         "configuration and versions",
         **run_folder.flat(run_folder.settings_of(config)),

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import shlex
 import shutil
 
 import keras
@@ -11,10 +12,14 @@ import keras
 from keras_vmoe import _files
 from keras_vmoe._extras import require
 from keras_vmoe.distribution import _processes
+from keras_vmoe.models import MoEConfig
 from keras_vmoe.training import recipes
+from keras_vmoe.training.architecture import CONFIG
+from keras_vmoe.training.architecture import MODEL as MODEL
+from keras_vmoe.training.architecture import resolved
+from keras_vmoe.training.config import given
 
-CONFIG, CLASSES = "config.yaml", "classes.json"
-MODEL, RESULT = "model.keras", "result.json"
+CLASSES, RESULT = "classes.json", "result.json"
 CHECKPOINTS = "checkpoints"
 # Settings that may differ when a run is resumed.
 FREE = (
@@ -61,7 +66,8 @@ def settings_of(config):
     settings = dataclasses.asdict(config)
     settings["backend"] = keras.backend.backend()
     if config.moe is not None:
-        settings["moe"] = config.moe.to_dict()
+        moe = MoEConfig.from_dict(given(config.moe)).to_dict()
+        settings["moe"] = {x: moe[x] for x in given(config.moe)}
     return json.loads(json.dumps(settings))  # Tuples are lists in YAML.
 
 
@@ -84,7 +90,7 @@ def _check_same(run_dir, settings, class_names):
         )
     if not any(run_dir.glob(f"{CHECKPOINTS}/*")):
         return  # It was stopped before there was anything to resume.
-    config = recipes.load(run_dir / CONFIG)
+    config = resolved(recipes.load(run_dir / CONFIG))
     there, here = flat(settings_of(config)), flat(settings)
     there["backend"] = config.backend
     # The datasets may be in another folder, but with the same classes.
@@ -99,8 +105,8 @@ def _check_same(run_dir, settings, class_names):
         raise ValueError(
             "A stopped run is resumed with the settings that it was started "
             f"with. Received: run_dir={str(run_dir)!r}, where these differ: "
-            f"{'; '.join(different)}. Name another folder, or use `--config "
-            f"{run_dir / CONFIG}`."
+            f"{'; '.join(different)}. Name another folder, or use: --config "
+            f"{shlex.quote(str(run_dir / CONFIG))}"
         )
 
 

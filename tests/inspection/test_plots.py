@@ -55,6 +55,8 @@ def test_a_dense_run_has_curves_only():
     figure = _plots.history_figure({"loss": [1.0]}, [])
     visible = [axis.get_title() for axis in figure.axes if axis.get_visible()]
     assert visible == ["Loss"]
+    (line,) = figure.axes[0].get_lines()
+    assert line.get_marker() == "o"  # A line of one epoch has no length.
 
 
 @pytest.mark.parametrize(("routing", "height"), [(ROUTING, 1296), ([], 432)])

@@ -62,6 +62,7 @@ INDICES = (
         ([1, 1], INDICES + r"\[1, 1\]"),
         ([], INDICES + r"\[\]. A name such as"),
         ([1.0], INDICES + r"\[1.0\]"),
+        ("last2", "Received: layers='last2'. Did you mean 'last_2'"),
     ],
 )  # fmt: skip
 def test_bad_placement(layers, words):

@@ -1,5 +1,7 @@
 """The table of the papers' models: sizes as printed, cost, words."""
 
+import csv
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from keras_vmoe import layers
 from keras_vmoe import models
 from keras_vmoe import routing
+from keras_vmoe.cli import papers
 from keras_vmoe.models.costs import without_weights
 from keras_vmoe.models.presets import PRESETS
 from tests.models.definitions import tiny
@@ -22,13 +25,18 @@ WITHOUT_GATES = ("convnext_b_e8_last2", "vit_b16_e8_every2")
 # agrees.
 UNEXPLAINED = {"convnext_t_e8_last2": 69_926_344}
 MILLION = 1e6
+with open(papers.COSTS, newline="") as file:
+    COSTS = {row["preset"]: row for row in csv.DictReader(file)}
 
 
 def count(name):
     preset = PRESETS[name]
     with without_weights():
         model = models.from_preset(name, num_classes=preset.paper_classes)
-    return preset, models.cost(model)
+    cost = models.cost(model)
+    found = {x: str(getattr(cost, x)) for x in list(COSTS[name])[1:]}
+    assert COSTS[name] == {"preset": name, **found}  # Of `keras-vmoe presets`.
+    return preset, cost
 
 
 def gates(name):
@@ -100,7 +108,7 @@ def test_overrides():
 def test_an_unknown_preset_lists_the_nearest():
     with pytest.raises(ValueError, match="name='vit_s'. The nearest.*vit_s16"):
         models.from_preset("vit_s")
-    with pytest.raises(ValueError, match="nearest names: none"):
+    with pytest.raises(ValueError, match=r"Received: name='\?'\. Names start"):
         models.from_preset("?")
 
 

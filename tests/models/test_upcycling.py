@@ -135,7 +135,7 @@ def test_gradients_reach_all_experts(kind):
     ("moe", "arguments", "words"),
     [
         ({"hidden_dim": 32}, {}, "Received: 32 for the experts of "
-         "'block_1_moe' and 64 in the MLP"),
+         "'block_1_moe' and 64 in 'block_1_mlp'"),
         ({"capacity_factor": 1.05}, {"preserve_outputs": True},
          "together with capacity_factor=1.05"),
         ({"router": "soft"}, {"preserve_outputs": True}, "router='soft'"),
@@ -154,7 +154,25 @@ def test_bad_arguments(moe, arguments, words):
 
 
 @pytest.mark.backends("torch")
-@pytest.mark.parametrize("model", [tiny(), keras.Sequential()])
-def test_only_dense_models(model):
-    with pytest.raises(ValueError, match="must be a dense ViTMoE or ConvNeXt"):
-        models.upcycle(model, {"num_experts": 2})
+def test_only_our_models():
+    with pytest.raises(ValueError, match="must be a ViTMoE or ConvNeXtMoE"):
+        models.upcycle(keras.Sequential(), {"num_experts": 2})
+
+
+@pytest.mark.backends("torch")
+def test_experts_become_more_experts():
+    """The sum over the copies of an expert is what it was."""
+    model = randomize(tiny(moe={"capacity_factor": "dropless"}))
+    images = dense()[1]
+    twice = {"num_experts": 8, "num_selected_experts": 4}
+    more = models.upcycle(model, twice)
+    assert [x.num_experts for x in more.moe_layers] == [8, 8]
+    np.testing.assert_allclose(
+        predict(more, images), predict(model, images), rtol=1e-4, atol=1e-5
+    )
+    for moe, words in (
+        ({"num_experts": 6}, "num_experts=6 with a TopKRouter for 4"),
+        ({"layers": [1]}, "leaves out the experts of block 3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            models.upcycle(model, moe)

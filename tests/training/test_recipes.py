@@ -1,17 +1,20 @@
 """The recipes: each loads, makes a model and runs; what files may hold."""
 
+import re
+
 import keras
 import pytest
 import yaml
 
 from keras_vmoe import data
-from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe.models.costs import without_weights
 from keras_vmoe.models.presets import PRESETS
 from keras_vmoe.training import building
 from keras_vmoe.training import recipes
+from keras_vmoe.training.architecture import resolved
 from keras_vmoe.training.config import GROUPS
+from keras_vmoe.training.config import given
 from keras_vmoe.training.run_folder import settings_of
 from tests.training.small import SMALL
 from tests.training.small import changed
@@ -99,7 +102,8 @@ def test_a_recipe_based_on_another():
     small, huge = recipes.load("vmoe_s32_in21k"), recipes.load("vmoe_h14_in21k")
     assert huge.optimizer.learning_rate == 3e-4
     assert huge.optimizer.clip_norm == 1.0 and small.optimizer.clip_norm is None
-    assert changed(huge, learning_rate=1e-3, clip_norm=None) == small
+    same = {"preset": small.model.preset, "clip_norm": None}
+    assert changed(huge, learning_rate=1e-3, **same) == small
 
 
 @pytest.mark.parametrize("preset", ["vmoe_s32_e8_last2", None, "vit_s16"])
@@ -117,9 +121,19 @@ def test_the_capacity_of_fine_tuning(preset):
 
 def test_a_recipe_of_the_other_family():
     with pytest.raises(ValueError, match="is for a ConvNeXt. Received: a ViT"):
-        recipes.load("sweet_spot_convnext_in1k")
+        recipes.load("sweet_spot_convnext_in1k", model={"preset": "vit_s16"})
     with pytest.raises(ValueError, match="is for a ViT. Received: a ConvNeXt"):
         recipes.load("vmoe_b_in21k", model={"preset": "convnext_t"})
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_dry_run_needs_no_dataset(name):
+    """It is of what the recipe says, and says what is missing."""
+    text = training.describe(recipes.load(name))
+    assert "million active per token" in text
+    if name != "digits_small":
+        assert re.search(r"steps: [\d.]+ per 1,000 images, in \d+ epochs", text)
+        assert "note: a run would be refused." in text
 
 
 @pytest.mark.slow
@@ -130,7 +144,7 @@ def test_every_recipe_runs(name, tmp_path):
         load(name), epochs=2, batch_size=8, image_size=8, warmup=0.5,
         warmup_epochs=None, warmup_steps=None, run_dir=str(tmp_path / "run"),
         train_split="train[:16]", validation_split="validation[:8]",
-        test_split="test[:8]",
+        test_split="test[:8]", dataset="digits", preset=None,
     )  # fmt: skip
     if name not in CONVNEXTS:
         config = changed(
@@ -248,7 +262,11 @@ def test_a_configuration_of_version_0_1_0(tmp_path):
     )
     assert config.data.augmentation == data.Augmentation(crop_padding=1)
     assert config.checkpoint.checkpoints_per_epoch == 2
-    assert config.moe == models.MoEConfig(layers="last_1", num_experts=4)
+    moe = {"layers": "last_1", "num_experts": 4, "images_per_group": 8}
+    assert given(config.moe) == moe
+    preset = OLD.replace("preset: null", "preset: convnext_t_e4_last2")
+    config = resolved(recipes.load(write(tmp_path, preset)))
+    assert (config.moe.num_experts, config.convnext.mlp_ratio) == (4, 4)
     words = OLD.replace("images_per_group: 8", "images_per_group: null")
     words = words.replace("capacity_factor: auto", "capacity_factor: null")
     moe = recipes.load(write(tmp_path, words)).moe

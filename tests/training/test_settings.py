@@ -19,6 +19,9 @@ from keras_vmoe import training
 from keras_vmoe.training import batches
 from keras_vmoe.training import building
 from keras_vmoe.training import loop
+from keras_vmoe.training.architecture import resolved
+from keras_vmoe.training.config import MoESettings
+from keras_vmoe.training.config import given
 from keras_vmoe.training.initialization import starting_model
 from tests.training.small import changed
 from tests.training.small import history
@@ -100,13 +103,16 @@ def test_class_weights_change_what_is_trained_on(config):
     assert {label for _, labels in tested for label in labels} == {*range(10)}
 
 
-PRESET = {"preset": "convnext_iso_s_e8_last2", "moe": models.MoEConfig()}
-PLAIN = training.ModelConfig()
+PRESET = {
+    "preset": "convnext_iso_s_e8_last2",
+    "moe": MoESettings(),
+    "model": training.ModelConfig(),
+}
 
 
 @once
 def test_a_preset(config):
-    large = changed(config, **PRESET, model=PLAIN)
+    large = changed(config, **PRESET)
     other = changed(large, image_size=32, drop_path_rate=0.1)
     made = building.make_model(other, 10)
     assert made.drop_path_rate == 0.1 and made.output_shape == (None, 10)
@@ -115,26 +121,45 @@ def test_a_preset(config):
 
 @once
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("moe", "found"),
     [
-        ({"hidden_dim": 99}, "model.hidden_dim=99"),
-        ({"moe": models.MoEConfig(num_experts=16)}, "moe=MoEConfig"),
-        ({"moe": None}, "moe=None with preset="),
-        ({"preset": "convnext"}, "The preset must be one of"),
-        ({"convnext": training.ConvNeXtConfig()}, "convnext=ConvNeXtConfig"),
-        (
-            {
-                "preset": None,
-                "convnext": training.ConvNeXtConfig(),
-                "patch_size": 2,
-            },
-            "A convnext has its own sizes. Received: model.patch_size=2 with",
-        ),
+        (MoESettings(), (4, "last_2", 2)),
+        (MoESettings(num_experts=8), (8, "last_2", 2)),  # As by default.
+        (MoESettings(layers="stage", mlp_ratio=4), (4, "stage", 4)),
+        (models.MoEConfig(), (8, "last_2", 2)),  # All that is in it.
+        (None, None),
     ],
 )
-def test_sizes_beside_a_preset_are_refused(config, changes, words):
+def test_settings_over_a_preset(config, moe, found):
+    """One by one, whatever their defaults; the result is all explicit."""
+    changes = {"preset": "convnext_t_e4_last2_r2", "moe": moe}
+    settings = training.ConvNeXtConfig(depths=(1, 1, 3, 1))
+    made = resolved(changed(config, **{**PRESET, **changes}, convnext=settings))
+    names = ("num_experts", "layers", "mlp_ratio")
+    assert moe is None or found == tuple(getattr(made.moe, x) for x in names)
+    assert moe is not None or made.moe is None
+    assert made.convnext.depths == (1, 1, 3, 1)
+    assert made.convnext.dims == (96, 192, 384, 768)
+    assert made.convnext.layer_scale_init_value == 1e-6
+    assert resolved(made) == made
+
+
+@once
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_dim": 99}, "ConvNeXt has .* model.hidden_dim=99 with preset"),
+        ({"preset": "convnext"}, "The preset must be one of"),
+        (
+            {"preset": "vit_s16", "convnext": training.ConvNeXtConfig()},
+            "A ViT has its own sizes. Received: convnext=ConvNeXtConfig",
+        ),
+        ({"upcycle": True}, "`upcycle` needs a model to start from"),
+    ],
+)
+def test_sizes_of_the_other_family_are_refused(config, changes, words):
     with pytest.raises(ValueError, match=words):
-        changed(config, **{"model": PLAIN, **PRESET, **changes})
+        changed(config, **{**PRESET, **changes})
 
 
 def test_v_moes_first_bias_and_last_rate(config):
@@ -228,13 +253,47 @@ def test_a_frozen_bias_stays(frozen):
 
 
 @once
-def test_weights_of_another_model_are_refused(result, config):
-    model = dataclasses.replace(config.model, hidden_dim=32)
-    other = changed(
-        config, init=str(result.run_dir / "model.keras"), model=model
-    )
-    with pytest.raises(ValueError, match="same model. Received: weights that"):
-        training.train(other)
+def test_the_architecture_is_that_of_the_file(result, config, tmp_path):
+    """Where nothing is set; what is set must be the same."""
+    start = str(result.run_dir / "model.keras")
+    bare = changed(config, model=PRESET["model"], moe=MoESettings(), init=start)
+    made = resolved(bare)
+    assert made.image_size == 8 and made.model.hidden_dim == 16
+    assert given(made.moe)["layers"] == "every_1"
+    assert resolved(made) == made
+    folder = resolved(changed(bare, init=str(result.run_dir)))
+    assert changed(folder, init=start) == made
+    model = starting_model(bare, data.info("digits"))
+    for mine, its in zip(model.weights, result.model.weights, strict=True):
+        if "seed" not in mine.path:
+            np.testing.assert_array_equal(mine, its)
+    for changes, words in (
+        ({"hidden_dim": 32}, "hidden_dim=32 for 16. Leave them out"),
+        ({"convnext": training.ConvNeXtConfig(dims=(3,))}, "dims=.* for None"),
+        ({"moe": MoESettings(num_experts=8)}, "num_experts=8 for 4.*--upcycle"),
+        ({"moe": None}, "moe.num_experts=None for 4"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            resolved(changed(bare, **changes))
+
+
+@once
+def test_upcycling(result, config):
+    """From 4 experts to 8, with the other weights; and from none."""
+    start = str(result.run_dir / "model.keras")
+    more = changed(
+        config, model=PRESET["model"], init=start, upcycle=True,
+        moe=MoESettings(num_experts=8),
+    )  # fmt: skip
+    model = starting_model(more, data.info("digits"))
+    (ours,), (theirs,) = model.moe_layers, result.model.moe_layers
+    kernel = np.array(theirs.experts.hidden_kernel)
+    found = np.array(ours.experts.hidden_kernel)
+    np.testing.assert_array_equal(found, np.concatenate([kernel, kernel]))
+    head = model.get_layer("head").kernel
+    np.testing.assert_array_equal(head, result.model.get_layer("head").kernel)
+    text = training.describe(more)
+    assert "upcycle: true" in text and "num_experts: 8" in text
 
 
 @once
@@ -302,11 +361,12 @@ def test_a_description_of_a_preset_is_of_its_sizes(config):
             model=training.ModelConfig(
                 preset="convnext_t_e4_last2_r2", image_size=32
             ),
-            moe=models.MoEConfig(),
+            moe=MoESettings(),
         )
     )
     settings, sizes, *_ = text.split("\n\n")
     settings, sizes = yaml.safe_load(settings), yaml.safe_load(sizes)
-    assert "hidden_dim" not in settings["model"] and "moe" not in settings
+    assert "hidden_dim" not in settings["model"]
+    assert settings["moe"]["mlp_ratio"] == 2
     assert sizes["ConvNeXtMoE"]["dims"] == [96, 192, 384, 768]
     assert sizes["ConvNeXtMoE"]["moe"]["num_experts"] == 4

@@ -153,6 +153,9 @@ def _grouped(settings, path):
     known = kinds_of(TrainConfig)
     if _is_old(settings, path):
         settings = {name: _renamed(name, x) for name, x in settings.items()}
+        if settings.get("preset") is not None:  # The sizes were not used.
+            for name in ("model", "convnext", "moe"):
+                settings.pop(name, None)
     grouped = {}
     for name, value in settings.items():
         if name == "optimizer" and isinstance(value, str):

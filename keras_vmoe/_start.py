@@ -1,0 +1,22 @@
+"""What must be said before Keras, and TensorFlow with it, is imported."""
+
+import os
+import pathlib
+import sys
+
+BACKENDS = ("jax", "tensorflow", "torch")
+IS_COMMAND = pathlib.Path(sys.argv[0]).stem == "keras-vmoe" or sys.orig_argv[
+    1:3
+] == ["-m", "keras_vmoe.cli"]
+
+if IS_COMMAND:  # Its output is for people.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+backend = os.environ.get("KERAS_BACKEND") or BACKENDS[0]
+if backend not in BACKENDS:
+    message = (
+        f"KERAS_BACKEND must be one of {', '.join(BACKENDS)}. "
+        f"Received: KERAS_BACKEND={backend}."
+    )
+    if IS_COMMAND:
+        sys.exit(f"keras-vmoe: error: {message}")
+    raise ImportError(message)

@@ -1,0 +1,183 @@
+"""The architecture of a run: settings over those of a preset or a file."""
+
+import dataclasses
+import pathlib
+
+from keras_vmoe import checkpoints
+from keras_vmoe import models
+from keras_vmoe.models.base import MoEModel
+from keras_vmoe.models.placement import moe_blocks
+from keras_vmoe.models.placement import stage_blocks
+from keras_vmoe.models.presets import find_preset
+from keras_vmoe.training import recipes
+from keras_vmoe.training.config import ConvNeXtConfig
+from keras_vmoe.training.sizes import CONVNEXT_SIZES
+from keras_vmoe.training.sizes import VIT_SIZES
+from keras_vmoe.training.sizes import MoESettings
+from keras_vmoe.training.sizes import given
+
+CONFIG, MODEL = "config.yaml", "model.keras"  # In a run folder.
+# What the experts' weights depend on, beside the placement.
+EXPERTS = (
+    "num_experts", "router", "gate", "hidden_dim", "mlp_ratio",
+    "shared_hidden_dim",
+)  # fmt: skip
+
+
+def resolved(config):
+    """A `TrainConfig` with every size that its model will have.
+
+    What is not set is that of the file to start from (`init`), else that of
+    the preset, else the default.
+
+    Args:
+        config: A `TrainConfig`.
+
+    Returns:
+        A `TrainConfig`; this function leaves it as it is.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If settings contradict the file.
+    """
+    settings, start = config.model, None
+    is_vit = config.family == "vit"
+    below = _preset(settings.preset)
+    if settings.init is not None:
+        start = _architecture_of(settings.init)
+        is_vit, below = "num_layers" in start, recipes.merge(start, below)
+    elif settings.preset is None:
+        below = {**(VIT_SIZES if is_vit else CONVNEXT_SIZES), "moe": {}}
+    found = recipes.merge(below, _set_by(config))
+    if settings.upcycle and found["moe"] is None:
+        found["moe"] = {}
+    if found["moe"] is not None:
+        found["moe"] = given(models.MoEConfig.from_dict(found["moe"]))
+    if not is_vit and found["patch_size"] is None:
+        found["patch_size"] = 16 if found["isotropic"] else 4
+    names = VIT_SIZES if is_vit else CONVNEXT_SIZES
+    if start is not None:
+        others = found.keys() & {**VIT_SIZES, **CONVNEXT_SIZES}
+        _check_same(settings, start, found, others - {"dropout"})
+    sizes = {name: found[name] for name in names}
+    size = settings.image_size or found.get("image_size", config.image_size)
+    model = {"image_size": size, **(sizes if is_vit else {})}
+    moe = found["moe"]
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(settings, **model),
+        convnext=None if is_vit else ConvNeXtConfig(**sizes),
+        moe=None if moe is None else MoESettings(**moe),
+    )
+
+
+def from_scratch(config):
+    """A resolved configuration, without the file that has had its say."""
+    settings = dataclasses.replace(config.model, init=None, upcycle=False)
+    return dataclasses.replace(config, model=settings)
+
+
+def check_start(path):
+    """Raises unless the weights to start from exist."""
+    path = pathlib.Path(path)
+    if not path.exists() and not list(path.parent.glob(f"{path.name}.*")):
+        raise FileNotFoundError(
+            "The weights to start from must exist: a .keras file, a run "
+            f"folder, or a checkpoint. Received: init={str(path)!r}."
+        )
+
+
+def _set_by(config):
+    """The sizes that a configuration sets."""
+    if config.convnext is not None:
+        found = given(config.convnext)
+    else:
+        found = given(config.model)
+        found = {x: found[x] for x in VIT_SIZES if x in found}
+    if config.moe is None:
+        return {**found, "moe": None}
+    moe = given(config.moe)
+    return {**found, "moe": moe} if moe else found
+
+
+def _preset(name):
+    """The sizes of a preset."""
+    if name is None:
+        return {}
+    preset = find_preset(name)
+    if preset.model is models.ViTMoE:
+        below = {**VIT_SIZES, "pooling": "token"}
+    else:
+        below = {**CONVNEXT_SIZES, "patch_size": None}
+    return {**below, **preset.arguments, "moe": preset.moe}
+
+
+def _architecture_of(path):
+    """The sizes of the model of a `.keras` file, a run or a checkpoint."""
+    check_start(path)
+    path = pathlib.Path(path)
+    if (path / CONFIG).exists():
+        config = resolved(from_scratch(recipes.load(path / CONFIG)))
+        size = {"image_size": config.image_size, "moe": None}
+        below = VIT_SIZES if config.convnext is None else CONVNEXT_SIZES
+        return {**below, **size, **_set_by(config)}
+    if (path / MODEL).exists():
+        path = path / MODEL
+    if path.suffix != ".keras":
+        below = {**VIT_SIZES, "pooling": "token"}
+        return {**below, **checkpoints.vmoe_config(checkpoints.read(path))}
+    model = models.load(path, compile=False)
+    if not isinstance(model, MoEModel):
+        raise ValueError(
+            "The file to start from must hold a ViTMoE or a ConvNeXtMoE. "
+            f"Received: init={str(path)!r}, a {type(model).__name__}."
+        )
+    sizes = model.get_config()
+    if sizes["moe"] is not None:
+        moe = {k: x for k, x in sizes["moe"].items() if x is not None}
+        sizes["moe"] = moe
+    if sizes["image_size"] == model.input_shape[1:3]:  # A pair.
+        sizes["image_size"] = sizes["image_size"][0]
+    return sizes
+
+
+def _check_same(settings, start, found, names):
+    """Raises if the settings are not those of the file's model."""
+    wrong = [
+        f"{name}={found.get(name)!r} for {start.get(name)!r}"
+        for name in sorted(names)
+        if _plain(found.get(name)) != _plain(start.get(name))
+    ]
+    if not settings.upcycle:
+        theirs, ours = _experts(start), _experts(found)
+        wrong += [
+            f"moe.{name}={ours.get(name)!r} for {theirs.get(name)!r}"
+            for name in {**theirs, **ours}
+            if ours.get(name) != theirs.get(name)
+        ]
+    if wrong:
+        mend = "Leave them out."
+        if all(x.startswith("moe.") for x in wrong):
+            mend = "Leave them out, or let --upcycle make experts of its MLPs."
+        raise ValueError(
+            "The architecture is that of the file to start from. Received: "
+            f"init={settings.init!r} with other settings, {', '.join(wrong)}. "
+            f"{mend}"
+        )
+
+
+def _experts(sizes):
+    """What the weights of experts depend on, the placement as blocks."""
+    if sizes["moe"] is None:
+        return {}
+    moe = models.MoEConfig.from_dict(sizes["moe"])
+    if "depths" in sizes:
+        blocks = stage_blocks(moe.layers, sizes["depths"])
+    else:
+        blocks = moe_blocks(moe.layers, sizes["num_layers"])
+    shape = {name: getattr(moe, name) for name in EXPERTS}
+    return {**shape, "layers": blocks}
+
+
+def _plain(value):
+    return list(value) if isinstance(value, (list, tuple)) else value
