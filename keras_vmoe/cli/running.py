@@ -102,7 +102,13 @@ def predict(
     dials = {name: given[name] for name in DIALS}
     opened, names = open_model(model, classes, **dials)
     test_crop = setting_of_run(model, "data.test_crop")
-    pixels = data.read_images(images, opened.input_shape[1:3], test_crop)
+    turns = setting_of_run(model, "data.exif_orientation") is not False
+    pixels = data.read_images(
+        images,
+        opened.input_shape[1:3],
+        test_crop,
+        exif_orientation=turns,
+    )
     if dry_run:
         settings = {"model": model, "images": images, "classes": classes}
         settings |= {"top": top, "backend": keras.backend.backend()}
@@ -170,6 +176,8 @@ def evaluate(
         )
     reads = {"split": split, "data_dir": data_dir, "batch_size": batch_size}
     reads |= {"test_crop": test_crop, "skip_corrupt": skip_corrupt}
+    turns = setting_of_run(model, "data.exif_orientation")
+    reads["exif_orientation"] = turns is not False
     opened, names = open_model(model, classes, **dials)
     _check_classes(model, opened, names, dataset, data_dir)
     if dry_run:
