@@ -295,8 +295,8 @@ def test_rectangles_in_files(old, new, way, tmp_path):
 def test_keras_files_of_another_resolution(tmp_path):
     """Keras alone says how to load them; all weights come from the file."""
     path, weights = tmp_path / "m.keras", tmp_path / "m.weights.h5"
-    source = randomize(tiny(num_layers=2, image_size=(8, 16)))
-    model = randomize(tiny(num_layers=2, image_size=(12, 16)), seed=1)
+    source = randomize(tiny(num_layers=2, moe=None, image_size=(8, 16)))
+    model = randomize(tiny(num_layers=2, moe=None, image_size=(12, 16)), seed=1)
     source.save(path)
     source.save_weights(weights)
     for file in (path, weights):

@@ -28,6 +28,11 @@ def encoded(kind, number, order=">"):
     return file.getvalue()
 
 
+def centers(images):
+    """Of each block: a random crop may leave out a row of pixels."""
+    return images[:, 8::16, 8::16]
+
+
 KINDS = ["jpeg", "png", "webp"]
 
 
@@ -58,10 +63,10 @@ def test_orientations_are_pillows(tmp_path, numbers):
 
     for images in read(size):
         expected = np.stack(uprights) / 127.5 - 1
-        np.testing.assert_allclose(images, expected, atol=0.1)
+        np.testing.assert_allclose(centers(images), centers(expected), atol=0.1)
     for images in read(PIXELS.shape[:2], exif_orientation=False):
         expected = np.stack([PIXELS] * 12) / 127.5 - 1
-        np.testing.assert_allclose(images, expected, atol=0.1)
+        np.testing.assert_allclose(centers(images), centers(expected), atol=0.1)
     for path, upright in zip(paths[:2], uprights, strict=False):
         content = path.read_bytes()
         served = decoded_or_nan(content, (*size, 3), Preprocessing())
