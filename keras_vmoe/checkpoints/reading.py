@@ -4,6 +4,8 @@ import os
 import pathlib
 import zipfile
 
+from keras_vmoe.checkpoints._keras import KERAS_FILES
+from keras_vmoe.checkpoints._keras import load_keras
 from keras_vmoe.checkpoints._npz import read_npz
 from keras_vmoe.checkpoints._orbax import holds_orbax
 from keras_vmoe.checkpoints._orbax import read_orbax
@@ -19,9 +21,10 @@ def load(model, path, progress=None, grid=None):
         model: A `ViTMoE` of the same architecture, which
             `checkpoints.vmoe_config` finds. `models.upcycle` makes an MoE model
             of a dense one.
-        path: As of `read`.
+        path: As of `read`, or a `.weights.h5` or `.keras` file of a model of
+            this architecture, whatever its image size.
         progress: As of `read`.
-        grid: As of `load_vmoe`.
+        grid: As of `load_vmoe`; a `.keras` file knows its own.
 
     Returns:
         The model.
@@ -34,6 +37,8 @@ def load(model, path, progress=None, grid=None):
 
     >>> load(model, "ViT-B_16.npz")  # doctest: +SKIP
     """
+    if os.fspath(path).endswith(KERAS_FILES):
+        return load_keras(model, path, grid)
     return load_vmoe(model, read(path, progress), grid)
 
 
@@ -101,6 +106,7 @@ def _unknown(path):
     return CheckpointError(
         "A checkpoint must be the prefix of a sharded one of V-MoE, the folder "
         "of one of Orbax, or a .npz file of a ViT. "
-        f"Received: {path}, which is none of these. A run folder and a .keras "
-        "file need no conversion: the commands and `models.load` read them."
+        f"Received: {path}, which is none of these. Run folders, .keras and "
+        ".weights.h5 files need no conversion: the commands, `models.load` and "
+        "`checkpoints.load` read them."
     )

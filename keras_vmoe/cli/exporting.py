@@ -92,10 +92,13 @@ def export_model(
         print(f"model: {write(opened, output, **common, **dials)}")
         return
     _check_served(output, dials)
-    tested = export.Preprocessing(test_crop=setting_of_run(model, TEST_CROP))
+    turns = setting_of_run(model, "data.exif_orientation") is not False
+    tested = export.Preprocessing(
+        test_crop=setting_of_run(model, TEST_CROP), exif_orientation=turns
+    )
     if test_crop is None:
         pixels["test_crop"] = tested.test_crop
-    preprocessing = export.Preprocessing(**pixels)
+    preprocessing = export.Preprocessing(**pixels, exif_orientation=turns)
     unnamed = names == numbers(opened.output_shape[-1])
     path = export.saved_model(
         opened,

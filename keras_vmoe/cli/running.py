@@ -130,7 +130,8 @@ def predict(
     opened, names = open_model(model, classes, **dials)
     test_crop = setting_of_run(model, "data.test_crop")
     size = opened.input_shape[1:3]
-    read = [_read(path, size, test_crop) for path in images]
+    turned = setting_of_run(model, "data.exif_orientation") is not False
+    read = [_read(path, size, test_crop, turned) for path in images]
     pixels = [x for x in read if not isinstance(x, OSError)]
     bad = [str(x) for x in read if isinstance(x, OSError)]
     if not pixels or (bad and dry_run):
@@ -152,10 +153,12 @@ def predict(
         raise OSError(" ".join(bad))
 
 
-def _read(path, size, test_crop):
+def _read(path, size, test_crop, turned):
     """The pixels of an image, or the error that says why there are none."""
     try:
-        return data.read_images(path, size, test_crop)[0]
+        return data.read_images(
+            path, size, test_crop, exif_orientation=turned
+        )[0]
     except OSError as error:
         return error
 
@@ -215,6 +218,8 @@ def evaluate(
         )
     reads = {"split": split, "data_dir": data_dir, "batch_size": batch_size}
     reads |= {"test_crop": test_crop, "skip_corrupt": skip_corrupt}
+    turns = setting_of_run(model, "data.exif_orientation")
+    reads["exif_orientation"] = turns is not False
     opened, names = open_model(model, classes, **dials)
     _check_classes(model, opened, names, dataset, data_dir)
     if dry_run:

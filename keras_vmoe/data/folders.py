@@ -1,5 +1,7 @@
 """Folders of images as a dataset: `folder/split/class/image.jpg`.
 
+Without folders of splits, `folder/class/image.jpg`, all is one split, `train`.
+
 TFDS's `ImageFolder` takes hidden folders for classes, leaves out endings that
 it does not know without a word, and can neither slice a split nor repeat an
 order, so that folders are listed and read here.
@@ -16,13 +18,14 @@ from keras_vmoe.data.tensorflow_runtime import tf
 from keras_vmoe.data.tensorflow_runtime import tfds
 
 NAME = "image_folder"
-LAYOUT = "folder/split/class/image.jpg"
+LAYOUT = "folder/split/class/image.jpg or folder/class/image.jpg"
+WHOLE = "train"  # The split of a folder without splits.
 # Of files that `decode_image` reads, whichever of these they hold.
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 
 
 class ImageFolder:
-    """A folder of images, `folder/split/class/image.jpg`.
+    """A folder of images, with or without folders of splits.
 
     The order of a split is one of all classes: each slice of it has its share
     of each class, of images in a fixed random order.
@@ -41,13 +44,7 @@ class ImageFolder:
                 f"{LAYOUT}. Received: data_dir=None."
             )
         self.data_dir = os.path.expanduser(os.fspath(folder))
-        found, classes = {}, set()
-        for split in _folders(self.data_dir):
-            found[split] = {}
-            for label in _folders(f"{self.data_dir}/{split}"):
-                path = f"{self.data_dir}/{split}/{label}"
-                found[split][label] = _visible(path)
-                classes.add(label)
+        found = _classes_of_splits(self.data_dir)
         self._files = _images_of(self.data_dir, found)
         if not any(self._files.values()):
             raise ValueError(
@@ -56,7 +53,8 @@ class ImageFolder:
                 f"Received: data_dir={self.data_dir!r} with the entries "
                 f"{sorted(os.listdir(self.data_dir))[:10]}."
             )
-        label = tfds.features.ClassLabel(names=sorted(classes))
+        classes = sorted(set().union(*found.values()))
+        label = tfds.features.ClassLabel(names=classes)
         features = {"image": tfds.features.Image(), "label": label}
         splits = [
             tfds.core.SplitInfo(
@@ -111,8 +109,28 @@ def _visible(folder):
 
 
 def _folders(folder):
-    names = _visible(folder)
-    return [x for x in names if tf.io.gfile.isdir(f"{folder}/{x}")]
+    """Names of the folders in a folder."""
+    return [
+        name
+        for name in _visible(folder)
+        # Images are many; each question goes to the file system.
+        if not _is_image(name) and tf.io.gfile.isdir(f"{folder}/{name}")
+    ]
+
+
+def _is_image(name):
+    return pathlib.PurePath(name).suffix.lower() in ENDINGS
+
+
+def _classes_of_splits(folder):
+    """Of each split the paths of its classes, by name."""
+    inner = {x: _folders(f"{folder}/{x}") for x in _folders(folder)}
+    if not any(inner.values()):
+        return {WHOLE: {name: f"{folder}/{name}" for name in inner}}
+    return {
+        split: {name: f"{folder}/{split}/{name}" for name in names}
+        for split, names in inner.items()
+    }
 
 
 def _images_of(folder, found):
@@ -121,23 +139,20 @@ def _images_of(folder, found):
     files = {}
     for split, classes in found.items():
         places = []
-        for label, names in classes.items():
+        for label, path in classes.items():
             images = []
-            for name in names:
+            for name in _visible(path):
                 ending = pathlib.PurePath(name).suffix.lower()
-                is_image = ending in ENDINGS
+                is_image = _is_image(name)
                 (taken if is_image else left)[ending or name] += 1
                 images += [name] * is_image
             # Spread evenly over the split, whatever the size of the class.
             random.Random(label).shuffle(images)  # noqa: S311
             places += [
-                ((i + 0.5) / len(images), label, name)
+                ((i + 0.5) / len(images), label, f"{path}/{name}")
                 for i, name in enumerate(images)
             ]
-        files[split] = [
-            (f"{folder}/{split}/{label}/{name}", label)
-            for _, label, name in sorted(places)
-        ]
+        files[split] = [(path, label) for _, label, path in sorted(places)]
     if left:
         warnings.warn(
             f"Files were left out of {folder}: {_words(left)}. Taken: "

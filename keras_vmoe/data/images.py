@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
+from keras_vmoe.data.orientation import upright
 from keras_vmoe.data.tensorflow_runtime import checked
 from keras_vmoe.data.tensorflow_runtime import tf
 
@@ -60,17 +61,19 @@ def normalized(pixels):
     return tf.cast(pixels, tf.float32) / 127.5 - 1.0
 
 
-def read_images(paths, image_size, test_crop=None, channels=3):
+def read_images(
+    paths, image_size, test_crop=None, channels=3, exif_orientation=True
+):
     """Reads image files into a batch, preprocessed as in evaluation.
 
     Args:
-        paths: A path or a list of paths of PNG, JPEG, BMP or GIF files. Of an
-            animated GIF the first frame is read. The EXIF orientation is
-            ignored, as in TFDS.
+        paths: A path or a list of paths of PNG, JPEG, WebP, BMP or GIF files.
+            Of an animated GIF the first frame is read.
         image_size: Integer or pair `(height, width)`, in pixels.
         test_crop: Optional share of the shorter side that the centre crop
             keeps, see `load`.
         channels: Integer, see `preprocess`.
+        exif_orientation: Boolean, see `load`.
 
     Returns:
         float32 NumPy array `(B, height, width, channels)` in [-1, 1].
@@ -104,14 +107,16 @@ def read_images(paths, image_size, test_crop=None, channels=3):
             f"Received: paths={paths}. Pass a path or a list of paths."
         )
     shape = (*size, channels)
-    images = [_read_image(path, shape, test_crop) for path in paths]
+    images = [
+        _read_image(path, shape, test_crop, exif_orientation) for path in paths
+    ]
     return normalized(tf.stack(images)).numpy()
 
 
-def _read_image(path, shape, test_crop):
+def _read_image(path, *settings):
     try:
         with open(path, "rb") as file:
-            return decoded(file.read(), shape, test_crop)
+            return decoded(file.read(), *settings)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"An image file must exist. Received: path={path!r}."
@@ -119,19 +124,20 @@ def _read_image(path, shape, test_crop):
     except (OSError, tf.errors.InvalidArgumentError) as error:
         reason = getattr(error, "strerror", None) or "it holds no image"
         raise OSError(
-            "An image file must be a readable PNG, JPEG, BMP or GIF. "
+            "An image file must be a readable PNG, JPEG, WebP, BMP or GIF. "
             f"Received: path={path!r} ({reason}). "
             "Convert the file, or leave it out."
         ) from error
 
 
-def decoded(content, shape, test_crop):
+def decoded(content, shape, test_crop, exif_orientation=True):
     """The pixels of an encoded image, as in evaluation.
 
     Args:
         content: Scalar string tensor or bytes.
         shape: `(H, W, C)`.
         test_crop: Share of the shorter side to keep, or None.
+        exif_orientation: Boolean, see `load`.
 
     Returns:
         `(H, W, C)` float32 tensor in [0, 255].
@@ -140,6 +146,8 @@ def decoded(content, shape, test_crop):
     stored = 4 if channels == 4 else 3
     image = tf.io.decode_image(content, stored, expand_animations=False)
     image = tf.ensure_shape(image, (None, None, stored))
+    if exif_orientation:
+        image = upright(image, content)
     if test_crop is not None:
         image = center_crop(image, size, test_crop)
     return tf.cast(to_channels(image, tuple(size), channels), tf.float32)

@@ -43,6 +43,7 @@ def load(
     cache=False,
     shard=None,
     channels=3,
+    exif_orientation=True,
 ):
     """Loads an image-classification dataset as batches for a model.
 
@@ -56,7 +57,8 @@ def load(
     Args:
         name: String, a TFDS dataset: `"cifar10"`, `"name/config"` or
             `"name:1.0.0"`; `"digits"`, which is embedded in this package; or
-            `"image_folder"`: `data_dir/split/class/image.jpg`.
+            `"image_folder"`: `data_dir/split/class/image.jpg`, or
+            `data_dir/class/image.jpg` with the one split `"train"`.
         split: String, with TFDS's slices and sums, such as `"train[:90%]"`.
         image_size: Integer or pair `(height, width)`, in pixels.
         batch_size: Integer B.
@@ -84,6 +86,8 @@ def load(
         shard: Optional pair `(index, count)`: reads the share of host `index`
             of `count`.
         channels: Integer, channels of the images, see `preprocess`.
+        exif_orientation: Boolean, whether images are turned upright as the EXIF
+            of JPEG, PNG and WebP files says.
 
     Returns:
         A `tf.data.Dataset` of `(images, labels)`: float32
@@ -142,6 +146,7 @@ def load(
         is_training=training,
         skip_corrupt=skip_corrupt,
         cache=cache,
+        exif_orientation=bool(exif_orientation),
     )
     examples = pipeline.examples(shuffle_buffer)
     return pipeline.batches(examples, batch_size, bool(drop_remainder))

@@ -24,6 +24,7 @@ from keras_vmoe.data.images import normalized
 from keras_vmoe.data.images import random_crop
 from keras_vmoe.data.images import resize_by_area
 from keras_vmoe.data.images import to_channels
+from keras_vmoe.data.orientation import upright
 from keras_vmoe.data.schema import Schema
 from keras_vmoe.data.tensorflow_runtime import checked
 from keras_vmoe.data.tensorflow_runtime import tf
@@ -52,6 +53,7 @@ class Pipeline:
     class_weights: Any = None
     skip_corrupt: bool = False
     cache: bool = False
+    exif_orientation: bool = True
 
     def examples(self, shuffle_buffer=1):
         """Stored examples, each with a random number: `(example, number)`.
@@ -219,7 +221,7 @@ class Pipeline:
 
     def _with_pixels(self, example, number=None):
         """An example whose image is decoded to pixels of the right size."""
-        image = example[self.schema.image]
+        image = stored = example[self.schema.image]
         decode = None
         if self.schema.is_encoded:
             features = self.builder.info.features
@@ -229,11 +231,22 @@ class Pipeline:
             image = decode_and_crop(image, decode, area, [number, self.seed])
         elif decode is not None:
             image = decode(image)
+        if decode is not None and self._turns:
+            image = upright(image, stored)
         if self.test_crop is not None:
             image = center_crop(image, self.size, self.test_crop)
         resize = resize_by_area if self.is_training else None
         image = to_channels(image, self.size, self.channels, resize)
         return example | {self.schema.image: image}
+
+    @property
+    def _turns(self):
+        """Whether images are turned as EXIF says.
+
+        Those of one size were encoded from pixels, without EXIF.
+        """
+        shape = self.builder.info.features[self.schema.image].shape
+        return self.exif_orientation and None in shape[:2]
 
     def _finished(self, images, labels, numbers):
         """A batch for the model: checked, mixed, normalised."""

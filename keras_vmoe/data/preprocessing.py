@@ -33,6 +33,8 @@ class Preprocessing:
         test_crop: Share of the shorter side that the centre crop of encoded
             images keeps; None resizes whole images. See `data.load`.
         max_pixels: Encoded images of more pixels are not decoded.
+        exif_orientation: Whether encoded images are turned upright, see
+            `data.load`.
 
     Example:
 
@@ -44,6 +46,7 @@ class Preprocessing:
     std: float | tuple[float, ...] = 127.5
     test_crop: float | None = None
     max_pixels: int = MAX_PIXELS
+    exif_orientation: bool = True
 
     def __post_init__(self):
         for name in ("mean", "std"):
@@ -69,16 +72,22 @@ def normalized(pixels, preprocessing):
     return pixels / std - mean / std
 
 
-def decoded_or_nan(content, shape, test_crop, max_pixels):
-    """As `decoded`; NaN for what is no JPEG or PNG of at most `max_pixels`.
+def decoded_or_nan(content, shape, preprocessing):
+    """As `decoded`; NaN for what is no JPEG or PNG, or of too many pixels.
 
     An invalid file must not fail the request: a server may have put images of
     other clients into the same batch.
     """
 
     def decode(content):
-        with tf.control_dependencies([_check_pixels(content, max_pixels)]):
-            return decoded(tf.identity(content), shape, test_crop)
+        fits = _check_pixels(content, preprocessing.max_pixels)
+        with tf.control_dependencies([fits]):
+            return decoded(
+                tf.identity(content),
+                shape,
+                preprocessing.test_crop,
+                preprocessing.exif_orientation,
+            )
 
     one = tf.data.Dataset.from_tensors(content)
     one = one.map(decode).ignore_errors()

@@ -38,8 +38,10 @@ def open_builder(name, data_dir=None):
         naming.parse_builder_name_kwargs(name)
     except (TypeError, ValueError, AttributeError):
         raise _not_found(name, data_dir) from None
-    _check_folder(data_dir)
-    if name == folders.NAME:
+    is_folder = name == folders.NAME
+    what = f"images, {folders.LAYOUT}" if is_folder else "TFDS datasets"
+    _check_folder(data_dir, what)
+    if is_folder:
         return folders.ImageFolder(data_dir)
     try:
         return read_only_builder.builder_from_files(
@@ -55,14 +57,14 @@ def open_builder(name, data_dir=None):
         raise _broken(name, data_dir, reason) from error
 
 
-def _check_folder(data_dir):
+def _check_folder(data_dir, what):
     if data_dir is None or "://" in data_dir:
         return
     try:
         os.listdir(data_dir)
     except OSError as error:
         raise type(error)(
-            "`data_dir` must be a readable folder of TFDS datasets. "
+            f"`data_dir` must be a readable folder of {what}. "
             f"Received: data_dir={data_dir!r} ({error.strerror}). "
             "Check its spelling and permissions."
         ) from error

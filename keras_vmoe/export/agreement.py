@@ -180,12 +180,14 @@ def _right(model, signature, settings, content, known):
 
 def _as_input(kind, content, settings, model):
     """The model's input for the content of a request."""
+    preprocessing = settings.preprocessing
     if kind == "float":
         return content
     if kind == "encoded":
-        shape, crop = model.input_shape[1:], settings.preprocessing.test_crop
-        content = [decoded(x, shape, crop) for x in content]
-    return normalized(np.asarray(content, "float32"), settings.preprocessing)
+        shape = model.input_shape[1:]
+        options = preprocessing.test_crop, preprocessing.exif_orientation
+        content = [decoded(x, shape, *options) for x in content]
+    return normalized(np.asarray(content, "float32"), preprocessing)
 
 
 def _full_precision():

@@ -116,9 +116,8 @@ def _reader(kind, shape, settings):
         if kind == "uint8":
             pixels = tf.cast(inputs, tf.float32)
             return normalized(pixels, preprocessing)
-        crop, limit = preprocessing.test_crop, preprocessing.max_pixels
         pixels = tf.map_fn(
-            lambda content: decoded_or_nan(content, shape, crop, limit),
+            lambda content: decoded_or_nan(content, shape, preprocessing),
             inputs,
             fn_output_signature=tf.TensorSpec(shape, tf.float32),
         )

@@ -35,6 +35,18 @@ class LearnedPositions(keras.layers.Layer):
         )
         mark([self.embedding], "positions")
 
+    def load_own_variables(self, store):
+        shape = tuple(self.embedding.shape)
+        found = tuple(store["0"].shape) if "0" in store else shape
+        if found != shape:  # Keras would print all of the array.
+            raise ValueError(
+                "Learned positions must be those of the model's image size. "
+                f"Received: an embedding of shape {found} for {shape}. "
+                "Load the file with keras_vmoe.checkpoints.load(model, path), "
+                "which resizes them."
+            )
+        super().load_own_variables(store)
+
     def call(self, tokens):
         return tokens + self.embedding
 

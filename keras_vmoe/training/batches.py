@@ -50,6 +50,7 @@ def load(config, info, split, training=True, **options):
             augmentation=images.augmentation,
             test_crop=images.test_crop,
             skip_corrupt=images.skip_corrupt,
+            exif_orientation=images.exif_orientation,
             **options,
         )
     except ValueError as error:

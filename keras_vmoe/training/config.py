@@ -34,6 +34,7 @@ class DataConfig:
         test_crop: Share of the side kept by a center crop.
         class_weights: Sampling weight of each class.
         skip_corrupt: Skip corrupt images, with a warning.
+        exif_orientation: Turn photographs upright.
     """
 
     dataset: str = "digits"
@@ -47,6 +48,7 @@ class DataConfig:
     test_crop: float | None = None
     class_weights: tuple[float, ...] | None = None
     skip_corrupt: bool = False
+    exif_orientation: bool = True
 
     def __post_init__(self):
         typed.check_types(self, "data.")

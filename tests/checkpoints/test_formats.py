@@ -266,7 +266,7 @@ def test_rows_and_columns_of_rectangles_stay_so(old, new, before):
         checkpoints.resize_positions(table, (9, 9), new)
 
 
-@pytest.mark.parametrize("way", ["keras", "clone", "arrays"])
+@pytest.mark.parametrize("way", ["keras", "clone", "arrays", "weights"])
 @pytest.mark.parametrize("old, new", GRIDS)
 def test_rectangles_in_files(old, new, way, tmp_path):
     def vit(grid):
@@ -277,6 +277,11 @@ def test_rectangles_in_files(old, new, way, tmp_path):
     source.get_layer("positions").embedding.assign(ramp(*old))
     if way == "arrays":
         checkpoints.load_vmoe(model, arrays_of(source), grid=old)
+    elif way == "weights":
+        # Of a square, the file alone is enough.
+        grid = None if old == (4, 4) else old
+        source.save_weights(tmp_path / "m.weights.h5")
+        checkpoints.load(model, tmp_path / "m.weights.h5", grid=grid)
     else:
         if way == "clone":
             weights = source.get_weights()
@@ -285,6 +290,27 @@ def test_rectangles_in_files(old, new, way, tmp_path):
         initialize(model, models.save(source, tmp_path / "m.keras"))
     table = keras.ops.convert_to_numpy(model.get_layer("positions").embedding)
     np.testing.assert_allclose(table, ramp(*new), atol=1e-6)
+
+
+def test_keras_files_of_another_resolution(tmp_path):
+    """Keras alone says how to load them; all weights come from the file."""
+    path, weights = tmp_path / "m.keras", tmp_path / "m.weights.h5"
+    source = randomize(tiny(num_layers=2, moe=None, image_size=(8, 16)))
+    model = randomize(tiny(num_layers=2, moe=None, image_size=(12, 16)), seed=1)
+    source.save(path)
+    source.save_weights(weights)
+    for file in (path, weights):
+        with pytest.raises(ValueError, match="checkpoints.load.model") as error:
+            model.load_weights(file)
+        assert len(str(error.value)) < 1000
+    with pytest.warns(UserWarning, match="checkpoints.load.model, path"):
+        model.load_weights(weights, skip_mismatch=True)
+    checkpoints.load_vmoe(model, arrays_of(source), grid=(2, 4))
+    expected = arrays_of(model)
+    randomize(model, seed=2)
+    checkpoints.load(model, path)
+    for name, array in arrays_of(model).items():
+        np.testing.assert_array_equal(array, expected[name])
 
 
 def test_a_head_of_another_size():

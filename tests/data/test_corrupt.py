@@ -89,11 +89,13 @@ def test_a_slice_has_its_share_of_each_class(tmp_path):
             image = tf.zeros((4, 4, 3), tf.uint8)
             path = tmp_path / "train" / label / f"{i}.png"
             tf.io.write_file(str(path), tf.io.encode_png(image))
-    counts = [
-        np.bincount(labels_of(load(tmp_path, split, False)), minlength=3)
-        for split in ("train[:50%]", "train[50%:]")
-    ]
-    assert [x.tolist() for x in counts] == [[4, 3, 1], [4, 4, 1]]
+    for folder in (tmp_path, tmp_path / "train"):  # Without splits: all.
+        counts = [
+            np.bincount(labels_of(load(folder, split, False)), minlength=3)
+            for split in ("train[:50%]", "train[50%:]")
+        ]
+        assert [x.tolist() for x in counts] == [[4, 3, 1], [4, 4, 1]]
+        assert data.info("image_folder", folder).splits == {"train": 17}
 
 
 def test_hidden_folders_and_files_that_are_no_images(tmp_path):
@@ -123,8 +125,12 @@ def test_hidden_folders_and_files_that_are_no_images(tmp_path):
     ("make", "error", "words"),
     [
         (lambda path: None, ValueError, "data_dir=None"),
-        (lambda path: path, ValueError, "laid out as folder/split/class"),
-        (lambda path: path / "none", OSError, "readable folder"),
+        (
+            lambda path: path,
+            ValueError,
+            "laid out as folder/split/class.* or folder/class",
+        ),
+        (lambda path: path / "none", OSError, "folder of images"),
     ],
 )
 def test_no_folder_of_images(tmp_path, make, error, words):

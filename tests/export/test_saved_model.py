@@ -320,8 +320,8 @@ def test_a_jpeg_is_gone_over_as_often_as_it_is_small():
         (once, 1, True), (once, 0.99, False),
         (often, 11, True), (often, 9, False),
     ):  # fmt: skip
-        limit = int(room * 64**2)
-        pixels = decoded_or_nan(tf.constant(content), (8, 8, 3), None, limit)
+        few = export.Preprocessing(max_pixels=int(room * 64**2))
+        pixels = decoded_or_nan(content, (8, 8, 3), few)
         assert np.isfinite(pixels).all() == is_decoded
 
 
