@@ -10,7 +10,6 @@ from keras_vmoe import distribution
 from keras_vmoe import export
 from keras_vmoe import layers
 from keras_vmoe import models
-from keras_vmoe.layers.quantized_experts import QuantizedMLPExperts
 
 
 @keras.saving.register_keras_serializable("tests")
@@ -142,7 +141,8 @@ def test_a_quantized_bank_costs_as_much():
 
     bank = layers.MLPExperts(4, 8)
     expected = macs(bank)
-    assert macs(QuantizedMLPExperts.from_experts(bank, "int8")) == expected
+    bank.quantize("int8")
+    assert macs(bank) == expected
 
 
 @pytest.mark.backends("torch")
