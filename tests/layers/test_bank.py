@@ -133,18 +133,6 @@ def test_what_a_bank_costs():
     assert cost.active_params == 6 * 4 + 2 * 3 * 36
 
 
-def test_a_quantized_bank_costs_as_much():
-    def macs(experts):
-        inputs = keras.Input((5, 6))
-        layer = layers.MoEMLP(4, experts=experts)
-        return models.cost(keras.Model(inputs, layer(inputs))).macs
-
-    bank = layers.MLPExperts(4, 8)
-    expected = macs(bank)
-    bank.quantize("int8")
-    assert macs(bank) == expected
-
-
 @pytest.mark.backends("torch")
 def test_exported(tmp_path):
     """The process that writes imports the module that holds the bank."""

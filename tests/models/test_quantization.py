@@ -12,12 +12,21 @@ from keras_vmoe import models
 from keras_vmoe._keras import all_layers
 from keras_vmoe.layers.attention import SelfAttention
 from keras_vmoe.layers.pooling import AttentionPooling
+from keras_vmoe.models.base import MoEModel
 from tests.layers.definitions import float64
 from tests.models.definitions import images_of
 from tests.models.definitions import tiny
 
 # Of the largest logit; 0.03 was measured.
 TOLERANCE = 0.1
+
+
+@pytest.fixture(autouse=True)
+def little_garbage():
+    """Keras collects it for each kernel that it quantizes, 0.2 s each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def vit():
@@ -52,9 +61,7 @@ def randomized(model):
 def quantized(make):
     """Before its first call, which needs layers that are built."""
     model = randomized(make())
-    gc.freeze()  # Keras collects garbage for each kernel, 0.2 s each time.
     model.quantize("int8")
-    gc.unfreeze()
     return model
 
 
@@ -98,9 +105,10 @@ each_model = pytest.mark.parametrize("make", [vit, convnext, functional])
 def test_a_quantized_model(make, tmp_path):
     """As right as 8 bits are; the same in files and copies."""
     model = randomized(make())
-    right, size = logits(model), model.count_params()
+    right, cost = logits(model), models.cost(model).macs
     gate = float64(moe_of(model).router.gate_layer.kernel)
     model = quantized(make)
+    assert models.cost(model).macs == cost
     expected = logits(model)
     error = np.abs(expected - right).max() / np.abs(right).max()
     assert 0 < error < TOLERANCE, error
@@ -116,11 +124,12 @@ def test_a_quantized_model(make, tmp_path):
         other = way(model, tmp_path)
         np.testing.assert_allclose(logits(other), expected, atol=1e-6)
         dtypes = [[x.dtype for x in each.weights] for each in (model, other)]
-        assert dtypes[0] == dtypes[1] and other.count_params() >= size
+        assert dtypes[0] == dtypes[1]
         flags = [[x.trainable for x in each.weights] for each in (model, other)]
         assert flags[0] == flags[1]
 
 
+@pytest.mark.backends("jax", "torch")
 def test_trained_and_frozen(tmp_path):
     """As Keras does: what has no int8 values is trained."""
     model = quantized(vit)
@@ -141,6 +150,7 @@ def test_trained_and_frozen(tmp_path):
     np.testing.assert_allclose(logits(other), logits(model), atol=1e-6)
 
 
+@pytest.mark.backends("torch")
 @each_model
 def test_lora(make, tmp_path):
     """Also on a quantized model; the experts have none."""
@@ -162,12 +172,14 @@ def test_lora(make, tmp_path):
     assert flags[0] == flags[1]
     np.testing.assert_allclose(logits(other), logits(model), atol=1e-5)
     for one, two in zip(all_layers(model), all_layers(other), strict=True):
-        rank, alpha = (2, 3) if one in denses else (None, None)
-        assert getattr(two, "lora_rank", None) == rank, one.path
-        assert getattr(two, "lora_alpha", None) == alpha, one.path
+        # Keras's own layers keep the rank only.
+        if isinstance(model, MoEModel) or one not in model.layers:
+            lora = (2, 3) if one in denses else (None, None)
+            found = [getattr(two, f"lora_{x}", None) for x in ("rank", "alpha")]
+            assert tuple(found) == lora, one.path
 
 
-@pytest.mark.backends("jax")
+@pytest.mark.backends("torch")
 def test_other_modes_and_quantizers(tmp_path):
     config = keras.quantizers.Int8QuantizationConfig(
         weight_quantizer=keras.quantizers.AbsMaxQuantizer(
@@ -211,6 +223,7 @@ def test_errors():
     assert layer.get_config()["parts"]["hidden"]["quantized"]
 
 
+@pytest.mark.backends("torch")
 def test_a_mixed_policy(tmp_path):
     keras.config.set_dtype_policy("mixed_bfloat16")
     model = quantized(vit)
