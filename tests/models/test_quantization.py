@@ -21,6 +21,14 @@ from tests.models.definitions import tiny
 TOLERANCE = 0.1
 
 
+# Keras warns of each layer that it leaves as it is.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Layer .* `quantize` method"),
+    pytest.mark.filterwarnings("ignore:Gates are not quantized"),
+    pytest.mark.filterwarnings("ignore:The experts' kernels can be"),
+]
+
+
 @pytest.fixture(autouse=True)
 def little_garbage():
     """Keras collects it for each kernel that it quantizes, 0.2 s each time."""
