@@ -156,9 +156,9 @@ def predict(
 def _read(path, size, test_crop, turned):
     """The pixels of an image, or the error that says why there are none."""
     try:
-        return data.read_images(
-            path, size, test_crop, exif_orientation=turned
-        )[0]
+        return data.read_images(path, size, test_crop, exif_orientation=turned)[
+            0
+        ]
     except OSError as error:
         return error
 

@@ -25,9 +25,9 @@ from keras_vmoe.export.variants import check_quantization
 from keras_vmoe.export.variants import default_dials
 from keras_vmoe.export.variants import has_classes
 from keras_vmoe.export.variants import moe_layers_of
+from keras_vmoe.export.variants import quantized
 from keras_vmoe.export.variants import routed
 from keras_vmoe.export.variants import with_quantized_experts
-from keras_vmoe.layers.quantized_experts import quantized
 
 OPSET = 18
 LARGEST = 2**31  # Bytes that a file of either format may have.

@@ -10,7 +10,7 @@ from keras_vmoe._checks import check_choice
 from keras_vmoe._keras import all_layers
 from keras_vmoe.distribution import _processes
 from keras_vmoe.layers.experts import MLPExperts
-from keras_vmoe.layers.quantized_experts import QuantizedMLPExperts
+from keras_vmoe.layers.experts import quantized as quantized_to_int8
 from keras_vmoe.models.cloning import clone_around
 from keras_vmoe.models.cloning import is_graph
 
@@ -184,13 +184,24 @@ def check_quantization(model, kind, kinds):
     """Raises unless a model's experts can be quantized to this type."""
     check_choice("quantize_experts", kind, (None, *kinds))
     experts = [layer.experts for layer in moe_layers_of(model)]
-    all_known = experts and all(type(x) is MLPExperts for x in experts)
-    if kind is not None and not all_known:
-        kinds = sorted({type(x).__name__ for x in experts}) or "a dense model"
+    good = experts and all(
+        type(x) is MLPExperts and x.quantization_mode is None for x in experts
+    )
+    if kind is not None and not good:
+        found = {
+            f"{type(x).__name__} of {x.dtype_policy.name}" for x in experts
+        }
         raise ValueError(
-            "Only `MLPExperts` can be quantized. Received: "
-            f"quantize_experts={kind!r} with {kinds}. Omit it."
+            "Only `MLPExperts` can be quantized, and only once. Received: "
+            f"quantize_experts={kind!r} with {sorted(found) or 'a dense model'}"
+            ". Omit it."
         )
+
+
+class HalfExperts(MLPExperts):
+    """Experts whose kernels are stored in float16, and cast when used."""
+
+    kernel_dtype = "float16"
 
 
 def with_quantized_experts(model, kind):
@@ -205,7 +216,30 @@ def with_quantized_experts(model, kind):
     """
 
     def change(layer):
-        experts = QuantizedMLPExperts.from_experts(layer.experts, kind)
+        bank = HalfExperts if kind == "float16" else MLPExperts
+        experts = bank.from_config(layer.experts.get_config())
+        experts.build((None, layer.num_experts, None, layer.features))
+        experts.set_weights(layer.experts.get_weights())
+        if kind == "int8":
+            experts.quantize(kind)
         return layer.sharing(experts=experts)
 
     return clone_around(model, change)
+
+
+def quantized(kernel, kind):
+    """A kernel as a file holds it.
+
+    Args:
+        kernel: `(D, F)` or `(E, D, F)` float32 array.
+        kind: `"int8"` or `"float16"`.
+
+    Returns:
+        The kernel, and the scale `(..., 1, F)` to multiply it by; None for
+        float16.
+    """
+    if kind == "float16":
+        return kernel.astype(kind), None
+    values, scale = quantized_to_int8(kernel.reshape(-1, *kernel.shape[-2:]))
+    scale = 1 / scale.reshape(*kernel.shape[:-2], 1, -1)
+    return values.reshape(kernel.shape), scale.astype("float32")

@@ -5,7 +5,7 @@ import math
 import keras
 
 from keras_vmoe._checks import plain
-from keras_vmoe.layers.freezing import hand_down
+from keras_vmoe.layers.parts import KeepsParts
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -80,7 +80,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
-class SelfAttention(keras.layers.Layer):
+class SelfAttention(KeepsParts, keras.layers.Layer):
     """Multi-head self-attention, with D features in and out.
 
     Args:
@@ -117,7 +117,7 @@ class SelfAttention(keras.layers.Layer):
             name="attention",
         )
         self.attention.build(input_shape, input_shape)
-        hand_down(self)
+        self.set_up_parts()
 
     def call(self, tokens):
         return self.attention(tokens, tokens)

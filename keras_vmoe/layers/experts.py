@@ -1,6 +1,7 @@
 """Experts: E networks of one shape, as stacked kernels."""
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_vmoe._checks import check_sizes
@@ -8,6 +9,8 @@ from keras_vmoe.layers.block_linear import block_linear
 from keras_vmoe.layers.mlp import TwoLayers
 from keras_vmoe.layers.weights import for_each_expert
 from keras_vmoe.layers.weights import get_options
+from keras_vmoe.layers.weights import mark
+from keras_vmoe.layers.weights import part_of
 from keras_vmoe.routing._blocks import Blocks
 
 
@@ -18,6 +21,11 @@ class MLPExperts(TwoLayers):
     Every expert is initialised, regularised and constrained as if it were
     alone: Keras would take the stacked kernel `(E, D, F)` for that of a
     convolution and make it √E too small.
+
+    `quantize("int8")`, also of a model around, stores the kernels as int8, with
+    a scale for each output feature of each expert. They are dequantized when
+    they are used, which saves memory, not time; biases stay as they are. There
+    is no other mode, and no LoRA.
 
     Args:
         num_experts: E.
@@ -47,6 +55,7 @@ class MLPExperts(TwoLayers):
     """
 
     takes_blocks = True  # Dropless buffers as well.
+    kernel_dtype = None  # That of the policy.
 
     def __init__(
         self, num_experts, hidden_dim, activation="gelu", dropout=0.0, **kwargs
@@ -63,24 +72,70 @@ class MLPExperts(TwoLayers):
                 f"Received: input_shape={tuple(input_shape)}. "
                 "`plan.dispatch(tokens)` makes such buffers."
             )
+        check_mode(self.quantization_mode)
         features = input_shape[-1]
         # The indices of an `MLP` are 0 and 1: it may be beside, with one seed.
         self._add_layer("hidden", features, self.hidden_dim, 2)
         self._add_layer("output", self.hidden_dim, features, 3)
 
     def _add_layer(self, name, fan_in, fan_out, index):
-        kernel = self.add_weight(
-            name=f"{name}_kernel",
-            shape=(self.num_experts, fan_in, fan_out),
-            **for_each_expert(**get_options(self, "kernel", index)),
-        )
+        shape = (self.num_experts, fan_in, fan_out)
+        if self.quantization_mode is None:
+            kernel = self.add_weight(
+                name=f"{name}_kernel",
+                shape=shape,
+                dtype=self.kernel_dtype,
+                **for_each_expert(**get_options(self, "kernel", index)),
+            )
+            setattr(self, f"{name}_kernel", kernel)
+        else:
+            self._add_int8(name, shape)
         bias = self.add_weight(
             name=f"{name}_bias",
             shape=(self.num_experts, fan_out),
             **for_each_expert(**get_options(self, "bias", index)),
         )
-        setattr(self, f"{name}_kernel", kernel)
         setattr(self, f"{name}_bias", bias)
+
+    def _add_int8(self, name, shape):
+        """An int8 kernel, which is to be divided by its scale."""
+        kernel = self.add_weight(
+            name=f"{name}_kernel",
+            shape=shape,
+            initializer="zeros",
+            dtype="int8",
+            trainable=False,
+        )
+        scale = self.add_weight(
+            name=f"{name}_kernel_scale",
+            shape=(shape[0], shape[-1]),
+            initializer="ones",
+            trainable=False,
+        )
+        setattr(self, f"{name}_kernel", kernel)
+        setattr(self, f"{name}_kernel_scale", scale)
+        return kernel, scale
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        check_mode(mode)
+        if type_check and type(self) is not MLPExperts:
+            raise NotImplementedError(
+                "Only `MLPExperts` itself is quantized. Received: a "
+                f"{type(self).__name__}. Pass type_check=False to its "
+                "`quantize` if it uses its kernels as this class does."
+            )
+        if hasattr(self, "hidden_kernel_scale"):
+            return  # The policy, set below, asks for it.
+        for name in ("hidden", "output"):
+            kernel = getattr(self, f"{name}_kernel")
+            values = quantized(kernel, config and config.weight_quantizer)
+            part, shape = part_of(kernel), kernel.shape
+            delattr(self, f"{name}_kernel")
+            variables = self._add_int8(name, shape)
+            mark(variables, part)
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(value)
+        self.dtype_policy = f"{mode}_from_{self.dtype_policy.name}"
 
     def call(self, buffers, training=False):
         if isinstance(buffers, Blocks):
@@ -94,18 +149,62 @@ class MLPExperts(TwoLayers):
         x = ops.reshape(x, (self.num_experts, groups, capacity, features))
         return _swap_groups_and_experts(x)
 
+    def quantized_call(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
     def _mlps(self, x, blocks, training):
         """One MLP for each block of rows; see `block_linear`."""
-        x = block_linear(x, self.hidden_kernel, self.hidden_bias, *blocks)
-        x = self.dropout_layer(self.activation(x), training=training)
-        x = block_linear(x, self.output_kernel, self.output_bias, *blocks)
-        return self.dropout_layer(x, training=training)
+        x = block_linear(x, self._kernel("hidden"), self.hidden_bias, *blocks)
+        x = self.drop(self.activation(x), training)
+        x = block_linear(x, self._kernel("output"), self.output_bias, *blocks)
+        return self.drop(x, training)
+
+    def _kernel(self, name):
+        """`(E, fan in, fan out)` tensor in the compute dtype."""
+        kernel = getattr(self, f"{name}_kernel")
+        kernel = ops.cast(kernel, self.compute_dtype)
+        if self.quantization_mode is None:
+            return kernel
+        scale = getattr(self, f"{name}_kernel_scale")
+        return kernel / ops.cast(scale, self.compute_dtype)[:, None]
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
     def get_config(self):
         return {**super().get_config(), "num_experts": self.num_experts}
+
+
+def quantized(kernel, quantizer=None):
+    """The kernels of experts, each quantized as if it were alone.
+
+    Args:
+        kernel: `(E, D, F)` float tensor.
+        quantizer: A quantizer of `(D, F)` kernels, such as a `Dense` takes;
+            None means `keras.quantizers.AbsMaxQuantizer(axis=0)`.
+
+    Returns:
+        `(E, D, F)` int8 and `(E, F)` float numpy arrays, kernels and the scales
+        to divide them by.
+    """
+    quantizer = quantizer or keras.quantizers.AbsMaxQuantizer(axis=0)
+    kernel = ops.convert_to_numpy(kernel)
+    pairs = [quantizer(x, to_numpy=True) for x in kernel]
+    values, scales = (
+        np.stack([ops.convert_to_numpy(x) for x in parts])
+        for parts in zip(*pairs, strict=True)
+    )
+    return values, np.squeeze(scales, axis=1)
+
+
+def check_mode(mode):
+    """Raises for a quantization that a bank has not."""
+    if mode not in (None, "int8"):
+        # What `Model.quantize` takes for a layer to leave out, with a warning.
+        raise NotImplementedError(
+            "The experts' kernels can be quantized to 'int8' only. Received: "
+            f"mode={mode!r}. They stay as they are."
+        )
 
 
 def _swap_groups_and_experts(x):

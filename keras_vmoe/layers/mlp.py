@@ -7,15 +7,17 @@ from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import plain
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
-from keras_vmoe.layers.freezing import hand_down
-from keras_vmoe.layers.stochastic import SeededDropout
+from keras_vmoe.layers.parts import KeepsParts
+from keras_vmoe.layers.stochastic import SavesSeedState
+from keras_vmoe.layers.stochastic import SeedGenerator
+from keras_vmoe.layers.stochastic import drop
 from keras_vmoe.layers.weights import BIAS_INITIALIZER
 from keras_vmoe.layers.weights import get_options
 from keras_vmoe.layers.weights import options_config
 from keras_vmoe.layers.weights import set_options
 
 
-class TwoLayers(keras.layers.Layer):
+class TwoLayers(SavesSeedState, KeepsParts, keras.layers.Layer):
     """The settings that `MLP` and `MLPExperts` share; see `MLP`."""
 
     def __init__(
@@ -48,9 +50,13 @@ class TwoLayers(keras.layers.Layer):
             bias_constraint=bias_constraint,
         )
         self.seed = plain(seed)
-        self.dropout_layer = SeededDropout(
-            dropout, seed=seed, dtype=self.dtype_policy, name="dropout"
-        )
+        if dropout > 0:
+            self.seed_generator = SeedGenerator(self.seed)
+
+    def drop(self, x, training):
+        """Dropout, without a layer: Keras quantizes layers without parts."""
+        rate = self.dropout if training else 0
+        return drop(x, rate, self.seed_generator)
 
     def get_config(self):
         return {
@@ -102,7 +108,7 @@ class MLP(TwoLayers):
         features = input_shape[-1]
         self.hidden_dense = self._dense("hidden", features, self.hidden_dim, 0)
         self.output_dense = self._dense("output", self.hidden_dim, features, 1)
-        hand_down(self)
+        self.set_up_parts()
 
     def _dense(self, name, fan_in, fan_out, index):
         options = {
@@ -118,8 +124,8 @@ class MLP(TwoLayers):
 
     def call(self, inputs, training=False):
         x = self.activation(self.hidden_dense(inputs))
-        x = self.output_dense(self.dropout_layer(x, training=training))
-        return self.dropout_layer(x, training=training)
+        x = self.output_dense(self.drop(x, training))
+        return self.drop(x, training)
 
     def compute_output_shape(self, input_shape):
         return input_shape

@@ -4,11 +4,11 @@ import keras
 from keras import ops
 
 from keras_vmoe._checks import check_sizes
-from keras_vmoe.layers.freezing import hand_down
+from keras_vmoe.layers.parts import KeepsParts
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
-class PatchEmbedding(keras.layers.Layer):
+class PatchEmbedding(KeepsParts, keras.layers.Layer):
     """Cuts images into patches and maps each to a token.
 
     Args:
@@ -53,7 +53,7 @@ class PatchEmbedding(keras.layers.Layer):
     def build(self, input_shape):
         patch_grid(input_shape[1:3], self.patch_size)
         self.projection.build(input_shape)
-        hand_down(self)
+        self.set_up_parts()
 
     def call(self, images):
         patches = self.projection(images)  # (B, H / p, W / p, D)

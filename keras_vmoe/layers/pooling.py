@@ -6,8 +6,8 @@ from keras import ops
 from keras_vmoe._checks import plain
 from keras_vmoe.layers._blocks import layer_norm
 from keras_vmoe.layers.attention import MultiHeadAttention
-from keras_vmoe.layers.freezing import hand_down
 from keras_vmoe.layers.mlp import MLP
+from keras_vmoe.layers.parts import KeepsParts
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -34,7 +34,7 @@ class TokenPooling(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
-class AttentionPooling(keras.layers.Layer):
+class AttentionPooling(KeepsParts, keras.layers.Layer):
     """A learned probe attends to the tokens, followed by a residual MLP.
 
     `x = attention(probe, tokens)`, then `x + MLP(LayerNorm(x))`. The reference
@@ -91,7 +91,7 @@ class AttentionPooling(keras.layers.Layer):
         self.attention.build(probe_shape, input_shape)
         self.norm.build(probe_shape)
         self.mlp.build(probe_shape)
-        hand_down(self)
+        self.set_up_parts()
 
     def call(self, tokens):
         shape = (ops.shape(tokens)[0], 1, tokens.shape[-1])

@@ -6,10 +6,11 @@ from keras import ops
 from keras_vmoe import routing
 from keras_vmoe._checks import check_not_negative
 from keras_vmoe._checks import plain
-from keras_vmoe.layers.freezing import hand_down
-from keras_vmoe.layers.freezing import set_trainable_parts
-from keras_vmoe.layers.freezing import trainable_parts
+from keras_vmoe._keras import all_layers
 from keras_vmoe.layers.gates import get_gate
+from keras_vmoe.layers.parts import hand_down
+from keras_vmoe.layers.parts import set_state_of_parts
+from keras_vmoe.layers.parts import state_of_parts
 from keras_vmoe.layers.precision import in_float32
 from keras_vmoe.layers.statistics import RoutingStatistics
 from keras_vmoe.layers.stochastic import SavesSeedState
@@ -72,6 +73,8 @@ class Router(SavesSeedState, keras.layers.Layer):
             self.gate_layer.build(input_shape)
             hand_down(self)
         mark(self.gate_layer.variables, "gate")
+        for layer in all_layers(self.gate_layer):
+            layer.quantize = _keep_gate
         built_for = self.gate_layer.get_build_config() or {}
         features = (built_for.get("input_shape") or input_shape)[-1]
         if features != self.features:
@@ -188,15 +191,15 @@ class Router(SavesSeedState, keras.layers.Layer):
             "noise_std": self.noise_std,
             "gate": self.gate,  # An object: Keras finds one that is shared.
             "seed": self.seed,
-            "trainable_parts": trainable_parts(self),
+            "parts": state_of_parts(self),
         }
 
     @classmethod
     def from_config(cls, config):
         config = with_layers(config, "gate")
-        found = config.pop("trainable_parts", {})
+        found = config.pop("parts", {})
         router = cls(**config)
-        set_trainable_parts(router, found)
+        set_state_of_parts(router, found)
         return router
 
 
@@ -208,7 +211,7 @@ def share(layer, **changes):
         **changes: Constructor arguments that differ.
     """
     config = layer.get_config()
-    config.pop("trainable_parts", None)  # The parts are what they are.
+    config.pop("parts", None)  # The parts are what they are.
     parts = {name: getattr(layer, name, None) for name in config}
     parts = {
         name: part
@@ -246,6 +249,13 @@ def with_layers(config, *names):
         elif isinstance(part, dict):
             made[name] = keras.saving.deserialize_keras_object(part)
     return {**config, **made}
+
+
+def _keep_gate(*args, **kwargs):
+    """In the place of a gate's `quantize`."""
+    raise NotImplementedError(
+        "Gates are not quantized: they decide which expert a token goes to."
+    )
 
 
 def _mean(values):

@@ -51,6 +51,15 @@ class SavesSeedState:
             self.seed_generator.state.assign(store[SEED_KEY])
 
 
+def drop(x, rate, seed_generator, noise_shape=None):
+    """`keras.random.dropout`, and nothing at a rate of 0."""
+    if rate == 0:
+        return x
+    # Without a noise shape Keras on PyTorch ignores the layer's seed.
+    noise_shape = noise_shape or ops.shape(x)
+    return keras.random.dropout(x, rate, noise_shape, seed=seed_generator)
+
+
 @keras.saving.register_keras_serializable("keras_vmoe", name="Dropout")
 class SeededDropout(SavesSeedState, keras.layers.Layer):
     """`keras.layers.Dropout` whose seed state is saved with the model.
@@ -77,19 +86,13 @@ class SeededDropout(SavesSeedState, keras.layers.Layer):
         self.noise_shape = plain(noise_shape)
         self.seed = plain(seed)
         self.supports_masking = True
+        self.built = True  # As Keras's: it may be asked to be quantized.
         if rate > 0:
             self.seed_generator = SeedGenerator(self.seed)
 
     def call(self, inputs, training=False):
-        if not training or self.rate == 0:
-            return inputs
-        return keras.random.dropout(
-            inputs,
-            self.rate,
-            # Without a noise shape Keras on PyTorch ignores the layer's seed.
-            noise_shape=self.noise_shape or ops.shape(inputs),
-            seed=self.seed_generator,
-        )
+        rate = self.rate if training else 0
+        return drop(inputs, rate, self.seed_generator, self.noise_shape)
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -138,15 +141,13 @@ class DropPath(SavesSeedState, keras.layers.Layer):
         check_rates(rate=rate)
         self.rate = rate
         self.seed = plain(seed)
+        self.built = True
         self.seed_generator = SeedGenerator(self.seed)
 
     def call(self, inputs, training=False):
-        if not training or self.rate == 0:
-            return inputs
         shape = (ops.shape(inputs)[0],) + (1,) * (len(inputs.shape) - 1)
-        return keras.random.dropout(
-            inputs, self.rate, noise_shape=shape, seed=self.seed_generator
-        )
+        rate = self.rate if training else 0
+        return drop(inputs, rate, self.seed_generator, shape)
 
     def compute_output_shape(self, input_shape):
         return input_shape

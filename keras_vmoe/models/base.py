@@ -12,9 +12,9 @@ from keras_vmoe._checks import is_integer
 from keras_vmoe._checks import is_number
 from keras_vmoe._checks import nearest
 from keras_vmoe._checks import plain
-from keras_vmoe.layers.freezing import hand_down
-from keras_vmoe.layers.freezing import set_trainable_parts
-from keras_vmoe.layers.freezing import trainable_parts
+from keras_vmoe.layers.parts import hand_down
+from keras_vmoe.layers.parts import set_state_of_parts
+from keras_vmoe.layers.parts import state_of_parts
 from keras_vmoe.models.moe import MoEConfig
 from keras_vmoe.models.moe import of_version_0_1
 
@@ -83,7 +83,7 @@ class MoEModel(keras.Model):
             "dtype": self.layers_dtype,
             "name": self.name,
             "trainable": self.trainable,
-            "trainable_parts": trainable_parts(self),
+            "parts": state_of_parts(self),
         }
 
     @classmethod
@@ -91,16 +91,16 @@ class MoEModel(keras.Model):
         if RENAMED.keys() & config.keys() and isinstance(config["moe"], dict):
             config = {**config, "moe": of_version_0_1(config["moe"])}
         config = {RENAMED.get(k, k): v for k, v in config.items()}
-        found = config.pop("trainable_parts", {})
+        found = config.pop("parts", {})
         model = cls(**config)
-        set_trainable_parts(model, found)
+        set_state_of_parts(model, found)
         return model
 
     def with_graph(self, inputs, outputs):
         """A model of the same arguments around another graph."""
         model = type(self).__new__(type(self))
         arguments = {**self.get_config(), "moe": self.moe}
-        del arguments["trainable_parts"]  # The layers of the graph know it.
+        del arguments["parts"]  # The layers of the graph know it.
         MoEModel.__init__(model, inputs, outputs, arguments)
         return model
 

@@ -201,10 +201,8 @@ def _(layer, inputs, outputs):
     num_tokens, features = math.prod(inputs.shape[1:-1]), inputs.shape[-1]
     slots = slots_of(layer, num_tokens)
     gate = [w for w in layer.router.gate_layer.weights if len(w.shape) > 1]
-    # Every matrix of an expert is applied once to each of its slots. Quantized
-    # kernels have a row of scales beside them, which is none.
-    stacks = [w for w in layer.experts.weights if len(w.shape) > 2]
-    bank = [w for w in stacks if 1 not in w.shape[1:]]
+    # Every matrix of an expert is applied once to each of its slots.
+    bank = [w for w in layer.experts.weights if len(w.shape) > 2]
     total = Work(
         num_tokens * sum(map(_size, gate))
         + slots * sum(map(_size, bank)) / layer.num_experts,

@@ -7,6 +7,7 @@ import numpy as np
 
 from keras_vmoe._checks import check_flags
 from keras_vmoe._checks import check_not_negative
+from keras_vmoe._keras import all_layers
 from keras_vmoe.layers import MoEMLP
 from keras_vmoe.models.base import MoEModel
 from keras_vmoe.models.moe import MoEConfig
@@ -41,9 +42,9 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
         A new model of the same class, not compiled.
 
     Raises:
-        ValueError: If experts would have other hidden features than the MLPs
-            or experts that they start from or be no multiple of them, or if
-            `preserve_outputs` contradicts `moe`.
+        ValueError: If the model is quantized, if experts would have other
+            hidden features than the MLPs or experts that they start from or be
+            no multiple of them, or if `preserve_outputs` contradicts `moe`.
 
     Example:
 
@@ -61,6 +62,13 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
             "`model` must be a ViTMoE or ConvNeXtMoE. "
             f"Received: model={model!r}. Weights of other models are read by "
             "`keras_vmoe.checkpoints`."
+        )
+    modes = {x.quantization_mode for x in all_layers(model)} - {None}
+    if modes:
+        raise ValueError(
+            "Experts start from kernels in floating point. Received: "
+            f"{model.name!r}, quantized to {sorted(modes)}. Upcycle the model "
+            "first, and quantize the result."
         )
     check_not_negative(noise_std=noise_std)
     check_flags(preserve_outputs=preserve_outputs)

@@ -109,7 +109,7 @@ def _sizes(model):
     """The arguments that a model was made with, under its class."""
     given = json.loads(json.dumps(model.get_config()))
     given["moe"] = given["moe"] and _set(given["moe"])
-    for name in ("name", "trainable", "trainable_parts"):
+    for name in ("name", "trainable", "parts"):
         del given[name]
     return {type(model).__name__: _set(given)}
 

@@ -10,7 +10,6 @@ from keras_vmoe import distribution
 from keras_vmoe import export
 from keras_vmoe import layers
 from keras_vmoe import models
-from keras_vmoe.layers.quantized_experts import QuantizedMLPExperts
 
 
 @keras.saving.register_keras_serializable("tests")
@@ -132,17 +131,6 @@ def test_what_a_bank_costs():
     slots = 4 * 20 / 8  # ceil(40 * 2 / 4) of each expert, by images.
     assert cost.macs == 5 * 6 * 4 + slots * 3 * 36
     assert cost.active_params == 6 * 4 + 2 * 3 * 36
-
-
-def test_a_quantized_bank_costs_as_much():
-    def macs(experts):
-        inputs = keras.Input((5, 6))
-        layer = layers.MoEMLP(4, experts=experts)
-        return models.cost(keras.Model(inputs, layer(inputs))).macs
-
-    bank = layers.MLPExperts(4, 8)
-    expected = macs(bank)
-    assert macs(QuantizedMLPExperts.from_experts(bank, "int8")) == expected
 
 
 @pytest.mark.backends("torch")

@@ -14,7 +14,6 @@ from keras_vmoe.layers import pooling
 from keras_vmoe.layers import positions
 from keras_vmoe.layers import stochastic
 from keras_vmoe.layers.attention import MultiHeadAttention
-from keras_vmoe.layers.quantized_experts import QuantizedMLPExperts
 from keras_vmoe.layers.top_k_router import BalanceBias
 from tests.gradients import compiled
 from tests.harness import Case
@@ -203,8 +202,8 @@ def test_no_layer_and_no_argument_is_left_out():
     public = {getattr(layers, name) for name in layers.__all__}
     assert public - ours == {layers.Router}
     cases = CASES + PARTS + ROUTERS
-    # A part of others, a bank made from another, a router's own bias.
-    inner = {MultiHeadAttention, QuantizedMLPExperts, BalanceBias}
+    # A part of others, a router's own bias.
+    inner = {MultiHeadAttention, BalanceBias}
     assert ours - {case.layer for case in cases} == inner
     for layer in ours - inner:
         for name, default in arguments_of(layer).items():

@@ -1,0 +1,132 @@
+"""The state of the layers inside a layer whose config holds none of them.
+
+Keras keeps in a layer's own config whether it is trained, quantized or adapted
+by LoRA. A layer that makes its parts in `build`, and a model that is made by
+its arguments, keep it for them here.
+"""
+
+import gc
+
+import keras
+
+from keras_vmoe._keras import parts_of
+
+UNCALIBRATED = ("int8", "int4", "float8")
+
+
+def hand_down(layer):
+    """Freezes what a frozen layer has made in its `build`."""
+    if not layer.trainable:
+        layer.trainable = True  # TensorFlow does not set a value that is set.
+        layer.trainable = False
+
+
+class KeepsParts:
+    """Mixin of layers that make parts in `build`: their config has the state.
+
+    `build` ends with `set_up_parts`.
+    """
+
+    parts_to_set = None  # Until they are made.
+
+    def set_up_parts(self):
+        """Freezes, quantizes and adapts the parts as they were."""
+        hand_down(self)
+        set_state_of_parts(self, self.parts_to_set or {})
+        self.parts_to_set = None
+
+    def get_config(self):
+        found = self.parts_to_set or state_of_parts(self)
+        return {**super().get_config(), **({"parts": found} if found else {})}
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        found = config.pop("parts", None)
+        layer = super().from_config(config)
+        layer.parts_to_set = found
+        return layer
+
+
+def state_of_parts(layer):
+    """What of the layers inside differs from what their maker has made.
+
+    Args:
+        layer: A layer or model.
+
+    Returns:
+        Dict from paths, of names, to states: `{"block_1_moe/router":
+        {"trainable": False}, "head": {"quantized": "int8"}}`.
+    """
+    states = {
+        path: _state_of(part, owner) for path, part, owner in _paths(layer)
+    }
+    return {path: state for path, state in states.items() if state}
+
+
+def set_state_of_parts(layer, found):
+    """Sets what `state_of_parts` has found, as far as there are such parts."""
+    parts = [
+        (part, found[path]) for path, part, _ in _paths(layer) if path in found
+    ]
+    for part, state in parts:
+        part.trainable = state.get("trainable", part.trainable)
+    alike = {}
+    for part, state in parts:
+        if "quantized" in state and part.quantization_mode is None:
+            config = state["quantized"]
+            alike.setdefault(str(config), (config, []))[1].append(part)
+    for config, same in alike.values():
+        _quantize(layer, same, keras.saving.deserialize_keras_object(config))
+    # Last: LoRA freezes a kernel, which `trainable` would set again.
+    for part, state in parts:
+        if "lora" in state and part.lora_rank is None:
+            part.enable_lora(*state["lora"])
+
+
+def _paths(layer, start=""):
+    """Path, part and owner of all layers inside, outer ones first."""
+    for part in parts_of(layer):
+        path = f"{start}{part.name}"
+        yield path, part, layer
+        yield from _paths(part, f"{path}/")
+
+
+def _state_of(part, owner):
+    state = {}
+    if part.trainable != owner.trainable:
+        state["trainable"] = part.trainable
+    mode = part.quantization_mode
+    if mode is not None:
+        if mode not in UNCALIBRATED:
+            raise ValueError(
+                "Inside of a layer or model of keras_vmoe, layers are saved "
+                f"quantized to one of {UNCALIBRATED}. Received: {part.path!r}, "
+                f"quantized to {mode!r}. Use one of these."
+            )
+        config = getattr(part, "quantization_config", None)
+        state["quantized"] = keras.saving.serialize_keras_object(config or mode)
+    if getattr(part, "lora_enabled", False):
+        state["lora"] = [part.lora_rank, part.lora_alpha]
+    return state
+
+
+def _quantize(layer, parts, config):
+    """Quantizes parts of a layer, all by one config, or a mode."""
+    mode = config if isinstance(config, str) else config.mode
+    # Checked when they were quantized first.
+    options = {"config": config, "type_check": False}
+    # Keras collects garbage for each kernel that it replaces, 0.2 s each time
+    # if that means a look at all that there is.
+    gc.freeze()
+    try:
+        if isinstance(layer, keras.Model):
+            # PyTorch then forgets the parameters of before in all layers.
+            chosen = {id(part) for part in parts}
+            options["filters"] = lambda x: id(x) in chosen
+            layer.quantize(mode, **options)
+            return
+        for part in parts:
+            part.quantize(mode, **options)
+    finally:
+        gc.unfreeze()
