@@ -9,6 +9,7 @@ from keras_vmoe._checks import check_not_negative
 from keras_vmoe.layers.routers import Router
 from keras_vmoe.layers.routers import slots_per_expert
 from keras_vmoe.routing._groups import check_capacity_factor
+from keras_vmoe.routing._selection import softmax
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -91,7 +92,7 @@ class ExpertChoiceRouter(Router):
             1,
             self.capacity_factor,
         )
-        return routing.expert_choice_plan(ops.softmax(logits), capacity, mask)
+        return routing.expert_choice_plan(softmax(logits), capacity, mask)
 
     def auxiliary_losses(self, logits, noisy_logits, mask):
         if not self.z_loss_weight:

@@ -17,6 +17,7 @@ from keras_vmoe.layers.stochastic import SavesSeedState
 from keras_vmoe.layers.stochastic import SeedGenerator
 from keras_vmoe.layers.weights import mark
 from keras_vmoe.routing._groups import check_selection
+from keras_vmoe.routing._selection import softmax
 
 
 class Router(SavesSeedState, keras.layers.Layer):
@@ -156,7 +157,7 @@ class Router(SavesSeedState, keras.layers.Layer):
 
     def expert_gates(self, logits):
         """What each token gives to each expert, `(G, S, E)`, sum 1 over E."""
-        return ops.softmax(logits)
+        return softmax(logits)
 
     def after_step(self, plan):
         """What a router does with the plan of a training step; nothing."""

@@ -11,6 +11,7 @@ from keras_vmoe.layers.precision import in_float32
 from keras_vmoe.layers.routers import Router
 from keras_vmoe.layers.routers import check_settings
 from keras_vmoe.routing._groups import check_capacity_factor
+from keras_vmoe.routing._selection import softmax
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -213,7 +214,7 @@ class SoftRouter(Router):
         groups, num_tokens, num_experts, num_slots = ops.shape(logits)
         size = num_experts * num_slots
         flat = ops.reshape(logits, (groups, num_tokens, size))
-        gates = ops.reshape(ops.softmax(flat), ops.shape(logits))
+        gates = ops.reshape(softmax(flat), ops.shape(logits))
         return ops.sum(gates, axis=-1)
 
     def get_config(self):

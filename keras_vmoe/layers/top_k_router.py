@@ -12,6 +12,7 @@ from keras_vmoe.layers.routers import slots_per_expert
 from keras_vmoe.layers.routers import with_layers
 from keras_vmoe.routing._groups import check_capacity_factor
 from keras_vmoe.routing._groups import check_selection
+from keras_vmoe.routing._selection import softmax
 
 CAPACITY_FACTOR = 1.05  # Of V-MoE.
 
@@ -133,7 +134,7 @@ class TopKRouter(Router):
         return super().from_config(config)
 
     def make_plan(self, logits, mask, group_size):
-        gates = ops.softmax(logits)
+        gates = softmax(logits)
         if self.capacity_factor == "dropless":
             return routing.dropless_plan(
                 gates,
@@ -166,7 +167,7 @@ class TopKRouter(Router):
     def auxiliary_losses(self, logits, noisy_logits, mask):
         weighted = []
         if self.importance_loss_weight:
-            loss = losses.importance_loss(ops.softmax(logits), mask)
+            loss = losses.importance_loss(softmax(logits), mask)
             weighted.append(self.importance_loss_weight * loss)
         if self.load_loss_weight and self.noise_std:
             loss = losses.load_loss(
@@ -178,7 +179,7 @@ class TopKRouter(Router):
             )
             weighted.append(self.load_loss_weight * loss)
         if self.gshard_loss_weight:
-            loss = losses.gshard_loss(ops.softmax(noisy_logits), mask)
+            loss = losses.gshard_loss(softmax(noisy_logits), mask)
             weighted.append(self.gshard_loss_weight * loss)
         if self.z_loss_weight:
             loss = losses.router_z_loss(logits, mask)

@@ -5,6 +5,16 @@ from keras import ops
 LOWEST = -6e4  # Above -inf, which marks the taken ones, in every float type.
 
 
+def softmax(logits, axis=-1):
+    """`ops.softmax` without its warning of an axis of size 1, as of one expert.
+
+    It keeps NaN, and the gradient is 0 and not missing.
+    """
+    if logits.shape[axis] == 1:
+        return 0 * logits + 1
+    return ops.softmax(logits, axis)
+
+
 def select_experts(gates, num_selected_experts, scores=None):
     """The K best experts of every token and their gates.
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from keras import ops
 
+from keras_vmoe.routing._selection import softmax
+
 
 @dataclasses.dataclass(frozen=True)
 class SoftPlan:
@@ -80,13 +82,13 @@ def soft_plan(logits, mask=None):
     """
     shape = ops.shape(logits)
     flat = _flat(logits)
-    combine = ops.softmax(flat, axis=-1)
+    combine = softmax(flat, axis=-1)
     if mask is not None:
         kept = mask[..., None]
         combine = ops.where(kept, combine, ops.zeros_like(combine))
         # Finite, so that a group of nothing but masked tokens is no NaN.
         flat = ops.where(kept, flat, -1e30)
-    dispatch = ops.softmax(flat, axis=1)
+    dispatch = softmax(flat, axis=1)
     return SoftPlan(
         dispatch_weight=ops.reshape(dispatch, shape),
         combine_weight=ops.reshape(combine, shape),

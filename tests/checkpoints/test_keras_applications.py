@@ -81,6 +81,7 @@ def test_what_is_no_model(other):
         checkpoints.load_keras_applications(tiny(), other)
 
 
+@pytest.mark.filterwarnings("ignore:The head of the checkpoint")
 def test_a_batch_norm_is_no_norm_of_ours():
     other = keras.Sequential(
         [keras.Input((4, 4, 8)), keras.layers.BatchNormalization(name="x")]
@@ -89,6 +90,7 @@ def test_a_batch_norm_is_no_norm_of_ours():
         checkpoints.load_keras_applications(tiny(), other)
 
 
+@pytest.mark.filterwarnings("ignore:The head of the checkpoint")
 def test_other_models_are_refused_and_change_nothing():
     model = randomize(tiny())
     before = model.get_weights()
