@@ -12,7 +12,7 @@ IS_COMMAND = pathlib.Path(sys.argv[0]).stem == "keras-vmoe" or sys.orig_argv[
 if IS_COMMAND:  # Its output is for people.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 backend = os.environ.get("KERAS_BACKEND") or BACKENDS[0]
-if backend not in BACKENDS:
+if backend not in (*BACKENDS, "numpy"):  # Enough for `data`.
     message = (
         f"KERAS_BACKEND must be one of {', '.join(BACKENDS)}. "
         f"Received: KERAS_BACKEND={backend}."

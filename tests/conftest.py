@@ -46,6 +46,8 @@ LONGEST = [
 OF_OTHERS = [
     # Two workers that write one program at once; JAX compiles it again.
     "Error reading persistent compilation cache entry",
+    # Threads of Orbax that outlive their event loop.
+    ":pytest.PytestUnraisableExceptionWarning",
 ]
 
 

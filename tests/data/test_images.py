@@ -280,7 +280,7 @@ def test_read_images_names_the_missing_file(tmp_path):
 def test_read_images_names_the_unreadable_file(tmp_path, content):
     path = tmp_path / "broken.png"
     path.write_bytes(content)
-    words = "must be a readable PNG, JPEG, BMP or GIF"
+    words = "must be a readable PNG, JPEG, WebP, BMP or GIF"
     with pytest.raises(OSError, match=words) as caught:
         data.read_images([path], 4)
     assert f"Received: path={str(path)!r}" in str(caught.value)
