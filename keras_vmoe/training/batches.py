@@ -1,5 +1,6 @@
 """The datasets of a run, and the batches that `fit` trains on."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -8,6 +9,42 @@ from keras_vmoe._extras import require
 from keras_vmoe.data.pipeline import seed_of_epoch
 from keras_vmoe.distribution import _processes
 from keras_vmoe.distribution import _replicas
+from keras_vmoe.training.config import DataConfig
+
+
+def with_splits(config, info):
+    """A configuration whose `validation_share` is cut off `train_split`.
+
+    A dataset without a test split is tested on the same images.
+    """
+    reads = config.data
+    if reads.validation_share is None:
+        return config
+    name, test = reads.train_split, reads.test_split
+    validates = reads.validation_split != DataConfig.validation_split
+    if validates or name not in info.splits:
+        raise ValueError(
+            "`validation_share` must be cut off a whole split, without another "
+            "validation_split. "
+            f"Received: validation_share={reads.validation_share}, "
+            f"train_split={name!r}, "
+            f"validation_split={reads.validation_split!r}. Leave the share "
+            f"out, or set train_split to one of {sorted(info.splits)} and "
+            f"validation_split to {DataConfig.validation_split!r}."
+        )
+    size = info.splits[name]
+    cut = size - max(1, round(size * reads.validation_share))
+    validation = f"{name}[{cut}:]"
+    if test == DataConfig.test_split and test not in info.splits:
+        test = validation
+    splits = dataclasses.replace(
+        reads,
+        train_split=f"{name}[:{cut}]",
+        validation_split=validation,
+        test_split=test,
+        validation_share=None,
+    )
+    return dataclasses.replace(config, data=splits)
 
 
 def datasets(config, info):
@@ -56,7 +93,11 @@ def load(config, info, split, training=True, **options):
     except ValueError as error:
         if "split" not in str(error):
             raise
-        raise ValueError(f"{error} (The setting is `{split}`.)") from error
+        share = "; --validation_share 0.1 takes a tenth of `train_split`"
+        share = "" if training else share
+        raise ValueError(
+            f"{error} (The setting is `{split}`{share}.)"
+        ) from error
 
 
 def check_batches(config, model, strategy):

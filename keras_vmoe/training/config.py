@@ -27,6 +27,7 @@ class DataConfig:
         data_dir: Folder of the dataset or images.
         train_split: TFDS split, such as train[:90%].
         validation_split: Evaluated after each epoch.
+        validation_share: Take this share of train_split instead.
         test_split: Evaluated once, at the end.
         num_classes: If the dataset does not define it.
         batch_size: Images per training step.
@@ -41,6 +42,7 @@ class DataConfig:
     data_dir: str | None = None
     train_split: str = "train"
     validation_split: str = "validation"
+    validation_share: float | None = None
     test_split: str = "test"
     num_classes: int | None = None
     batch_size: int = 64
@@ -52,9 +54,11 @@ class DataConfig:
 
     def __post_init__(self):
         typed.check_types(self, "data.")
-        typed.check_positive(self, "test_crop")
+        typed.check_positive(self, "test_crop", "validation_share")
         good = (self.test_crop or 1) <= 1
         typed.check_value(good, self, "test_crop", "at most 1")
+        good = (self.validation_share or 0) < 1
+        typed.check_value(good, self, "validation_share", "below 1")
 
 
 @dataclasses.dataclass(frozen=True)

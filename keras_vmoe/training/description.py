@@ -45,7 +45,8 @@ def describe(config):
     strategy = building.make_strategy(config)  # Raises as a run would.
     info, notes = None, []
     try:
-        info = data.info(config.data.dataset, config.data.data_dir)
+        found = data.info(config.data.dataset, config.data.data_dir)
+        config, info = batches.with_splits(config, found), found
         run_folder.check_run(config, info.class_names)
     except (OSError, ValueError) as error:
         notes.append(f"note: a run would be refused. {error}")

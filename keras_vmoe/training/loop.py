@@ -95,6 +95,7 @@ def train(config):
 def _train(config, strategy, stack):
     """A run, in the scope of its strategy; `stack` holds its folder."""
     info = data.info(config.data.dataset, config.data.data_dir)
+    config = batches.with_splits(config, info)
     train_data, validation_data, test_data = batches.datasets(config, info)
     length = len(train_data)
     _processes.check_agreement(
@@ -111,8 +112,7 @@ def _train(config, strategy, stack):
     state = checkpoints.restore(model) or NOTHING_DONE
     done = state["epoch"]
     _processes.check_agreement("checkpoint", epoch=done)
-    if done and _processes.is_first_process():
-        print(f"resumed after epoch {done}", flush=True)
+    _announce(config, done)
     routing = callbacks.RoutingHistory(epochs=state["routing"])
     history = callbacks.HistoryFile(
         run_dir / "history.csv", routing, state["rows"]
@@ -153,6 +153,21 @@ def _train(config, strategy, stack):
     # All leave together: JAX ends a process whose peers take too long.
     _processes.check_agreement("end of the run", epochs=epochs)
     return RunResult(test.accuracy, model, run_dir)
+
+
+def _announce(config, done):
+    """Says what of a run is not seen in its settings."""
+    if not _processes.is_first_process():
+        return
+    reads = config.data
+    if reads.test_split == reads.validation_split:
+        print(
+            f"test: on the images of the validation, {reads.test_split}; "
+            "--test_split names others",
+            flush=True,
+        )
+    if done:
+        print(f"resumed after epoch {done}", flush=True)
 
 
 def _plot(rows, routing, path):

@@ -16,6 +16,7 @@ from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe.training import building
 from keras_vmoe.training import loop
+from keras_vmoe.training import recipes
 from keras_vmoe.training.callbacks import NonFiniteLossError
 from keras_vmoe.training.checkpointing import SaveCheckpoint
 from keras_vmoe.training.initialization import starting_model
@@ -105,7 +106,8 @@ def folder(tmp_path):
 
 
 @pytest.mark.backends("torch")
-def test_corrupt_images_are_named_or_left_out(config, folder):
+def test_corrupt_images_are_named_or_left_out(config, folder, capsys):
+    """Left out in a run on a folder without splits, a share of it held out."""
     config = changed(
         config, dataset="image_folder", data_dir=str(folder), batch_size=4,
         train_split="train", validation_split="validation", test_split="test",
@@ -114,11 +116,25 @@ def test_corrupt_images_are_named_or_left_out(config, folder):
     with pytest.raises(OSError, match="05.jpg, which is corrupt, in the split"):
         training.train(config)
     config = changed(
-        config, skip_corrupt=True, run_dir=config.run_dir + "_left_out"
-    )
+        config, skip_corrupt=True, run_dir=config.run_dir + "_left_out",
+        data_dir=str(folder / "train"),
+    )  # fmt: skip
+    words = "split='validation'.*`validation_split`; --validation_share 0.1"
+    with pytest.raises(ValueError, match=words):
+        training.train(config)
+    config = changed(config, validation_share=0.25)
+    assert "steps: 3 per epoch" in training.describe(config)
     with pytest.warns(UserWarning, match="05.jpg cannot be decoded"):
         result = training.train(config)
     assert len(history(result.run_dir)) == 1
+    printed = capsys.readouterr().out
+    assert "test: on the images of the validation, train[12:]; " in printed
+    reads = recipes.load(result.run_dir / "config.yaml").data
+    assert reads.train_split == "train[:12]"
+    for split in (reads.validation_split, reads.test_split):
+        images = data.load("image_folder", split, 8, 4, False, folder / "train")
+        (labels,) = [labels for _, labels in images.as_numpy_iterator()]
+        assert sorted(labels) == [0, 0, 1, 1]
 
 
 @pytest.mark.backends("torch")
@@ -201,6 +217,10 @@ def test_two_runs_in_a_folder(config, tmp_path):
         (dict(dataset="digitz"), "Received: name='digitz'"),
         (dict(train_split="training"), "Received: split='training'"),
         (
+            dict(validation_share=0.1),
+            "cut off a whole split.*train_split='train.:128.'",
+        ),
+        (
             dict(
                 moe=models.MoEConfig(
                     layers="every_1", num_experts=2, num_selected_experts=3
@@ -248,6 +268,7 @@ def test_bad_settings_write_nothing(config, tmp_path, change, words):
             "`warmup_epochs` must be below epochs=2. Received",
         ),
         (dict(warmup=None, warmup_epochs=-1), "warmup_epochs=-1"),
+        (dict(validation_share=1.0), "must be below 1. Received: .*=1.0"),
         (dict(warmup=None, warmup_steps=0), "warmup_steps"),
     ],
 )
