@@ -3,7 +3,10 @@
 Axes: B images in the batch, H and W height and width in pixels.
 """
 
+import contextlib
+import functools
 import operator
+import warnings
 
 import numpy as np
 
@@ -12,6 +15,7 @@ from keras_vmoe._checks import check_sizes
 from keras_vmoe.data._corruption import check_files
 from keras_vmoe.data._corruption import skip_corrupt_records
 from keras_vmoe.data.augmentation import Augmentation
+from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.images import check_image_size
 from keras_vmoe.data.pipeline import Pipeline
 from keras_vmoe.data.pipeline import seed_of_epoch
@@ -19,7 +23,10 @@ from keras_vmoe.data.schema import count_examples
 from keras_vmoe.data.schema import read_schema
 from keras_vmoe.data.schema import resolve_num_classes
 from keras_vmoe.data.sources import open_builder
+from keras_vmoe.data.tensorflow_runtime import tf
 from keras_vmoe.data.tensorflow_runtime import tfds
+
+ENDS = 16  # Examples of each end of a split whose classes are compared.
 
 
 def load(
@@ -126,9 +133,11 @@ def load(
     num_classes = resolve_num_classes(name, schema, num_classes)
     class_weights = _check_weights(class_weights, num_classes, training)
     least = batch_size if drop_remainder else 1
+    whole = split
     split, num_examples = _part_of(
         name, builder, split, shard, training, skip_corrupt, least
     )
+    _check_order(builder, whole, schema.label)
     pipeline = Pipeline(
         builder=builder,
         schema=schema,
@@ -170,6 +179,47 @@ def _part_of(name, builder, split, shard, training, skip_corrupt, least):
         )
     check_files(builder, split, counts=not skip_corrupt)
     return split, num_examples
+
+
+def _check_order(builder, split, label):
+    """Warns if slices are cut from a split stored class by class."""
+    splits = builder.info.splits
+    parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
+    for part in parts:
+        size = splits[part.splitname].num_examples
+        is_slice = (part.from_ or 0, part.to or size) != (0, size)
+        # The order of folders and of the embedded digits is ours.
+        ours = isinstance(builder, ImageFolder) or builder.name == "digits"
+        if is_slice and size >= 2 * ENDS and not ours:
+            _check_ends(builder.data_path, part.splitname, label)
+
+
+@functools.cache
+def _check_ends(folder, split, label):
+    """Warns if the ends of a split are of one class each; reads them once."""
+    labels = tfds.builder_from_directory(folder).as_dataset(
+        f"{split}[:{ENDS}]+{split}[-{ENDS}:]",
+        read_config=tfds.ReadConfig(
+            interleave_cycle_length=1,
+            enable_ordering_guard=False,
+            try_autocache=False,
+        ),
+        decoders=tfds.decode.PartialDecoding({label: True}),
+    )
+    # What cannot be read is an error where it is read in earnest.
+    with contextlib.suppress(tf.errors.OpError):
+        labels = [int(x[label]) for x in labels.as_numpy_iterator()]
+        first, last = set(labels[:ENDS]), set(labels[ENDS:])
+        if len(first) == len(last) == 1 and first != last:
+            warnings.warn(
+                "A dataset whose splits are sliced must not be stored class "
+                f"by class: its slices are of other classes. Received: "
+                f"split={split!r} in {folder}, whose first {ENDS} examples are "
+                f"of class {first.pop()} and last {ENDS} of class "
+                f"{last.pop()}. Take whole splits, or prepare it with its "
+                "examples shuffled (TFDS: disable_shuffling=False).",
+                stacklevel=4,
+            )
 
 
 def _shard_of(split, shard, training):

@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from keras_vmoe import data
 from keras_vmoe.data import schema
 from keras_vmoe.data.schema import read_schema
+from tests.data.conftest import write
 
 LABELS = np.arange(48) % 5  # Of `grey`, in the order of its files.
 
@@ -71,6 +72,19 @@ def test_sums_and_slices_of_splits(data_dir):
     dataset = data.load("grey", "test+train[:25%]", 8, 4, False, data_dir)
     expected = np.concatenate([LABELS[36:], LABELS[:9]])
     np.testing.assert_array_equal(arrays(dataset)[1], expected)
+
+
+def test_slices_of_a_dataset_in_class_order_are_warned_about_once(tmp_path):
+    image = tfds.features.Image(shape=(1, 1, 1))
+    pixels = np.zeros((48, 1, 1, 1), "uint8")
+    # Two files, of 20 examples of class 0 and 16 of class 1.
+    write(tmp_path, "by_class", image, pixels, np.arange(48) // 20, 2)
+    data.load("by_class", "train", 1, 4, False, tmp_path)
+    words = "'train' in .*by_class.* class 0 .* class 1. Take whole splits"
+    with pytest.warns(UserWarning, match=words) as warned:
+        data.load("by_class", "test+train[:90%]", 1, 4, False, tmp_path)
+    assert len(warned) == 1 and warned[0].filename == __file__
+    data.load("by_class", "train[:50%]", 1, 4, False, tmp_path)
 
 
 def test_load_agrees_with_preprocess(data_dir, color_images):
