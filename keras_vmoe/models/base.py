@@ -2,6 +2,7 @@
 
 import types
 import typing
+import warnings
 
 import keras
 
@@ -23,6 +24,10 @@ RENAMED = {
     "drop_path": "drop_path_rate",
     "layer_scale": "layer_scale_init_value",
 }
+
+
+# Of a pixel that is normalized: ImageNet's statistics stay below 3.
+LIMIT = 32
 
 
 class Options(typing.TypedDict, total=False):
@@ -56,6 +61,7 @@ class MoEModel(keras.Model):
         for name, value in arguments.items():
             setattr(self, name, value)
         self._argument_names = tuple(arguments)
+        self._warns_of_pixels = True
         hand_down(self)
 
     def call(self, inputs, training=None, mask=None):
@@ -65,6 +71,30 @@ class MoEModel(keras.Model):
             # A pipeline that decodes files knows no sizes; the model does.
             inputs = tf.ensure_shape(inputs, self.input_shape)
         return super().call(inputs, training=training, mask=mask)
+
+    def fit(self, x=None, *args, **kwargs):
+        self._check_pixels(x)
+        return super().fit(x, *args, **kwargs)
+
+    def evaluate(self, x=None, *args, **kwargs):
+        self._check_pixels(x)
+        return super().evaluate(x, *args, **kwargs)
+
+    def predict(self, x, *args, **kwargs):
+        self._check_pixels(x)
+        return super().predict(x, *args, **kwargs)
+
+    def _check_pixels(self, x):
+        """Warns once of images that are not normalized."""
+        found = _pixels_in(x) if self._warns_of_pixels else None
+        if found is not None:
+            self._warns_of_pixels = False
+            warnings.warn(
+                "The images of a model must be normalized, to about [-1, 1]. "
+                f"Received: {found}. Pass `x / 127.5 - 1` for pixels of 0 to "
+                "255, or read them by `keras_vmoe.data.load`.",
+                stacklevel=3,
+            )
 
     def export(self, filepath, format="tf_saved_model", **kwargs):  # noqa: A002
         if format in ("onnx", "litert"):
@@ -110,6 +140,20 @@ class MoEModel(keras.Model):
         return [
             layer for layer in self.layers if isinstance(layer, layers.MoEMLP)
         ]
+
+
+def _pixels_in(x):
+    """What says that data are pixels of 0 to 255, or None; reads no dataset."""
+    elements = keras.tree.flatten(getattr(x, "element_spec", x))
+    images = elements[0] if elements else None
+    dtype = getattr(images, "dtype", None)
+    if "int" in str(dtype):
+        return f"images of {dtype}"
+    if "float" not in str(dtype) or not hasattr(images, "__getitem__"):
+        return None  # No arrays, or the floats of a dataset.
+    first = keras.ops.convert_to_numpy(images[:32])
+    largest = abs(first).max(initial=0)
+    return f"values up to {largest:g}" if largest > LIMIT else None
 
 
 def complete(model_class, arguments, options: Options, **defaults):

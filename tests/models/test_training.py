@@ -99,6 +99,39 @@ def test_a_resumed_run_has_the_noise_it_would_have_had(resumed):
         )
 
 
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("kind", ["bytes", "floats", "dataset", "validation"])
+def test_pixels_are_warned_about_once(kind):
+    import tensorflow as tf
+
+    model = compile(tiny(moe=None, num_layers=1))
+    pixels = np.full((3, 8, 8, 3), 255, "uint8")
+    labels = LABELS[:BATCH]
+    # Normalized as by ours, and by ImageNet's statistics.
+    model.predict(pixels / 127.5 - 1, verbose=0)
+    model.evaluate((pixels - 104.0) / 57.0, labels, verbose=0)
+    dataset = tf.data.Dataset.from_tensors((pixels, labels))
+    floats = dataset.map(lambda x, y: (tf.cast(x, tf.float32), y))
+    model.fit(floats, shuffle=False, verbose=0)  # Not read for a warning.
+
+    def see():
+        if kind == "validation":
+            fit = {"validation_data": (pixels, labels), "verbose": 0}
+            model.fit(pixels / 127.5 - 1, labels, **fit)
+        elif kind == "dataset":
+            model.fit(dataset, shuffle=False, verbose=0)
+        else:
+            images = pixels if kind == "bytes" else pixels.astype("float32")
+            model.predict(images, verbose=0)
+
+    received = "values up to 255" if kind == "floats" else "images of .*uint8"
+    words = rf"about \[-1, 1\]. Received: {received}.* `x / 127.5 - 1`"
+    with pytest.warns(UserWarning, match=words) as warned:
+        see()
+    assert kind == "validation" or warned[0].filename == __file__
+    see()
+
+
 @pytest.fixture(scope="module")
 def quiet():
     """A model without noise that does not learn."""
