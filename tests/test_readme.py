@@ -11,6 +11,7 @@ import runpy
 import pytest
 
 import keras_vmoe
+from keras_vmoe import data
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,6 +36,22 @@ def test_example(block, tmp_path):
     script.write_text(block)
     model = runpy.run_path(str(script))["model"]
     assert all(loss > 0 for loss in model.history.history["loss"])
+
+
+@pytest.mark.backends("torch", "jax")
+def test_an_augmentation_of_ones_own():
+    """Two changes of a batch differ from it, and from each other."""
+    page = ROOT / "docs" / "data.md"
+    (block,) = [x for x in blocks(page) if "keras.layers.Pipeline" in x]
+    names = {}
+    exec(block, names)
+    assert names["train"].element_spec[0].shape == (64, 32, 32, 3)
+    batch = data.load("digits", "test", 32, 64, training=False).take(1)
+    images, first, second = (
+        next(dataset.as_numpy_iterator())[0]
+        for dataset in (batch, *2 * [batch.map(names["changed"])])
+    )
+    assert abs(first - images).mean() > 0.01 < abs(first - second).mean()
 
 
 def package_object(node):
