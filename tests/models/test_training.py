@@ -221,7 +221,9 @@ def test_a_pipeline_that_knows_no_sizes():
     )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("sgd", loss)
-    model.fit(data.batch(3).repeat(), steps_per_epoch=2, verbose=0, shuffle=False)
+    model.fit(
+        data.batch(3).repeat(), steps_per_epoch=2, verbose=0, shuffle=False
+    )
     np.testing.assert_allclose(
         model.predict(data.batch(3).map(lambda x, y: x), steps=2, verbose=0),
         model.predict(images, batch_size=3, verbose=0),
