@@ -359,8 +359,7 @@ def _check_not_traced():
             "The graph of `MoEMLP` must hold for batches of any size. Received:"
             " a call that torch.jit traces, with the numbers of one batch, as "
             "`model.export(format='onnx')` does. Use "
-            "`keras_vmoe.export.onnx(model, path)`, or a fixed batch size in "
-            "the `input_signature` of `model.export`."
+            "`keras_vmoe.export.onnx(model, path)`."
         )
 
 

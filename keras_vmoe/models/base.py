@@ -97,11 +97,11 @@ class MoEModel(keras.Model):
             )
 
     def export(self, filepath, format="tf_saved_model", **kwargs):  # noqa: A002
-        if format in ("onnx", "litert"):
+        if format == "onnx":
             raise ValueError(
-                "Keras writes this format without a check, and wrong for some "
-                f"routing and activations. Received: format={format!r}. Use "
-                f"`keras_vmoe.export.{format}(model, path)`."
+                "Keras's ONNX files are right with some backends and "
+                "activations only. Received: format='onnx'. Use "
+                "`keras_vmoe.export.onnx(model, path)`."
             )
         return super().export(filepath, format=format, **kwargs)
 
