@@ -46,6 +46,8 @@ LONGEST = [
 OF_OTHERS = [
     # Two workers that write one program at once; JAX compiles it again.
     "Error reading persistent compilation cache entry",
+    # tf2onnx, which predates NumPy 2.
+    "In the future `np.object`",
     # Threads of Orbax that outlive their event loop.
     ":pytest.PytestUnraisableExceptionWarning",
 ]
