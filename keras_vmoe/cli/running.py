@@ -167,7 +167,7 @@ def evaluate(
     model: str,
     dataset: str | None = None,
     *,
-    split: str = "test",
+    split: str | None = None,
     data_dir: str | None = None,
     batch_size: int = 64,
     test_crop: float | None = None,
@@ -186,7 +186,7 @@ def evaluate(
     Args:
         model: Run folder or .keras file.
         dataset: TFDS name, digits or image_folder; default: the run's.
-        split: TFDS split.
+        split: TFDS split; default: what the run was tested on, or test.
         data_dir: Folder of the dataset or images; default: the run's.
         batch_size: Images per step.
         test_crop: Share of the side kept; default: the run's.
@@ -210,12 +210,14 @@ def evaluate(
     if dataset is None:
         dataset = setting_of_run(model, "data.dataset")
         data_dir = data_dir or setting_of_run(model, "data.data_dir")
+        split = split or setting_of_run(model, "data.test_split")
     if dataset is None:
         raise ValueError(
             "`dataset` must be given for a model that is not from a run. "
             f"Received: {model}. Write, say: keras-vmoe evaluate "
             f"{shlex.quote(model)} digits"
         )
+    split = split or "test"
     reads = {"split": split, "data_dir": data_dir, "batch_size": batch_size}
     reads |= {"test_crop": test_crop, "skip_corrupt": skip_corrupt}
     turns = setting_of_run(model, "data.exif_orientation")

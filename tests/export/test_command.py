@@ -41,6 +41,7 @@ def test_what_the_command_writes_down(folder):
     card = json.loads(path.read_text())
     assert card["preprocessing"] == {
         "mean": [1, 2, 3], "std": 64, "test_crop": 0.5, "max_pixels": 4096,
+        "exif_orientation": True,
     }  # fmt: skip
     assert "test_accuracy" not in card  # Nobody measured it with this mean.
     assert card["channels"] == 3
