@@ -17,13 +17,15 @@ def is_integer(value):
 
 
 def plain(value):
-    """Integers of NumPy, alone, in arrays and sequences, as those of Python.
+    """Numbers of NumPy, alone, in arrays, sequences and dicts, as Python's.
 
     Keras takes them for some arguments, and no JSON file holds them.
     """
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, (list, tuple)):
         return type(value)(plain(x) for x in value)
+    if isinstance(value, dict):
+        return {key: plain(x) for key, x in value.items()}
     return int(value) if is_integer(value) else value
 
 

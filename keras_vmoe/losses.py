@@ -3,12 +3,14 @@
 Each returns one value per group, `(G, ...) -> (G,)`; the router averages over
 the groups, weights the losses and adds them to the training loss. Letters as in
 `keras_vmoe.routing`. Masked tokens are left out; a group of masked tokens alone
-has a loss of 0.
+has a loss of 0. A mask of another shape than `(G, S)` is a ValueError.
 """
 
 import math
 
 from keras import ops
+
+from keras_vmoe.routing._groups import check_mask
 
 __all__ = ["gshard_loss", "importance_loss", "load_loss", "router_z_loss"]
 
@@ -164,6 +166,7 @@ def _kth_largest(values, k):
 
 def _sum_tokens(values, mask):
     """`(G, S, E)` summed over the unmasked tokens, `(G, E)`."""
+    check_mask(mask, values.shape[:2])
     if mask is not None:
         values = ops.where(mask[..., None], values, ops.zeros_like(values))
     return ops.sum(values, axis=1)
@@ -173,8 +176,9 @@ def _mean_tokens(values, mask):
     """`(G, S, E)` averaged over the unmasked tokens, `(G, E)`; 0 for none."""
     if mask is None:
         return ops.mean(values, axis=1)
+    total = _sum_tokens(values, mask)
     count = ops.sum(ops.cast(mask, values.dtype), axis=1)
-    return _sum_tokens(values, mask) / ops.maximum(count, 1.0)[:, None]
+    return total / ops.maximum(count, 1.0)[:, None]
 
 
 def _squared_variation(values):

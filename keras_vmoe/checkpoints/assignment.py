@@ -7,6 +7,7 @@ import keras
 import ml_dtypes
 import numpy as np
 
+from keras_vmoe._checks import is_integer
 from keras_vmoe.layers.patches import patch_grid
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -125,12 +126,12 @@ def fit_positions(embedding, model, grid=None):
     shape = np.shape(embedding)
     if len(shape) != 3 or shape[0] != 1:
         return embedding
+    num_extra = int(model.pooling == "token")
     if grid is None:
-        side = math.isqrt(max(1, shape[1] - (model.pooling == "token")))
-        if shape[1] - (model.pooling == "token") != side**2:
+        grid = math.isqrt(max(1, shape[1] - num_extra))
+        if shape[1] - num_extra != grid**2:
             return embedding
-        grid = (side, side)
-    return resize_positions(embedding, grid, grid_of(model))
+    return resize_positions(embedding, grid, grid_of(model), num_extra)
 
 
 def grid_of(model):
@@ -139,7 +140,7 @@ def grid_of(model):
     return patch_grid(model.input_shape[1:3], patches.patch_size)
 
 
-def resize_positions(embedding, grid, new_grid):
+def resize_positions(embedding, grid, new_grid, num_extra=None):
     """Resizes learned positions to another grid of patches.
 
     Bilinear, with fixed corners. Tokens before the patches, such as a class
@@ -148,14 +149,16 @@ def resize_positions(embedding, grid, new_grid):
     Args:
         embedding: `(1, P + rows * columns, D)` array: P tokens before the
             patches, then these row by row.
-        grid: `(rows, columns)` of the patches.
+        grid: `(rows, columns)` of the patches, or an integer for a square.
         new_grid: That of the result.
+        num_extra: P. None takes what the grid leaves, at most a class token:
+            more would rather be patches of another grid.
 
     Returns:
         Array `(1, P + new rows * new columns, D)`.
 
     Raises:
-        ValueError: If there are fewer embeddings than patches.
+        ValueError: If the embeddings are not those of P tokens and the patches.
 
     Example:
 
@@ -166,20 +169,35 @@ def resize_positions(embedding, grid, new_grid):
         [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929), section
         3.2.
     """
+    grid, new_grid = _pair("grid", grid), _pair("new_grid", new_grid)
     (rows, columns), shape = grid, np.shape(embedding)
     prefix = shape[1] - rows * columns if len(shape) == 3 else -1
-    if prefix < 0 or shape[0] != 1:
+    extra = (0, 1) if num_extra is None else (num_extra,)
+    if prefix not in extra or shape[0] != 1:
         raise ValueError(
-            "`embedding` must have the shape (1, tokens, features) with at "
-            f"least one token per patch. Received: shape {shape} for a grid of "
-            f"{rows} x {columns} patches. Give the grid that it was made for."
+            "`embedding` must have the shape (1, tokens, features), with one "
+            f"token per patch and {' or '.join(map(str, extra))} before. "
+            f"Received: shape {shape} for a grid of {rows} x {columns} patches."
+            " Give the grid that it was made for; `num_extra` with registers."
         )
-    if tuple(grid) == tuple(new_grid):
+    if grid == new_grid:
         return embedding
     embedding = np.asarray(embedding[0], "float32")
     table = zoom(embedding[prefix:].reshape(rows, columns, -1), new_grid)
     table = table.reshape(-1, table.shape[-1])
     return np.concatenate([embedding[:prefix], table])[None]
+
+
+def _pair(name, grid):
+    """`(rows, columns)` of a pair or an integer."""
+    pair = (grid, grid) if is_integer(grid) else grid
+    good = isinstance(pair, (tuple, list)) and len(pair) == 2
+    if not good or not all(is_integer(x) and x > 0 for x in pair):
+        raise ValueError(
+            f"`{name}` must be (rows, columns) of the patches, or an integer "
+            f"for a square. Received: {name}={grid!r}."
+        )
+    return tuple(pair)
 
 
 def zoom(image, size):

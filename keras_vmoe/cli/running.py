@@ -112,7 +112,7 @@ def predict(
 
     Args:
         model: Run folder or .keras file.
-        images: PNG, JPEG, BMP or GIF files.
+        images: PNG, JPEG, WebP, BMP or GIF files.
         classes: JSON list of names; default: the run's.
         top: Number of classes to print per image.
         capacity_factor: Experts'; default: the model's.

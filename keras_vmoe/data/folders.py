@@ -8,6 +8,7 @@ order, so that folders are listed and read here.
 """
 
 import collections
+import functools
 import os
 import pathlib
 import random
@@ -21,7 +22,13 @@ NAME = "image_folder"
 LAYOUT = "folder/split/class/image.jpg or folder/class/image.jpg"
 WHOLE = "train"  # The split of a folder without splits.
 # Of files that `decode_image` reads, whichever of these they hold.
-ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+ENDINGS = (
+    *(".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pjp"),
+    *(".pjpeg", ".png", ".webp"),
+)
+# Folders of systems, archives and programs, by their names or how these begin.
+SYSTEM = ("#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+HIDDEN = (".", "__", "@")
 
 
 class ImageFolder:
@@ -33,6 +40,7 @@ class ImageFolder:
     Attributes:
         info: `features` and `splits`, as of `tfds.core.DatasetInfo`.
         data_dir: String, the folder.
+        counts: String, how many files of which kinds were taken and left.
     """
 
     name = NAME
@@ -44,8 +52,8 @@ class ImageFolder:
                 f"{LAYOUT}. Received: data_dir=None."
             )
         self.data_dir = os.path.expanduser(os.fspath(folder))
-        found = _classes_of_splits(self.data_dir)
-        self._files = _images_of(self.data_dir, found)
+        found, left = _classes_of_splits(self.data_dir)
+        self._files, taken, empty = _images_of(found, left)
         if not any(self._files.values()):
             raise ValueError(
                 f"A folder of images must be laid out as {LAYOUT}, with at "
@@ -53,6 +61,9 @@ class ImageFolder:
                 f"Received: data_dir={self.data_dir!r} with the entries "
                 f"{sorted(os.listdir(self.data_dir))[:10]}."
             )
+        self.counts = f"{_words(taken)} taken, {_words(left)} left out"
+        if +left or empty:
+            _warn_once(self.data_dir, self.counts, tuple(empty))
         classes = sorted(set().union(*found.values()))
         label = tfds.features.ClassLabel(names=classes)
         features = {"image": tfds.features.Image(), "label": label}
@@ -102,50 +113,69 @@ class ImageFolder:
         return dataset.map(read, tf.data.AUTOTUNE)
 
 
-def _visible(folder):
-    """Names in a folder without a slash, but for hidden ones, in order."""
-    names = (name.rstrip("/") for name in tf.io.gfile.listdir(folder))
-    return sorted(name for name in names if not name.startswith("."))
+def _entries(folder):
+    """Names of the folders in a folder, and of its files; none is hidden."""
+    folders, files = [], []
+    if "://" in folder:
+        for name in tf.io.gfile.listdir(folder):
+            is_folder = name.endswith("/") or (
+                # Images are many; each question goes to the store.
+                not _is_image(name) and tf.io.gfile.isdir(f"{folder}/{name}")
+            )
+            (folders if is_folder else files).append(name.rstrip("/"))
+    else:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                (folders if entry.is_dir() else files).append(entry.name)
+    folders = (x for x in folders if not x.startswith(HIDDEN))
+    files = (x for x in files if not x.startswith("."))
+    return sorted(x for x in folders if x not in SYSTEM), sorted(files)
 
 
-def _folders(folder):
-    """Names of the folders in a folder."""
-    return [
-        name
-        for name in _visible(folder)
-        # Images are many; each question goes to the file system.
-        if not _is_image(name) and tf.io.gfile.isdir(f"{folder}/{name}")
-    ]
+def _ending(name):
+    return pathlib.PurePath(name).suffix.lower()
 
 
 def _is_image(name):
-    return pathlib.PurePath(name).suffix.lower() in ENDINGS
+    return _ending(name) in ENDINGS
 
 
 def _classes_of_splits(folder):
-    """Of each split the paths of its classes, by name."""
-    inner = {x: _folders(f"{folder}/{x}") for x in _folders(folder)}
-    if not any(inner.values()):
-        return {WHOLE: {name: f"{folder}/{name}" for name in inner}}
-    return {
-        split: {name: f"{folder}/{split}/{name}" for name in names}
-        for split, names in inner.items()
-    }
+    """Of each split the paths of its classes, by name; a count of the rest."""
+    folders, beside = _entries(folder)
+    inner = {x: _entries(f"{folder}/{x}") for x in folders}
+    if any(classes for classes, _ in inner.values()):
+        found = {
+            split: {name: f"{folder}/{split}/{name}" for name in classes}
+            for split, (classes, _) in inner.items()
+        }
+        beside = sum((files for _, files in inner.values()), beside)
+    else:
+        found = {WHOLE: {name: f"{folder}/{name}" for name in inner}}
+    count = sum(map(_is_image, beside))
+    return found, collections.Counter({"images beside the classes": count})
 
 
-def _images_of(folder, found):
-    """`(path, class)` of the images of each split, and a word on the rest."""
-    taken, left = collections.Counter(), collections.Counter()
-    files = {}
+def _images_of(found, left):
+    """`(path, class)` of the images of each split, and a word on the rest.
+
+    Adds to the counts of what was `left`; returns those of what was taken, and
+    the folders of classes without an image, too.
+    """
+    taken, files, empty = collections.Counter(), {}, []
     for split, classes in found.items():
         places = []
         for label, path in classes.items():
-            images = []
-            for name in _visible(path):
-                ending = pathlib.PurePath(name).suffix.lower()
-                is_image = _is_image(name)
-                (taken if is_image else left)[ending or name] += 1
-                images += [name] * is_image
+            folders, names = _entries(path)
+            images = [name for name in names if _is_image(name)]
+            taken.update(map(_ending, images))
+            left.update(
+                _ending(name) or "without ending"
+                for name in names
+                if not _is_image(name)
+            )
+            left["folders in classes"] += len(folders)
+            empty += [] if images else [path]
             # Spread evenly over the split, whatever the size of the class.
             random.Random(label).shuffle(images)  # noqa: S311
             places += [
@@ -153,16 +183,23 @@ def _images_of(folder, found):
                 for i, name in enumerate(images)
             ]
         files[split] = [(path, label) for _, label, path in sorted(places)]
-    if left:
-        warnings.warn(
-            f"Files were left out of {folder}: {_words(left)}. Taken: "
-            f"{_words(taken)}. Convert them to JPEG or PNG.",
-            stacklevel=2,
-        )
-    return files
+    return files, taken, empty
+
+
+@functools.cache
+def _warn_once(folder, counts, empty):
+    """Says what is not used, however often a program opens the folder."""
+    words = ", ".join(empty[:8])
+    words = f" Classes without an image, which count: {words}." if empty else ""
+    warnings.warn(
+        f"Images of {folder}: {counts}.{words} Convert files to JPEG or PNG, "
+        f"and lay folders out as {LAYOUT}.",
+        stacklevel=3,
+    )
 
 
 def _words(counts):
     """`12 .jpg, 3 .tif`."""
-    listed = ", ".join(f"{n} {ending}" for ending, n in counts.most_common(8))
+    most = (+counts).most_common(8)
+    listed = ", ".join(f"{n} {ending}" for ending, n in most)
     return listed or "none"

@@ -13,6 +13,9 @@ from keras_vmoe.data.orientation import upright
 from keras_vmoe.data.tensorflow_runtime import checked
 from keras_vmoe.data.tensorflow_runtime import tf
 
+WANTED = "An image file must be a readable PNG, JPEG, WebP, BMP or GIF. "
+NO_IMAGE_MEND = "Convert the file, or leave it out."
+
 
 def preprocess(image, image_size, channels=3):
     """Turns one decoded image into a model's input, as in evaluation.
@@ -124,9 +127,7 @@ def _read_image(path, *settings):
     except (OSError, tf.errors.InvalidArgumentError) as error:
         reason = getattr(error, "strerror", None) or "it holds no image"
         raise OSError(
-            "An image file must be a readable PNG, JPEG, WebP, BMP or GIF. "
-            f"Received: path={path!r} ({reason}). "
-            "Convert the file, or leave it out."
+            f"{WANTED}Received: path={path!r} ({reason}). {NO_IMAGE_MEND}"
         ) from error
 
 
@@ -166,6 +167,19 @@ def decoder_of(feature):
         return tf.ensure_shape(image, feature.shape)
 
     return decode if feature.dtype == np.uint8 else feature.decode_example
+
+
+def named_if_none(content, path):
+    """The content of a file, or an error that names it if it is no image.
+
+    TensorFlow's decoder does not know the file.
+    """
+    starts = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF")
+    is_image = [tf.strings.substr(content, 0, len(x)) == x for x in starts]
+    message = (
+        f"{WANTED}Received: path={{shown}}, which holds none. {NO_IMAGE_MEND}"
+    )
+    return checked(content, tf.reduce_any(is_image), message, path)
 
 
 def to_channels(image, size, channels=3, resize=None):

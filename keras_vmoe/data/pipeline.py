@@ -20,6 +20,7 @@ from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.images import center_crop
 from keras_vmoe.data.images import decode_and_crop
 from keras_vmoe.data.images import decoder_of
+from keras_vmoe.data.images import named_if_none
 from keras_vmoe.data.images import normalized
 from keras_vmoe.data.images import random_crop
 from keras_vmoe.data.images import resize_by_area
@@ -226,6 +227,8 @@ class Pipeline:
         if self.schema.is_encoded:
             features = self.builder.info.features
             decode = decoder_of(features[self.schema.image])
+            if isinstance(self.builder, ImageFolder):
+                image = named_if_none(image, example["tfds_id"])
         area = self.augmentation.crop_area
         if area is not None:
             image = decode_and_crop(image, decode, area, [number, self.seed])

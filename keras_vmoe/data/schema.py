@@ -19,6 +19,8 @@ class DatasetInfo:
         splits: Dictionary of split name to number of examples.
         image_shape: `(H, W, channels)` as stored, in pixels. Sides that differ
             between images are None.
+        files: Of a folder of images, how many files of which kinds were taken
+            and left out, in words.
     """
 
     name: str
@@ -26,6 +28,7 @@ class DatasetInfo:
     class_names: tuple[str, ...]
     splits: dict[str, int]
     image_shape: tuple[int | None, ...]
+    files: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,8 @@ def info(name, data_dir=None):
     data.info("digits").splits  # {"train": 1254, "validation": 179, ...}
     ```
     """
-    tfds_info = open_builder(name, data_dir).info
+    builder = open_builder(name, data_dir)
+    tfds_info = builder.info
     schema = read_schema(name, tfds_info)
     label = tfds_info.features[schema.label]
     return DatasetInfo(
@@ -71,6 +75,7 @@ def info(name, data_dir=None):
         class_names=tuple(label.names) if schema.num_classes else (),
         splits={k: s.num_examples for k, s in tfds_info.splits.items()},
         image_shape=tuple(tfds_info.features[schema.image].shape),
+        files=getattr(builder, "counts", None),
     )
 
 

@@ -171,8 +171,7 @@ def group_tokens(inputs, images_per_group, mask=None):
     """
     shape = ops.shape(inputs)
     batch, features = shape[0], shape[-1]
-    if mask is not None:
-        _check_mask(tuple(mask.shape), tuple(inputs.shape[:-1]))
+    check_mask(mask, inputs.shape[:-1])
     num_tokens = math.prod(shape[1:-1])
     total = batch * num_tokens
 
@@ -203,15 +202,19 @@ def group_tokens(inputs, images_per_group, mask=None):
     return split(groups, images_per_group, group_size)
 
 
-def _check_mask(shape, tokens):
+def check_mask(mask, tokens):
     """Raises unless a mask has the shape of the tokens, as far as is known."""
+    if mask is None:
+        return
+    shape, tokens = tuple(mask.shape), tuple(tokens)
     pairs = zip(shape, tokens, strict=False)
-    fits = all(None in pair or len(set(pair)) == 1 for pair in pairs)
+    known = ([x for x in pair if isinstance(x, int)] for pair in pairs)
+    fits = all(len(set(sizes)) < 2 for sizes in known)
     if len(shape) != len(tokens) or not fits:
         raise ValueError(
             "`mask` must have one value per token. Received: a mask of shape "
             f"{shape} for tokens {tokens}. Give it the shape of the inputs "
-            "without their last axis."
+            "without the axis of their features, experts or slots."
         )
 
 

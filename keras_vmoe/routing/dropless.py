@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_vmoe.routing._blocks import Blocks
 from keras_vmoe.routing._blocks import fill_blocks
+from keras_vmoe.routing._groups import check_mask
 from keras_vmoe.routing._groups import check_selection
 from keras_vmoe.routing._groups import largest
 from keras_vmoe.routing._selection import renormalized
@@ -90,7 +91,8 @@ def dropless_plan(
         A `DroplessPlan`.
 
     Raises:
-        ValueError: If K is not between 1 and E.
+        ValueError: If K is not between 1 and E, or if the mask has another
+            shape.
 
     Example:
 
@@ -106,6 +108,7 @@ def dropless_plan(
     groups, num_tokens, _ = ops.shape(gates)
     num_experts = gates.shape[-1]
     check_selection(num_experts, num_selected_experts)
+    check_mask(mask, gates.shape[:2])
     experts, weight = select_experts(gates, num_selected_experts, scores)
     if mask is not None:
         experts = ops.where(mask[..., None], experts, num_experts)

@@ -6,6 +6,7 @@ from typing import Any
 from keras import ops
 
 from keras_vmoe._checks import is_integer
+from keras_vmoe.routing._groups import check_mask
 from keras_vmoe.routing._rows import add_rows
 from keras_vmoe.routing._rows import take_rows
 from keras_vmoe.routing.plans import check_capacity
@@ -74,7 +75,8 @@ def expert_choice_plan(gates, capacity, mask=None):
         An `ExpertChoicePlan`.
 
     Raises:
-        ValueError: If the capacity is below 1 or above S.
+        ValueError: If the capacity is below 1 or above S, or if the mask has
+            another shape.
 
     Example:
 
@@ -88,6 +90,7 @@ def expert_choice_plan(gates, capacity, mask=None):
         V-MoE's capacity, rounded up to a multiple of 4.
     """
     check_capacity(capacity)
+    check_mask(mask, gates.shape[:2])
     num_tokens = ops.shape(gates)[1]
     if is_integer(num_tokens) and is_integer(capacity):
         if capacity > num_tokens:

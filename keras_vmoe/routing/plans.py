@@ -69,8 +69,10 @@ class SparsePlan:
     Buffers know which choice fills each slot and choices know their slot, so
     tokens move by gathers alone, forward and backward. The `(G, S, E, C)`
     tensor of the reference program's one-hot einsums is never made. Gradients
-    are right to any order; forward mode (JVPs) is for PyTorch, and on JAX for
-    other plans only.
+    are right to any order. Forward mode is for PyTorch; JAX has none for
+    functions with a gradient of their own, which these gathers and those of a
+    `DroplessPlan` are: `jax.jvp`, `jax.linearize` and `jax.hessian` are refused
+    there, and reverse over reverse, `jax.jacrev(jax.jacrev(f))`, is right.
 
     Attributes:
         choice: `(G, E, C)` int32, the choice `s * K + k` that holds the slot;

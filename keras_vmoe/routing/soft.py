@@ -5,6 +5,7 @@ from typing import Any
 
 from keras import ops
 
+from keras_vmoe.routing._groups import check_mask
 from keras_vmoe.routing._selection import softmax
 
 
@@ -68,6 +69,9 @@ def soft_plan(logits, mask=None):
     Returns:
         A `SoftPlan`.
 
+    Raises:
+        ValueError: If the mask has another shape.
+
     Example:
 
     >>> plan = soft_plan(keras.ops.zeros((1, 4, 2, 1)))
@@ -80,6 +84,7 @@ def soft_plan(logits, mask=None):
         [Puigcerver et al., 2023](https://arxiv.org/abs/2308.00951), section
         2.1, equations 1 and 2.
     """
+    check_mask(mask, logits.shape[:2])
     shape = ops.shape(logits)
     flat = _flat(logits)
     combine = softmax(flat, axis=-1)

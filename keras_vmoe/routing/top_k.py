@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from keras import ops
 
+from keras_vmoe.routing._groups import check_mask
 from keras_vmoe.routing._groups import check_selection
 from keras_vmoe.routing._selection import renormalized
 from keras_vmoe.routing._selection import select_experts
@@ -44,7 +45,8 @@ def top_k_plan(
         A `SparsePlan`.
 
     Raises:
-        ValueError: If K is not between 1 and E, or if the capacity is below 1.
+        ValueError: If K is not between 1 and E, if the capacity is below 1, or
+            if the mask has another shape.
 
     Example:
 
@@ -61,6 +63,7 @@ def top_k_plan(
     num_experts = gates.shape[-1]
     check_selection(num_experts, num_selected_experts)
     check_capacity(capacity)
+    check_mask(mask, gates.shape[:2])
     experts, weights = select_experts(gates, num_selected_experts, scores)
     if mask is not None:
         # One past the last expert: sorted after all others, counted nowhere.

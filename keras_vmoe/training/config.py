@@ -156,6 +156,9 @@ class ConvNeXtConfig:
     layer_scale_init_value: float | None = None
     activation: str | None = None
 
+    def __post_init__(self):
+        typed.check_types(self, "convnext.")
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:

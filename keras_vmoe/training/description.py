@@ -70,6 +70,7 @@ def describe(config):
         *cost_lines(cost),
         f"memory, estimated: {weights / 2**20:.0f} MiB for weights and "
         f"optimizer, {activations / 2**20:.0f} MiB for a batch",
+        *([f"files: {info.files}"] if info and info.files else []),
         _steps(config, info),
         *notes,
     ]

@@ -96,6 +96,8 @@ def _train(config, strategy, stack):
     """A run, in the scope of its strategy; `stack` holds its folder."""
     info = data.info(config.data.dataset, config.data.data_dir)
     config = batches.with_splits(config, info)
+    if info.files and _processes.is_first_process():
+        print(f"files: {info.files}", flush=True)
     train_data, validation_data, test_data = batches.datasets(config, info)
     length = len(train_data)
     _processes.check_agreement(

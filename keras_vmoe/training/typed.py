@@ -45,11 +45,15 @@ def convert(kind, value, name):
 def check_types(config, group=""):
     """Raises unless flags, words and sizes are what their types say.
 
+    Numbers of NumPy become those of Python, which files hold.
+
     A setting that may only be an integer is a size, of at least 1; a `seed` is
     not. `group` comes before the names in messages.
     """
     for field, kind in typing.get_type_hints(type(config)).items():
-        value, parts = getattr(config, field), typing.get_args(kind)
+        value = _checks.plain(getattr(config, field))
+        parts = typing.get_args(kind)
+        object.__setattr__(config, field, value)
         name = group + field
         words = [
             word

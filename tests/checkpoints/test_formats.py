@@ -10,6 +10,7 @@ from keras import ops
 from keras_vmoe import checkpoints
 from keras_vmoe import models
 from keras_vmoe.checkpoints._npz import NAMES
+from keras_vmoe.checkpoints.assignment import POSITIONS
 from keras_vmoe.checkpoints.assignment import zoom
 from keras_vmoe.checkpoints.vmoe import vmoe_weights
 from keras_vmoe.training.initialization import initialize
@@ -259,11 +260,28 @@ GRIDS = [
 def test_rows_and_columns_of_rectangles_stay_so(old, new, before):
     first = np.full((1, before, 32), 7.0, "float32")
     table = np.concatenate([first, ramp(*old)], axis=1)
-    resized = checkpoints.resize_positions(table, old, new)
+    extra = None if before < 2 else before
+    resized = checkpoints.resize_positions(table, old, new, extra)
     expected = np.concatenate([first, ramp(*new)], axis=1)
     np.testing.assert_allclose(resized, expected, atol=1e-6)
     with pytest.raises(ValueError, match=r"Received: shape .*9 x 9 patches"):
         checkpoints.resize_positions(table, (9, 9), new)
+
+
+@pytest.mark.backends("torch")
+def test_a_wrong_grid_is_refused():
+    """Tokens that it leaves are no registers, unless one says how many."""
+    table = np.ones((1, 5 + 16, 8), "float32")
+    for grid, extra in (((3, 4), None), ((3, 4), 5), (4, None), (4, 1)):
+        with pytest.raises(ValueError, match="grid that it was made for"):
+            checkpoints.resize_positions(table, grid, (8, 2), extra)
+    assert checkpoints.resize_positions(table, 4, 2, 5).shape == (1, 9, 8)
+    for grid in ("4", 0, (4, 4, 4), 4.0):
+        with pytest.raises(ValueError, match="`grid` must be .*rows, columns"):
+            checkpoints.resize_positions(table, grid, 2)
+    with pytest.raises(ValueError, match="made for"):
+        vit = tiny(num_layers=1, moe=None, pooling="gap", image_size=(8, 12))
+        checkpoints.load_vmoe(vit, {POSITIONS: table}, grid=(3, 4))
 
 
 @pytest.mark.parametrize("way", ["keras", "clone", "arrays", "weights"])

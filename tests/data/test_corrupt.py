@@ -99,26 +99,51 @@ def test_a_slice_has_its_share_of_each_class(tmp_path):
 
 
 def test_hidden_folders_and_files_that_are_no_images(tmp_path):
-    for label in (".ipynb_checkpoints", "cat", "dog"):
-        (tmp_path / "train" / label).mkdir(parents=True)
+    for path in (
+        *(".ipynb_checkpoints/1.png", "dog/.DS_Store", "dog/sub.png/1.png"),
+        *("__pycache__/1.pyc", "@eaDir/1.png", "lost+found/1.png", "notes.txt"),
+        *("../__MACOSX/train/1.png", "../$RECYCLE.BIN/a/1.png", "dog/notes"),
+        *("beside.png", "dog/notes.txt", "empty/.keep", "../test/dog/@eaDir/1"),
+    ):
+        (tmp_path / "train" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / path).write_text("none")
+    (tmp_path / "train/cat").mkdir()
     picture = np.full((5, 7, 3), 200, "uint8")
     kinds = {"a.JPG": "jpeg", "b.webp": "webp", "c.Gif": "gif", "d.bmp": "bmp",
-             "e.png": "png", "gif.jpg": "gif"}  # fmt: skip
+             "e.apng": "png", "f.jfif": "jpeg", "g.jpe": "jpeg", "h.png": "png",
+             "gif.jpg": "gif"}  # fmt: skip
     for name, kind in kinds.items():
         PIL.Image.fromarray(picture).save(tmp_path / "train/cat" / name, kind)
-    (tmp_path / "train/dog/notes.txt").write_text("none")
-    (tmp_path / "train/dog/.DS_Store").write_text("none")
-    with pytest.warns(UserWarning, match=r"left out of .*: 1 .txt. Taken: 2 "):
+    said = ("2 .jpg, ", " taken, ", "1 .txt", "1 folders in classes",
+            "1 images beside the classes", "1 without ending", "left out",
+            "train/empty", "test/dog")  # fmt: skip
+    with pytest.warns(UserWarning) as caught:
         info = data.info("image_folder", tmp_path)
-    assert info.class_names == ("cat", "dog")
-    assert info.splits == {"train": len(kinds)}
+    (warning,) = caught
+    for words in said:
+        assert words in str(warning.message)
+    assert info.files in str(warning.message)
+    assert info.class_names == ("cat", "dog", "empty")
+    assert info.splits == {"train": len(kinds), "test": 0}
     paths = sorted((tmp_path / "train/cat").iterdir())
     expected = data.read_images(paths, 16)
-    with pytest.warns(UserWarning, match="left out"):
-        loaded = load(tmp_path, training=False, batch=6)
+    # It has been said.
+    loaded = load(tmp_path, training=False, batch=len(kinds))
     ((images, labels),) = loaded.as_numpy_iterator()
     assert not labels.any()
     np.testing.assert_allclose(expected, images, atol=0.02)
+
+
+def test_a_file_that_holds_no_image_is_named(tmp_path):
+    (tmp_path / "train/cat").mkdir(parents=True)
+    path = tmp_path / "train/cat/1.jpg"
+    PIL.Image.new("RGB", (5, 7)).save(path, "tiff")
+    words = f"JPEG, WebP, .* Received: path=.*{path}"
+    with pytest.raises(tf.errors.InvalidArgumentError, match=words):
+        labels_of(load(tmp_path, batch=1))
+    assert list(data.find_corrupt("image_folder", "train", tmp_path)) == [
+        str(path)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """The contract of plans: what `routing.Plan` says holds for every plan."""
 
 import inspect
+import re
 
 import numpy as np
 import pytest
 from keras import ops
 
+from keras_vmoe import layers
+from keras_vmoe import losses
 from keras_vmoe import routing
 from keras_vmoe.routing.dropless import DroplessPlan
 from keras_vmoe.routing.expert_choice import ExpertChoicePlan
@@ -60,6 +63,29 @@ def test_contract(kind, masked):
     assert load.shape == (E,) and load.sum() == pytest.approx(1, rel=1e-5)
     assert dropped.shape == () and 0 <= dropped <= 1
     assert served.shape == (G, 3, E) and served.dtype == bool
+
+
+@pytest.mark.backends("torch")
+def test_a_mask_of_another_shape_is_refused():
+    """None is broadcast, in plans, losses and routers."""
+    gates = ops.convert_to_tensor(GATES["random"])
+    uses = {
+        **{kind: lambda m, kind=kind: PLANS[kind](gates, m) for kind in PLANS},
+        **{
+            loss: lambda m, loss=loss: loss(gates, mask=m)
+            for loss in (
+                *(losses.importance_loss, losses.gshard_loss),
+                losses.router_z_loss,
+            )
+        },
+        "load": lambda m: losses.load_loss(gates, gates, 1.0, K, mask=m),
+        "router": lambda m: layers.TopKRouter(E)(ops.ones((G, S, D)), mask=m),
+    }
+    for use in uses.values():
+        for shape in ((1, S), (G, 1), (S,), (S, E), (G, S, 1), (S, G), ()):
+            words = re.escape(f"a mask of shape {shape} for tokens {(G, S)}")
+            with pytest.raises(ValueError, match=words):
+                use(ops.ones(shape, "bool"))
 
 
 def check_plan(plan, kind):

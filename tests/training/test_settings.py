@@ -19,6 +19,7 @@ from keras_vmoe import training
 from keras_vmoe.training import batches
 from keras_vmoe.training import building
 from keras_vmoe.training import loop
+from keras_vmoe.training import run_folder
 from keras_vmoe.training.architecture import resolved
 from keras_vmoe.training.config import MoESettings
 from keras_vmoe.training.config import given
@@ -370,3 +371,28 @@ def test_a_description_of_a_preset_is_of_its_sizes(config):
     assert settings["moe"]["mlp_ratio"] == 2
     assert sizes["ConvNeXtMoE"]["dims"] == [96, 192, 384, 768]
     assert sizes["ConvNeXtMoE"]["moe"]["num_experts"] == 4
+
+
+@once
+def test_numbers_of_numpy_are_those_of_python():
+    made = [
+        training.TrainConfig(
+            seed=kind(3),
+            epochs=kind(2),
+            data=training.DataConfig(batch_size=kind(32)),
+            model=training.ModelConfig(
+                hidden_dim=kind(32), drop_path_rate={"a": real(0.5)}
+            ),
+            moe=models.MoEConfig(num_experts=kind(4), layers=layers),
+            optimizer=training.OptimizerConfig(learning_rate=real(0.25)),
+        )
+        for kind, real, layers in (
+            (int, float, [1]),
+            (np.int64, np.float32, np.array([1])),
+        )
+    ]
+    expected, found = map(run_folder.settings_of, made)
+    assert found == expected
+    assert type(made[1].seed) is int
+    depths = training.ConvNeXtConfig(depths=np.array([1, 2])).depths
+    assert list(depths) == [1, 2] and type(depths[0]) is int
