@@ -215,7 +215,7 @@ def test_gradients_of_the_router_in_bfloat16_are_near_those_in_float32(name):
         # Together: a scalar, such as a scale, is what cancelling terms leave.
         gradients.append(np.concatenate([np.ravel(x) for x in found.values()]))
     exact, mixed = gradients
-    assert np.linalg.norm(mixed - exact) < 0.02 * np.linalg.norm(exact)
+    assert np.linalg.norm(mixed - exact) < 0.03 * np.linalg.norm(exact)
 
 
 # Words.
