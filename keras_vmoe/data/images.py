@@ -166,7 +166,7 @@ def decoder_of(feature):
         image = tf.io.decode_image(content, stored, expand_animations=False)
         return tf.ensure_shape(image, feature.shape)
 
-    return decode if feature.dtype == np.uint8 else feature.decode_example
+    return decode if feature.np_dtype == np.uint8 else feature.decode_example
 
 
 def named_if_none(content, path):
