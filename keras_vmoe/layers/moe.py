@@ -183,8 +183,11 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
             is_named = self.experts.name == "experts"
             scope = contextlib.nullcontext if is_named else keras.name_scope
             with scope("experts"):
-                self.experts.build((None, self.num_experts, None, features))
+                shape = (None, self.num_experts, None, features)
+                # A call, for banks that make weights in theirs.
+                self.experts(keras.KerasTensor(shape, self.compute_dtype))
         check_weights(self.experts, self.num_experts)
+        mark(self.router.weights, "gate")
         mark(self.experts.variables, "expert")
         self.restore_parts()
 

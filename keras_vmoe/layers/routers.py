@@ -71,8 +71,13 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
                 "`MoEMLP` makes groups of a batch."
             )
         self.features = input_shape[-1]
-        if not self.gate_layer.built:
-            self.gate_layer.build(input_shape)
+        # For any number of groups and tokens, but a `SoftGate`'s. A call makes
+        # weights that a gate without a `build` makes in it.
+        shape = input_shape
+        if self.images_per_group is None:
+            shape = (None, None, self.features)
+        tokens = keras.KerasTensor(shape, self.compute_dtype)
+        logits = self.gate_layer(tokens)
         mark(self.gate_layer.variables, "gate")
         for layer in all_layers(self.gate_layer):
             layer.quantize = _keep_gate
@@ -84,9 +89,7 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
                 f"gate={self.gate_layer.name!r}, built for {features} features,"
                 f" in a router of {self.features}. Make a gate for this router."
             )
-        # A gate takes any number of groups and tokens: these are made up.
-        tokens = keras.KerasTensor((1, 4, self.features), self.compute_dtype)
-        shape = self.gate_layer.compute_output_spec(tokens).shape
+        shape = logits.shape
         if len(shape) < 3 or shape[2] != self.num_experts:
             raise ValueError(
                 f"The gate must give one logit for each of {self.num_experts} "
