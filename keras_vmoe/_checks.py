@@ -17,7 +17,7 @@ def is_integer(value):
 
 
 def plain(value):
-    """Numbers of NumPy, alone, in arrays, sequences and dicts, as Python's.
+    """Values of NumPy, alone, in arrays, sequences and dicts, as Python's.
 
     Keras takes them for some arguments, and no JSON file holds them.
     """
@@ -91,7 +91,7 @@ def check_shares(**shares):
 def check_flags(**settings):
     """Raises unless all of these are True or False."""
     for name, value in settings.items():
-        if not isinstance(value, bool):
+        if not isinstance(plain(value), bool):
             raise ValueError(
                 f"`{name}` must be True or False. Received: {name}={value!r}."
             )

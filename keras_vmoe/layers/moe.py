@@ -22,6 +22,8 @@ from keras_vmoe.layers.bank import check_settings_of
 from keras_vmoe.layers.bank import check_weights
 from keras_vmoe.layers.expert_choice_router import ExpertChoiceRouter
 from keras_vmoe.layers.experts import MLPExperts
+from keras_vmoe.layers.parts import KeepsParts
+from keras_vmoe.layers.parts import hand_down
 from keras_vmoe.layers.routers import OWNERS
 from keras_vmoe.layers.routers import Router
 from keras_vmoe.layers.routers import share
@@ -44,7 +46,7 @@ ROUTERS = {
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
-class MoEMLP(keras.layers.Layer):
+class MoEMLP(KeepsParts, keras.layers.Layer):
     """A sparse mixture of MLPs, in the place of an MLP.
 
     Tokens are the positions of the middle axes: patches of a ViT, pixels of a
@@ -154,6 +156,7 @@ class MoEMLP(keras.layers.Layer):
         self.images_per_group = _group(router, images_per_group)
         call = inspect.signature(experts.call).parameters
         self._takes_training = "training" in call
+        hand_down(self)
 
     @property
     def hidden_dim(self):
@@ -180,9 +183,13 @@ class MoEMLP(keras.layers.Layer):
             is_named = self.experts.name == "experts"
             scope = contextlib.nullcontext if is_named else keras.name_scope
             with scope("experts"):
-                self.experts.build((None, self.num_experts, None, features))
+                shape = (None, self.num_experts, None, features)
+                # A call, for banks that make weights in theirs.
+                self.experts(keras.KerasTensor(shape, self.compute_dtype))
         check_weights(self.experts, self.num_experts)
+        mark(self.router.weights, "gate")
         mark(self.experts.variables, "expert")
+        self.restore_parts()
 
     def _group_size(self, input_shape):
         """S of a full group, None where it is not known."""
@@ -314,7 +321,7 @@ class MoEMLP(keras.layers.Layer):
         config = with_layers(config, "router", "experts")
         if config.get("images_per_group", "") is None:  # Of version 0.1.0.
             config["images_per_group"] = "batch"
-        return cls(**config)
+        return super().from_config(config)
 
 
 def _new_name(layer_class):

@@ -22,9 +22,11 @@ def hand_down(layer):
 
 
 class KeepsParts:
-    """Mixin of layers that make parts in `build`: their config has the state.
+    """Mixin of layers whose config has the state of their parts.
 
-    `build` ends with `set_up_parts`.
+    One that makes parts in `build` ends it with `set_up_parts`. One that makes
+    or takes them in `__init__` ends that with `hand_down`, and `build` with
+    `restore_parts`: what is thawed in between stays so.
     """
 
     parts_to_set = None  # Until they are made.
@@ -32,6 +34,10 @@ class KeepsParts:
     def set_up_parts(self):
         """Freezes, quantizes and adapts the parts as they were."""
         hand_down(self)
+        self.restore_parts()
+
+    def restore_parts(self):
+        """The same, of parts that `__init__` has frozen."""
         set_state_of_parts(self, self.parts_to_set or {})
         self.parts_to_set = None
 
@@ -45,6 +51,7 @@ class KeepsParts:
         found = config.pop("parts", None)
         layer = super().from_config(config)
         layer.parts_to_set = found
+        thaw(layer, found or {})
         return layer
 
 
@@ -66,11 +73,7 @@ def state_of_parts(layer):
 
 def set_state_of_parts(layer, found):
     """Sets what `state_of_parts` has found, as far as there are such parts."""
-    parts = [
-        (part, found[path]) for path, part, _ in _paths(layer) if path in found
-    ]
-    for part, state in parts:
-        part.trainable = state.get("trainable", part.trainable)
+    parts = thaw(layer, found)
     alike = {}
     for part, state in parts:
         if "quantized" in state and part.quantization_mode is None:
@@ -82,6 +85,16 @@ def set_state_of_parts(layer, found):
     for part, state in parts:
         if "lora" in state and part.lora_rank is None:
             part.enable_lora(*state["lora"])
+
+
+def thaw(layer, found):
+    """Sets which parts are trained, and returns those found with states."""
+    parts = [
+        (part, found[path]) for path, part, _ in _paths(layer) if path in found
+    ]
+    for part, state in parts:
+        part.trainable = state.get("trainable", part.trainable)
+    return parts
 
 
 def _paths(layer, start=""):

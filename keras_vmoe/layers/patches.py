@@ -51,20 +51,30 @@ class PatchEmbedding(KeepsParts, keras.layers.Layer):
         )
 
     def build(self, input_shape):
-        patch_grid(input_shape[1:3], self.patch_size)
+        self.image_size = tuple(input_shape[1:3])
+        patch_grid(self.image_size, self.patch_size)
         self.projection.build(input_shape)
         self.set_up_parts()
 
     def call(self, images):
         patches = self.projection(images)  # (B, H / p, W / p, D)
-        height, width = patches.shape[1:3]
+        height, width = self._grid(images.shape)
         return ops.reshape(
             patches, (ops.shape(images)[0], height * width, self.hidden_dim)
         )
 
     def compute_output_shape(self, input_shape):
-        height, width = patch_grid(input_shape[1:3], self.patch_size)
+        height, width = self._grid(input_shape)
         return (input_shape[0], height * width, self.hidden_dim)
+
+    def _grid(self, shape):
+        """Rows and columns; a side that is not known is that of `build`."""
+        known = self.image_size if self.built else shape[1:3]
+        sides = [
+            own if side is None else side
+            for side, own in zip(shape[1:3], known, strict=True)
+        ]
+        return patch_grid(sides, self.patch_size)
 
     def get_config(self):
         return {
@@ -110,6 +120,12 @@ def patch_grid(image_size, patch_size):
             patches.
     """
     height, width = image_size
+    if None in image_size:
+        raise ValueError(
+            "The number of patches follows from the size of the images, which "
+            f"must be known. Received: image_size={(height, width)}. Name it: "
+            "`keras.Input((height, width, channels))`."
+        )
     if patch_size < 1 or height % patch_size or width % patch_size:
         raise ValueError(
             "`image_size` must be divisible by `patch_size`. "

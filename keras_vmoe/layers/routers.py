@@ -8,9 +8,9 @@ from keras_vmoe._checks import check_not_negative
 from keras_vmoe._checks import plain
 from keras_vmoe._keras import all_layers
 from keras_vmoe.layers.gates import get_gate
+from keras_vmoe.layers.parts import KeepsParts
 from keras_vmoe.layers.parts import hand_down
-from keras_vmoe.layers.parts import set_state_of_parts
-from keras_vmoe.layers.parts import state_of_parts
+from keras_vmoe.layers.parts import thaw
 from keras_vmoe.layers.precision import in_float32
 from keras_vmoe.layers.statistics import RoutingStatistics
 from keras_vmoe.layers.stochastic import SavesSeedState
@@ -20,7 +20,7 @@ from keras_vmoe.routing._groups import check_selection
 from keras_vmoe.routing._selection import softmax
 
 
-class Router(SavesSeedState, keras.layers.Layer):
+class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
     """What all routers share: logits with noise, losses, statistics.
 
     A subclass defines `make_plan` and lists its losses in `auxiliary_losses`.
@@ -55,6 +55,7 @@ class Router(SavesSeedState, keras.layers.Layer):
         )
         self.statistics = RoutingStatistics(num_experts)
         self.features = None
+        hand_down(self)
 
     @property
     def variables(self):
@@ -70,9 +71,13 @@ class Router(SavesSeedState, keras.layers.Layer):
                 "`MoEMLP` makes groups of a batch."
             )
         self.features = input_shape[-1]
-        if not self.gate_layer.built:
-            self.gate_layer.build(input_shape)
-            hand_down(self)
+        # For any number of groups and tokens, but a `SoftGate`'s. A call makes
+        # weights that a gate without a `build` makes in it.
+        shape = input_shape
+        if self.images_per_group is None:
+            shape = (None, None, self.features)
+        tokens = keras.KerasTensor(shape, self.compute_dtype)
+        logits = self.gate_layer(tokens)
         mark(self.gate_layer.variables, "gate")
         for layer in all_layers(self.gate_layer):
             layer.quantize = _keep_gate
@@ -84,15 +89,14 @@ class Router(SavesSeedState, keras.layers.Layer):
                 f"gate={self.gate_layer.name!r}, built for {features} features,"
                 f" in a router of {self.features}. Make a gate for this router."
             )
-        # A gate takes any number of groups and tokens: these are made up.
-        tokens = keras.KerasTensor((1, 4, self.features), self.compute_dtype)
-        shape = self.gate_layer.compute_output_spec(tokens).shape
+        shape = logits.shape
         if len(shape) < 3 or shape[2] != self.num_experts:
             raise ValueError(
                 f"The gate must give one logit for each of {self.num_experts} "
                 f"experts. Received: logits of shape {tuple(shape)}. "
                 "Make a gate layer with as many outputs as experts."
             )
+        self.restore_parts()
 
     def check_features(self, features):
         """Raises if the router was built for layers of another width."""
@@ -192,16 +196,11 @@ class Router(SavesSeedState, keras.layers.Layer):
             "noise_std": self.noise_std,
             "gate": self.gate,  # An object: Keras finds one that is shared.
             "seed": self.seed,
-            "parts": state_of_parts(self),
         }
 
     @classmethod
     def from_config(cls, config):
-        config = with_layers(config, "gate")
-        found = config.pop("parts", {})
-        router = cls(**config)
-        set_state_of_parts(router, found)
-        return router
+        return super().from_config(with_layers(config, "gate"))
 
 
 def share(layer, **changes):
@@ -212,7 +211,7 @@ def share(layer, **changes):
         **changes: Constructor arguments that differ.
     """
     config = layer.get_config()
-    config.pop("parts", None)  # The parts are what they are.
+    found = config.pop("parts", {})
     parts = {name: getattr(layer, name, None) for name in config}
     parts = {
         name: part
@@ -220,6 +219,7 @@ def share(layer, **changes):
         if isinstance(part, keras.layers.Layer)
     }
     new = type(layer)(**{**config, **parts, **changes})
+    thaw(new, found)  # The constructor of a frozen one has frozen them all.
     if layer.built:
         new.build(layer.get_build_config()["input_shape"])
         replaced = [parts[name] for name in parts.keys() & changes.keys()]

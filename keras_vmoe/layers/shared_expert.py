@@ -7,6 +7,7 @@ from keras_vmoe._checks import check_sizes
 from keras_vmoe.layers.bank import BANK
 from keras_vmoe.layers.mlp import MLP
 from keras_vmoe.layers.moe import MoEMLP
+from keras_vmoe.layers.parts import hand_down
 from keras_vmoe.layers.routers import with_layers
 
 
@@ -76,11 +77,13 @@ class SharedExpertMoEMLP(MoEMLP):
             )
         self.shared_hidden_dim = shared_expert.hidden_dim
         self.shared_expert = shared_expert
+        hand_down(self)
 
     def build(self, input_shape):
-        super().build(input_shape)
+        # First: what was frozen in it is frozen again in the end.
         if not self.shared_expert.built:
             self.shared_expert.build(input_shape)
+        super().build(input_shape)
 
     def call(self, inputs, mask=None, training=False):
         outputs = super().call(inputs, mask=mask, training=training)

@@ -7,6 +7,7 @@ from keras_vmoe import losses
 from keras_vmoe import routing
 from keras_vmoe._checks import check_flags
 from keras_vmoe._checks import check_not_negative
+from keras_vmoe._checks import plain
 from keras_vmoe.layers.routers import Router
 from keras_vmoe.layers.routers import slots_per_expert
 from keras_vmoe.layers.routers import with_layers
@@ -119,8 +120,8 @@ class TopKRouter(Router):
             capacity_factor = float(capacity_factor)
         self.num_selected_experts = int(num_selected_experts)
         self.capacity_factor = capacity_factor
-        self.batch_priority = batch_priority
-        self.renormalize = renormalize
+        self.batch_priority = plain(batch_priority)
+        self.renormalize = plain(renormalize)
         self.importance_loss_weight = importance_loss_weight
         self.load_loss_weight = load_loss_weight
         self.gshard_loss_weight = gshard_loss_weight

@@ -142,7 +142,9 @@ class MoEConfig:
         check_keys("`moe`", moe, known)
         for name in PARTS:
             if isinstance(moe.get(name), dict):
-                moe[name] = keras.saving.deserialize_keras_object(moe[name])
+                # A layer of Keras may come as `class_name` and `config` alone.
+                part = {"module": "keras.layers", **moe[name]}
+                moe[name] = keras.layers.deserialize(part)
         if isinstance(moe.get("router"), keras.layers.Layer):
             moe.setdefault("num_experts", moe["router"].num_experts)
         return cls(**moe)

@@ -6,6 +6,7 @@ import warnings
 import keras
 
 from keras_vmoe import layers
+from keras_vmoe._checks import plain
 from keras_vmoe._keras import all_layers
 from keras_vmoe.models.cloning import clone_around
 from keras_vmoe.models.cloning import is_graph
@@ -61,7 +62,7 @@ def set_routing(
         "batch_priority": batch_priority,
         "images_per_group": images_per_group,
     }
-    settings = {k: v for k, v in settings.items() if v is not None}
+    settings = {k: plain(v) for k, v in settings.items() if v is not None}
     _check(model, settings)
     clone = clone_around(
         model,

@@ -28,6 +28,9 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
     only by rounding (2.4e-7 of logits of order 1 in float32), but the gate
     learns from the auxiliary losses alone.
 
+    What is frozen stays frozen: a bank that starts from a frozen MLP is, while
+    its new router is trained.
+
     Args:
         model: A `ViTMoE` or `ConvNeXtMoE`, dense or with experts.
         moe: The `moe` argument of the new model, over that of `model`; experts
@@ -77,7 +80,15 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
     moe = MoEConfig.from_dict(moe)
     if preserve_outputs:
         moe = _preserving(moe, noise_std)
-    sparse = type(model).from_config({**model.get_config(), "moe": moe})
+    config = model.get_config()
+    # The bank of an MLP that is frozen, or trained where the model is not.
+    of_mlps = {
+        path.replace("_mlp", "_moe/experts"): state
+        for path, state in config["parts"].items()
+        if path.endswith("_mlp")
+    }
+    config["parts"] = {**config["parts"], **of_mlps}
+    sparse = type(model).from_config({**config, "moe": moe})
     sources = {layer.name: layer for layer in model.layers}
     generator = np.random.default_rng(seed)
     for layer in sparse.layers:
@@ -93,8 +104,6 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
             )
         else:
             layer.set_weights(source.get_weights())
-        if name in sources:
-            layer.trainable = source.trainable
     return sparse
 
 

@@ -488,6 +488,12 @@ def test_bad_router(router, arguments, words):
         getattr(layers, router)(**{"num_experts": 4, **arguments})
 
 
+@pytest.mark.backends("torch")
+def test_bools_of_numpy():
+    router = layers.TopKRouter(4, batch_priority=np.bool_(True))
+    assert router.get_config()["batch_priority"] is True
+
+
 @pytest.mark.parametrize("images_per_group", [2, "batch"])
 def test_soft_takes_no_groups(images_per_group):
     words = f"routes each image alone. Received: .*={images_per_group!r}"

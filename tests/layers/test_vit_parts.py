@@ -73,6 +73,8 @@ def test_patch_embedding_starts_as_lecun_normal():
          r"`patch_size`. Received: image_size=\(30, 32\), patch_size=4. "
          "Resize"),
         ((None, 32, 30, 3), 4, r"image_size=\(32, 30\), patch_size=4"),
+        ((None, 32, None, 3), 4, r"must be known. Received: image_size=\(32, "
+         r"None\). Name it: `keras.Input"),
     ],
 )  # fmt: skip
 def test_image_of_broken_patches(shape, patch_size, words):

@@ -100,6 +100,44 @@ def test_frozen_parts_stay_frozen(make, freeze, way, tmp_path):
     assert len(other.trainable_weights) == len(model.trainable_weights)
 
 
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("router", ["top_k", "bias_balanced"])
+def test_a_layer_that_is_made_frozen(router, tmp_path):
+    """It is as after `trainable = False`, with what is thawed in it."""
+    inputs = keras.Input((4, 8))
+    layer = layers.SharedExpertMoEMLP(
+        2, 8, shared_hidden_dim=4, router=router, trainable=False
+    )
+    model = keras.Model(inputs, layer(inputs))
+    for each in (model, reloaded(model, tmp_path), routed(model, tmp_path)):
+        each(np.ones((2, 4, 8), "float32"), training=True)
+        assert not each.trainable_weights and not each.losses
+        biases = [x for x in each.weights if x.path.endswith("balance/bias")]
+        assert len(biases) == (router == "bias_balanced")
+        assert not any(ops.convert_to_numpy(x).any() for x in biases)
+    router = layers.TopKRouter(2)
+    layer = layers.MoEMLP(2, 8, router, trainable=False)
+    router.trainable = True
+    model = keras.Model(inputs, layer(inputs))
+    for each in (model, reloaded(model, tmp_path), routed(model, tmp_path)):
+        assert len(each.trainable_weights) == 1
+    assert router.trainable and not layer.experts.trainable
+
+
+@pytest.mark.backends("torch")
+def test_parts_inside_of_layers_of_a_functional_model(tmp_path):
+    inputs = keras.Input((4, 8))
+    moe = layers.SharedExpertMoEMLP(2, 8, shared_hidden_dim=4)
+    mlp, attention = layers.MLP(4), SelfAttention(2)
+    model = keras.Model(inputs, attention(mlp(moe(inputs))))
+    before = len(model.trainable_weights)
+    mlp.hidden_dense.trainable = False
+    moe.shared_expert.hidden_dense.trainable = False
+    attention.attention.trainable = False
+    for each in (model, reloaded(model, tmp_path), cloned(model, tmp_path)):
+        assert len(each.trainable_weights) == before - 12
+
+
 def test_parts_inside_of_a_dense_layer(tmp_path):
     model = vit()
     model.get_layer("block_0_mlp").hidden_dense.trainable = False
@@ -145,6 +183,14 @@ def test_upcycling_keeps_what_the_dense_model_has_frozen():
     sparse = models.upcycle(dense, MOE)
     assert sparse.get_layer("block_3_moe").trainable
     assert not sparse.get_layer("block_0_mlp").trainable
+    dense.get_layer("block_0_attention").trainable = True
+    dense.get_layer("block_0_attention").attention.trainable = False
+    dense.get_layer("block_3_mlp").trainable = False
+    sparse = models.upcycle(dense, MOE)
+    assert not sparse.get_layer("block_0_attention").attention.trainable
+    moe = sparse.get_layer("block_3_moe")
+    assert moe.router.trainable_weights
+    assert not moe.experts.trainable_weights
     frozen = tiny(moe=None)
     frozen.trainable = False
     assert not models.upcycle(frozen, MOE).trainable_weights

@@ -214,18 +214,27 @@ def test_a_pipeline_that_knows_no_sizes():
     """Such as one that decodes files."""
     import tensorflow as tf
 
-    model, images = tiny(), images_of(6)
+    vit = tiny(num_layers=1, moe={"layers": [0]})
+    images = images_of(6)
     sizes = (tf.TensorSpec((None, None, 3)), tf.TensorSpec((), tf.int32))
     data = tf.data.Dataset.from_generator(
         lambda: ((image, 0) for image in images), output_signature=sizes
     )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile("sgd", loss)
-    model.fit(
-        data.batch(3).repeat(), steps_per_epoch=2, verbose=0, shuffle=False
-    )
+    vit.compile("sgd", loss)
+    batches = data.batch(3).repeat()
+    vit.fit(batches, steps_per_epoch=2, verbose=0, shuffle=False)
     np.testing.assert_allclose(
-        model.predict(data.batch(3).map(lambda x, y: x), steps=2, verbose=0),
-        model.predict(images, batch_size=3, verbose=0),
+        vit.predict(data.batch(3).map(lambda x, y: x), steps=2, verbose=0),
+        vit.predict(images, batch_size=3, verbose=0),
         atol=1e-5,
     )
+    unknown = keras.Input((None, None, 3))
+    of_any_size = tf.TensorSpec((None, None, None, 3))
+    for model in (
+        keras.Model(vit.input, vit.output),
+        keras.Sequential([vit]),
+        keras.Model(unknown, vit(unknown)),
+    ):
+        compiled = tf.function(model, [of_any_size], autograph=False)
+        np.testing.assert_allclose(compiled(images), vit(images), atol=1e-5)

@@ -169,6 +169,23 @@ def test_a_router_or_gate_with_weights_is_refused():
             tiny(moe={"layers": "last_1", **part})
 
 
+@pytest.mark.backends("torch")
+def test_a_gate_by_its_class_name():
+    gate = {"class_name": "Dense", "config": {"units": 4}}
+    config = MoEConfig.from_dict({"gate": gate})
+    assert config.gate.units == 4
+    assert MoEConfig.from_dict(config.to_dict()).gate.units == 4
+
+
+@pytest.mark.backends("torch")
+def test_a_sequential_gate_without_an_input():
+    gate = keras.Sequential([keras.layers.Dense(4)])
+    router = layers.TopKRouter(4, gate=gate)
+    layer = layers.MoEMLP(4, 8, router, images_per_group=2)
+    for batch in (4, 3, 1):
+        assert layer(np.ones((batch, 5, 8), "float32")).shape == (batch, 5, 8)
+
+
 def test_a_gate_of_keras(tmp_path):
     gate = keras.layers.Dense(4, dtype="float32", name="mine")
     model = randomize(tiny(moe={"gate": gate}))

@@ -120,6 +120,48 @@ def test_parts_are_known_whatever_their_names(tmp_path):
         assert all_decayed.decay_of(layer.experts.shift) == 0
 
 
+class CalledGate(keras.layers.Layer):
+    """Makes its weights in its first call, as it has no `build`."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(2)
+
+    def call(self, tokens):
+        return self.dense(tokens)
+
+
+class CalledBank(keras.layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.EinsumDense("gecd,edf->gecf", (2, None, 8))
+
+    def call(self, buffers):
+        return self.dense(buffers)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+class OwnRouter(layers.TopKRouter):
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.own = self.add_weight(name="kernel", shape=(8, 2))
+
+
+@pytest.mark.backends("torch")
+def test_weights_that_are_made_late_are_known():
+    router = OwnRouter(2, gate=CalledGate())
+    layer = layers.MoEMLP(2, experts=CalledBank(), router=router)
+    layer.build((None, 4, 8))
+    optimizer = optimizers.AdamW(
+        RATE, weight_decay=DECAY, expert_weight_decay=EXPERT_DECAY
+    )
+    assert optimizer.decay_of(router.own) == 0
+    assert optimizer.decay_of(router.gate_layer.dense.kernel) == 0
+    assert optimizer.decay_of(layer.experts.dense.kernel) == EXPERT_DECAY
+
+
 def test_a_configuration_of_version_0_1_0():
     config = optimizers.AdamW(RATE).get_config()
     del config["decay_positions"]
