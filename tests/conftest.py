@@ -48,6 +48,8 @@ OF_OTHERS = [
     "Error reading persistent compilation cache entry",
     # tf2onnx, which predates NumPy 2.
     "In the future `np.object`",
+    # PyTorch's Dynamo, which looks at all attributes.
+    "The .grad attribute of a Tensor that is not a leaf",
     # Threads of Orbax that outlive their event loop.
     ":pytest.PytestUnraisableExceptionWarning",
 ]
