@@ -58,25 +58,24 @@ def _collect(buffers, choice, slot):
     return functools.reduce(operator.add, ops.unstack(rows, axis=2))
 
 
-@functools.cache
 def _moves():
     """The two, as functions that know each other as their gradients."""
-    if keras.backend.backend() == "torch":
-        return _moves_of_torch()
-    moves = []
-    for index, move in enumerate((_spread, _collect)):
-        moves.append(_with_gradient(move, moves, 1 - index))
-    return moves
+    if not MOVES:
+        MOVES.extend(
+            _with_gradient(move, 1 - index)
+            for index, move in enumerate((_spread, _collect))
+        )
+    return MOVES
 
 
-def _with_gradient(move, moves, index):
+def _with_gradient(move, index):
     # Indices are arguments, not closed over: JAX's rematerialisation traces the
     # gradient where the values of the closure no longer exist.
     @ops.custom_gradient
     def function(x, choice, slot):
         def gradient(*args, upstream=None):
             upstream = args[-1] if upstream is None else upstream
-            return moves[index](upstream, choice, slot), None, None
+            return MOVES[index](upstream, choice, slot), None, None
 
         return move(x, choice, slot), gradient
 
@@ -115,4 +114,8 @@ def _moves_of_torch():
     def collect(buffers, choice, slot):
         return Move.apply(buffers, choice, slot, 1)
 
-    return spread, collect
+    return [spread, collect]
+
+
+# Made here for PyTorch, whose compiler cannot make a class.
+MOVES = _moves_of_torch() if keras.backend.backend() == "torch" else []
