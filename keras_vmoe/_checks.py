@@ -97,6 +97,22 @@ def check_flags(**settings):
             )
 
 
+def check_mask(mask, tokens):
+    """Raises unless a mask has the shape of the tokens, as far as is known."""
+    if mask is None:
+        return
+    shape, tokens = tuple(mask.shape), tuple(tokens)
+    pairs = zip(shape, tokens, strict=False)
+    known = ([x for x in pair if isinstance(x, int)] for pair in pairs)
+    fits = all(len(set(sizes)) < 2 for sizes in known)
+    if len(shape) != len(tokens) or not fits:
+        raise ValueError(
+            "`mask` must have one value per token. Received: a mask of shape "
+            f"{shape} for tokens {tokens}. Give it the shape of the inputs "
+            "without the axis of their features, experts or slots."
+        )
+
+
 def check_choice(name, value, choices):
     """Raises unless a value is one of the choices."""
     if value not in choices:

@@ -10,7 +10,7 @@ import math
 
 from keras import ops
 
-from keras_vmoe.routing._groups import check_mask
+from keras_vmoe._checks import check_mask
 
 __all__ = ["gshard_loss", "importance_loss", "load_loss", "router_z_loss"]
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from keras_vmoe._checks import check_mask
 from keras_vmoe._checks import is_integer
 from keras_vmoe._checks import is_number
 
@@ -200,22 +201,6 @@ def group_tokens(inputs, images_per_group, mask=None):
     else:
         mask = ops.pad(ops.reshape(mask, (total,)), ((0, padding),))
     return split(groups, images_per_group, group_size)
-
-
-def check_mask(mask, tokens):
-    """Raises unless a mask has the shape of the tokens, as far as is known."""
-    if mask is None:
-        return
-    shape, tokens = tuple(mask.shape), tuple(tokens)
-    pairs = zip(shape, tokens, strict=False)
-    known = ([x for x in pair if isinstance(x, int)] for pair in pairs)
-    fits = all(len(set(sizes)) < 2 for sizes in known)
-    if len(shape) != len(tokens) or not fits:
-        raise ValueError(
-            "`mask` must have one value per token. Received: a mask of shape "
-            f"{shape} for tokens {tokens}. Give it the shape of the inputs "
-            "without the axis of their features, experts or slots."
-        )
 
 
 def ungroup_tokens(tokens, shape):

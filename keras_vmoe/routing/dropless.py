@@ -5,9 +5,9 @@ from typing import Any
 
 from keras import ops
 
+from keras_vmoe._checks import check_mask
 from keras_vmoe.routing._blocks import Blocks
 from keras_vmoe.routing._blocks import fill_blocks
-from keras_vmoe.routing._groups import check_mask
 from keras_vmoe.routing._groups import check_selection
 from keras_vmoe.routing._groups import largest
 from keras_vmoe.routing._selection import renormalized

@@ -5,8 +5,8 @@ from typing import Any
 
 from keras import ops
 
+from keras_vmoe._checks import check_mask
 from keras_vmoe._checks import is_integer
-from keras_vmoe.routing._groups import check_mask
 from keras_vmoe.routing._rows import add_rows
 from keras_vmoe.routing._rows import take_rows
 from keras_vmoe.routing.plans import check_capacity

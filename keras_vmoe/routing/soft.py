@@ -5,7 +5,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_vmoe.routing._groups import check_mask
+from keras_vmoe._checks import check_mask
 from keras_vmoe.routing._selection import softmax
 
 
