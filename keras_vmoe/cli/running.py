@@ -205,6 +205,7 @@ def evaluate(
     """
     given = dict(locals())
     dials = {name: given[name] for name in DIALS}
+    opened, names = open_model(model, classes, **dials)
     if test_crop is None:
         test_crop = setting_of_run(model, "data.test_crop")
     if dataset is None:
@@ -222,7 +223,6 @@ def evaluate(
     reads |= {"test_crop": test_crop, "skip_corrupt": skip_corrupt}
     turns = setting_of_run(model, "data.exif_orientation")
     reads["exif_orientation"] = turns is not False
-    opened, names = open_model(model, classes, **dials)
     _check_classes(model, opened, names, dataset, data_dir)
     if dry_run:
         settings = {"model": model, "dataset": dataset, "classes": classes}

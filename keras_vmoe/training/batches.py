@@ -35,7 +35,8 @@ def with_splits(config, info):
     size = info.splits[name]
     cut = size - max(1, round(size * reads.validation_share))
     validation = f"{name}[{cut}:]"
-    if test == DataConfig.test_split and test not in info.splits:
+    usual = (DataConfig.test_split, DataConfig.validation_split)
+    if test in usual and test not in info.splits:
         test = validation
     splits = dataclasses.replace(
         reads,
