@@ -3,6 +3,7 @@
 import pathlib
 import shutil
 import tempfile
+import warnings
 
 import h5py
 
@@ -10,6 +11,7 @@ from keras_vmoe import models
 from keras_vmoe.checkpoints.assignment import check_model
 from keras_vmoe.checkpoints.assignment import fit_positions
 from keras_vmoe.checkpoints.assignment import grid_of
+from keras_vmoe.checkpoints.assignment import some
 
 KERAS_FILES = (".weights.h5", ".keras")
 # Where Keras writes the variables of `LearnedPositions`.
@@ -19,23 +21,89 @@ POSITIONS = "layers/learned_positions/vars"
 def load_keras(model, path, grid=None):
     """Loads a file of Keras into a `ViTMoE`, its learned positions resized.
 
-    The arguments are those of `checkpoints.load`.
+    The arguments are those of `checkpoints.load`. The head of a `.keras` file
+    of other classes is left out.
     """
     check_model(model, models.ViTMoE)
-    path = pathlib.Path(path)
+    config, path = model.get_config(), pathlib.Path(path)
     with tempfile.TemporaryDirectory() as folder:
-        copy = pathlib.Path(folder, "copy.weights.h5")
+        file = pathlib.Path(folder, "copy.weights.h5")
         if path.suffix == ".keras":
             source = models.load(path, compile=False)
-            source.save_weights(copy)
+            source.save_weights(file)
             grid = grid or grid_of(source)
+            config["num_classes"] = source.num_classes
         else:
-            shutil.copyfile(path, copy)
-        with h5py.File(copy, "r+") as file:
-            if POSITIONS in file:
-                stored = file[POSITIONS]
-                resized = fit_positions(stored["0"][()], model, grid)
-                del stored["0"]
-                stored["0"] = resized
-        model.load_weights(copy)
+            shutil.copyfile(path, file)
+        _resize(file, model, grid)
+        loaded = type(model).from_config(config)
+        _compare(file, loaded, path)
+        loaded.load_weights(file)
+    if loaded.num_classes == model.num_classes:
+        model.set_weights(loaded.get_weights())
+        return model
+    if model.num_classes is not None:
+        warnings.warn(
+            f"The head of the file has {loaded.num_classes or 0} classes and "
+            f"that of the model {model.num_classes}: the model's stays as it "
+            "is.",
+            stacklevel=3,
+        )
+    for layer in model.layers:
+        if layer.name != "head":
+            layer.set_weights(loaded.get_layer(layer.name).get_weights())
     return model
+
+
+def _compare(file, model, path):
+    """Raises, before a weight changes, unless a file is of such a model.
+
+    Keras would ignore what the model lacks.
+    """
+    own = file.with_name("own.weights.h5")
+    model.save_weights(own)
+    found, expected = _shapes(file), _shapes(own)
+    names = found.keys() | expected.keys()
+    words = [
+        f"{name} {found.get(name, 'missing')} for {expected.get(name, 'none')}"
+        for name in sorted(names)
+        if found.get(name) != expected.get(name)
+    ]
+    if words:
+        raise ValueError(
+            "The file must hold the weights of a model of the same settings. "
+            f"Received: {path}, where these differ: {some(words)}. Make the "
+            "model as that of the file was made."
+        )
+
+
+def _shapes(file):
+    """Shapes of the weights of a model in a file, by their places."""
+    shapes = {}
+
+    def see(name, item):
+        if isinstance(item, h5py.Dataset) and not name.startswith("optimizer"):
+            shapes[name] = item.shape
+
+    with h5py.File(file) as weights:
+        weights.visititems(see)
+    return shapes
+
+
+def _resize(file, model, grid):
+    """Resizes the positions in a file of weights to the patches of a model."""
+    with h5py.File(file, "r+") as weights:
+        learned = model.position_embedding == "learned"
+        if POSITIONS not in weights or not learned:
+            return
+        stored, name = weights[POSITIONS], "0"
+        if grid is None and len(set(grid_of(model))) > 1:
+            raise ValueError(
+                "`grid` must be given for a model of images that are not "
+                "square: (rows, columns) of the file's patches. "
+                f"Received: grid=None for positions of shape "
+                f"{stored[name].shape}."
+            )
+        resized = fit_positions(stored[name][()], model, grid)
+        del stored[name]
+        stored[name] = resized

@@ -56,7 +56,7 @@ def assign(model, weights, arrays, mend=VMOE_MEND):
     }
     if any(problems.values()):
         found = (
-            f"{what}: {_some(sorted(names))}."
+            f"{what}: {some(sorted(names))}."
             for what, names in problems.items()
         )
         raise ValueError(
@@ -75,7 +75,7 @@ def assign(model, weights, arrays, mend=VMOE_MEND):
         weight.assign(arrays[name].astype(weight.dtype))
 
 
-def _some(names, most=5):
+def some(names, most=5):
     """The first of many names, and how many more there are."""
     more = len(names) - most
     rest = [f"and {more} more"] if more > 0 else []

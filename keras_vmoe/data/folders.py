@@ -52,7 +52,7 @@ class ImageFolder:
                 f"{LAYOUT}. Received: data_dir=None."
             )
         self.data_dir = os.path.expanduser(os.fspath(folder))
-        found, left = _classes_of_splits(self.data_dir)
+        found, left = _classes_of_splits(_decoded(self.data_dir))
         self._files, taken, empty = _images_of(found, left)
         if not any(self._files.values()):
             raise ValueError(
@@ -113,6 +113,11 @@ class ImageFolder:
         return dataset.map(read, tf.data.AUTOTUNE)
 
 
+def _decoded(path):
+    """A path in UTF-8, also where the locale knows ASCII alone."""
+    return path.encode(errors="surrogateescape").decode(errors="replace")
+
+
 def _entries(folder):
     """Names of the folders in a folder, and of its files; none is hidden."""
     folders, files = [], []
@@ -124,9 +129,11 @@ def _entries(folder):
             )
             (folders if is_folder else files).append(name.rstrip("/"))
     else:
-        with os.scandir(folder) as entries:
+        # Of bytes, whatever the locale takes them for: TensorFlow reads UTF-8.
+        with os.scandir(folder.encode()) as entries:
             for entry in entries:
-                (folders if entry.is_dir() else files).append(entry.name)
+                name = entry.name.decode(errors="replace")
+                (folders if entry.is_dir() else files).append(name)
     folders = (x for x in folders if not x.startswith(HIDDEN))
     files = (x for x in files if not x.startswith("."))
     return sorted(x for x in folders if x not in SYSTEM), sorted(files)
@@ -144,7 +151,10 @@ def _classes_of_splits(folder):
     """Of each split the paths of its classes, by name; a count of the rest."""
     folders, beside = _entries(folder)
     inner = {x: _entries(f"{folder}/{x}") for x in folders}
-    if any(classes for classes, _ in inner.values()):
+    # A folder with images of its own is a class, whatever else is in it.
+    filled = [x for x in inner.values() if any(x)]
+    are_classes = all(any(map(_is_image, files)) for _, files in filled)
+    if not are_classes and any(classes for classes, _ in filled):
         found = {
             split: {name: f"{folder}/{split}/{name}" for name in classes}
             for split, (classes, _) in inner.items()

@@ -78,6 +78,12 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
     if model.moe is not None and isinstance(moe, dict):
         moe = {**model.moe.to_dict(), **moe}
     moe = MoEConfig.from_dict(moe)
+    if preserve_outputs and model.moe is not None:
+        raise ValueError(
+            "`preserve_outputs` is for a dense model. Received: a model with "
+            "experts. Twice its `num_experts` and `num_selected_experts` keep "
+            "its outputs where nothing is dropped."
+        )
     if preserve_outputs:
         moe = _preserving(moe, noise_std)
     config = model.get_config()

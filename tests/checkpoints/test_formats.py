@@ -296,8 +296,8 @@ def test_rectangles_in_files(old, new, way, tmp_path):
     if way == "arrays":
         checkpoints.load_vmoe(model, arrays_of(source), grid=old)
     elif way == "weights":
-        # Of a square, the file alone is enough.
-        grid = None if old == (4, 4) else old
+        # Between squares the file alone is enough.
+        grid = None if old == new == (4, 4) else old
         source.save_weights(tmp_path / "m.weights.h5")
         checkpoints.load(model, tmp_path / "m.weights.h5", grid=grid)
     else:
@@ -324,12 +324,40 @@ def test_keras_files_of_another_resolution(tmp_path):
         assert len(str(error.value)) < 1000
     with pytest.warns(UserWarning, match="checkpoints.load.model, path"):
         model.load_weights(weights, skip_mismatch=True)
+    before = arrays_of(model)
+    with pytest.raises(ValueError, match="`grid` must be given.*Received"):
+        checkpoints.load(model, weights)
+    other = tiny(num_layers=1, moe=None, image_size=(8, 16))
+    with pytest.raises(ValueError, match="must hold the weights") as error:
+        checkpoints.load(other, weights, grid=(2, 4))
+    assert len(str(error.value)) < 600
+    for name, array in arrays_of(model).items():
+        np.testing.assert_array_equal(array, before[name])
     checkpoints.load_vmoe(model, arrays_of(source), grid=(2, 4))
     expected = arrays_of(model)
     randomize(model, seed=2)
     checkpoints.load(model, path)
     for name, array in arrays_of(model).items():
         np.testing.assert_array_equal(array, expected[name])
+    classes = randomize(tiny(num_layers=2, moe=None, num_classes=3))
+    head = arrays_of(classes)["head/kernel"]
+    with pytest.warns(UserWarning, match="has 10 classes.*stays as it is"):
+        checkpoints.load(classes, path)
+    np.testing.assert_array_equal(arrays_of(classes)["head/kernel"], head)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping nested container")
+def test_a_rectangle_of_as_many_patches_as_a_square(tmp_path):
+    """It stays as it is in files of its own."""
+    model = randomize(tiny(moe=None, pooling="gap", image_size=(8, 32)))
+    table = keras.ops.convert_to_numpy(model.get_layer("positions").embedding)
+    model.save_weights(tmp_path / "m.weights.h5")
+    file = tmp_path / "m.weights.h5"
+    with pytest.raises(ValueError, match="`grid` must be given"):
+        checkpoints.load(model, file)
+    checkpoints.load(randomize(model, seed=1), file, grid=(2, 8))
+    found = model.get_layer("positions").embedding
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(found), table)
 
 
 def test_a_head_of_another_size():

@@ -134,6 +134,16 @@ def test_hidden_folders_and_files_that_are_no_images(tmp_path):
     np.testing.assert_allclose(expected, images, atol=0.02)
 
 
+def test_a_folder_inside_a_class_makes_no_splits(tmp_path):
+    for name in ("cat/1", "cat/thumbs/1", "dog/1"):
+        path = tmp_path / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (4, 4)).save(path)
+    with pytest.warns(UserWarning, match="1 folders in classes"):
+        info = data.info("image_folder", tmp_path)
+    assert info.class_names == ("cat", "dog") and info.splits == {"train": 2}
+
+
 def test_a_file_that_holds_no_image_is_named(tmp_path):
     (tmp_path / "train/cat").mkdir(parents=True)
     path = tmp_path / "train/cat/1.jpg"
