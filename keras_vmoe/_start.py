@@ -4,10 +4,12 @@ import os
 import pathlib
 import sys
 
+from keras_vmoe._checks import nearest
+
 BACKENDS = ("jax", "tensorflow", "torch")
-IS_COMMAND = pathlib.Path(sys.argv[0]).stem == "keras-vmoe" or sys.orig_argv[
-    1:3
-] == ["-m", "keras_vmoe.cli"]
+PROGRAM = pathlib.Path(*sys.argv[:1]).stem  # Embedded, Python has none.
+IS_MODULE = sys.orig_argv[1:3] == ["-m", "keras_vmoe.cli"]
+IS_COMMAND = PROGRAM == "keras-vmoe" or IS_MODULE
 
 if IS_COMMAND:  # Its output is for people.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -16,6 +18,7 @@ if backend not in (*BACKENDS, "numpy"):  # Enough for `data`.
     message = (
         f"KERAS_BACKEND must be one of {', '.join(BACKENDS)}. "
         f"Received: KERAS_BACKEND={backend}."
+        f"{nearest(backend.lower(), BACKENDS)}"
     )
     if IS_COMMAND:
         sys.exit(f"keras-vmoe: error: {message}")

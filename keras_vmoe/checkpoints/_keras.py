@@ -6,6 +6,7 @@ import tempfile
 import warnings
 
 import h5py
+import numpy as np
 
 from keras_vmoe import models
 from keras_vmoe.checkpoints.assignment import check_model
@@ -97,13 +98,16 @@ def _resize(file, model, grid):
         if POSITIONS not in weights or not learned:
             return
         stored, name = weights[POSITIONS], "0"
-        if grid is None and len(set(grid_of(model))) > 1:
+        rows, columns = grid_of(model)
+        shape = tuple(model.get_layer("positions").embedding.shape)
+        resized = None
+        if grid is not None or rows == columns:
+            resized = fit_positions(stored[name][()], model, grid)
+        if np.shape(resized) != shape:
             raise ValueError(
-                "`grid` must be given for a model of images that are not "
-                "square: (rows, columns) of the file's patches. "
-                f"Received: grid=None for positions of shape "
-                f"{stored[name].shape}."
+                "`grid`, the (rows, columns) of the file's patches, must be "
+                "given unless its images and the model's are square. Received: "
+                f"grid={grid} for positions of shape {stored[name].shape}."
             )
-        resized = fit_positions(stored[name][()], model, grid)
         del stored[name]
         stored[name] = resized

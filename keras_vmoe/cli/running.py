@@ -131,12 +131,12 @@ def predict(
     test_crop = setting_of_run(model, "data.test_crop")
     size = opened.input_shape[1:3]
     turned = setting_of_run(model, "data.exif_orientation") is not False
-    read = [_read(path, size, test_crop, turned) for path in images]
-    pixels = [x for x in read if not isinstance(x, OSError)]
-    bad = [str(x) for x in read if isinstance(x, OSError)]
-    if not pixels or (bad and dry_run):
+    read = [(path, _read(path, size, test_crop, turned)) for path in images]
+    good = [(path, x) for path, x in read if not isinstance(x, OSError)]
+    bad = [str(x) for _, x in read if isinstance(x, OSError)]
+    if not good or (bad and dry_run):
         raise OSError(" ".join(bad))
-    pixels = np.stack(pixels)
+    pixels = np.stack([x for _, x in good])
     if dry_run:
         settings = {"model": model, "images": images, "classes": classes}
         settings |= {"top": top, "backend": keras.backend.backend()}
@@ -144,11 +144,10 @@ def predict(
         print(_description.describe(opened, settings, len(pixels), 1))
         return
     shows = sys.stdout.isatty()
-    found = iter(evaluation.classify(opened, pixels, names, top, shows))
-    for image, pixels in zip(images, read, strict=True):
-        if not isinstance(pixels, OSError):
-            line = "  ".join(f"{name} {p:.3f}" for name, p in next(found))
-            print(f"{image}: {line}")
+    found = evaluation.classify(opened, pixels, names, top, shows)
+    for (image, _), predictions in zip(good, found, strict=True):
+        line = "  ".join(f"{name} {p:.3f}" for name, p in predictions)
+        print(f"{image}: {line}")
     if bad:
         raise OSError(" ".join(bad))
 
@@ -156,11 +155,12 @@ def predict(
 def _read(path, size, test_crop, turned):
     """The pixels of an image, or the error that says why there are none."""
     try:
-        return data.read_images(path, size, test_crop, exif_orientation=turned)[
-            0
-        ]
+        (image,) = data.read_images(
+            path, size, test_crop, exif_orientation=turned
+        )
     except OSError as error:
         return error
+    return image
 
 
 def evaluate(

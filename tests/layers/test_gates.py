@@ -215,7 +215,9 @@ def test_gradients_of_the_router_in_bfloat16_are_near_those_in_float32(name):
         # Together: a scalar, such as a scale, is what cancelling terms leave.
         gradients.append(np.concatenate([np.ravel(x) for x in found.values()]))
     exact, mixed = gradients
-    assert np.linalg.norm(mixed - exact) < 0.03 * np.linalg.norm(exact)
+    # Slots mix tokens in bfloat16: 2.1% on some processors under TensorFlow.
+    tolerance = 0.03 if name == "soft" else 0.02
+    assert np.linalg.norm(mixed - exact) < tolerance * np.linalg.norm(exact)
 
 
 # Words.
