@@ -106,7 +106,16 @@ def routed(model, folder):
 
 
 WAYS = [reloaded, cloned, configured, routed]
-each_model = pytest.mark.parametrize("make", [vit, convnext, functional])
+each_model = pytest.mark.parametrize(
+    "make",
+    [
+        vit,
+        pytest.param(convnext, marks=pytest.mark.backends("torch")),
+        pytest.param(
+            functional, marks=pytest.mark.backends("tensorflow", "torch")
+        ),
+    ],
+)
 
 
 @each_model
