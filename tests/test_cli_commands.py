@@ -119,6 +119,21 @@ def test_a_stopped_run_says_how_to_resume(tmp_path, number, status):
     assert not list(run_dir.glob(".partial*"))
 
 
+def test_a_stop_that_a_library_turns_into_its_own_error(monkeypatch):
+    """As TensorFlow's C++ does where a signal comes while it reads images."""
+
+    def presets():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("not ok") from error
+
+    monkeypatch.setattr(models, "presets", presets)
+    done = run("presets")
+    assert done.returncode == 143
+    assert done.stderr == "\nkeras-vmoe: stopped\n"
+
+
 def test_the_dial(trained):
     """By flags, as `models.set_routing` in Python."""
     dropped = []

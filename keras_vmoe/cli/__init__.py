@@ -59,9 +59,15 @@ def main(arguments=None):
             stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     status, settings = 1, {}
-    previous = None
+    stops, previous = [], {}
+
+    def stop(number, frame):
+        stops.append(number)
+        raise KeyboardInterrupt
+
     if threading.current_thread() is threading.main_thread():
-        previous = signal.signal(signal.SIGTERM, _terminate)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, stop)
     try:
         require("jsonargparse", "cli")
         from keras_vmoe.cli.parser import parse
@@ -71,28 +77,24 @@ def main(arguments=None):
             restart(backend, arguments)
         COMMANDS[name](**settings)
         status = 0
-    except USER_ERRORS as error:
-        print(f"keras-vmoe: error: {error}", file=sys.stderr)
-    except KeyboardInterrupt as stop:
-        status = 143 if isinstance(stop, Terminated) else 130
-        words = _how_to_resume(settings.get("config"))
-        print(f"\nkeras-vmoe: stopped{words}", file=sys.stderr)
+    except BaseException as error:
+        # Libraries in C++ turn a KeyboardInterrupt into errors of their own.
+        if stops:
+            status = 128 + stops[0]
+            words = _how_to_resume(settings.get("config"))
+            print(f"\nkeras-vmoe: stopped{words}", file=sys.stderr)
+        elif isinstance(error, USER_ERRORS):
+            print(f"keras-vmoe: error: {error}", file=sys.stderr)
+        else:
+            raise
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         if _processes.num_processes() > 1:
             if sys.exc_info()[1] is not None:
                 traceback.print_exc()
             _processes.leave(status)
     return status
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
-
-
-def _terminate(number, frame):
-    raise Terminated
 
 
 def _how_to_resume(config):
