@@ -104,6 +104,7 @@ def test_hidden_folders_and_files_that_are_no_images(tmp_path):
         *("__pycache__/1.pyc", "@eaDir/1.png", "lost+found/1.png", "notes.txt"),
         *("../__MACOSX/train/1.png", "../$RECYCLE.BIN/a/1.png", "dog/notes"),
         *("beside.png", "dog/notes.txt", "empty/.keep", "../test/dog/@eaDir/1"),
+        "../test/notes.txt",
     ):
         (tmp_path / "train" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "train" / path).write_text("none")
@@ -139,9 +140,11 @@ def test_a_folder_inside_a_class_makes_no_splits(tmp_path):
         path = tmp_path / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         PIL.Image.new("RGB", (4, 4)).save(path)
+    (tmp_path / "fox").mkdir()
     with pytest.warns(UserWarning, match="1 folders in classes"):
         info = data.info("image_folder", tmp_path)
-    assert info.class_names == ("cat", "dog") and info.splits == {"train": 2}
+    assert info.class_names == ("cat", "dog", "fox")
+    assert info.splits == {"train": 2}
 
 
 def test_a_file_that_holds_no_image_is_named(tmp_path):

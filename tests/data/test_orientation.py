@@ -81,9 +81,19 @@ def test_damaged_exif_is_harmless(kind):
     for place in (*range(start, start + 22), start + 30):
         damaged = content[:place] + b"\xff" + content[place + 1 :]
         for file in (damaged, content[:place]):
-            assert 1 <= orientation(file) <= 8
+            # Neither little nor big: none at all.
+            highest = 1 if place < start + 4 else 8
+            assert 1 <= orientation(file) <= highest
+    number = start + 8  # Of the entries: of the two, the first.
+    assert orientation(content[:number] + b"\0\1" + content[number + 2 :]) == 1
     for nothing in (b"", b"\xff\xd8\xff", b"RIFF", b"\x89PNG"):
         assert orientation(nothing) == 1
+
+
+def test_exif_behind_a_long_segment():
+    content = encoded("jpeg", 8)
+    longest = b"\xff\xe2\xff\xff" + bytes(2**16 - 3)
+    assert orientation(content[:2] + longest + content[2:]) == 8
 
 
 def test_webp_with_the_mark_of_a_jpeg():

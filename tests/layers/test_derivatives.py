@@ -17,22 +17,26 @@ ROUTERS = {
 
 
 def penalty_of(layer, x):
-    """The squared norm of the input's gradient, and its own by a kernel.
+    """The squared norm of a gradient, and its own by a kernel.
+
+    The gradient is that of the inputs and of the experts' other kernel.
 
     Returns:
         Function without arguments, which gives both for the layer's weights.
     """
-    kernel = layer.experts.output_kernel
+    kernel, other = layer.experts.hidden_kernel, layer.experts.output_kernel
     if BACKEND == "jax":
         import jax
 
-        index = [v is kernel for v in layer.trainable_variables].index(True)
+        ours = [id(v) for v in layer.trainable_variables]
+        index, second = ours.index(id(kernel)), ours.index(id(other))
 
         def penalty(values, others):
-            def total(x):
+            def total(x, values):
                 return (layer.stateless_call(values, others, x)[0] ** 2).sum()
 
-            return (jax.grad(total)(x) ** 2).sum()
+            by_x, by_values = jax.grad(total, (0, 1))(x, values)
+            return (by_x**2).sum() + (by_values[second] ** 2).sum()
 
         compiled = jax.jit(jax.value_and_grad(penalty))
 
@@ -52,7 +56,9 @@ def penalty_of(layer, x):
             with tf.GradientTape() as inner:
                 inner.watch(inputs)
                 total = tf.reduce_sum(layer(inputs) ** 2)
-            value = tf.reduce_sum(inner.gradient(total, inputs) ** 2)
+            found = inner.gradient(total, (inputs, other.value))
+            found = map(tf.convert_to_tensor, found)
+            value = sum(tf.reduce_sum(each**2) for each in found)
         gradient = outer.gradient(value, kernel.value)
         return float(value), tf.convert_to_tensor(gradient).numpy()
 
@@ -61,8 +67,10 @@ def penalty_of(layer, x):
 
         inputs = torch.tensor(x, requires_grad=True)
         total = (layer(inputs) ** 2).sum()
-        (inner,) = torch.autograd.grad(total, inputs, create_graph=True)
-        value = (inner**2).sum()
+        found = torch.autograd.grad(
+            total, (inputs, other.value), create_graph=True
+        )
+        value = sum((each**2).sum() for each in found)
         (gradient,) = torch.autograd.grad(value, kernel.value)
         return float(value.detach()), gradient.numpy()
 
@@ -77,7 +85,7 @@ def test_second_derivatives(name):
     layer.build(x.shape)
     penalty = penalty_of(layer, x)
     _, found = penalty()
-    kernel = layer.experts.output_kernel
+    kernel = layer.experts.hidden_kernel
     start = ops.convert_to_numpy(kernel).copy()
     direction = generator.normal(size=start.shape).astype("float32")
     direction /= np.linalg.norm(direction)

@@ -118,6 +118,8 @@ def test_a_layer_that_is_made_frozen(router, tmp_path):
     router = layers.TopKRouter(2)
     layer = layers.MoEMLP(2, 8, router, trainable=False)
     router.trainable = True
+    new = layers.MoEMLP.from_config(layer.get_config())  # Not built.
+    assert new.router.trainable and not new.experts.trainable
     model = keras.Model(inputs, layer(inputs))
     for each in (model, reloaded(model, tmp_path), routed(model, tmp_path)):
         assert len(each.trainable_weights) == 1
@@ -136,6 +138,8 @@ def test_parts_inside_of_layers_of_a_functional_model(tmp_path):
     attention.attention.trainable = False
     for each in (model, reloaded(model, tmp_path), cloned(model, tmp_path)):
         assert len(each.trainable_weights) == before - 12
+    each.get_layer(mlp.name).hidden_dense.trainable = True
+    assert len(cloned(each, tmp_path).trainable_weights) == before - 10
 
 
 def test_parts_inside_of_a_dense_layer(tmp_path):

@@ -232,6 +232,9 @@ def test_errors():
     dense.quantize("int8")
     with pytest.raises(ValueError, match="floating point. Received.*'int8'"):
         models.upcycle(dense, {"num_experts": 2})
+    gate = keras.layers.Dense(2, dtype="gptq/4/128_from_float32")
+    with pytest.raises(ValueError, match="saved quantized to .*to 'gptq'"):
+        layers.TopKRouter(2, gate=gate).get_config()
     layer = layers.MLP(4)
     layer.build((None, 4))
     layer.hidden_dense.dtype_policy = keras.dtype_policies.get(

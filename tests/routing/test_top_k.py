@@ -87,6 +87,12 @@ def test_renormalised_weights(num_selected_experts, dropless):
         plan = dropless_plan(tensor, num_selected_experts, **arguments).sparse
     else:
         plan = top_k_plan(tensor, num_selected_experts, 4, True, **arguments)
+        # Served in the order of the gates themselves.
+        arguments["renormalize"] = False
+        plain = top_k_plan(tensor, num_selected_experts, 4, True, **arguments)
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(plan.slot), ops.convert_to_numpy(plain.slot)
+        )
     weight = ops.convert_to_numpy(plan.weight).reshape(2, 9, -1)
     best = -np.sort(-gates, axis=-1)[..., :num_selected_experts]
     expected = best / best.sum(axis=-1, keepdims=True) * mask[..., None]
