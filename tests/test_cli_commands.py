@@ -129,8 +129,10 @@ def test_a_stop_that_a_library_turns_into_its_own_error(monkeypatch):
             raise RuntimeError("not ok") from error
 
     monkeypatch.setattr(models, "presets", presets)
+    handler = signal.getsignal(signal.SIGTERM)
     done = run("presets")
     assert done.returncode == 143
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert done.stderr == "\nkeras-vmoe: stopped\n"
 
 

@@ -317,6 +317,8 @@ def test_keras_files_of_another_resolution(tmp_path):
     source = randomize(tiny(num_layers=2, moe=None, image_size=(8, 16)))
     model = randomize(tiny(num_layers=2, moe=None, image_size=(12, 16)), seed=1)
     source.save(path)
+    source.compile("adam", "mse")  # No model's business but its own.
+    source.optimizer.build(source.trainable_variables)
     source.save_weights(weights)
     for file in (path, weights):
         with pytest.raises(ValueError, match="checkpoints.load.model") as error:
@@ -327,10 +329,15 @@ def test_keras_files_of_another_resolution(tmp_path):
     before = arrays_of(model)
     with pytest.raises(ValueError, match="`grid`.* must be given.*Received"):
         checkpoints.load(model, weights)
-    other = tiny(num_layers=1, moe=None, image_size=(8, 16))
-    with pytest.raises(ValueError, match="must hold the weights") as error:
-        checkpoints.load(other, weights, grid=(2, 4))
-    assert len(str(error.value)) < 600
+    for changes in ({"num_layers": 1}, {"num_layers": 3}, {"mlp_dim": 8}):
+        sizes = {"num_layers": 2, "image_size": (8, 16), **changes}
+        other = tiny(moe=None, **sizes)
+        own = other.get_weights()
+        with pytest.raises(ValueError, match="must hold the weights") as error:
+            checkpoints.load(other, weights, grid=(2, 4))
+        assert len(str(error.value)) < 600
+        for array, value in zip(other.get_weights(), own, strict=True):
+            np.testing.assert_array_equal(array, value)
     for name, array in arrays_of(model).items():
         np.testing.assert_array_equal(array, before[name])
     checkpoints.load_vmoe(model, arrays_of(source), grid=(2, 4))
@@ -344,6 +351,7 @@ def test_keras_files_of_another_resolution(tmp_path):
     with pytest.warns(UserWarning, match="has 10 classes.*stays as it is"):
         checkpoints.load(classes, path)
     np.testing.assert_array_equal(arrays_of(classes)["head/kernel"], head)
+    checkpoints.load(tiny(num_layers=2, moe=None, num_classes=None), path)
 
 
 @pytest.mark.filterwarnings("ignore:Skipping nested container")

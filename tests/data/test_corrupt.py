@@ -1,5 +1,6 @@
 """Images and files that are corrupt: named, counted, skipped if asked to."""
 
+import pathlib
 import shutil
 import warnings
 
@@ -10,6 +11,7 @@ import tensorflow as tf
 
 from keras_vmoe import data
 from keras_vmoe.data import _corruption
+from keras_vmoe.data.folders import ImageFolder
 
 BAD = 5  # Number of the image that is no JPEG.
 BROKEN = 16  # Number of the record with a flipped bit.
@@ -70,6 +72,7 @@ def test_slices_and_order_of_a_folder(folder):
     assert np.bincount(labels[:-2]).tolist() == [4, 4]
     np.testing.assert_array_equal(labels[-2:], [0, 1])
     kwargs = {"skip_corrupt": True, "seed": 3, "batch": 2}
+    kwargs["shuffle_buffer"] = 1  # The folder shuffles all of it.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         first, again, other = (
@@ -96,6 +99,9 @@ def test_a_slice_has_its_share_of_each_class(tmp_path):
         ]
         assert [x.tolist() for x in counts] == [[4, 3, 1], [4, 4, 1]]
         assert data.info("image_folder", folder).splits == {"train": 17}
+    paths = map(pathlib.Path, ImageFolder(folder).files("train")[0])
+    first = [f"{x.parent.name}{x.stem}" for x in paths][:6]
+    assert first == ["cat1", "dog5", "cat2", "dog0", "fox0", "cat4"]
 
 
 def test_hidden_folders_and_files_that_are_no_images(tmp_path):

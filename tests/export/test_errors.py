@@ -252,6 +252,26 @@ def test_what_fails_leaves_nothing(tmp_path):
         with creating(tmp_path / "1"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert "No space left" in str(caught.value)
+    with pytest.raises(KeyError), creating(tmp_path / "new" / "1"):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_links_and_with_what_a_kill_left(tmp_path, monkeypatch):
+    def link(source, path):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", link)
+    old, new, other = (
+        tmp_path / f"{_files.PARTIAL}{name}" for name in ("1.a", "1.b", "2.a")
+    )
+    for left in (old, new, other):
+        left.mkdir()
+    for left in (old, other):
+        os.utime(left, (0, 0))
+    with creating(tmp_path / "1") as path:
+        path.write_text("whole")
+    assert {*tmp_path.iterdir()} == {tmp_path / "1", new, other}
 
 
 def test_a_folder_of_somebody_else(model, tmp_path, monkeypatch):

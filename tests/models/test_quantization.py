@@ -12,6 +12,7 @@ from keras_vmoe import models
 from keras_vmoe._keras import all_layers
 from keras_vmoe.layers.attention import SelfAttention
 from keras_vmoe.layers.pooling import AttentionPooling
+from keras_vmoe.layers.weights import part_of
 from keras_vmoe.models.base import MoEModel
 from tests.layers.definitions import float64
 from tests.models.definitions import images_of
@@ -206,8 +207,14 @@ def test_other_modes_and_quantizers(tmp_path):
     )
     model = randomized(vit())
     only = ["head", "experts"]  # Its axis does not fit attention.
+    bank = moe_of(model).experts
+    right, bias = float64(bank.hidden_kernel), float64(bank.hidden_bias)
     model.quantize(config=config, filters=only)
-    kernel = float64(moe_of(model).experts.hidden_kernel)
+    kernel = float64(bank.hidden_kernel)
+    scale = float64(bank.hidden_kernel_scale)[:, None]
+    assert (np.abs(kernel - right * scale) < 0.501).all()
+    np.testing.assert_array_equal(float64(bank.hidden_bias), bias)
+    assert part_of(bank.hidden_kernel) == "expert"
     np.testing.assert_array_equal(np.abs(kernel).max((0, 1)), 100)
     other = reloaded(model, tmp_path)
     np.testing.assert_allclose(logits(other), logits(model), atol=1e-6)
@@ -228,6 +235,9 @@ def test_errors():
     bank.build((None, 2, None, 4))
     with pytest.raises(NotImplementedError, match="'int8' only. Rec.*'int4'"):
         bank.quantize("int4")
+    bank.__class__ = type("OwnBank", (layers.MLPExperts,), {})
+    with pytest.raises(NotImplementedError, match="Only .* Received: a OwnB"):
+        bank.quantize("int8")
     dense = tiny(moe=None)
     dense.quantize("int8")
     with pytest.raises(ValueError, match="floating point. Received.*'int8'"):

@@ -113,6 +113,7 @@ def test_pixels_are_warned_about_once(kind):
     dataset = tf.data.Dataset.from_tensors((pixels, labels))
     floats = dataset.map(lambda x, y: (tf.cast(x, tf.float32), y))
     model.fit(floats, shuffle=False, verbose=0)  # Not read for a warning.
+    model._check_pixels(np.zeros((0, 8, 8, 3), "float32"))
 
     def see():
         if kind == "validation":
@@ -121,7 +122,7 @@ def test_pixels_are_warned_about_once(kind):
         elif kind == "dataset":
             model.fit(dataset, shuffle=False, verbose=0)
         else:
-            images = pixels if kind == "bytes" else pixels.astype("float32")
+            images = pixels if kind == "bytes" else -pixels.astype("float32")
             model.predict(images, verbose=0)
 
     received = "values up to 255" if kind == "floats" else "images of .*uint8"

@@ -121,6 +121,7 @@ def test_gradients_reach_all_experts(kind):
     images = generator.normal(size=(24, size, size, 3)).astype("float32")
     moe = {"layers": [3], "num_experts": 8, "num_selected_experts": 2}
     sparse = models.upcycle(model, moe, preserve_outputs=True)
+    assert sparse.moe.capacity_factor == "dropless"
     experts = sparse.get_layer("block_3_moe").experts
     before = float64(experts.output_kernel)
     sparse.compile(keras.optimizers.SGD(1.0), "mse")
@@ -169,6 +170,7 @@ def test_experts_become_more_experts():
     twice = {"num_experts": 8, "num_selected_experts": 4}
     more = models.upcycle(model, twice)
     assert [x.num_experts for x in more.moe_layers] == [8, 8]
+    assert more.moe.capacity_factor == "dropless"
     np.testing.assert_allclose(
         predict(more, images), predict(model, images), rtol=1e-4, atol=1e-5
     )

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import types
 
 import keras
 import numpy as np
@@ -136,6 +137,29 @@ def test_corrupt_images_are_named_or_left_out(config, folder, capsys):
     assert reads.validation_split == reads.test_split == "train[12:]"
     _, labels = ImageFolder(reads.data_dir).files("train[12:]")
     assert sorted(labels) == [0, 0, 1, 1]
+
+
+@once
+def test_a_share_of_the_training_split(config):
+    """Rounded, at least one image; tests on it only where there are none."""
+
+    def cut(size, share, splits=(), **changes):
+        names = {"validation_split": "validation", "test_split": "test"}
+        changes = {**names, "train_split": "train", **changes}
+        info = types.SimpleNamespace(splits={"train": size, **dict(splits)})
+        other = changed(config, validation_share=share, **changes)
+        reads = batches.with_splits(other, info).data
+        assert reads.validation_share is None
+        return reads.train_split, reads.validation_split, reads.test_split
+
+    held = "train[13:]"
+    assert cut(15, 0.12) == ("train[:13]", held, held)
+    assert cut(14, 0.01) == ("train[:13]", held, held)
+    assert cut(15, 0.12, {"test": 9}) == ("train[:13]", held, "test")
+    kept = cut(15, 0.12, test_split="train[:5]")
+    assert kept == ("train[:13]", held, "train[:5]")
+    with pytest.raises(ValueError, match="validation_split='train.:5.'"):
+        cut(15, 0.12, validation_split="train[:5]")
 
 
 @pytest.mark.backends("torch")

@@ -118,6 +118,11 @@ def test_a_preset(config):
     made = building.make_model(other, 10)
     assert made.drop_path_rate == 0.1 and made.output_shape == (None, 10)
     assert other.image_size == 32 and large.image_size == 224
+    assert resolved(large).convnext.patch_size == 16
+    vit = resolved(changed(config, **{**PRESET, "preset": "vit_s16"})).model
+    sizes = ("patch_size", "hidden_dim", "num_layers", "num_heads", "mlp_dim")
+    found = [getattr(vit, name) for name in sizes]
+    assert found == [16, 384, 12, 6, 1536] and vit.pooling == "token"
 
 
 @once
@@ -142,6 +147,7 @@ def test_settings_over_a_preset(config, moe, found):
     assert made.convnext.depths == (1, 1, 3, 1)
     assert made.convnext.dims == (96, 192, 384, 768)
     assert made.convnext.layer_scale_init_value == 1e-6
+    assert made.convnext.patch_size == 4
     assert resolved(made) == made
 
 
@@ -268,8 +274,13 @@ def test_the_architecture_is_that_of_the_file(result, config, tmp_path):
     for mine, its in zip(model.weights, result.model.weights, strict=True):
         if "seed" not in mine.path:
             np.testing.assert_array_equal(mine, its)
+    # The same block by another name, and what no weight depends on.
+    moe = MoESettings(layers=[0], noise_std=0.0)
+    other = resolved(changed(bare, moe=moe, dropout=0.1))
+    assert other.moe.noise_std == 0 and other.model.dropout == 0.1
     for changes, words in (
         ({"hidden_dim": 32}, "hidden_dim=32 for 16. Leave them out"),
+        ({"preset": "vit_s16"}, "hidden_dim=384 for 16"),
         ({"convnext": training.ConvNeXtConfig(dims=(3,))}, "dims=.* for None"),
         ({"moe": MoESettings(num_experts=8)}, "num_experts=8 for 4.*--upcycle"),
         ({"moe": None}, "moe.num_experts=None for 4"),
