@@ -342,10 +342,11 @@ def test_keras_files_of_another_resolution(tmp_path):
         np.testing.assert_array_equal(array, before[name])
     checkpoints.load_vmoe(model, arrays_of(source), grid=(2, 4))
     expected = arrays_of(model)
-    randomize(model, seed=2)
-    checkpoints.load(model, path)
-    for name, array in arrays_of(model).items():
-        np.testing.assert_array_equal(array, expected[name])
+    for file, grid in ((path, None), (weights, (2, 4))):
+        randomize(model, seed=2)
+        checkpoints.load(model, file, grid=grid)
+        for name, array in arrays_of(model).items():
+            np.testing.assert_array_equal(array, expected[name])
     classes = randomize(tiny(num_layers=2, moe=None, num_classes=3))
     head = arrays_of(classes)["head/kernel"]
     with pytest.warns(UserWarning, match="has 10 classes.*stays as it is"):
