@@ -8,6 +8,7 @@ be taken as a feature.
 import keras
 
 from keras_vmoe.layers.attention import SelfAttention
+from keras_vmoe.layers.normalization import LayerNormalization
 from keras_vmoe.layers.stochastic import DropPath
 from keras_vmoe.layers.stochastic import LayerScale
 from keras_vmoe.layers.stochastic import SeededDropout
@@ -43,12 +44,12 @@ def encoder_block(x, mlp, num_heads, name, dropout=0.0, **branches):
         2 and 3.
     """
     dtype, attention = mlp.dtype_policy.name, f"{name}_attention"
-    y = layer_norm(f"{attention}_norm", dtype)(x)
+    y = LayerNormalization(dtype=dtype, name=f"{attention}_norm")(x)
     y = SelfAttention(num_heads, dtype=dtype, name=attention)(y)
     if dropout:
         y = SeededDropout(dropout, dtype=dtype, name=f"{attention}_dropout")(y)
     x = residual(x, y, attention, dtype, **branches)
-    y = mlp(layer_norm(f"{name}_mlp_norm", dtype)(x))
+    y = mlp(LayerNormalization(dtype=dtype, name=f"{name}_mlp_norm")(x))
     return residual(x, y, f"{name}_mlp", dtype, **branches)
 
 
@@ -86,7 +87,7 @@ def convnext_block(x, mlp, name, **branch):
         dtype=dtype,
         name=f"{name}_conv",
     )(x)
-    y = mlp(layer_norm(f"{name}_norm", dtype)(y))
+    y = mlp(LayerNormalization(dtype=dtype, name=f"{name}_norm")(y))
     return residual(x, y, name, dtype, **branch)
 
 
@@ -114,11 +115,6 @@ def residual(
     if drop_path_rate:
         y = DropPath(drop_path_rate, dtype=dtype, name=f"{name}_drop")(y)
     return keras.layers.Add(dtype=dtype, name=f"{name}_add")([x, y])
-
-
-def layer_norm(name, dtype):
-    """The norm of both families, over the features of each token."""
-    return keras.layers.LayerNormalization(epsilon=1e-6, dtype=dtype, name=name)
 
 
 def convnext_initializer():

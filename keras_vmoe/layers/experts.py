@@ -118,14 +118,14 @@ class MLPExperts(TwoLayers):
 
     def quantize(self, mode=None, type_check=True, config=None):
         check_mode(mode)
+        if hasattr(self, "hidden_kernel_scale"):
+            return  # The policy, set below, asks for it.
         if type_check and type(self) is not MLPExperts:
             raise NotImplementedError(
                 "Only `MLPExperts` itself is quantized. Received: a "
                 f"{type(self).__name__}. Pass type_check=False to its "
                 "`quantize` if it uses its kernels as this class does."
             )
-        if hasattr(self, "hidden_kernel_scale"):
-            return  # The policy, set below, asks for it.
         for name in ("hidden", "output"):
             kernel = getattr(self, f"{name}_kernel")
             values = quantized(kernel, config and config.weight_quantizer)

@@ -4,9 +4,9 @@ import keras
 from keras import ops
 
 from keras_vmoe._checks import plain
-from keras_vmoe.layers._blocks import layer_norm
 from keras_vmoe.layers.attention import MultiHeadAttention
 from keras_vmoe.layers.mlp import MLP
+from keras_vmoe.layers.normalization import LayerNormalization
 from keras_vmoe.layers.parts import KeepsParts
 
 
@@ -70,7 +70,7 @@ class AttentionPooling(KeepsParts, keras.layers.Layer):
         self.num_heads = plain(num_heads)
         self.hidden_dim = plain(hidden_dim)
         self.activation = activation
-        self.norm = layer_norm("norm", self.dtype_policy)
+        self.norm = LayerNormalization(dtype=self.dtype_policy, name="norm")
         self.mlp = MLP(
             hidden_dim, activation, dtype=self.dtype_policy, name="mlp"
         )

@@ -8,6 +8,7 @@ import keras
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
 from keras_vmoe.layers import _blocks
+from keras_vmoe.layers.normalization import LayerNormalization
 from keras_vmoe.layers.patches import patch_conv
 from keras_vmoe.models import base
 from keras_vmoe.models.placement import stage_blocks
@@ -121,12 +122,12 @@ class ConvNeXtMoE(base.MoEModel):
         images = base.image_input(settings)
         x = _convolution(stages[0][1], patch_size, "stem", settings)(images)
         if not isotropic:
-            x = _blocks.layer_norm("stem_norm", settings.dtype)(x)
+            x = LayerNormalization(dtype=settings.dtype, name="stem_norm")(x)
         x = _stack(x, stages, settings)
         x = keras.layers.GlobalAveragePooling2D(
             data_format="channels_last", dtype=settings.dtype, name="pooling"
         )(x)
-        x = _blocks.layer_norm("norm", settings.dtype)(x)
+        x = LayerNormalization(dtype=settings.dtype, name="norm")(x)
         x = base.classifier(x, settings, _blocks.convnext_initializer())
         super().__init__(images, x, vars(settings))
 
@@ -145,7 +146,7 @@ def _stack(x, stages, settings):
     for i, (mlp, branch) in enumerate(blocks):
         if i and i in starts:
             name = f"downsample_{starts.index(i)}"
-            x = _blocks.layer_norm(f"{name}_norm", settings.dtype)(x)
+            x = LayerNormalization(dtype=settings.dtype, name=f"{name}_norm")(x)
             x = _convolution(dims[i], 2, name, settings)(x)
         x = _blocks.convnext_block(x, mlp, f"block_{i}", **branch)
     return x

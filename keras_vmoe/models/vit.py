@@ -11,6 +11,7 @@ from keras_vmoe.layers import _blocks
 from keras_vmoe.layers import patches
 from keras_vmoe.layers import pooling as poolings
 from keras_vmoe.layers import positions
+from keras_vmoe.layers.normalization import LayerNormalization
 from keras_vmoe.layers.stochastic import SeededDropout
 from keras_vmoe.models import base
 from keras_vmoe.models.placement import moe_blocks
@@ -183,7 +184,7 @@ def _encoder(x, settings):
         x = _blocks.encoder_block(
             x, mlp, heads, f"block_{i}", dropout, **branches
         )
-    return _blocks.layer_norm("norm", settings.dtype)(x)
+    return LayerNormalization(dtype=settings.dtype, name="norm")(x)
 
 
 def _pooling(settings):

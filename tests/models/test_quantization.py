@@ -253,6 +253,28 @@ def test_errors():
     assert layer.get_config()["parts"]["hidden"]["quantized"]
 
 
+class OwnBank(layers.MLPExperts):
+    """As its base, which Keras cannot know."""
+
+
+class OwnLayer(layers.MoEMLP):
+    def __init__(self, experts=None, **kwargs):
+        super().__init__(experts=OwnBank(2, 4, name="experts"), **kwargs)
+
+    def get_config(self):
+        return {**super().get_config(), "experts": None}
+
+
+@pytest.mark.backends("torch")
+def test_a_bank_of_another_class():
+    layer = OwnLayer(num_experts=2)
+    layer.build((None, 3, 4))
+    layer.experts.quantize("int8", type_check=False)
+    new = OwnLayer.from_config(layer.get_config())
+    new.build((None, 3, 4))
+    assert new.experts.quantization_mode == "int8"
+
+
 @pytest.mark.backends("torch")
 def test_a_mixed_policy(tmp_path):
     keras.config.set_dtype_policy("mixed_bfloat16")

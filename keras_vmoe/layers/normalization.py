@@ -1,0 +1,64 @@
+"""The norm of both families."""
+
+import functools
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class LayerNormalization(keras.layers.LayerNormalization):
+    """Keras's layer over the features, with a derivative of its own on JAX.
+
+    XLA's CPU compiler fuses the gradient that JAX finds with those of all
+    blocks above and computes them again in every block, so that a step takes
+    longer by the square of the depth. See docs/layer_normalization.md.
+
+    Args:
+        epsilon: Added to the variance.
+        **kwargs: As of `keras.layers.LayerNormalization`, but for the axis,
+            which is the last one.
+
+    Reference:
+        [Ba et al., 2016](https://arxiv.org/abs/1607.06450).
+    """
+
+    def __init__(self, epsilon=1e-6, **kwargs):
+        super().__init__(epsilon=epsilon, **kwargs)
+
+    def call(self, inputs):
+        if keras.backend.backend() != "jax":
+            return super().call(inputs)
+        dtype = keras.backend.result_type(inputs.dtype, "float32")
+        x = _normalize()(ops.cast(inputs, dtype), self.epsilon)
+        if self.scale:
+            x = x * ops.cast(self.gamma, dtype)
+        if self.center:
+            x = x + ops.cast(self.beta, dtype)
+        return ops.cast(x, self.compute_dtype)
+
+
+@functools.cache
+def _normalize():
+    import jax
+
+    def standardize(x, epsilon):
+        x = x - ops.mean(x, axis=-1, keepdims=True)
+        variance = ops.mean(ops.square(x), axis=-1, keepdims=True)
+        rstd = ops.rsqrt(variance + epsilon)
+        return x * rstd, rstd
+
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+    def normalize(x, epsilon):
+        return standardize(x, epsilon)[0]
+
+    @normalize.defjvp
+    def derivative(epsilon, primals, tangents):
+        # Symmetric, so that reverse mode, its transpose, is the same formula.
+        # Scaled first: scaled last, XLA fuses the transpose across blocks.
+        y, rstd = standardize(*primals, epsilon)
+        t = rstd * tangents[0]
+        along = y * ops.mean(y * t, axis=-1, keepdims=True)
+        return y, t - ops.mean(t, axis=-1, keepdims=True) - along
+
+    return normalize
