@@ -25,7 +25,7 @@ EXTRAS = {
     "model-garden": ["tf-models-official>=2.20,<2.21"],
     "checkpoints": ["msgpack>=1.1,<2", "orbax-checkpoint>=0.12,<0.13"],
     "plots": ["matplotlib>=3.9,<4"],
-    "cli": ["jsonargparse[signatures]>=4.40,<5"],
+    "cli": ["docstring_parser>=0.16,<1", "PyYAML>=6,<7"],
     "serving": [TENSORFLOW, "tensorflow-serving-api>=2.20,<2.21"],
     "onnx": [TENSORFLOW, "tf2onnx>=1.17,<1.18", "onnxruntime>=1.23,<2"],
     "litert": [TENSORFLOW, "ai-edge-litert>=2.1,<3"],

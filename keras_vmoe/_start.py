@@ -18,7 +18,7 @@ if backend not in (*BACKENDS, "numpy"):  # Enough for `data`.
     message = (
         f"KERAS_BACKEND must be one of {', '.join(BACKENDS)}. "
         f"Received: KERAS_BACKEND={backend}."
-        f"{nearest(backend.lower(), BACKENDS)}"
+        f"{nearest(backend, BACKENDS)}"
     )
     if IS_COMMAND:
         sys.exit(f"keras-vmoe: error: {message}")

@@ -32,7 +32,7 @@ def test_train_ends_with_the_test_accuracy(trained):
     assert re.fullmatch(r"test accuracy: [01]\.\d{4}", last)
     curves = f"curves and load of every expert: {run_dir / 'curves.png'}"
     assert curves in output
-    assert "model: ViT of 1 blocks, 16 features, 4 experts in every_1" in output
+    assert "model: ViT of 1 block, 16 features, 4 experts in every_1" in output
     assert "data: digits, train[:128], in 2 epochs" in output
     assert "Ctrl-C stops the run; the same command resumes it" in output
     assert "max_expert_load" in output
@@ -74,8 +74,8 @@ def test_predict_prints_classes_with_probabilities(trained, tmp_path):
         (["train", "--epochs=many"], "epochs"),
         (["train", "--epohs=3"], "Did you mean '--epochs'?"),
         (["train", "--optimizer.help"], "run: keras-vmoe train --help\n"),
-        (["train", "--moe.num_expert=4"], "Did you mean 'num_experts'?"),
-        (["train", "--moe.num_experts=x"], "`moe.num_experts` must be INT"),
+        (["train", "--moe.num_expert=4"], "mean '--moe.num_experts'?"),
+        (["train", "--moe.num_experts=x"], "num_experts: must be INT"),
         (["train", "--model.pooling=mean"], "pooling"),
         (["train", "--run_dir=x", "--dataset=digitz"], "name='digitz'"),
         (["train", "--run_dir=x", "--epochs=0"], "epochs=0"),
@@ -88,8 +88,13 @@ def test_predict_prints_classes_with_probabilities(trained, tmp_path):
         (["train", "--config=none.yaml"], "none.yaml"),
         (["predict", "none.keras", "a.png"], "must exist. Received: path="),
         (["train", "--optimizer.schedule=steps"], "schedule"),
+        (["train", "--backend=pytorch"], "pytorch. Did you mean 'torch'?"),
+        (["train", "--split=val"], "--split=val. Did you mean '--test_split'"),
+        (["export", "a", "b", "--overwrite"], "arguments: --overwrite.\n"),
         (["predict"], "model"),
-        ([], "subcommand"),
+        (["predict", "a"], "predict model images [options]\n"),
+        (["trian"], "Received: trian. Did you mean 'train'?"),
+        ([], "required: COMMAND"),
     ],
 )
 def test_bad_command_lines(arguments, words, tmp_path, monkeypatch):
@@ -98,6 +103,7 @@ def test_bad_command_lines(arguments, words, tmp_path, monkeypatch):
     assert done.returncode != 0
     assert words in done.stderr
     assert len(done.stderr) < 800  # A message, not a wall of usage.
+    assert not done.stdout  # What is refused is not announced.
     assert not list(tmp_path.iterdir())
 
 

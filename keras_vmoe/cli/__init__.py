@@ -69,7 +69,7 @@ def main(arguments=None):
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.signal(number, stop)
     try:
-        require("jsonargparse", "cli")
+        require("docstring_parser", "cli")
         from keras_vmoe.cli.parser import parse
 
         name, settings, backend = parse(COMMANDS, arguments)

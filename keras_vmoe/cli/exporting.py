@@ -5,13 +5,13 @@ import pathlib
 from typing import Literal
 
 from keras_vmoe import export
-from keras_vmoe._extras import require
 from keras_vmoe.cli.opening import numbers
 from keras_vmoe.cli.opening import open_model
 from keras_vmoe.cli.opening import run_dir_of
 from keras_vmoe.cli.opening import setting_of_run
 from keras_vmoe.data.preprocessing import MAX_PIXELS
 from keras_vmoe.export.settings import MAX_BATCH_SIZE
+from keras_vmoe.training import recipes
 
 # Settings of a run.
 TEST_CROP, OF_CARD = "data.test_crop", ("model.preset", "data.dataset")
@@ -151,10 +151,9 @@ def _signature(text):
             "setting once. "
             f"Received: --signatures {text}. Write for example {EXAMPLE}."
         )
-    yaml = require("yaml", "cli")
     try:
-        return name, {key: yaml.safe_load(value) for key, _, value in pairs}
-    except yaml.YAMLError as error:
+        return name, {x: recipes.parse_yaml(value) for x, _, value in pairs}
+    except ValueError as error:
         raise ValueError(
             "The values of a signature must be numbers, words, true or false. "
             f"Received: --signatures {text}. Write for example {EXAMPLE}."

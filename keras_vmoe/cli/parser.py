@@ -2,32 +2,31 @@
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import re
 import textwrap
 import types
 import typing
+from typing import Any
 from typing import Literal
 
 import docstring_parser
-import jsonargparse
 
 from keras_vmoe._checks import check_keys
 from keras_vmoe._checks import nearest
-from keras_vmoe.models import MoEConfig
 from keras_vmoe.training import ModelConfig
 from keras_vmoe.training import TrainConfig
 from keras_vmoe.training import recipes
+from keras_vmoe.training import typed
 from keras_vmoe.training.config import GROUPS
 from keras_vmoe.training.config import VIT_SIZES
-from keras_vmoe.training.typed import convert
-from keras_vmoe.training.typed import kinds_of
 from keras_vmoe.version import __version__
 
 BACKEND = Literal["jax", "tensorflow", "torch"] | None
 FILES = {
-    "--config": "YAML file of settings; flags override it.",
-    "--recipe": "Recipe to start from; see keras-vmoe --help.",
+    "config": "YAML file of settings; flags override it.",
+    "recipe": "Recipe to start from; see keras-vmoe --help.",
 }
 
 
@@ -36,125 +35,268 @@ def parse(commands, arguments):
 
     Args:
         commands: Dict from names to functions. Their parameters become flags,
-            with help from the docstring, or positional arguments if they have
-            no default; a `TrainConfig` stands for its attributes.
+            with help from the docstring, or positional arguments if they are
+            no keywords; a `TrainConfig` stands for its attributes.
         arguments: Command line without the program's name.
     """
+    name = _program(commands).parse_args(arguments[:1]).command
+    function = commands[name]
+    kinds = typing.get_type_hints(function)
+    parser = _command(name, function, kinds)
+    given = vars(parser.parse_intermixed_args(arguments[1:]))
+    files = [given.pop(x) for x in ("recipe", "config") if x in given]
+    if TrainConfig in kinds.values():
+        config = _config(files, given)
+        given = {x: y for x, y in given.items() if x in kinds}
+        given |= {x: config for x in kinds if kinds[x] is TrainConfig}
+        return name, given, config.backend
+    kinds["backend"] = BACKEND
+    for file in files:
+        settings = recipes.read_yaml(file)
+        check_keys(f"`{name}`", settings, kinds)
+        found = {x: _fit(kinds[x], y, x) for x, y in settings.items()}
+        given = {**found, **given}
+    needed = inspect.signature(function).parameters.values()
+    needed = [x.name for x in needed if x.default is x.empty]
+    missing = [x for x in needed if x not in given]
+    if missing:
+        words = ", ".join(missing)
+        parser.error(f"the following arguments are required: {words}")
+    backend = given.pop("backend", None)
+    return name, given, backend
+
+
+def _config(files, given):
+    """The `TrainConfig` of some files, overridden by what is given."""
+    settings, default = {}, dataclasses.asdict(TrainConfig())
+    for file in files:
+        settings = recipes.merge(settings, recipes.read(file))
+    for name, value in given.items():
+        if name.partition(".")[0] in default:
+            settings = _put(settings, name, value, default)
+    return typed.from_dict(TrainConfig, settings, "`keras-vmoe train`")
+
+
+def _put(settings, name, value, default):
+    """Settings with one more, by its dotted name.
+
+    What it is a part of starts at its default.
+    """
+    first, _, rest = name.partition(".")
+    if rest:
+        default = default[first] or {}
+        inner = settings.get(first, default) or {}
+        value = _put(inner, rest, value, default)
+    return {**settings, first: value}
+
+
+def _fit(kind, value, name):
+    """A value of a file as a parameter of this type."""
+    try:
+        return typed.fit(kind, value)
+    except TypeError:
+        raise ValueError(
+            f"`{name}` must be {_values(kind)}. Received: {name}={value!r}."
+        ) from None
+
+
+def _parsed(kind, text):
+    """A value of the command line, as one of this type."""
+    parts = _parts_of(kind)
+    if str in parts:
+        return None if text == "null" and types.NoneType in parts else text
+    try:
+        return typed.fit(kind, recipes.parse_yaml(text))
+    except (TypeError, ValueError):
+        words = [x for x in parts if isinstance(x, str)]
+        raise argparse.ArgumentTypeError(
+            f"must be {_values(kind)}. Received: {text}.{nearest(text, words)}"
+        ) from None
+
+
+class _Parser(argparse.ArgumentParser):
+    """Knows nothing of defaults, and hints at the nearest flag."""
+
+    def __init__(self, **options):
+        self.flags = []
+        super().__init__(
+            formatter_class=functools.partial(
+                argparse.RawDescriptionHelpFormatter,
+                max_help_position=36,
+                width=80,
+            ),
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+            **options,
+        )
+
+    def error(self, message):
+        flag = re.search(r"unrecognized arguments: .*?(--[^\s=]+)", message)
+        if flag:
+            message += f".{nearest(flag[1], self.flags)}"
+        super().error(f"{message}\nFor the options run: {self.prog} --help")
+
+
+class _Help(argparse.Action):
+    """Prints settings that the help of `train` leaves out."""
+
+    def __call__(self, parser, *_):
+        shown = _Parser(usage=argparse.SUPPRESS, add_help=False)
+        for setting in self.const:
+            _add(shown, shown, *setting)
+        shown.print_help()
+        parser.exit()
+
+
+def _program(commands):
+    """The parser of the name of a command."""
+    briefs = [
+        f"  {name:<10}{inspect.getdoc(function).partition(chr(10))[0]}"
+        for name, function in commands.items()
+    ]
     names = ", ".join(recipes.names())
     names = textwrap.fill(f"recipes: {names}", 78, subsequent_indent="  ")
     parser = _Parser(
         prog="keras-vmoe",
         usage="keras-vmoe COMMAND [options]",
         description="Sparse Mixture-of-Experts for vision.",
-        epilog=names,
-        version=__version__,
+        epilog="\n".join(["commands:", *briefs, "", names]),
     )
-    subcommands = parser.add_subcommands(required=True, prog="keras-vmoe")
-    for name, function in commands.items():
-        command = _command(name, function)
-        brief = command.description.partition("\n")[0]
-        subcommands.add_subcommand(name, command, help=brief)
-        if arguments[:1] == [name]:
-            arguments = [name, *_read_files(command, function, arguments[1:])]
-    settings = parser.instantiate(parser.parse_args(arguments))
-    name = settings.subcommand
-    return name, *_by_parameter(commands[name], settings[name])
+    words = f"keras-vmoe {__version__}"
+    parser.add_argument("--version", action="version", version=words)
+    parser.add_argument(
+        "command",
+        metavar="COMMAND",
+        type=functools.partial(_parsed, Literal[*commands]),
+        help="What to do; `keras-vmoe COMMAND --help` says more.",
+    )
+    return parser
 
 
-class _Parser(jsonargparse.ArgumentParser):
-    """Flags may be written without their group, and with dashes.
+def _command(name, function, kinds):
+    """The parser of the arguments of a command."""
+    doc = docstring_parser.parse(inspect.getdoc(function))
+    texts = {x.arg_name: x.description for x in doc.params}
+    examples = textwrap.indent(doc.examples[0].description, "  ")
+    trains = TrainConfig in kinds.values()
+    parameters = inspect.signature(function).parameters.values()
+    flags = [x for x in parameters if x.kind is x.KEYWORD_ONLY]
+    places = [x for x in parameters if x not in flags]
+    places = [x for x in places if kinds[x.name] is not TrainConfig]
+    words = [x.name if x.default is x.empty else f"[{x.name}]" for x in places]
+    parser = _Parser(
+        prog=f"keras-vmoe {name}",
+        usage=" ".join(["keras-vmoe", name, *words, "[options]"]),
+        description=doc.description,
+        epilog=f"examples:\n{examples}",
+    )
+    for place in places:  # Those that a file has need not be given.
+        nargs = "*" if kinds[place.name] == list[str] else "?"
+        parser.add_argument(place.name, nargs=nargs, help=texts[place.name])
+    for file in FILES if trains else ["config"]:
+        _add(parser, parser, file, str, FILES[file])
+    if trains:
+        _add_run(parser)
+    for flag in flags:
+        kind = kinds[flag.name]
+        kind = None if kind is bool else kind  # It has no value.
+        _add(parser, parser, flag.name, kind, texts[flag.name], flag.default)
+    if not trains:
+        _add(parser, parser, "backend", BACKEND, "Keras backend.")
+    return parser
 
-    jsonargparse gives a flag that it derives one name alone.
+
+def _add_run(parser):
+    """Adds the settings of a `TrainConfig`, in their groups."""
+    kinds = typed.kinds_of(TrainConfig)
+    for name, kind, text, default in _settings(TrainConfig):
+        if name not in GROUPS:
+            _add(parser, parser, name, kind, text, default)
+            continue
+        section = parser.add_argument_group(text.rstrip("."))
+        for setting in _settings(kinds[name], f"{name}."):
+            is_size = name == "model" and setting[0][6:] in VIT_SIZES
+            _add(parser, section, *setting, is_hidden=is_size)
+    sizes = [
+        (name, kind, text, VIT_SIZES[name[6:]])
+        for name, kind, text, _ in _settings(ModelConfig, "model.")
+        if name[6:] in VIT_SIZES
+    ]
+    _add_help(parser, "--model.help", sizes)
+
+
+def _settings(cls, prefix=""):
+    """Name, type, meaning and default of each attribute of a dataclass."""
+    texts = docstring_parser.parse(inspect.getdoc(cls)).params
+    texts = {x.arg_name: x.description for x in texts}
+    kinds = typing.get_type_hints(cls)
+    return [
+        (prefix + x.name, kinds[x.name], texts[x.name], x.default)
+        for x in dataclasses.fields(cls)
+    ]
+
+
+def _add(parser, section, name, kind, text, default=None, is_hidden=False):
+    """Adds a flag: shown by its shortest name, and known by others.
+
+    Those have the name of its group, and dashes.
     """
-
-    def __init__(self, usage=argparse.SUPPRESS, **kwargs):
-        super().__init__(
-            usage=usage, formatter_class=_Layout, allow_abbrev=False, **kwargs
-        )
-
-    def add_argument(self, *names, **kwargs):
-        flags = [name for name in names if name.startswith("--")]
-        for flag in flags:
-            group, _, rest = flag.removeprefix("--").partition(".")
-            if group in GROUPS and rest not in ("", "name", "help"):
-                flags = [flag, f"--{rest}"]
-        flags += [name.replace("_", "-") for name in flags]
-        names = dict.fromkeys((*names, *flags))
-        action = super().add_argument(*names, **kwargs)
-        if kwargs.get("type") in (bool, bool | None):
-            action.nargs, action.const = "?", True
-        return action
-
-    def error(self, message, ex=None):
-        parser = getattr(ex, "subcommand_parser", None) or self
-        flag = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
-        if flag:
-            actions = parser._actions
-            known = [x for action in actions for x in action.option_strings]
-            known += [f"--moe.{name}" for name in kinds_of(MoEConfig)]
-            message += f".{nearest(flag[1], known)}"
-        super().error(_without_classes(message), ex)
-
-
-def _without_classes(message):
-    """A message of jsonargparse on a setting inside of another, for users."""
-    pattern = r"key \"([\w.]+)\".*NestedArg\(key='(.*)', val='(.*)'\)"
-    found = re.search(pattern, message, re.S)
-    if not found:
-        return message
-    group, name, value = found.groups()
-    kind = kinds_of(TrainConfig)
-    for part in group.split("."):
-        kind = kinds_of(kind[part] if isinstance(kind, dict) else kind)
-    words = f"Received: --{group}.{name} {value}."
-    if name not in kind:
-        return f"`{group}` has no such setting. {words}{nearest(name, kind)}"
-    parts = [x for x in _parts_of(kind[name]) if x is not types.NoneType]
-    kinds = "|".join(str(_METAVARS.get(x, x)) for x in parts)
-    return f"`{group}.{name}` must be {kinds}. {words}"
-
-
-class _Layout(
-    argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter
-):
-    """A line for each setting: its shortest name, meaning and default."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=36, width=80)
-
-    def _get_help_string(self, action):
-        text, default = action.help or "", action.default
-        values = _values(action)
-        if len(values) > _WIDEST:  # They do not fit after the name.
+    group, _, rest = name.partition(".")
+    names = [f"--{name}"]
+    if group in GROUPS and rest != "name":
+        names.insert(0, f"--{rest}")
+    parser.flags += names
+    if kind is None:
+        options = {"action": "store_true"}
+    elif kind == list[str]:  # Given twice, it adds to the first.
+        options = {"action": "extend", "nargs": "*", "metavar": "TEXT"}
+    else:
+        options = {"type": functools.partial(_parsed, kind)}
+        options["metavar"] = values = _values(kind)
+        if len(values) > 17:  # They do not fit after the name.
+            options["metavar"] = "NAME"
             text = f"{text.rstrip('.')}: {values.replace('|', ', ')}"
-        is_plain = isinstance(default, str | int | float) and default != ""
-        is_plain &= default is not False and action.nargs != 0
-        if action.option_strings and is_plain:
-            return text + " [%(default)s]"
-        return text
-
-    def _format_action_invocation(self, action):
-        if not action.option_strings:
-            return super()._format_action_invocation(action)
-        if action.nargs == 0:
-            names = action.option_strings
-            return ", ".join(x for x in names if "-" not in x.lstrip("-"))
-        values = _values(action)
-        values = values if len(values) <= _WIDEST else "NAME"
-        return f"{min(action.option_strings, key=len)} {values}".rstrip()
-
-
-_WIDEST = 17
-_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", bool: ""}
+        if {*_parts_of(kind)} <= {bool, types.NoneType}:
+            options |= {"nargs": "?", "const": True}
+    is_plain = isinstance(default, str | int | float) and default != ""
+    if is_plain and default is not False:
+        text += f" [{default}]"
+    text = argparse.SUPPRESS if is_hidden else text.replace("%", "%%")
+    section.add_argument(names[0], dest=name, help=text, **options)
+    more = [x.replace("_", "-") for x in names if "_" in x] + names[1:]
+    if more:
+        parser.add_argument(*more, dest=name, help=argparse.SUPPRESS, **options)
+    for part in filter(dataclasses.is_dataclass, _parts_of(kind)):
+        inner = _settings(part, f"{name}.")
+        for setting in inner:
+            _add(parser, parser, *setting, is_hidden=True)
+        _add_help(parser, f"{names[0]}.help", inner)
 
 
-def _values(action):
+def _add_help(parser, flag, settings):
+    parser.flags.append(flag)
+    parser.add_argument(
+        flag, action=_Help, nargs=0, const=settings, help=argparse.SUPPRESS
+    )
+
+
+def _values(kind):
     """What may be given for a setting, such as `FLOAT|dropless`."""
-    kind = getattr(action, "_typehint", str)  # Of jsonargparse's own.
-    parts = [_METAVARS.get(x, x) for x in _parts_of(kind)]
-    words = [x for x in parts if isinstance(x, str)]
-    found = "|".join(dict.fromkeys(words))
-    return found or ("" if kind in (bool, bool | None) else "YAML")
+    return "|".join(filter(None, map(_word, _parts_of(kind))))
+
+
+def _word(part):
+    if isinstance(part, str):
+        return part
+    if typing.get_origin(part) in (list, tuple):
+        return f"[{_values(typing.get_args(part)[0])},...]"
+    if typing.get_origin(part) is dict or dataclasses.is_dataclass(part):
+        return "{...}"
+    return _WORDS[part]
+
+
+_WORDS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "true|false"}
+_WORDS |= {types.NoneType: "", Any: "YAML"}
 
 
 def _parts_of(kind):
@@ -165,136 +307,3 @@ def _parts_of(kind):
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return [x for part in parts for x in _parts_of(part)]
     return [kind]
-
-
-class _SizesHelp(argparse.Action):
-    """Prints the sizes of a ViT, which the help of `train` leaves out."""
-
-    def __call__(self, parser, *_):
-        sizes = _Parser()
-        sizes.add_class_arguments(ModelConfig)
-        for action in sizes._actions:
-            if action.dest not in VIT_SIZES:
-                action.help = argparse.SUPPRESS
-            action.default = VIT_SIZES.get(action.dest)
-        sizes.print_help()
-        parser.exit()
-
-
-def _command(name, function):
-    """The parser of one command."""
-    doc = docstring_parser.parse(inspect.getdoc(function))
-    texts = {x.arg_name: x.description for x in doc.params}
-    hints = typing.get_type_hints(function)
-    examples = textwrap.indent(doc.examples[0].description, "  ")
-    command = _Parser(
-        description=doc.description, epilog=f"examples:\n{examples}"
-    )
-    for flag in _files_of(function):
-        command.add_argument(flag, help=FILES[flag])
-    usage = ["keras-vmoe", name]
-    for parameter in inspect.signature(function).parameters.values():
-        if hints[parameter.name] is TrainConfig:
-            command.add_class_arguments(TrainConfig, as_group=False)
-            command.add_argument(
-                "--model.help", action=_SizesHelp, nargs=0,
-                default=argparse.SUPPRESS,
-            )  # fmt: skip
-            _hide(command)
-            continue
-        flag, options = _argument(parameter, hints[parameter.name])
-        command.add_argument(flag, help=texts[parameter.name], **options)
-        if not flag.startswith("-"):
-            usage.append(f"[{flag}]" if options.get("nargs") == "?" else flag)
-    if TrainConfig not in hints.values():
-        command.add_argument("--backend", type=BACKEND, help="Keras backend.")
-    command.usage = " ".join([*usage, "[options]"])
-    return command
-
-
-def _hide(command):
-    """Leaves out of the help what has a help of its own."""
-    for action in command._actions:
-        group, _, rest = action.dest.partition(".")
-        is_size = group == "model" and rest in VIT_SIZES
-        if action.dest in GROUPS or is_size or rest.endswith("help"):
-            action.help = argparse.SUPPRESS
-
-
-def _argument(parameter, kind):
-    """Name and options of the argument that a parameter is.
-
-    Keyword-only parameters are flags, true or false ones without a value.
-    """
-    is_flag = parameter.kind is parameter.KEYWORD_ONLY
-    is_optional = parameter.default is not parameter.empty
-    options = {"type": kind}
-    if is_optional:
-        options["default"] = parameter.default
-    if kind is bool:
-        options = {"action": "store_true"}
-    elif kind == list[str]:
-        options |= {"type": str, "nargs": "*" if is_optional else "+"}
-        if is_optional:  # A flag that is given twice adds to the first.
-            options |= {"action": "extend", "default": []}
-    elif is_optional and not is_flag:
-        options["nargs"] = "?"
-    return f"--{parameter.name}" if is_flag else parameter.name, options
-
-
-def _files_of(function):
-    """The flags that name files of settings for a command."""
-    kinds = typing.get_type_hints(function).values()
-    return list(FILES) if TrainConfig in kinds else ["--config"]
-
-
-def _read_files(command, function, arguments):
-    """Makes the settings of files the defaults of a command.
-
-    Returns the arguments without the files: flags override them in any order.
-    """
-    parser = argparse.ArgumentParser(
-        prog=command.prog, usage=command.usage, add_help=False,
-        allow_abbrev=False,
-    )  # fmt: skip
-    for flag in _files_of(function):
-        parser.add_argument(flag)
-    files, arguments = parser.parse_known_args(arguments)
-    if "recipe" in files:
-        settings = {}
-        for file in filter(None, (files.recipe, files.config)):
-            settings = recipes.merge(settings, recipes.read(file))
-        command.set_defaults(_defaults(settings))
-    elif files.config is not None:
-        settings = recipes.read_yaml(files.config)
-        known = [action.dest for action in command._actions]
-        known = [name for name in known if name not in ("help", "config")]
-        check_keys(f"`{command.usage.split()[1]}`", settings, known)
-        command.set_defaults(settings)
-    return arguments
-
-
-def _defaults(settings):
-    """Settings of files as defaults; those of groups by dotted names."""
-    defaults = {}
-    for name, value in settings.items():
-        value = convert(kinds_of(TrainConfig)[name], value, name)
-        if dataclasses.is_dataclass(value):
-            value = dataclasses.asdict(value)
-        if name in GROUPS:
-            defaults |= {f"{name}.{key}": x for key, x in value.items()}
-        else:
-            defaults[name] = value
-    return defaults
-
-
-def _by_parameter(function, settings):
-    """The arguments of a command's function, and the backend."""
-    found = {}
-    for name, kind in typing.get_type_hints(function).items():
-        if kind is TrainConfig:
-            names = [field.name for field in dataclasses.fields(TrainConfig)]
-            found[name] = TrainConfig(**{x: settings[x] for x in names})
-        else:
-            found[name] = settings[name]
-    return found, settings.backend

@@ -47,7 +47,8 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
     Raises:
         ValueError: If the model is quantized, if experts would have other
             hidden features than the MLPs or experts that they start from or be
-            no multiple of them, or if `preserve_outputs` contradicts `moe`.
+            no multiple of them, if nothing would change, or if
+            `preserve_outputs` contradicts `moe`.
 
     Example:
 
@@ -95,6 +96,12 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
     }
     config["parts"] = {**config["parts"], **of_mlps}
     sparse = type(model).from_config({**config, "moe": moe})
+    if not noise_std and _experts_of(sparse) == _experts_of(model):
+        raise ValueError(
+            "`moe` must add experts or change them. Received: "
+            f"num_experts={moe.num_experts}, layers={moe.layers!r}, with what "
+            "else the model has. Set more of either."
+        )
     sources = {layer.name: layer for layer in model.layers}
     generator = np.random.default_rng(seed)
     for layer in sparse.layers:
@@ -111,6 +118,10 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
         else:
             layer.set_weights(source.get_weights())
     return sparse
+
+
+def _experts_of(model):
+    return [layer.get_config() for layer in model.moe_layers]
 
 
 def _preserving(moe, noise_std):

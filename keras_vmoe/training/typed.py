@@ -1,8 +1,10 @@
 """Dataclasses of settings: built from plain values, checked by their types."""
 
+import contextlib
 import dataclasses
 import types
 import typing
+from typing import Any
 from typing import Literal
 
 from keras_vmoe import _checks
@@ -40,6 +42,36 @@ def convert(kind, value, name):
     if hasattr(kind, "from_dict"):
         return kind.from_dict(value)
     return from_dict(kind, value, f"`{name}`")
+
+
+def fit(kind, value):
+    """A plain value as one of this type; raises a TypeError if it is none."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        for part in parts:
+            with contextlib.suppress(TypeError):
+                return fit(part, value)
+    elif origin in (list, tuple) and isinstance(value, list | tuple):
+        return origin(fit(parts[0], x) for x in value)
+    elif origin is dict and isinstance(value, dict):
+        return {key: fit(parts[1], x) for key, x in value.items()}
+    elif kind is float and _checks.is_number(value):
+        return float(value)
+    elif origin is Literal:
+        if any(value is x or value == x for x in parts):
+            return value
+    elif origin is None and _is_one(kind, value):
+        return value
+    raise TypeError(f"Expected {kind}. Received: {value!r}.")
+
+
+def _is_one(kind, value):
+    """Whether a value is of a type without parts."""
+    if kind is int:
+        return _checks.is_integer(value)
+    if dataclasses.is_dataclass(kind):
+        return isinstance(value, dict)
+    return kind is Any or isinstance(value, kind)
 
 
 def check_types(config, group=""):

@@ -306,6 +306,9 @@ def test_upcycling(result, config):
     np.testing.assert_array_equal(head, result.model.get_layer("head").kernel)
     text = training.describe(more)
     assert "upcycle: true" in text and "num_experts: 8" in text
+    same = changed(more, moe=MoESettings(num_experts=4))
+    with pytest.raises(ValueError, match="has these 4 experts. Set more"):
+        resolved(same)
 
 
 @once
@@ -316,6 +319,9 @@ def test_a_description(result, config):
     assert "name: adamw" in text and "million active per token" in text
     assert "steps: 4 per epoch, 8 in all, 4 of warm-up" in text
     assert "memory, estimated" in text
+    text = training.describe(changed(config, batch_size=4096))
+    assert re.search(r"memory, estimated: \d MiB .*, [\d.]+ GiB for a", text)
+    assert "steps: 0.24 per 1,000 images, in 2 epochs\nnote: a run" in text
 
 
 @once

@@ -8,6 +8,7 @@ and `recipe: NAME` bases a file on another.
 
 import dataclasses
 import pathlib
+import re
 
 from keras_vmoe._checks import nearest
 from keras_vmoe._extras import require
@@ -130,13 +131,9 @@ def merge(below, above):
 def read_yaml(path):
     """The mapping in a YAML file, a dict."""
     path = pathlib.Path(path)
-    jsonargparse = require("jsonargparse", "cli")
-    yaml = require("yaml", "cli")
     try:
-        # Not PyYAML's loader, which reads 1e-3 as a string.
-        text = path.read_text(encoding="utf-8")
-        settings = jsonargparse.get_loader("yaml")(text)
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        settings = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # Of the encoding, or of YAML.
         raise ValueError(
             f"A recipe must be a YAML file. Received: {path} ({error})."
         ) from error
@@ -146,6 +143,23 @@ def read_yaml(path):
             f"Received: {path}, which holds {settings!r}. An empty one is {{}}."
         )
     return settings
+
+
+def parse_yaml(text):
+    """The value of a YAML text; a ValueError where it is none."""
+    yaml = require("yaml", "cli")
+
+    class Loader(yaml.SafeLoader):
+        """Reads 1e-3 as a number; PyYAML's takes it for a string."""
+
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", number, list("-+.0123456789")
+    )
+    try:
+        return Loader(text).get_single_data()
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
 
 
 def _grouped(settings, path):
