@@ -21,5 +21,6 @@ if backend not in (*BACKENDS, "numpy"):  # Enough for `data`.
         f"{nearest(backend, BACKENDS)}"
     )
     if IS_COMMAND:
+        message += " It is read before --backend: unset it, or set it right."
         sys.exit(f"keras-vmoe: error: {message}")
     raise ImportError(message)

@@ -84,7 +84,10 @@ def test_predict_prints_classes_with_probabilities(trained, tmp_path):
             ["train", "--recipe=digits_small", "--epochs=3"],
             "which may be a recipe's. Set it, too, such as --warmup_epochs 0.3",
         ),
-        (["train", "--run_dir=x", "--validation_split=v"], "validation_split"),
+        (
+            ["train", "--run_dir=x", "--validation_split=val"],
+            "an 'validation'?",
+        ),
         (["train", "--config=none.yaml"], "none.yaml"),
         (["predict", "none.keras", "a.png"], "must exist. Received: path="),
         (["train", "--optimizer.schedule=steps"], "schedule"),
@@ -185,7 +188,8 @@ def test_predict_names_what_is_no_image(trained, tmp_path):
     broken.write_bytes(b"no picture")
     keras.utils.save_img(image, np.full((8, 8, 1), 128), scale=False)
     for images, answers in (([broken], 0), ([image, broken, image], 2)):
-        done = run("predict", trained[0], *images)
+        done = run("predict", trained[0], *images, tmp_path)
+        assert f"a folder. Name its images: {tmp_path}/*" in done.stderr
         assert done.returncode == 1 and "broken.png" in done.stderr
         assert done.stdout.count("digit.png: ") == answers
         assert "broken.png" not in done.stdout
@@ -215,8 +219,9 @@ def test_an_unknown_backend_is_one_line(monkeypatch, program):
     monkeypatch.setattr(sys, "argv", [program])
     monkeypatch.setattr(sys, "orig_argv", ["python", program])
     error = SystemExit if "keras" in program else ImportError
-    with pytest.raises(error, match=f"{words}KERAS_BACKEND=pytorch"):
+    with pytest.raises(error, match=f"{words}KERAS_BACKEND=pytorch") as ended:
         exec(code, {})
+    assert ("before --backend" in str(ended.value)) == ("keras" in program)
     monkeypatch.setenv("KERAS_BACKEND", "torch")
     monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
     exec(code, {})

@@ -1,5 +1,6 @@
 """`train`, `evaluate` and `predict`."""
 
+import pathlib
 import shlex
 import signal
 import sys
@@ -127,6 +128,11 @@ def predict(
 
 def _read(path, size, test_crop, turned):
     """The pixels of an image, or the error that says why there are none."""
+    if pathlib.Path(path).is_dir():
+        return IsADirectoryError(
+            f"An image must be a file. Received: {path}, a folder. Name its "
+            f"images: {pathlib.Path(path)}/*"
+        )
     try:
         (image,) = data.read_images(
             path, size, test_crop, exif_orientation=turned
