@@ -79,6 +79,12 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
     if model.moe is not None and isinstance(moe, dict):
         moe = {**model.moe.to_dict(), **moe}
     moe = MoEConfig.from_dict(moe)
+    if moe == model.moe and not noise_std:
+        raise ValueError(
+            "`moe` must add experts or change them. Received: "
+            f"num_experts={moe.num_experts}, layers={moe.layers!r} and what "
+            "else the model has. Set more of either."
+        )
     if preserve_outputs and model.moe is not None:
         raise ValueError(
             "`preserve_outputs` is for a dense model. Received: a model with "
@@ -96,12 +102,6 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
     }
     config["parts"] = {**config["parts"], **of_mlps}
     sparse = type(model).from_config({**config, "moe": moe})
-    if not noise_std and _experts_of(sparse) == _experts_of(model):
-        raise ValueError(
-            "`moe` must add experts or change them. Received: "
-            f"num_experts={moe.num_experts}, layers={moe.layers!r}, with what "
-            "else the model has. Set more of either."
-        )
     sources = {layer.name: layer for layer in model.layers}
     generator = np.random.default_rng(seed)
     for layer in sparse.layers:
@@ -118,10 +118,6 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
         else:
             layer.set_weights(source.get_weights())
     return sparse
-
-
-def _experts_of(model):
-    return [layer.get_config() for layer in model.moe_layers]
 
 
 def _preserving(moe, noise_std):
