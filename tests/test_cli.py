@@ -134,6 +134,9 @@ def test_null_trains_the_dense_twin(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "test accuracy: " in done.stdout
     assert f"curves: {run_dir / 'curves.png'}" in done.stdout
+    assert "data: digits, train[:128], in 1 epoch\n" in done.stdout
+    again = run("train", *dense, "--moe=null", "--run_dir", run_dir)
+    assert "holds a finished run" in again.stderr and not again.stdout
     assert "auxiliary_loss" not in (run_dir / "history.csv").read_text()
     assert models.load(run_dir / "model.keras").moe_layers == []
 
