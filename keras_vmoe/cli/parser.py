@@ -57,13 +57,12 @@ def parse(commands, arguments):
         found = {x: _fit(kinds[x], y, x) for x, y in settings.items()}
         given = {**found, **given}
     needed = inspect.signature(function).parameters.values()
-    needed = [x.name for x in needed if x.default is x.empty]
-    missing = [x for x in needed if x not in given]
+    missing = [x.name for x in needed if x.default is x.empty]
+    missing = [x for x in missing if x not in given]
     if missing:
         words = ", ".join(missing)
         parser.error(f"the following arguments are required: {words}")
-    backend = given.pop("backend", None)
-    return name, given, backend
+    return name, given, given.pop("backend", None)
 
 
 def _config(files, given):
@@ -218,9 +217,9 @@ def _add_run(parser):
             is_size = name == "model" and setting[0][6:] in VIT_SIZES
             _add(parser, section, *setting, is_hidden=is_size)
     sizes = [
-        (name, kind, text, VIT_SIZES[name[6:]])
-        for name, kind, text, _ in _settings(ModelConfig, "model.")
-        if name[6:] in VIT_SIZES
+        (*setting[:3], VIT_SIZES[setting[0][6:]])
+        for setting in _settings(ModelConfig, "model.")
+        if setting[0][6:] in VIT_SIZES
     ]
     _add_help(parser, "--model.help", sizes)
 

@@ -106,13 +106,7 @@ def _steps(config, length):
 
 
 def announcement(config, info, done):
-    """What a run is going to do after so many epochs, and how it is stopped.
-
-    Args:
-        config: A resolved `TrainConfig`.
-        info: The `DatasetInfo` of its dataset.
-        done: Epochs of a stopped run that goes on.
-    """
+    """What a run is going to do after so many epochs, and how it is stopped."""
     sizes, moe, reads = config.model, config.moe, config.data
     if config.convnext is None:
         blocks = counted(sizes.num_layers, "block")
