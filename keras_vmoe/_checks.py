@@ -140,6 +140,17 @@ def check_keys(what, given, known):
 
 
 def nearest(name, known):
-    """`" Did you mean 'x'?"`, or nothing where no known name is like it."""
-    near = difflib.get_close_matches(str(name), list(map(str, known)), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    """`" Did you mean 'x'?"`, or nothing where no known name is like it.
+
+    The name may be the start of a known one. The dashes of flags do not count.
+    """
+    words = {str(x).lstrip("-"): str(x) for x in known}
+    name = str(name).lstrip("-").lower()
+    near = [x for x in words if name and x.startswith(name)]
+    near = near or difflib.get_close_matches(name, words, n=1)
+    return f" Did you mean {words[near[0]]!r}?" if near else ""
+
+
+def counted(number, noun):
+    """`"1 epoch"`, `"2 epochs"`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

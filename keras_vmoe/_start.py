@@ -18,8 +18,9 @@ if backend not in (*BACKENDS, "numpy"):  # Enough for `data`.
     message = (
         f"KERAS_BACKEND must be one of {', '.join(BACKENDS)}. "
         f"Received: KERAS_BACKEND={backend}."
-        f"{nearest(backend.lower(), BACKENDS)}"
+        f"{nearest(backend, BACKENDS)}"
     )
     if IS_COMMAND:
+        message += " It is read before --backend: unset it, or set it right."
         sys.exit(f"keras-vmoe: error: {message}")
     raise ImportError(message)

@@ -32,7 +32,7 @@ def test_train_ends_with_the_test_accuracy(trained):
     assert re.fullmatch(r"test accuracy: [01]\.\d{4}", last)
     curves = f"curves and load of every expert: {run_dir / 'curves.png'}"
     assert curves in output
-    assert "model: ViT of 1 blocks, 16 features, 4 experts in every_1" in output
+    assert "model: ViT of 1 block, 16 features, 4 experts in every_1" in output
     assert "data: digits, train[:128], in 2 epochs" in output
     assert "Ctrl-C stops the run; the same command resumes it" in output
     assert "max_expert_load" in output
@@ -84,11 +84,19 @@ def test_predict_prints_classes_with_probabilities(trained, tmp_path):
             ["train", "--recipe=digits_small", "--epochs=3"],
             "which may be a recipe's. Set it, too, such as --warmup_epochs 0.3",
         ),
-        (["train", "--run_dir=x", "--validation_split=v"], "validation_split"),
+        (
+            ["train", "--run_dir=x", "--validation_split=val"],
+            "an 'validation'?",
+        ),
         (["train", "--config=none.yaml"], "none.yaml"),
         (["predict", "none.keras", "a.png"], "must exist. Received: path="),
         (["train", "--optimizer.schedule=steps"], "schedule"),
+        (["train", "--backend=pytorch"], "pytorch. Did you mean 'torch'?"),
+        (["train", "--split=val"], "--split=val. Did you mean '--test_split'"),
+        (["export", "a", "b", "--overwrite"], "arguments: --overwrite.\n"),
         (["predict"], "model"),
+        (["predict", "a"], "predict model images [options]\n"),
+        (["trian"], "Did you mean 'train'?"),
         ([], "subcommand"),
     ],
 )
@@ -98,6 +106,7 @@ def test_bad_command_lines(arguments, words, tmp_path, monkeypatch):
     assert done.returncode != 0
     assert words in done.stderr
     assert len(done.stderr) < 800  # A message, not a wall of usage.
+    assert not done.stdout  # What is refused is not announced.
     assert not list(tmp_path.iterdir())
 
 
@@ -125,6 +134,9 @@ def test_null_trains_the_dense_twin(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "test accuracy: " in done.stdout
     assert f"curves: {run_dir / 'curves.png'}" in done.stdout
+    assert "data: digits, train[:128], in 1 epoch\n" in done.stdout
+    again = run("train", *dense, "--moe=null", "--run_dir", run_dir)
+    assert "holds a finished run" in again.stderr and not again.stdout
     assert "auxiliary_loss" not in (run_dir / "history.csv").read_text()
     assert models.load(run_dir / "model.keras").moe_layers == []
 
@@ -179,7 +191,8 @@ def test_predict_names_what_is_no_image(trained, tmp_path):
     broken.write_bytes(b"no picture")
     keras.utils.save_img(image, np.full((8, 8, 1), 128), scale=False)
     for images, answers in (([broken], 0), ([image, broken, image], 2)):
-        done = run("predict", trained[0], *images)
+        done = run("predict", trained[0], *images, tmp_path)
+        assert f"a folder. Name its images: {tmp_path}/*" in done.stderr
         assert done.returncode == 1 and "broken.png" in done.stderr
         assert done.stdout.count("digit.png: ") == answers
         assert "broken.png" not in done.stdout
@@ -209,8 +222,9 @@ def test_an_unknown_backend_is_one_line(monkeypatch, program):
     monkeypatch.setattr(sys, "argv", [program])
     monkeypatch.setattr(sys, "orig_argv", ["python", program])
     error = SystemExit if "keras" in program else ImportError
-    with pytest.raises(error, match=f"{words}KERAS_BACKEND=pytorch"):
+    with pytest.raises(error, match=f"{words}KERAS_BACKEND=pytorch") as ended:
         exec(code, {})
+    assert ("before --backend" in str(ended.value)) == ("keras" in program)
     monkeypatch.setenv("KERAS_BACKEND", "torch")
     monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
     exec(code, {})

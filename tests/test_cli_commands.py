@@ -177,9 +177,12 @@ def test_dry_runs_of_evaluate_and_predict(trained, tmp_path):
     assert all(len(x.split()) == 5 for x in done.stdout.splitlines())
     done = run("predict", trained[0], image, "--dry_run", f"--config={file}")
     assert done.returncode == 0, done.stderr
-    assert "top: 2" in done.stdout and "images: 1, in 1 steps" in done.stdout
+    assert "top: 2" in done.stdout and "images: 1, in 1 step\n" in done.stdout
     missing = run("predict", trained[0], tmp_path / "no.png", "--dry_run")
     assert missing.returncode == 1 and "no.png" in missing.stderr
+    done = run("evaluate", trained[0], "digits", "--split=tes", "--dry_run")
+    words = r"classes: 10\nnote: an evaluation would be refused. .* 'test'\?"
+    assert re.search(words, done.stdout) and done.returncode == 0
     done = run("evaluate", trained[0], "digits", "--tensorboard")
     assert done.returncode != 0 and "--tensorboard" in done.stderr
 

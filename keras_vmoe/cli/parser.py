@@ -51,7 +51,7 @@ def parse(commands, arguments):
     )
     subcommands = parser.add_subcommands(required=True, prog="keras-vmoe")
     for name, function in commands.items():
-        command = _command(name, function)
+        parser.commands[name] = command = _command(name, function)
         brief = command.description.partition("\n")[0]
         subcommands.add_subcommand(name, command, help=brief)
         if arguments[:1] == [name]:
@@ -68,6 +68,7 @@ class _Parser(jsonargparse.ArgumentParser):
     """
 
     def __init__(self, usage=argparse.SUPPRESS, **kwargs):
+        self.commands = {}
         super().__init__(
             usage=usage, formatter_class=_Layout, allow_abbrev=False, **kwargs
         )
@@ -87,17 +88,31 @@ class _Parser(jsonargparse.ArgumentParser):
 
     def error(self, message, ex=None):
         parser = getattr(ex, "subcommand_parser", None) or self
+        command = re.search(r"are required: (\w+)\.", message)
+        if command:
+            message = message.replace(f"{command[1]}.", "")
+            return self.commands[command[1]].error(message, ex)
+        command = re.search(r"invalid choice: '(.*?)' ", message)
+        if command:
+            message += f".{nearest(command[1], self.commands)}"
         flag = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
         if flag:
             actions = parser._actions
             known = [x for action in actions for x in action.option_strings]
             known += [f"--moe.{name}" for name in kinds_of(MoEConfig)]
             message += f".{nearest(flag[1], known)}"
-        super().error(_without_classes(message), ex)
+        return super().error(_without_classes(message, parser._actions), ex)
 
 
-def _without_classes(message):
-    """A message of jsonargparse on a setting inside of another, for users."""
+def _without_classes(message, actions):
+    """A message of jsonargparse on the value of a setting, for users."""
+    pattern = r"Parser key \"([\w.]+)\":.* value: ([^\n]*)"
+    found = re.search(pattern, message, re.S)
+    if found and "NestedArg" not in message:
+        name, value = found.groups()
+        values = {x.dest: _values(x) for x in actions}.get(name) or "a value"
+        hint = nearest(value, values.split("|"))
+        return f"`{name}` must be {values}. Received: {value}.{hint}"
     pattern = r"key \"([\w.]+)\".*NestedArg\(key='(.*)', val='(.*)'\)"
     found = re.search(pattern, message, re.S)
     if not found:

@@ -1,5 +1,6 @@
 """`train`, `evaluate` and `predict`."""
 
+import pathlib
 import shlex
 import signal
 import sys
@@ -19,7 +20,6 @@ from keras_vmoe.data import _corruption
 from keras_vmoe.data import schema
 from keras_vmoe.distribution import _processes
 from keras_vmoe.evaluation import _description
-from keras_vmoe.training.architecture import resolved
 
 # Of `models.set_routing`.
 DIALS = (
@@ -57,43 +57,17 @@ def train(
     if _processes.num_processes() > 1:
         # One that waits for others in a collective would not be interrupted.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    first = _processes.is_first_process()
-    if first:
-        print(f"backend: {keras.backend.backend()}", flush=True)
     if dry_run:
         print(training.describe(config))
         return
-    if first:
-        print(_announcement(resolved(config)), flush=True)
     result = training.train(config)
-    if not first:
+    if not _processes.is_first_process():
         return
     print(f"model: {result.run_dir / 'model.keras'}")
     print(f"history: {result.run_dir / 'history.csv'}")
     load = " and load of every expert" if result.model.moe_layers else ""
     print(f"curves{load}: {result.run_dir / 'curves.png'}")
     print(f"test accuracy: {result.test_accuracy:.4f}")
-
-
-def _announcement(config):
-    """What a run is going to do, and how it is stopped."""
-    sizes = config.model
-    if config.convnext is None:
-        kind = f"ViT of {sizes.num_layers} blocks, {sizes.hidden_dim} features"
-    else:
-        kind = f"ConvNeXt of {[*config.convnext.depths]} blocks"
-    kind = f"{sizes.preset}, a {kind}" if sizes.preset else kind
-    moe = config.moe
-    experts = f"{moe.num_experts} experts in {moe.layers}" if moe else "dense"
-    start = f", from {sizes.init}" if sizes.init else ""
-    return (
-        f"model: {kind}, {experts}{start}\n"
-        f"data: {config.data.dataset}, {config.data.train_split}, in "
-        f"{config.epochs} epochs\n"
-        f"run folder: {config.run_dir}\n"
-        "Ctrl-C stops the run; the same command resumes it after its last "
-        "whole epoch."
-    )
 
 
 def predict(
@@ -154,6 +128,11 @@ def predict(
 
 def _read(path, size, test_crop, turned):
     """The pixels of an image, or the error that says why there are none."""
+    if pathlib.Path(path).is_dir():
+        return IsADirectoryError(
+            f"An image must be a file. Received: {path}, a folder. Name its "
+            f"images: {pathlib.Path(path)}/*"
+        )
     try:
         (image,) = data.read_images(
             path, size, test_crop, exif_orientation=turned
@@ -223,12 +202,19 @@ def evaluate(
     reads |= {"test_crop": test_crop, "skip_corrupt": skip_corrupt}
     turns = setting_of_run(model, "data.exif_orientation")
     reads["exif_orientation"] = turns is not False
-    _check_classes(model, opened, names, dataset, data_dir)
+    count, notes = None, []
+    try:
+        _check_classes(model, opened, names, dataset, data_dir)
+        count = schema.num_images(dataset, split, data_dir)
+    except (OSError, ValueError) as error:
+        if not dry_run:
+            raise
+        notes = [f"note: an evaluation would be refused. {error}"]
     if dry_run:
         settings = {"model": model, "dataset": dataset, "classes": classes}
-        count = schema.num_images(dataset, split, data_dir)
         settings |= {**reads, **dials, "backend": keras.backend.backend()}
-        print(_description.describe(opened, settings, count, batch_size))
+        text = _description.describe(opened, settings, count, batch_size)
+        print(text, *notes, sep="\n")
         return
     images = data.load(
         dataset,

@@ -3,6 +3,7 @@
 import dataclasses
 import operator
 
+from keras_vmoe._checks import nearest
 from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.sources import open_builder
 from keras_vmoe.data.tensorflow_runtime import tfds
@@ -166,4 +167,5 @@ def count_examples(name, builder, split):
             f"`split` must be made of the splits {sorted(splits)}, with "
             'slices and sums such as "train[:90%]" or "train+test". '
             f"Received: split={split!r} of name={name!r}."
+            f"{nearest(split, splits)}"
         ) from error

@@ -1,6 +1,7 @@
 """A summary of an evaluation or prediction before it runs."""
 
 from keras_vmoe import models
+from keras_vmoe._checks import counted
 from keras_vmoe._extras import require
 
 
@@ -12,12 +13,21 @@ def describe(model, settings, num_images, batch_size):
         yaml.safe_dump(settings, sort_keys=False).rstrip(),
         "",
         *cost_lines(cost),
-        f"memory, estimated: {4 * cost.params / 2**20:.0f} MiB for weights, "
-        f"{cost.activation_bytes * batch_size / 2**20:.0f} MiB for a batch",
+        f"memory, estimated: {memory(4 * cost.params)} for weights, "
+        f"{memory(cost.activation_bytes * batch_size)} for a batch",
         f"classes: {model.output_shape[-1]}",
-        f"images: {num_images}, in {-(-num_images // batch_size)} steps",
     ]
+    if num_images is not None:
+        steps = counted(-(-num_images // batch_size), "step")
+        lines.append(f"images: {num_images}, in {steps}")
     return "\n".join(lines)
+
+
+def memory(size):
+    """A number of bytes in MiB, or in GiB from one of them on."""
+    if round(size / 2**20) < 2**10:
+        return f"{size / 2**20:.0f} MiB"
+    return f"{size / 2**30:,.1f} GiB"
 
 
 def cost_lines(cost):

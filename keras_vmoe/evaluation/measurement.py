@@ -132,6 +132,8 @@ class _RouterWatch:
 def report(measurement, class_names):
     """A measurement as text: numbers, a table of classes, the routers.
 
+    The top-5 accuracy, which is 1 for up to five classes, is left out there.
+
     Args:
         measurement: A `Measurement`.
         class_names: One name per class.
@@ -140,10 +142,11 @@ def report(measurement, class_names):
         String of several lines.
     """
     total = measurement.confusion.sum(axis=1)
+    top5 = [f"top-5 accuracy: {measurement.top5:.4f}"] if len(total) > 5 else []
     lines = [
         f"images: {measurement.num_images}",
         f"accuracy: {measurement.accuracy:.4f}",
-        f"top-5 accuracy: {measurement.top5:.4f}",
+        *top5,
         f"cross-entropy: {measurement.loss:.4f}",
         "",
         f"{'class':<24} {'images':>7} {'correct':>8}  most confused with",

@@ -47,7 +47,8 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
     Raises:
         ValueError: If the model is quantized, if experts would have other
             hidden features than the MLPs or experts that they start from or be
-            no multiple of them, or if `preserve_outputs` contradicts `moe`.
+            no multiple of them, if nothing would change, or if
+            `preserve_outputs` contradicts `moe`.
 
     Example:
 
@@ -78,6 +79,12 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
     if model.moe is not None and isinstance(moe, dict):
         moe = {**model.moe.to_dict(), **moe}
     moe = MoEConfig.from_dict(moe)
+    if moe == model.moe and not noise_std:
+        raise ValueError(
+            "`moe` must add experts or change them. Received: "
+            f"num_experts={moe.num_experts}, layers={moe.layers!r} and what "
+            "else the model has. Set more of either."
+        )
     if preserve_outputs and model.moe is not None:
         raise ValueError(
             "`preserve_outputs` is for a dense model. Received: a model with "

@@ -148,8 +148,15 @@ def _check_same(settings, start, found, names):
         for name in sorted(names)
         if _plain(found.get(name)) != _plain(start.get(name))
     ]
+    theirs, ours = _experts(start), _experts(found)
+    if settings.upcycle and theirs == ours:
+        raise ValueError(
+            "Upcycling must make experts. Received: upcycle=True with "
+            f"init={settings.init!r}, which has these {ours['num_experts']} "
+            "experts. Set more of them, such as --moe.num_experts "
+            f"{2 * ours['num_experts']}, or leave `upcycle` out."
+        )
     if not settings.upcycle:
-        theirs, ours = _experts(start), _experts(found)
         wrong += [
             f"moe.{name}={ours.get(name)!r} for {theirs.get(name)!r}"
             for name in {**theirs, **ours}

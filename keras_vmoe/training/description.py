@@ -3,10 +3,14 @@
 import dataclasses
 import json
 
+import keras
+
 from keras_vmoe import data
 from keras_vmoe import models
+from keras_vmoe._checks import counted
 from keras_vmoe._extras import require
 from keras_vmoe.evaluation._description import cost_lines
+from keras_vmoe.evaluation._description import memory
 from keras_vmoe.models.costs import without_weights
 from keras_vmoe.models.presets import find_preset
 from keras_vmoe.training import batches
@@ -25,8 +29,9 @@ def describe(config):
 
     Memory is an estimate: weights, gradients and optimizer slots in float32,
     and the activations of all layers for a batch. A run folder that is taken
-    and a dataset that is not there are noted at the end; the steps are then
-    those of 1,000 images, and the classes the preset's.
+    and a dataset that is not there, or is not what a run needs, are noted at
+    the end; the steps are then those of 1,000 images, and the classes the
+    preset's where the dataset does not say.
 
     Args:
         config: A `TrainConfig`.
@@ -35,7 +40,7 @@ def describe(config):
         String of several lines.
 
     Raises:
-        ValueError: If the configuration fits no model, or not the dataset.
+        ValueError: If the configuration fits no model.
 
     Example:
 
@@ -43,10 +48,12 @@ def describe(config):
     """
     config = resolved(config)
     strategy = building.make_strategy(config)  # Raises as a run would.
-    info, notes = None, []
+    info, length, notes = None, None, []
     try:
-        found = data.info(config.data.dataset, config.data.data_dir)
-        config, info = batches.with_splits(config, found), found
+        info = data.info(config.data.dataset, config.data.data_dir)
+        config = batches.with_splits(config, info)
+        length = len(batches.datasets(config, info)[0])
+        batches.parts_of(config, length)
         run_folder.check_run(config, info.class_names)
     except (OSError, ValueError) as error:
         notes.append(f"note: a run would be refused. {error}")
@@ -68,34 +75,67 @@ def describe(config):
         dump(_used(config), sort_keys=False),
         dump(_sizes(model), sort_keys=False, default_flow_style=None),
         *cost_lines(cost),
-        f"memory, estimated: {weights / 2**20:.0f} MiB for weights and "
-        f"optimizer, {activations / 2**20:.0f} MiB for a batch",
+        f"memory, estimated: {memory(weights)} for weights and optimizer, "
+        f"{memory(activations)} for a batch",
         *([f"files: {info.files}"] if info and info.files else []),
-        _steps(config, info),
+        _steps(config, length),
         *notes,
     ]
     return "\n".join(lines)
 
 
 def _num_classes(config, info):
-    """The classes of the dataset or, where it is not there, of the preset."""
-    if info is not None:
+    """The classes of the dataset or, where it has no word, of the preset."""
+    if info is not None and info.num_classes is not None:
         return info.num_classes
     preset = config.model.preset
     return find_preset(preset).num_classes if preset else 10
 
 
-def _steps(config, info):
+def _steps(config, length):
     """A line on the steps of a run, for 1,000 images if they are not there."""
-    if info is None:
+    if length is None:
         steps = 1000 / config.data.batch_size
-        return f"steps: {steps:.2f} per 1,000 images, in {config.epochs} epochs"
-    steps = len(batches.datasets(config, info)[0])
-    schedule = building.make_schedule(config, steps * config.epochs)
+        epochs = counted(config.epochs, "epoch")
+        return f"steps: {steps:.2f} per 1,000 images, in {epochs}"
+    schedule = building.make_schedule(config, length * config.epochs)
     return (
-        f"steps: {steps} per epoch, {schedule.steps} in all, "
+        f"steps: {length} per epoch, {schedule.steps} in all, "
         f"{schedule.warmup_steps} of warm-up"
     )
+
+
+def announcement(config, info, done):
+    """What a run is going to do after so many epochs, and how it is stopped."""
+    sizes, moe, reads = config.model, config.moe, config.data
+    if config.convnext is None:
+        blocks = counted(sizes.num_layers, "block")
+        kind = f"ViT of {blocks}, {sizes.hidden_dim} features"
+    else:
+        kind = f"ConvNeXt of {[*config.convnext.depths]} blocks"
+    kind = f"{sizes.preset}, a {kind}" if sizes.preset else kind
+    experts = f"{moe.num_experts} experts in {moe.layers}" if moe else "dense"
+    start = f", from {sizes.init}" if sizes.init else ""
+    epochs = counted(config.epochs, "epoch")
+    lines = [
+        f"backend: {keras.backend.backend()}",
+        f"model: {kind}, {experts}{start}",
+        f"data: {reads.dataset}, {reads.train_split}, in {epochs}",
+        *([f"files: {info.files}"] if info.files else []),
+        f"run folder: {config.run_dir}",
+    ]
+    if reads.test_split == reads.validation_split:
+        lines.append(
+            f"test: on the images of the validation, {reads.test_split}; "
+            "--test_split names others"
+        )
+    if done:
+        lines.append(f"resumed after epoch {done}")
+    lines.append(
+        "Ctrl-C stops the run; the same command resumes it after its last "
+        "whole epoch."
+    )
+    return "\n".join(lines)
 
 
 def _used(config):

@@ -21,6 +21,7 @@ from keras_vmoe.training import run_folder
 from keras_vmoe.training.architecture import resolved
 from keras_vmoe.training.checkpointing import Checkpoints
 from keras_vmoe.training.checkpointing import SaveCheckpoint
+from keras_vmoe.training.description import announcement
 from keras_vmoe.training.initialization import restore
 from keras_vmoe.training.initialization import starting_model
 from keras_vmoe.training.validation import Validation
@@ -96,8 +97,6 @@ def _train(config, strategy, stack):
     """A run, in the scope of its strategy; `stack` holds its folder."""
     info = data.info(config.data.dataset, config.data.data_dir)
     config = batches.with_splits(config, info)
-    if info.files and _processes.is_first_process():
-        print(f"files: {info.files}", flush=True)
     train_data, validation_data, test_data = batches.datasets(config, info)
     length = len(train_data)
     _processes.check_agreement(
@@ -114,7 +113,8 @@ def _train(config, strategy, stack):
     state = checkpoints.restore(model) or NOTHING_DONE
     done = state["epoch"]
     _processes.check_agreement("checkpoint", epoch=done)
-    _announce(config, done)
+    if _processes.is_first_process():
+        print(announcement(config, info, done), flush=True)
     routing = callbacks.RoutingHistory(epochs=state["routing"])
     history = callbacks.HistoryFile(
         run_dir / "history.csv", routing, state["rows"]
@@ -155,21 +155,6 @@ def _train(config, strategy, stack):
     # All leave together: JAX ends a process whose peers take too long.
     _processes.check_agreement("end of the run", epochs=epochs)
     return RunResult(test.accuracy, model, run_dir)
-
-
-def _announce(config, done):
-    """Says what of a run is not seen in its settings."""
-    if not _processes.is_first_process():
-        return
-    reads = config.data
-    if reads.test_split == reads.validation_split:
-        print(
-            f"test: on the images of the validation, {reads.test_split}; "
-            "--test_split names others",
-            flush=True,
-        )
-    if done:
-        print(f"resumed after epoch {done}", flush=True)
 
 
 def _plot(rows, routing, path):

@@ -1,5 +1,6 @@
 """`measure`: against a recount by hand."""
 
+import dataclasses
 import warnings
 
 import keras
@@ -40,6 +41,9 @@ def test_a_recount(capsys):
     text = evaluation.report(found, [f"class {i}" for i in range(10)])
     assert f"accuracy: {found.accuracy:.4f}" in text
     assert "block_3_moe: " in text and "(1 is even)" in text
+    assert "top-5" in text
+    few = dataclasses.replace(found, confusion=np.eye(5, dtype=int))
+    assert "top-5" not in evaluation.report(few, "abcde")  # It is 1.
 
 
 def test_some_of_the_classes():

@@ -177,6 +177,7 @@ def test_experts_become_more_experts():
     for moe, words in (
         ({"num_experts": 6}, "num_experts=6 with a TopKRouter for 4"),
         ({"layers": [1]}, "leaves out the experts of block 3"),
+        ({"num_experts": 4}, "must add experts or change them"),
     ):
         with pytest.raises(ValueError, match=words):
             models.upcycle(model, moe)

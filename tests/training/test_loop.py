@@ -132,6 +132,7 @@ def test_corrupt_images_are_named_or_left_out(config, folder, capsys):
     assert len(history(result.run_dir)) == 1
     printed = capsys.readouterr().out
     assert "test: on the images of the validation, train[12:]; " in printed
+    assert ", train[:12], in 1 epoch\n" in printed
     reads = recipes.load(result.run_dir / "config.yaml").data
     assert reads.train_split == "train[:12]"
     assert reads.validation_split == reads.test_split == "train[12:]"

@@ -16,6 +16,7 @@ from keras_vmoe import data
 from keras_vmoe import layers
 from keras_vmoe import models
 from keras_vmoe import training
+from keras_vmoe.evaluation._description import memory
 from keras_vmoe.training import batches
 from keras_vmoe.training import building
 from keras_vmoe.training import loop
@@ -306,6 +307,9 @@ def test_upcycling(result, config):
     np.testing.assert_array_equal(head, result.model.get_layer("head").kernel)
     text = training.describe(more)
     assert "upcycle: true" in text and "num_experts: 8" in text
+    same = changed(more, moe=MoESettings(num_experts=4))
+    with pytest.raises(ValueError, match="has these 4 experts. Set more"):
+        resolved(same)
 
 
 @once
@@ -316,6 +320,9 @@ def test_a_description(result, config):
     assert "name: adamw" in text and "million active per token" in text
     assert "steps: 4 per epoch, 8 in all, 4 of warm-up" in text
     assert "memory, estimated" in text
+    text = training.describe(changed(config, batch_size=4096))
+    assert [memory(x << 20) for x in (900, 1536)] == ["900 MiB", "1.5 GiB"]
+    assert "steps: 0.24 per 1,000 images, in 2 epochs\nnote: a run" in text
 
 
 @once
