@@ -191,7 +191,11 @@ def test_a_warning_is_one_line(monkeypatch):
     said, usual = [], warnings.formatwarning
 
     def presets():
-        """Warn."""
+        """Warn.
+
+        Example:
+            keras-vmoe presets
+        """
         said.append(warnings.formatwarning("words", UserWarning, "x.py", 1))
 
     monkeypatch.setitem(cli.COMMANDS, "presets", presets)
