@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import keras
@@ -196,6 +197,24 @@ def test_predict_names_what_is_no_image(trained, tmp_path):
         assert done.returncode == 1 and "broken.png" in done.stderr
         assert done.stdout.count("digit.png: ") == answers
         assert "broken.png" not in done.stdout
+
+
+@once
+def test_a_warning_is_one_line(monkeypatch):
+    said, usual = [], warnings.formatwarning
+
+    def presets():
+        """Warn.
+
+        Example:
+            keras-vmoe presets
+        """
+        said.append(warnings.formatwarning("words", UserWarning, "x.py", 1))
+
+    monkeypatch.setitem(cli.COMMANDS, "presets", presets)
+    assert cli.main(["presets"]) == 0
+    assert said == ["keras-vmoe: warning: words\n"]
+    assert warnings.formatwarning is usual
 
 
 @once

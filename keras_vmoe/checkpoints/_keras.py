@@ -3,12 +3,12 @@
 import pathlib
 import shutil
 import tempfile
-import warnings
 
 import h5py
 import numpy as np
 
 from keras_vmoe import models
+from keras_vmoe._warnings import warn
 from keras_vmoe.checkpoints.assignment import check_model
 from keras_vmoe.checkpoints.assignment import fit_positions
 from keras_vmoe.checkpoints.assignment import grid_of
@@ -44,11 +44,10 @@ def load_keras(model, path, grid=None):
         model.set_weights(loaded.get_weights())
         return model
     if model.num_classes is not None:
-        warnings.warn(
+        warn(
             f"The head of the file has {loaded.num_classes or 0} classes and "
             f"that of the model {model.num_classes}: the model's stays as it "
-            "is.",
-            stacklevel=3,
+            "is."
         )
     for layer in model.layers:
         if layer.name != "head":

@@ -1,13 +1,13 @@
 """Assigns the arrays of a checkpoint to a model: all or none."""
 
 import math
-import warnings
 
 import keras
 import ml_dtypes
 import numpy as np
 
 from keras_vmoe._checks import is_integer
+from keras_vmoe._warnings import warn
 from keras_vmoe.layers.patches import patch_grid
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -99,10 +99,9 @@ def fit_head(arrays, model):
     whole = np.ndim(bias) == 1 and np.shape(kernel) == (features, len(bias))
     if not whole or len(bias) == num_classes:
         return arrays  # It fits, or the shapes are compared and reported.
-    warnings.warn(
+    warn(
         f"The head of the checkpoint has {len(bias)} classes and that of the "
-        f"model {num_classes}: the model's is newly initialised.",
-        stacklevel=4,
+        f"model {num_classes}: the model's is newly initialised."
     )
     fresh = (
         head.kernel_initializer(head.kernel.shape, "float32"),

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 
 import keras
 
@@ -58,6 +59,9 @@ def main(arguments=None):
         if isinstance(stream, io.TextIOWrapper):  # Names in any alphabet.
             stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    formatwarning = warnings.formatwarning
+    # A line of the program would tell nobody anything.
+    warnings.formatwarning = lambda x, *_: f"keras-vmoe: warning: {x}\n"
     status, settings = 1, {}
     stops, previous = [], {}
 
@@ -88,6 +92,7 @@ def main(arguments=None):
         else:
             raise
     finally:
+        warnings.formatwarning = formatwarning
         for number, handler in previous.items():
             signal.signal(number, handler)
         if _processes.num_processes() > 1:

@@ -10,10 +10,10 @@ import functools
 import operator
 import os
 import struct
-import warnings
 
 import numpy as np
 
+from keras_vmoe._warnings import warn
 from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.pipeline import Pipeline
 from keras_vmoe.data.schema import count_examples
@@ -102,10 +102,9 @@ def skip_corrupt_records(builder, split):
     split, places = _whole_records(builder, split)
     if places:
         named = [f"record {record} of {path}" for path, record in places[:5]]
-        warnings.warn(
+        warn(
             f"{len(places)} corrupt records are skipped, such as "
-            f"{', '.join(named)}.",
-            stacklevel=3,
+            f"{', '.join(named)}."
         )
     return split
 

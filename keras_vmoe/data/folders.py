@@ -13,8 +13,8 @@ import os
 import pathlib
 import random
 import types
-import warnings
 
+from keras_vmoe._warnings import warn
 from keras_vmoe.data.tensorflow_runtime import tf
 from keras_vmoe.data.tensorflow_runtime import tfds
 
@@ -52,7 +52,8 @@ class ImageFolder:
                 f"{LAYOUT}. Received: data_dir=None."
             )
         self.data_dir = os.path.expanduser(os.fspath(folder))
-        found, left = _classes_of_splits(_decoded(self.data_dir))
+        root = _decoded(self.data_dir)
+        found, left = _classes_of_splits(root)
         self._files, taken, empty = _images_of(found, left)
         if not any(self._files.values()):
             raise ValueError(
@@ -63,7 +64,9 @@ class ImageFolder:
             )
         self.counts = f"{_words(taken)} taken, {_words(left)} left out"
         if +left or empty:
-            _warn_once(self.data_dir, self.counts, tuple(empty))
+            whole = root if "://" in root else os.path.realpath(root)
+            empty = tuple(os.path.relpath(x, root) for x in empty)
+            _warn_once(whole, self.counts, empty)
         classes = sorted(set().union(*found.values()))
         label = tfds.features.ClassLabel(names=classes)
         features = {"image": tfds.features.Image(), "label": label}
@@ -201,10 +204,9 @@ def _warn_once(folder, counts, empty):
     """Says what is not used, however often a program opens the folder."""
     words = ", ".join(empty[:8])
     words = f" Classes without an image, which count: {words}." if empty else ""
-    warnings.warn(
+    warn(
         f"Images of {folder}: {counts}.{words} Convert files to JPEG or PNG, "
-        f"and lay folders out as {LAYOUT}.",
-        stacklevel=3,
+        f"and lay folders out as {LAYOUT}."
     )
 
 

@@ -15,6 +15,7 @@ from keras_vmoe.data.tensorflow_runtime import tf
 
 WANTED = "An image file must be a readable PNG, JPEG, WebP, BMP or GIF. "
 NO_IMAGE_MEND = "Convert the file, or leave it out."
+STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF")
 
 
 def preprocess(image, image_size, channels=3):
@@ -117,17 +118,23 @@ def read_images(
 
 
 def _read_image(path, *settings):
+    content = b""
     try:
         with open(path, "rb") as file:
-            return decoded(file.read(), *settings)
+            content = file.read()
+        return decoded(content, *settings)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"An image file must exist. Received: path={path!r}."
         ) from error
     except (OSError, tf.errors.InvalidArgumentError) as error:
-        reason = getattr(error, "strerror", None) or "it holds no image"
+        reason, mend = "it holds no image", NO_IMAGE_MEND
+        if content.startswith(STARTS):
+            reason = "its image is truncated or damaged"
+            mend = "Replace the file, or leave it out."
+        reason = getattr(error, "strerror", None) or reason
         raise OSError(
-            f"{WANTED}Received: path={path!r} ({reason}). {NO_IMAGE_MEND}"
+            f"{WANTED}Received: path={path!r} ({reason}). {mend}"
         ) from error
 
 
@@ -174,8 +181,7 @@ def named_if_none(content, path):
 
     TensorFlow's decoder does not know the file.
     """
-    starts = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF")
-    is_image = [tf.strings.substr(content, 0, len(x)) == x for x in starts]
+    is_image = [tf.strings.substr(content, 0, len(x)) == x for x in STARTS]
     message = (
         f"{WANTED}Received: path={{shown}}, which holds none. {NO_IMAGE_MEND}"
     )

@@ -6,12 +6,12 @@ Axes: B images in the batch, H and W height and width in pixels.
 import contextlib
 import functools
 import operator
-import warnings
 
 import numpy as np
 
 from keras_vmoe._checks import check_shares
 from keras_vmoe._checks import check_sizes
+from keras_vmoe._warnings import warn
 from keras_vmoe.data._corruption import check_files
 from keras_vmoe.data._corruption import skip_corrupt_records
 from keras_vmoe.data.augmentation import Augmentation
@@ -211,14 +211,13 @@ def _check_ends(folder, split, label):
         labels = [int(x[label]) for x in labels.as_numpy_iterator()]
         first, last = set(labels[:ENDS]), set(labels[ENDS:])
         if len(first) == len(last) == 1 and first != last:
-            warnings.warn(
+            warn(
                 "A dataset whose splits are sliced must not be stored class "
                 f"by class: its slices are of other classes. Received: "
                 f"split={split!r} in {folder}, whose first {ENDS} examples are "
                 f"of class {first.pop()} and last {ENDS} of class "
                 f"{last.pop()}. Take whole splits, or prepare it with its "
-                "examples shuffled (TFDS: disable_shuffling=False).",
-                stacklevel=4,
+                "examples shuffled (TFDS: disable_shuffling=False)."
             )
 
 

@@ -8,11 +8,11 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import warnings
 from typing import Any
 
 import numpy as np
 
+from keras_vmoe._warnings import warn
 from keras_vmoe.data.augmentation import Augmentation
 from keras_vmoe.data.augmentation import make_change
 from keras_vmoe.data.augmentation import make_mix
@@ -304,13 +304,12 @@ def _is_readable():
     """A filter of readable images, which warns of each other one once."""
     skipped = set()  # Training reopens its datasets every epoch.
 
-    def warn(name):
+    def skip(name):
         if name not in skipped:
             skipped.add(name)
-            warnings.warn(
+            warn(
                 f"{name.decode()} cannot be decoded and is skipped, "
-                f"{len(skipped)} so far.",
-                stacklevel=2,
+                f"{len(skipped)} so far."
             )
         return False
 
@@ -318,7 +317,7 @@ def _is_readable():
         return tf.cond(
             is_good,
             lambda: True,
-            lambda: tf.numpy_function(warn, [name], tf.bool),
+            lambda: tf.numpy_function(skip, [name], tf.bool),
         )
 
     return is_readable

@@ -18,11 +18,11 @@ class -1 and the name "". A model without a head returns features only.
 import contextlib
 import json
 import pathlib
-import warnings
 
 from keras_vmoe import _files
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._extras import require
+from keras_vmoe._warnings import warn
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export import contents
 from keras_vmoe.export import process
@@ -173,11 +173,10 @@ def _warn_of_missing(signatures, directory):
         return
     missing = card.get("signatures", {}).keys() - signatures
     if missing:
-        warnings.warn(
+        warn(
             "A version should have the signatures of the one before. Received: "
             f"no signature {', '.join(map(repr, sorted(missing)))}, which "
-            f"version {newest.name} has. Add it to `signatures`.",
-            stacklevel=3,
+            f"version {newest.name} has. Add it to `signatures`."
         )
 
 

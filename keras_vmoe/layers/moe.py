@@ -245,6 +245,13 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
         """
         return share(self, **changes)
 
+    def quantize(self, mode=None, **kwargs):
+        raise NotImplementedError(
+            f"A {type(self).__name__} is quantized by its parts, or with the "
+            f"model around it. Received: mode={mode!r}. Call "
+            f"`layer.experts.quantize({mode!r})`."
+        )
+
     def plan(self, inputs, mask=None):
         """The routing plan of a batch, as in evaluation.
 

@@ -254,7 +254,8 @@ def with_layers(config, *names):
 
 def _keep_gate(*args, **kwargs):
     """In the place of a gate's `quantize`."""
-    raise NotImplementedError(
+    # Of a NotImplementedError `Model.quantize` would warn, for each gate.
+    raise AttributeError(
         "Gates are not quantized: they decide which expert a token goes to."
     )
 

@@ -13,6 +13,7 @@ from keras_vmoe._checks import is_integer
 from keras_vmoe._checks import is_number
 from keras_vmoe._checks import nearest
 from keras_vmoe._checks import plain
+from keras_vmoe._warnings import warn
 from keras_vmoe.layers.parts import hand_down
 from keras_vmoe.layers.parts import set_state_of_parts
 from keras_vmoe.layers.parts import state_of_parts
@@ -70,6 +71,10 @@ class MoEModel(keras.Model):
 
             # A pipeline that decodes files knows no sizes; the model does.
             inputs = tf.ensure_shape(inputs, self.input_shape)
+        (images,) = keras.tree.flatten(inputs)
+        dtype = keras.backend.standardize_dtype(images.dtype)
+        if "int" in dtype:
+            self._warn_of_pixels(f"images of {dtype}")
         return super().call(inputs, training=training, mask=mask)
 
     def fit(self, x=None, *args, **kwargs):
@@ -85,16 +90,34 @@ class MoEModel(keras.Model):
         return super().predict(x, *args, **kwargs)
 
     def _check_pixels(self, x):
+        """Warns of an array of floats that are not normalized.
+
+        Floats of datasets, generators and loaders pass: their first batch could
+        be read only for a second time, or by every compiled step.
+        """
+        images = next(iter(keras.tree.flatten(x)), None)
+        is_array = "float" in str(getattr(images, "dtype", None))
+        if self._warns_of_pixels and is_array:
+            first = keras.ops.convert_to_numpy(images[:32])
+            largest = abs(first).max(initial=0)
+            if largest > LIMIT:
+                self._warn_of_pixels(f"values up to {largest:g}")
+
+    def _warn_of_pixels(self, found):
         """Warns once of images that are not normalized."""
-        found = _pixels_in(x) if self._warns_of_pixels else None
-        if found is not None:
+        if self._warns_of_pixels:
             self._warns_of_pixels = False
-            warnings.warn(
+            warn(
                 "The images of a model must be normalized, to about [-1, 1]. "
                 f"Received: {found}. Pass `x / 127.5 - 1` for pixels of 0 to "
-                "255, or read them by `keras_vmoe.data.load`.",
-                stacklevel=3,
+                "255, or read them by `keras_vmoe.data.load`."
             )
+
+    def quantize(self, *args, **kwargs):
+        with warnings.catch_warnings():
+            # Of each layer that has nothing to quantize.
+            warnings.filterwarnings("ignore", "Layer .* have a `quantize`")
+            super().quantize(*args, **kwargs)
 
     def export(self, filepath, format="tf_saved_model", **kwargs):  # noqa: A002
         if format == "onnx":
@@ -140,20 +163,6 @@ class MoEModel(keras.Model):
         return [
             layer for layer in self.layers if isinstance(layer, layers.MoEMLP)
         ]
-
-
-def _pixels_in(x):
-    """What says that data are pixels of 0 to 255, or None; reads no dataset."""
-    elements = keras.tree.flatten(getattr(x, "element_spec", x))
-    images = elements[0] if elements else None
-    dtype = getattr(images, "dtype", None)
-    if "int" in str(dtype):
-        return f"images of {dtype}"
-    if "float" not in str(dtype) or not hasattr(images, "__getitem__"):
-        return None  # No arrays, or the floats of a dataset.
-    first = keras.ops.convert_to_numpy(images[:32])
-    largest = abs(first).max(initial=0)
-    return f"values up to {largest:g}" if largest > LIMIT else None
 
 
 def complete(model_class, arguments, options: Options, **defaults):

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import math
 import re
-import warnings
 
 import keras
 
 from keras_vmoe import layers
 from keras_vmoe import routing
 from keras_vmoe._keras import uninitialized_variables
+from keras_vmoe._warnings import warn
 from keras_vmoe.layers import patches
 from keras_vmoe.layers import positions
 from keras_vmoe.layers.attention import SelfAttention
@@ -153,10 +153,9 @@ def work(layer, inputs, outputs):
     """The `Work` of one call of a layer, with `KerasTensor`s of one image."""
     matrices = [w for w in getattr(layer, "weights", []) if len(w.shape) > 1]
     if matrices:
-        warnings.warn(
+        warn(
             f"The multiply-adds of {layer.name!r}, a {type(layer).__name__}, "
-            "are not counted.",
-            stacklevel=2,
+            "are not counted."
         )
     return Work()
 

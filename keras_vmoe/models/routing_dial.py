@@ -1,13 +1,14 @@
 """Adaptive compute: the same weights under other routing settings."""
 
 import dataclasses
-import warnings
 
 import keras
 
 from keras_vmoe import layers
+from keras_vmoe._checks import check_keys
 from keras_vmoe._checks import plain
 from keras_vmoe._keras import all_layers
+from keras_vmoe._warnings import warn
 from keras_vmoe.models.cloning import clone_around
 from keras_vmoe.models.cloning import is_graph
 
@@ -18,6 +19,7 @@ def set_routing(
     num_selected_experts=None,
     batch_priority=None,
     images_per_group=None,
+    **others,
 ):
     """Makes a model with the same weights and other routing settings.
 
@@ -62,6 +64,7 @@ def set_routing(
         "batch_priority": batch_priority,
         "images_per_group": images_per_group,
     }
+    check_keys("`set_routing`", others, settings)
     settings = {k: plain(v) for k, v in settings.items() if v is not None}
     _check(model, settings)
     clone = clone_around(
@@ -104,11 +107,10 @@ def _compile_alike(clone, model):
     try:
         clone.compile_from_config(model.get_compile_config())
     except (TypeError, ValueError) as error:
-        warnings.warn(
+        warn(
             "The new model is not compiled: loss or metrics of the given one "
             f"cannot be serialized ({error}). Call its `compile`, or register "
-            "them by keras.saving.register_keras_serializable.",
-            stacklevel=3,
+            "them by keras.saving.register_keras_serializable."
         )
 
 

@@ -4,7 +4,6 @@ import csv
 import io
 import math
 import pathlib
-import warnings
 
 import keras
 
@@ -12,6 +11,7 @@ from keras_vmoe import _files
 from keras_vmoe import inspection
 from keras_vmoe._checks import is_number
 from keras_vmoe._extras import require
+from keras_vmoe._warnings import warn
 from keras_vmoe.distribution import _processes
 from keras_vmoe.inspection import _plots
 
@@ -134,7 +134,7 @@ class RoutingMonitor(_RoutingCallback):
                     "capacity factor."
                 )
                 self.warnings.append(message)
-                warnings.warn(message, stacklevel=2)
+                warn(message)
 
     def _problems(self, layer):
         problems = []

@@ -2,13 +2,13 @@
 
 import json
 import pathlib
-import warnings
 import zlib
 
 import keras
 
 from keras_vmoe import _files
 from keras_vmoe._checks import check_sizes
+from keras_vmoe._warnings import warn
 from keras_vmoe.distribution import _processes
 from keras_vmoe.models.saving import size_of
 
@@ -79,10 +79,9 @@ class Checkpoints:
                 if state["crc32"] != _checksum(weights):
                     raise ValueError("its checksum is wrong")
             except CORRUPT as error:
-                warnings.warn(
+                warn(
                     f"The checkpoint {weights} is corrupt ({error}) and is "
-                    "skipped.",
-                    stacklevel=2,
+                    "skipped."
                 )
                 # The file is kept, but no longer counts as a checkpoint.
                 if _processes.is_first_process():

@@ -3,13 +3,13 @@
 import json
 import pathlib
 import shlex
-import warnings
 
 from keras.ops import convert_to_numpy
 
 from keras_vmoe import checkpoints
 from keras_vmoe import layers
 from keras_vmoe import models
+from keras_vmoe._warnings import warn
 from keras_vmoe.checkpoints.assignment import fit_positions
 from keras_vmoe.checkpoints.assignment import grid_of
 from keras_vmoe.training import recipes
@@ -147,10 +147,9 @@ def copy_weights(source, model, with_head=True):
         )
     with_head = with_head and not differ
     if not with_head:
-        warnings.warn(
+        warn(
             "The head of the file has other classes: the model's head is "
-            "newly initialized.",
-            stacklevel=4,
+            "newly initialized."
         )
     for name, weight in ours.items():
         if with_head or not name.startswith("head/"):

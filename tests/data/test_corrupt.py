@@ -127,6 +127,7 @@ def test_hidden_folders_and_files_that_are_no_images(tmp_path):
     with pytest.warns(UserWarning) as caught:
         info = data.info("image_folder", tmp_path)
     (warning,) = caught
+    assert warning.filename == __file__
     for words in said:
         assert words in str(warning.message)
     assert info.files in str(warning.message)
@@ -135,10 +136,23 @@ def test_hidden_folders_and_files_that_are_no_images(tmp_path):
     paths = sorted((tmp_path / "train/cat").iterdir())
     expected = data.read_images(paths, 16)
     # It has been said.
-    loaded = load(tmp_path, training=False, batch=len(kinds))
+    loaded = load(f"{tmp_path}/", training=False, batch=len(kinds))
     ((images, labels),) = loaded.as_numpy_iterator()
     assert not labels.any()
     np.testing.assert_allclose(expected, images, atol=0.02)
+
+
+def test_names_in_a_locale_of_ascii(tmp_path):
+    """Python then makes surrogates of the bytes of a name."""
+    path = tmp_path / "Tiere/Käfer/größe.png"
+    path.parent.mkdir(parents=True)
+    PIL.Image.new("RGB", (4, 4)).save(path)
+    (tmp_path / "Tiere/Leer").mkdir()
+    given = str(path.parents[1]).encode().decode("ascii", "surrogateescape")
+    with pytest.warns(UserWarning, match="an image, which count: Leer. Conv"):
+        folder = ImageFolder(given)
+    assert folder.info.features["label"].names == ["Käfer", "Leer"]
+    assert folder.files("train") == ([str(path)], [0])
 
 
 def test_a_folder_inside_a_class_makes_no_splits(tmp_path):

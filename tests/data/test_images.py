@@ -275,15 +275,23 @@ def test_read_images_names_the_missing_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n"]
-)
-def test_read_images_names_the_unreadable_file(tmp_path, content):
+    ("content", "reason"),
+    [
+        (b"", "holds no image"),
+        (b"not an image", "holds no image"),
+        (b"\x89PNG\r\n\x1a\n", "truncated or damaged"),
+        (tf.io.encode_jpeg(np.zeros((9, 9, 3), "uint8")).numpy()[:-99],
+         "truncated or damaged"),
+    ],
+)  # fmt: skip
+def test_read_images_names_the_unreadable_file(tmp_path, content, reason):
     path = tmp_path / "broken.png"
     path.write_bytes(content)
     words = "must be a readable PNG, JPEG, WebP, BMP or GIF"
     with pytest.raises(OSError, match=words) as caught:
         data.read_images([path], 4)
     assert f"Received: path={str(path)!r}" in str(caught.value)
+    assert reason in str(caught.value)
     assert "leave it out" in str(caught.value)
 
 

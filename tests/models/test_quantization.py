@@ -22,14 +22,6 @@ from tests.models.definitions import tiny
 TOLERANCE = 0.1
 
 
-# Keras warns of each layer that it leaves as it is.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Layer .* `quantize` method"),
-    pytest.mark.filterwarnings("ignore:Gates are not quantized"),
-    pytest.mark.filterwarnings("ignore:The experts' kernels can be"),
-]
-
-
 @pytest.fixture(autouse=True)
 def little_garbage():
     """Keras collects it for each kernel that it quantizes, 0.2 s each time."""
@@ -113,7 +105,12 @@ each_model = pytest.mark.parametrize(
         vit,
         pytest.param(convnext, marks=pytest.mark.backends("torch")),
         pytest.param(
-            functional, marks=pytest.mark.backends("tensorflow", "torch")
+            functional,
+            marks=[
+                pytest.mark.backends("tensorflow", "torch"),
+                # Keras warns of each layer that it leaves as it is.
+                pytest.mark.filterwarnings("ignore:Layer .* `quantize` method"),
+            ],
         ),
     ],
 )
@@ -238,6 +235,13 @@ def test_errors():
     bank.__class__ = type("OwnBank", (layers.MLPExperts,), {})
     with pytest.raises(NotImplementedError, match="Only .* Received: a OwnB"):
         bank.quantize("int8")
+    layer = layers.MoEMLP(2, 4)
+    layer.build((None, 3, 4))
+    words = r"Received: mode='int8'. Call `layer.experts.quantize\('int8'\)`"
+    with pytest.raises(NotImplementedError, match=words):
+        layer.quantize("int8")
+    with pytest.raises(AttributeError, match="Gates are not quantized"):
+        layer.router.gate_layer.quantize("int8")
     dense = tiny(moe=None)
     dense.quantize("int8")
     with pytest.raises(ValueError, match="floating point. Received.*'int8'"):

@@ -304,6 +304,7 @@ def test_a_layer_used_twice_is_changed_once():
         ({"router": "expert_choice"}, {"capacity_factor": "dropless"},
          "cannot be dropless. Received: capacity_factor='dropless'"),
         ({}, {"capacity_factor": 0.0}, "capacity_factor=0.0"),
+        ({}, {"capacity_facto": 1.0}, "Did you mean 'capacity_factor'?"),
         ({}, {"capacity_factor": "all"}, "capacity_factor='all'"),
         ({}, {"capacity_factor": "droples"}, "number above 0 or 'dropless'"),
         ({}, {"images_per_group": "btach"}, "at least 1, or 'batch'"),

@@ -100,7 +100,9 @@ def test_a_resumed_run_has_the_noise_it_would_have_had(resumed):
 
 
 @pytest.mark.backends("torch")
-@pytest.mark.parametrize("kind", ["bytes", "floats", "dataset", "validation"])
+@pytest.mark.parametrize(
+    "kind", ["bytes", "floats", "dataset", "generator", "validation"]
+)
 def test_pixels_are_warned_about_once(kind):
     import tensorflow as tf
 
@@ -121,15 +123,19 @@ def test_pixels_are_warned_about_once(kind):
             model.fit(pixels / 127.5 - 1, labels, **fit)
         elif kind == "dataset":
             model.fit(dataset, shuffle=False, verbose=0)
+        elif kind == "generator":
+            batches = (batch for batch in [(pixels, labels)] * 2)
+            model.fit(batches, steps_per_epoch=1, shuffle=False, verbose=0)
         else:
             images = pixels if kind == "bytes" else -pixels.astype("float32")
             model.predict(images, verbose=0)
 
-    received = "values up to 255" if kind == "floats" else "images of .*uint8"
+    received = "values up to 255" if kind == "floats" else "images of uint8"
     words = rf"about \[-1, 1\]. Received: {received}.* `x / 127.5 - 1`"
     with pytest.warns(UserWarning, match=words) as warned:
         see()
-    assert kind == "validation" or warned[0].filename == __file__
+    (warning,) = (x for x in warned if x.category is UserWarning)
+    assert warning.filename == __file__
     see()
 
 
