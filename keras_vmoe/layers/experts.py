@@ -1,11 +1,15 @@
 """Experts: E networks of one shape, as stacked kernels."""
 
+import functools
+
 import keras
 import numpy as np
 from keras import ops
 
 from keras_vmoe._checks import check_sizes
 from keras_vmoe.layers.block_linear import block_linear
+from keras_vmoe.layers.block_linear import expert_linear
+from keras_vmoe.layers.block_linear import fuses_by_expert
 from keras_vmoe.layers.mlp import TwoLayers
 from keras_vmoe.layers.weights import for_each_expert
 from keras_vmoe.layers.weights import get_options
@@ -154,10 +158,22 @@ class MLPExperts(TwoLayers):
 
     def _mlps(self, x, blocks, training):
         """One MLP for each block of rows; see `block_linear`."""
-        x = block_linear(x, self._kernel("hidden"), self.hidden_bias, *blocks)
-        x = self.drop(self.activation(x), training)
-        x = block_linear(x, self._kernel("output"), self.output_bias, *blocks)
-        return self.drop(x, training)
+        weights = [
+            ops.convert_to_tensor(weight)
+            for name in ("hidden", "output")
+            for weight in (self._kernel(name), getattr(self, f"{name}_bias"))
+        ]
+        if blocks or not fuses_by_expert(x):
+            linear = functools.partial(block_linear, blocks=blocks)
+            return self._mlp(linear, x, *weights, training)
+        # The hidden features of all experts are never one tensor.
+        parts = (ops.unstack(y, self.num_experts) for y in (x, *weights))
+        each = zip(*parts, strict=True)
+        return ops.stack([self._mlp(expert_linear, *y, training) for y in each])
+
+    def _mlp(self, linear, x, kernel, bias, out_kernel, out_bias, training):
+        x = self.drop(self.activation(linear(x, kernel, bias)), training)
+        return self.drop(linear(x, out_kernel, out_bias), training)
 
     def _kernel(self, name):
         """`(E, fan in, fan out)` tensor in the compute dtype."""

@@ -37,6 +37,11 @@ class LayerNormalization(keras.layers.LayerNormalization):
             x = x + ops.cast(self.beta, dtype)
         return ops.cast(x, self.compute_dtype)
 
+    def get_config(self):
+        config = super().get_config()
+        del config["axis"]  # That of Keras changes when the layer is built.
+        return config
+
 
 @functools.cache
 def _normalize():

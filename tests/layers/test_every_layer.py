@@ -14,6 +14,7 @@ from keras_vmoe.layers import pooling
 from keras_vmoe.layers import positions
 from keras_vmoe.layers import stochastic
 from keras_vmoe.layers.attention import MultiHeadAttention
+from keras_vmoe.layers.normalization import LayerNormalization
 from keras_vmoe.layers.top_k_router import BalanceBias
 from tests.gradients import compiled
 from tests.harness import Case
@@ -143,6 +144,7 @@ PARTS = [
          TOKENS, (3, 6, 3, 3)),
     Case(layers.SoftGate, {"num_experts": 3, "num_slots": 2},
          TOKENS, (3, 6, 3, 2), label="SoftGate with slots"),
+    Case(LayerNormalization, {"epsilon": 1e-3}, TOKENS, TOKENS),
     Case(layers.MLPExperts,
          {"num_experts": 3, "hidden_dim": 5, "activation": "gelu_tanh",
           "dropout": 0.1, **WEIGHT_FLAGS},
