@@ -4,7 +4,7 @@
 
 All candidates of a setting run in one process, in turn; ratios are those of the
 same round. The dense MLP has K times the experts' hidden size: what a token of
-the MoE layer passes through. Six tables:
+the MoE layer passes through. Seven tables:
 
 - methods: every router of ours and the other libraries against the dense MLP,
   at 8 experts, 2 per token, capacity factor 1.0. Expert choice and soft routing
@@ -12,6 +12,10 @@ the MoE layer passes through. Six tables:
 - experts: the same work spread over more experts, against 8 of them.
 - selected: 1, 2 and 4 experts per token, each against its own dense MLP.
 - capacity: other capacity factors, against 1.0.
+- overhead: layers of 8 and 64 experts against their experts alone, which find
+  their buffers ready. What a layer takes beyond that is routing; what its
+  experts take, with few tokens for each, is reading weights and writing their
+  gradients, which an optimizer has to touch besides.
 - statistics: a training step with the routing statistics, against one without.
 - memory: peak memory of a training step beside inputs, weights and gradients
   (8 experts have four times the weights of the dense MLP), against the dense
@@ -25,16 +29,16 @@ respect to the inputs and all weights, with noise, without an optimizer.
 import argparse
 import gc
 import pathlib
-import subprocess
-import sys
 
 import interleaved
 import keras
+import memory
 import numpy as np
 import others
 import steps
 
 from keras_vmoe import layers
+from keras_vmoe.routing import capacity as capacity_of
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "moe_layer.csv"
 
@@ -56,14 +60,6 @@ LARGE_SHAPES = {
 DEFAULT_SHAPES = list(SHAPES)
 SHAPES |= LARGE_SHAPES
 SMALL = "ViT-S/16 x8"
-TABLES = (
-    "methods",
-    "experts",
-    "selected",
-    "capacity",
-    "statistics",
-    "memory",
-)
 
 
 def main():
@@ -86,11 +82,11 @@ def main():
     args = parser.parse_args()
     keras.config.set_dtype_policy(args.dtype)
     if args.memory_of:
-        print(growth_of(args.memory_of))
+        print(memory.growth(candidate(args.memory_of), inputs_of(SMALL)))
         return
     rows = []
     for table in args.tables:
-        rows += globals()[table](args)
+        rows += TABLES[table](args)
     if args.save:
         columns = {**interleaved.versions(), "dtype": args.dtype}
         rows = [{**columns, **row} for row in rows]
@@ -140,6 +136,31 @@ def capacity(args):
     return compare("capacity", SMALL, found, "factor 1.0", args)
 
 
+def overhead(args):
+    """Layers against their experts alone."""
+    rows = []
+    for shape in args.shapes:
+        images, tokens, features, hidden = SHAPES[shape]
+        size = min(images, 8) * tokens  # Of a group.
+        for number in (8, 64):
+            shape_of = (images // 8, number, capacity_of(size, number, 2, 1.0))
+            inputs = {
+                f"experts alone, E={number}": random(*shape_of, features),
+                f"top-k, E={number}": inputs_of(shape),
+            }
+            alone, layer = inputs
+            found = {
+                alone: lambda number=number, hidden=hidden: layers.MLPExperts(
+                    number, hidden, activation="gelu_tanh"
+                ),
+                layer: lambda number=number, shape=shape: top_k(
+                    SHAPES[shape], number
+                ),
+            }
+            rows += compare("overhead", shape, found, alone, args, inputs)
+    return rows
+
+
 def statistics(args):
     """What the routing statistics of a training step cost."""
 
@@ -152,9 +173,14 @@ def statistics(args):
     return compare("statistics", SMALL, found, "without", args)
 
 
-def memory(args):
+def peak_memory(args):
     """Peak memory of a training step."""
-    found = {name: peak_memory(name, args) for name in candidates(SMALL)}
+    found = {
+        name: memory.of_candidate(
+            name, candidate, inputs_of(SMALL), __file__, args
+        )
+        for name in candidates(SMALL)
+    }
     rows = []
     for name, size in found.items():
         ratio = round(size / found["dense"], 3)
@@ -166,20 +192,23 @@ def memory(args):
     return rows
 
 
-def compare(table, shape, makers, baseline, args):
-    """Times forward passes and training steps of one setting."""
+def compare(table, shape, makers, baseline, args, inputs=None):
+    """Times forward passes and training steps of one setting.
+
+    All take the tokens of the shape, or each its own of the dict `inputs`.
+    """
     images, tokens, features, _ = SHAPES[shape]
     # Fewer rounds where one takes half a minute.
     work = images * tokens * features**2
     rounds = max(3, min(args.rounds, int(args.rounds * 6e8 / work)))
-    inputs = inputs_of(shape)
+    inputs = inputs or dict.fromkeys(makers, inputs_of(shape))
     made = {name: make() for name, make in makers.items()}
-    for layer in made.values():
-        layer.build(inputs.shape)
+    for name, layer in made.items():
+        layer.build(inputs[name].shape)
     rows = []
     for kind in ("forward", "training"):
         make = getattr(steps, kind)
-        functions = {name: make(made[name], inputs) for name in made}
+        functions = {name: make(made[name], inputs[name]) for name in made}
         seconds = interleaved.measure(functions, rounds, warmup=2)
         columns = {"table": table, "shape": shape, "pass": kind}
         rows += interleaved.rows(seconds, baseline, **columns)
@@ -203,8 +232,12 @@ def print_shares(rows, shape, kind, peak):
 
 def inputs_of(shape):
     """Random tokens `(B, N, D)`."""
-    generator = np.random.default_rng(0)
-    inputs = generator.normal(size=SHAPES[shape][:3]).astype("float32")
+    return random(*SHAPES[shape][:3])
+
+
+def random(*shape):
+    """A tensor of normal numbers."""
+    inputs = np.random.default_rng(0).normal(size=shape).astype("float32")
     return keras.ops.convert_to_tensor(inputs)
 
 
@@ -228,6 +261,11 @@ def candidates(shape):
     }
 
 
+def candidate(name):
+    """One of them, at the shape whose memory is measured."""
+    return candidates(SMALL)[name]()
+
+
 def dense(size, selected=2):
     """A dense MLP of the MoE layer's FLOPs."""
     return layers.MLP(selected * size[3], activation="gelu_tanh")
@@ -248,45 +286,15 @@ def moe(size, router):
     )
 
 
-def peak_memory(name, args):
-    """Bytes of one candidate's training step, as the module says."""
-    if keras.backend.backend() == "jax":
-        layer = candidates(SMALL)[name]()
-        inputs = inputs_of(SMALL)
-        layer.build(inputs.shape)
-        step, arguments = steps.jax_training(layer, inputs)
-        found = step.lower(*arguments).compile().memory_analysis()
-        return found.temp_size_in_bytes
-    command = [sys.executable, __file__, "--memory-of", name]
-    command += ["--dtype", args.dtype]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(done.stdout.splitlines()[-1])
-
-
-def growth_of(name):
-    """How far this process grows while it runs a candidate's step."""
-    inputs = inputs_of(SMALL)
-    # The libraries' own buffers are there after a step of another layer.
-    warm = layers.MLP(8)
-    warm.build(inputs.shape)
-    steps.training(warm, inputs)()
-    layer = candidates(SMALL)[name]()
-    layer.build(inputs.shape)
-    step = steps.training(layer, inputs)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # Forgets the peak.
-    before = memory_of("VmRSS")
-    for _ in range(3):
-        gradients = step()
-    results = sum(4 * int(np.prod(gradient.shape)) for gradient in gradients)
-    return memory_of("VmHWM") - before - results
-
-
-def memory_of(field):
-    """A figure of Linux about this process, in bytes."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    line = next(x for x in status.splitlines() if x.startswith(f"{field}:"))
-    return 1024 * int(line.split()[1])
-
+TABLES = {
+    "methods": methods,
+    "experts": experts,
+    "selected": selected,
+    "capacity": capacity,
+    "overhead": overhead,
+    "statistics": statistics,
+    "memory": peak_memory,
+}
 
 if __name__ == "__main__":
     main()

@@ -27,7 +27,7 @@ def main():
     for kind in PASSES:
         shapes = select(rows, table="methods", candidate="top-k")
         print_markdown(shapes, kind, "shape")
-    for table in ("experts", "selected", "capacity", "statistics"):
+    for table in ("experts", "selected", "capacity", "overhead", "statistics"):
         for kind in PASSES:
             print_markdown(select(rows, table=table), kind, "candidate")
     print_markdown(select(rows, table="memory"), "training", "candidate")
