@@ -90,9 +90,8 @@ def compare(name, args):
         row["images_per_s"] = round(per_second, 2)
         row["share"] = round(1 / row["ratio"], 3)
         row["macs_share"] = round(macs["dense"] / macs[row["candidate"]], 3)
-        row["paper_share"] = (
-            round(ours / dense, 3) if is_sparse and ours else ""
-        )
+        paper = round(ours / dense, 3) if ours else ""
+        row["paper_share"] = paper if row["candidate"] == "sparse" else 1.0
         row["peak_mib"] = round(peaks[row["candidate"]] / 2**20, 1)
     interleaved.print_table([{**row, "shape": name} for row in rows])
     for row in rows:
