@@ -20,6 +20,7 @@ ROOMS = {
     "_checks": set(),
     "_extras": set(),
     "_start": set(),
+    "_warnings": set(),
     "_files": set(),
     "_keras": set(),
     "routing": set(),
@@ -37,7 +38,9 @@ ROOMS = {
 }
 # The front doors may use all.
 DOORS = {"__init__", "__main__", "cli"}
-EVERYWHERE = {"_checks", "_extras", "_files", "_keras", "version"}
+EVERYWHERE = {
+    "_checks", "_extras", "_files", "_keras", "_warnings", "version",
+}  # fmt: skip
 TREES = {path: ast.parse(path.read_text()) for path in ROOT.rglob("*.py")}
 once = pytest.mark.backends("jax")
 
