@@ -131,6 +131,11 @@ def scratch(parent, name):
         _remove_empty(parent, is_new)
 
 
+def lock_of(folder):
+    """The file that is there while a process holds a folder, or was killed."""
+    return folder / f"{PARTIAL}lock"
+
+
 @contextlib.contextmanager
 def locked(folder):
     """Holds a folder for this process alone, until it leaves or dies.
@@ -146,7 +151,7 @@ def locked(folder):
     except ImportError:  # Windows.
         yield
         return
-    path = folder / f"{PARTIAL}lock"
+    path = lock_of(folder)
     with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -236,6 +237,9 @@ def test_names_that_the_output_cannot_hold(trained, tmp_path, monkeypatch):
 def test_an_unknown_backend_is_one_line(monkeypatch, program):
     """The command ends; an import raises."""
     words = "KERAS_BACKEND must be one of jax, tensorflow, torch. Received: "
+    handlers, ends = {}, []
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(os, "_exit", ends.append)
     code = Path(keras_vmoe.__file__).with_name("_start.py").read_text()
     monkeypatch.setenv("KERAS_BACKEND", "pytorch")
     monkeypatch.setattr(sys, "argv", [program])
@@ -248,6 +252,10 @@ def test_an_unknown_backend_is_one_line(monkeypatch, program):
     monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
     exec(code, {})
     assert ("TF_CPP_MIN_LOG_LEVEL" in os.environ) == ("keras" in program)
+    # A stop while Keras is imported.
+    for number, handler in handlers.items():
+        handler(number, None)
+    assert ends == ([130, 143] if "keras" in program else [])
 
 
 @once

@@ -36,6 +36,8 @@ COMMANDS = {
 }
 # Errors that users can mend are printed as one message; any other is a bug and
 # keeps its traceback.
+ALARM = getattr(signal, "SIGALRM", None)  # Windows has none.
+SECONDS = 5  # Until a stop that code has swallowed, as imports do, is repeated.
 USER_ERRORS = (
     ImportError,
     OSError,
@@ -66,11 +68,13 @@ def main(arguments=None):
     stops, previous = [], {}
 
     def stop(number, frame):
-        stops.append(number)
+        if number != ALARM:
+            stops.append(number)
+        _ring_in(SECONDS)
         raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in filter(None, (signal.SIGINT, signal.SIGTERM, ALARM)):
             previous[number] = signal.signal(number, stop)
     try:
         require("jsonargparse", "cli")
@@ -82,6 +86,7 @@ def main(arguments=None):
         COMMANDS[name](**settings)
         status = 0
     except BaseException as error:
+        _ring_in(0)
         # Libraries in C++ turn a KeyboardInterrupt into errors of their own.
         if stops:
             status = 128 + stops[0]
@@ -92,6 +97,7 @@ def main(arguments=None):
         else:
             raise
     finally:
+        _ring_in(0)
         warnings.formatwarning = formatwarning
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -100,6 +106,11 @@ def main(arguments=None):
                 traceback.print_exc()
             _processes.leave(status)
     return status
+
+
+def _ring_in(seconds):
+    if ALARM:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _how_to_resume(config):

@@ -187,8 +187,9 @@ def evaluate(
     opened, names = open_model(model, classes, **dials)
     if test_crop is None:
         test_crop = setting_of_run(model, "data.test_crop")
-    if dataset is None:
-        dataset = setting_of_run(model, "data.dataset")
+    of_run = setting_of_run(model, "data.dataset")
+    if dataset in (None, of_run):
+        dataset = of_run
         data_dir = data_dir or setting_of_run(model, "data.data_dir")
         split = split or setting_of_run(model, "data.test_split")
     if dataset is None:

@@ -283,7 +283,7 @@ class BiasBalancedRouter(TopKRouter):
         return gates + ops.convert_to_tensor(self.bias)
 
     def after_step(self, plan):
-        if not self.trainable:
+        if not (self.trainable and self.balance.trainable):
             return
         share = plan.load_share()
         missing = ops.mean(share) - share

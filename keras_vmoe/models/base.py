@@ -13,6 +13,7 @@ from keras_vmoe._checks import is_integer
 from keras_vmoe._checks import is_number
 from keras_vmoe._checks import nearest
 from keras_vmoe._checks import plain
+from keras_vmoe._keras import all_layers
 from keras_vmoe._warnings import warn
 from keras_vmoe.layers.parts import hand_down
 from keras_vmoe.layers.parts import set_state_of_parts
@@ -120,10 +121,13 @@ class MoEModel(keras.Model):
             super().quantize(*args, **kwargs)
 
     def export(self, filepath, format="tf_saved_model", **kwargs):  # noqa: A002
-        if format == "onnx":
+        found = {getattr(x, "activation", None) for x in all_layers(self)}
+        is_right = keras.backend.backend() == "tensorflow"
+        is_right &= keras.activations.gelu not in found
+        if format == "onnx" and not is_right:
             raise ValueError(
-                "Keras's ONNX files are right with some backends and "
-                "activations only. Received: format='onnx'. Use "
+                "Keras writes ONNX files under TensorFlow only, and without "
+                "the exact GELU. Received: format='onnx'. Use "
                 "`keras_vmoe.export.onnx(model, path)`."
             )
         return super().export(filepath, format=format, **kwargs)

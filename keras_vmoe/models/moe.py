@@ -144,7 +144,14 @@ class MoEConfig:
             if isinstance(moe.get(name), dict):
                 # A layer of Keras may come as `class_name` and `config` alone.
                 part = {"module": "keras.layers", **moe[name]}
-                moe[name] = keras.layers.deserialize(part)
+                try:
+                    moe[name] = keras.layers.deserialize(part)
+                except (TypeError, ValueError) as error:
+                    raise ValueError(
+                        f"`{name}` must be a layer, or the dict that "
+                        "`keras.layers.serialize` makes of one. Received: "
+                        f"{name}={moe[name]!r}."
+                    ) from error
         if isinstance(moe.get("router"), keras.layers.Layer):
             moe.setdefault("num_experts", moe["router"].num_experts)
         return cls(**moe)

@@ -29,6 +29,8 @@ def set_routing(
 
     The new model shares the weights of the given one: it needs no memory of its
     own and follows further training; `keras.Model.save` writes it as a whole.
+    Both models are made of the same gates, experts and dense layers: freezing
+    those of one freezes the other's.
     It is compiled as the given model is, with a new optimizer.
 
     Args:

@@ -192,7 +192,8 @@ def _tile(source, layer):
             "Experts start from experts under the same router and gate, of "
             f"which they are a multiple. Received: num_experts="
             f"{layer.num_experts} with a {type(layer.router).__name__} for "
-            f"{source.num_experts} with a {type(source.router).__name__}."
+            f"{source.num_experts} with a {type(source.router).__name__}. Take "
+            f"{2 * source.num_experts} experts, say, and the source's router."
         )
     for weight, value, shape in zip(layer.weights, values, shapes, strict=True):
         times = [

@@ -164,7 +164,8 @@ def _check_same(settings, start, found, names):
         ]
     if wrong:
         mend = "Leave them out."
-        if all(x.startswith("moe.") for x in wrong):
+        more = "moe." if not theirs else "moe.num_experts="
+        if all(x.startswith(more) for x in wrong):
             mend = "Leave them out, or let --upcycle make experts of its MLPs."
         raise ValueError(
             "The architecture is that of the file to start from. Received: "

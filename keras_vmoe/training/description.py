@@ -55,6 +55,7 @@ def describe(config):
         length = len(batches.datasets(config, info)[0])
         batches.parts_of(config, length)
         run_folder.check_run(config, info.class_names)
+        run_folder.check_free(config)
     except (OSError, ValueError) as error:
         notes.append(f"note: a run would be refused. {error}")
     num_classes = _num_classes(config, info)

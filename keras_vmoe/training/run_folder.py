@@ -54,8 +54,16 @@ def open_run(config, class_names):
         yield run_dir
 
 
+def check_free(config):
+    """Raises if another process trains in the folder."""
+    run_dir = pathlib.Path(config.run_dir)
+    if _files.lock_of(run_dir).exists():
+        with _files.locked(run_dir):
+            pass
+
+
 def check_run(config, class_names):
-    """Raises what `open_run` raises, and writes nothing."""
+    """Raises if the folder holds anything but a stopped run like this one."""
     run_dir = pathlib.Path(config.run_dir)
     if run_dir.exists() and not (run_dir.is_dir() and _is_empty(run_dir)):
         _check_same(run_dir, settings_of(config), class_names)

@@ -34,17 +34,22 @@ def test_models_of_the_papers_are_exported_by_us(tmp_path):
 
 @pytest.mark.slow
 @small.IN_TENSORFLOW
-def test_onnx_of_ones_own_model(tmp_path):
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_onnx(is_ours, tmp_path):
     import onnxruntime
 
-    model, path = user_model(images_per_group=3), tmp_path / "model.onnx"
+    groups = {"images_per_group": 3}
+    model = small.vit(**groups) if is_ours else user_model(**groups)
+    path = tmp_path / "model.onnx"
     model(ops.zeros((5, *model.input_shape[1:])))
     model.export(path, format="onnx", verbose=False)
     session = onnxruntime.InferenceSession(str(path))
     (entry,) = session.get_inputs()
     for count in (1, 3, 8):
-        images = np.random.default_rng(0).normal(size=(count, 2, 2, 8))
-        images = images.astype("float32")
+        images = np.random.default_rng(0).normal(
+            size=(count, *model.input_shape[1:])
+        )
+        images = images.clip(-2, 2).astype("float32")
         (answer,) = session.run(None, {entry.name: images})
         expected = model.predict(images, batch_size=count, verbose=0)
         np.testing.assert_allclose(answer, expected, atol=1e-5, rtol=1e-5)

@@ -171,6 +171,8 @@ def test_a_router_or_gate_with_weights_is_refused():
 
 @pytest.mark.backends("torch")
 def test_a_gate_by_its_class_name():
+    with pytest.raises(ValueError, match="`router` must be a layer, or the"):
+        MoEConfig.from_dict({"router": {"class_name": "x"}})
     gate = {"class_name": "Dense", "config": {"units": 4}}
     config = MoEConfig.from_dict({"gate": gate})
     assert config.gate.units == 4

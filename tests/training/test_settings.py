@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from keras_vmoe import _files
 from keras_vmoe import data
 from keras_vmoe import layers
 from keras_vmoe import models
@@ -250,14 +251,15 @@ def test_frozen_routers(config):
     assert frozen == ["block_0_moe/router/gate/kernel"]
 
 
-@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("frozen", ["router", "balance", None])
 def test_a_frozen_bias_stays(frozen):
     """A balancing router moves its bias without a gradient."""
     router = layers.BiasBalancedRouter(4, 1)
-    router.trainable = not frozen
+    if frozen:
+        (router if frozen == "router" else router.balance).trainable = False
     tokens = np.random.default_rng(0).normal(size=(2, 8, 6))
     router(tokens.astype("float32"), training=True)
-    assert (np.array(router.bias) == 0).all() == frozen
+    assert (np.array(router.bias) == 0).all() == bool(frozen)
 
 
 @once
@@ -285,6 +287,7 @@ def test_the_architecture_is_that_of_the_file(result, config, tmp_path):
         ({"convnext": training.ConvNeXtConfig(dims=(3,))}, "dims=.* for None"),
         ({"moe": MoESettings(num_experts=8)}, "num_experts=8 for 4.*--upcycle"),
         ({"moe": None}, "moe.num_experts=None for 4"),
+        ({"moe": MoESettings(router="soft")}, "for 'top_k'. Leave them out.$"),
     ):
         with pytest.raises(ValueError, match=words):
             resolved(changed(bare, **changes))
@@ -370,6 +373,16 @@ def test_a_description_of_what_cannot_be(config, changes, words):
 def test_a_description_where_a_run_is_finished(result, config):
     text = training.describe(changed(config, run_dir=str(result.run_dir)))
     assert re.search("of warm-up\nnote: a run .* holds a finished run", text)
+
+
+@once
+def test_a_description_where_a_run_goes_on(config, tmp_path):
+    config = changed(config, run_dir=str(tmp_path))
+    with _files.locked(tmp_path):
+        assert "note: a run would be refused. A run" in training.describe(
+            config
+        )
+    assert "note: " not in training.describe(config)
 
 
 @once
