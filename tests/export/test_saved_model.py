@@ -150,6 +150,9 @@ def same_layers(x):
 
 @small.ASKED_HERE
 @pytest.mark.slow
+# What Keras says of its masks, and `models.cost` of Keras's attention.
+@pytest.mark.filterwarnings("ignore:.*does not support masking")
+@pytest.mark.filterwarnings("ignore:The multiply-adds of")
 def test_any_layers(tmp_path):
     """With a state, called twice, with masks, loops and nested models."""
     images = keras.Input((16, 16, 3))
