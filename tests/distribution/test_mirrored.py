@@ -16,7 +16,7 @@ from keras_vmoe import distribution
 from keras_vmoe.distribution import _replicas
 
 BACKEND = keras.backend.backend()
-CASES = [("vit", 2), ("vit_clip", 2), ("convnext", 2), ("convnext", 4)]
+CASES = [("vit", 2), ("vit_clip", 2), ("convnext", 4)]
 ROOT = pathlib.Path(__file__).parents[2]
 
 
