@@ -144,7 +144,7 @@ def nearest(name, known):
 
     The name may be the start of a known one. The dashes of flags do not count.
     """
-    words = {str(x).lstrip("-"): str(x) for x in known}
+    words = {str(x).lstrip("-").lower(): str(x) for x in known}
     name = str(name).lstrip("-").lower()
     near = [x for x in words if name and x.startswith(name)]
     near = near or difflib.get_close_matches(name, words, n=1)

@@ -34,10 +34,10 @@ COMMANDS = {
     "convert": convert,
     "presets": presets,
 }
-# Errors that users can mend are printed as one message; any other is a bug and
-# keeps its traceback.
 ALARM = getattr(signal, "SIGALRM", None)  # Windows has none.
 SECONDS = 5  # Until a stop that code has swallowed, as imports do, is repeated.
+# Errors that users can mend are printed as one message; any other is a bug and
+# keeps its traceback.
 USER_ERRORS = (
     ImportError,
     OSError,
@@ -86,9 +86,9 @@ def main(arguments=None):
         COMMANDS[name](**settings)
         status = 0
     except BaseException as error:
-        _ring_in(0)
         # Libraries in C++ turn a KeyboardInterrupt into errors of their own.
         if stops:
+            _ring_in(0)
             status = 128 + stops[0]
             words = _how_to_resume(settings.get("config"))
             print(f"\nkeras-vmoe: stopped{words}", file=sys.stderr)
@@ -97,7 +97,8 @@ def main(arguments=None):
         else:
             raise
     finally:
-        _ring_in(0)
+        if stops:  # All of it may have been swallowed.
+            _ring_in(0)
         warnings.formatwarning = formatwarning
         for number, handler in previous.items():
             signal.signal(number, handler)

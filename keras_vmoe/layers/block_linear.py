@@ -41,8 +41,8 @@ def fuses_by_expert(x):
     """Whether experts one by one are faster than all of them at once.
 
     They are in TensorFlow on a CPU, which fuses a product with its bias and
-    activation, but not a batched one: 1.00 instead of 1.20 times dense. In
-    bfloat16 the bias would get a coarse gradient.
+    activation, but not a batched one; see benchmarks/moe_layer.py. In bfloat16
+    the bias would get a coarse gradient.
     """
     if keras.backend.backend() != "tensorflow":
         return False

@@ -5,6 +5,8 @@ import functools
 import keras
 from keras import ops
 
+FIXED = {"axis": -1, "rms_scaling": False}
+
 
 @keras.saving.register_keras_serializable("keras_vmoe")
 class LayerNormalization(keras.layers.LayerNormalization):
@@ -16,15 +18,15 @@ class LayerNormalization(keras.layers.LayerNormalization):
 
     Args:
         epsilon: Added to the variance.
-        **kwargs: As of `keras.layers.LayerNormalization`, but for the axis,
-            which is the last one.
+        **kwargs: As of `keras.layers.LayerNormalization`, without an axis,
+            which is the last one, and `rms_scaling`.
 
     Reference:
         [Ba et al., 2016](https://arxiv.org/abs/1607.06450).
     """
 
     def __init__(self, epsilon=1e-6, **kwargs):
-        super().__init__(epsilon=epsilon, **kwargs)
+        super().__init__(epsilon=epsilon, **FIXED, **kwargs)
 
     def call(self, inputs):
         if keras.backend.backend() != "jax":
@@ -39,8 +41,7 @@ class LayerNormalization(keras.layers.LayerNormalization):
 
     def get_config(self):
         config = super().get_config()
-        del config["axis"]  # That of Keras changes when the layer is built.
-        return config
+        return {k: v for k, v in config.items() if k not in FIXED}
 
 
 @functools.cache

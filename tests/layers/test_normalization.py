@@ -69,13 +69,25 @@ def test_derivatives_of_any_order_and_mode():
 
 @pytest.mark.parametrize("moe", [None, {"layers": "every_2"}])
 def test_fusions_of_a_training_step_do_not_grow_with_the_depth(moe):
-    """Of XLA's compiler; with Keras's norm they do: 50 operands, then 91."""
+    """Of XLA's compiler."""
+    assert largest_fusion(2, moe) == largest_fusion(4, moe)
 
-    def largest(num_layers):
-        model = tiny(num_layers=num_layers, moe=moe)
-        return max(operands_of_fusions(model, images_of(2)))
 
-    assert largest(2) == largest(4)
+def test_fusions_with_keras_norm_do(monkeypatch):
+    """Else our layer has done its work, and goes."""
+    call = keras.layers.LayerNormalization.call
+    monkeypatch.setattr(LayerNormalization, "call", call)
+    assert largest_fusion(2) + 30 < largest_fusion(4)
+
+
+def test_another_axis_is_refused():
+    with pytest.raises(TypeError, match="axis"):
+        LayerNormalization(axis=1)
+
+
+def largest_fusion(num_layers, moe=None):
+    model = tiny(num_layers=num_layers, moe=moe)
+    return max(operands_of_fusions(model, images_of(2)))
 
 
 def operands_of_fusions(model, images):
