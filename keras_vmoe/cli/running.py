@@ -188,10 +188,11 @@ def evaluate(
     if test_crop is None:
         test_crop = setting_of_run(model, "data.test_crop")
     of_run = setting_of_run(model, "data.dataset")
-    if dataset in (None, of_run):
-        dataset = of_run
-        data_dir = data_dir or setting_of_run(model, "data.data_dir")
+    dir_of_run = setting_of_run(model, "data.data_dir")
+    if dataset in (None, of_run) and data_dir in (None, dir_of_run):
+        dataset, data_dir = of_run, dir_of_run
         split = split or setting_of_run(model, "data.test_split")
+    dataset = dataset or of_run
     if dataset is None:
         raise ValueError(
             "`dataset` must be given for a model that is not from a run. "
