@@ -80,6 +80,11 @@ class MoEModel(keras.Model):
 
     def fit(self, x=None, *args, **kwargs):
         self._check_pixels(x)
+        is_tensorflow = keras.backend.backend() == "tensorflow"
+        if is_tensorflow and self.optimizer and not self.optimizer.built:
+            # A first step that makes variables is traced twice.
+            with self.distribute_strategy.scope():
+                self.optimizer.build(self.trainable_variables)
         return super().fit(x, *args, **kwargs)
 
     def evaluate(self, x=None, *args, **kwargs):

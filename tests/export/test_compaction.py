@@ -117,23 +117,23 @@ def test_what_a_function_keeps():
 @small.ASKED_HERE
 @pytest.mark.slow
 def test_many_positions_of_the_dial_take_little(tmp_path):
-    """Six of them, with a small model of four MoE layers."""
+    """Four of them, with a small model of two MoE layers."""
     kinds = ("float", "uint8", "encoded")
     model = ViTMoE(
-        16, 4, 64, 4, 4, 128, 10, moe={"layers": [0, 1, 2, 3], "num_experts": 8}
+        16, 4, 64, 2, 4, 128, 10, moe={"layers": [0, 1], "num_experts": 8}
     )  # fmt: skip
     table = {
         f"{kind}_{i}": {"capacity_factor": 0.5 + 0.1 * i, "input": kind}
-        for i in range(6)
+        for i in range(4)
         for kind in kinds[: 1 if i else 3]
     }
     folder = export.saved_model(model, tmp_path, signatures=table, warmup=False)
     size = sum(x.stat().st_size for x in folder.rglob("*") if x.is_file())
-    assert size < 1.15 * 4 * model.count_params() + 2e6
+    assert size < 1.15 * 4 * model.count_params() + 1e6
     served = ServedModel(folder)
-    assert len(served.signatures) == 12
+    assert len(served.signatures) == 10
     images = small.images(2)
-    for i in range(6):
+    for i in range(4):
         right = small.alone(model, capacity_factor=0.5 + 0.1 * i)
         given = served(f"float_{i}", images=images)["logits"]
         np.testing.assert_allclose(
