@@ -48,14 +48,14 @@ def growth(layer, inputs):
     layer.build(inputs.shape)
     step = steps.training(layer, inputs)
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # Forgets the peak.
-    before = _status("VmRSS")
+    before = status("VmRSS")
     for _ in range(3):
         gradients = step()
     results = sum(4 * int(np.prod(gradient.shape)) for gradient in gradients)
-    return _status("VmHWM") - before - results
+    return status("VmHWM") - before - results
 
 
-def _status(field):
+def status(field):
     """A figure of Linux about this process, in bytes."""
     status = pathlib.Path("/proc/self/status").read_text()
     line = next(x for x in status.splitlines() if x.startswith(f"{field}:"))

@@ -9,12 +9,14 @@ import importlib
 import json
 import os
 import secrets
+import shutil
 import sys
 
 import keras
 import numpy as np
 
 from keras_vmoe._keras import get_random_seed
+from keras_vmoe.distribution import _shards
 from keras_vmoe.version import __version__
 
 # Seconds until the other processes notice that one is gone or has failed. JAX's
@@ -201,11 +203,16 @@ def variables_of(model):
 
 
 @contextlib.contextmanager
-def gathered(variables):
+def gathered(variables, folder):
     """Lets the first process read whole variables, to write them to a file.
 
-    All processes must enter it, and leave together when the first is done. Each
-    needs memory for all variables. With a single process nothing happens.
+    All processes must enter it, and leave together when the first is done. They
+    leave their parts in a folder, and the first reads one variable at a time.
+    With a single process nothing happens.
+
+    Args:
+        variables: Keras variables.
+        folder: `pathlib.Path` that all processes see; removed at the end.
 
     Yields:
         Whether this is the process that writes.
@@ -215,23 +222,25 @@ def gathered(variables):
         return
     from jax.experimental import multihost_utils
 
-    values = [variable.value for variable in variables]
+    spread = [x for x in variables if not x.value.is_fully_replicated]
+    values = [variable.value for variable in spread]
     parallel = keras.distribution.distribution()
+    if spread:
+        _shards.save(folder, spread)
     try:
-        for variable, value in zip(variables, values, strict=True):
-            if not value.is_fully_replicated:
-                # Keras would send an assigned value back to its devices.
-                variable._value = multihost_utils.process_allgather(
-                    value, tiled=True
-                )
+        for i, variable in enumerate(spread):
+            # Keras would send an assigned value back to its devices.
+            variable._value = _shards.Stored(folder, i)
         # Keras creates variables while saving, which would need all processes.
         keras.distribution.set_distribution(None)
         yield is_first_process()
     finally:
         keras.distribution.set_distribution(parallel)
-        for variable, value in zip(variables, values, strict=True):
+        for variable, value in zip(spread, values, strict=True):
             variable._value = value
     multihost_utils.sync_global_devices("written")
+    if is_first_process():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _words(given):

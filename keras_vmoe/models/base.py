@@ -7,6 +7,7 @@ import warnings
 import keras
 
 from keras_vmoe import layers
+from keras_vmoe._checks import check_flags
 from keras_vmoe._checks import check_rates
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
@@ -18,6 +19,7 @@ from keras_vmoe._warnings import warn
 from keras_vmoe.layers.parts import hand_down
 from keras_vmoe.layers.parts import set_state_of_parts
 from keras_vmoe.layers.parts import state_of_parts
+from keras_vmoe.models import rematerialization
 from keras_vmoe.models.moe import MoEConfig
 from keras_vmoe.models.moe import of_version_0_1
 
@@ -41,6 +43,7 @@ class Options(typing.TypedDict, total=False):
     dtype: typing.Any
     layer_scale_init_value: float | None
     name: str
+    remat: bool
     trainable: bool
 
 
@@ -64,6 +67,9 @@ class MoEModel(keras.Model):
             setattr(self, name, value)
         self._argument_names = tuple(arguments)
         self._warns_of_pixels = True
+        if self.remat:  # In a function: Keras would track a list of models.
+            parts = rematerialization.segments(self)
+            self._segments = lambda: parts
         hand_down(self)
 
     def call(self, inputs, training=None, mask=None):
@@ -76,6 +82,8 @@ class MoEModel(keras.Model):
         dtype = keras.backend.standardize_dtype(images.dtype)
         if "int" in dtype:
             self._warn_of_pixels(f"images of {dtype}")
+        if self.remat and training:
+            return rematerialization.train_in_segments(self._segments(), images)
         return super().call(inputs, training=training, mask=mask)
 
     def fit(self, x=None, *args, **kwargs):
@@ -203,6 +211,7 @@ def complete(model_class, arguments, options: Options, **defaults):
         "drop_path_rate": 0.0,
         "dtype": None,
         "layer_scale_init_value": None,
+        "remat": False,
         "trainable": True,
         **defaults,
         **options,
@@ -211,6 +220,7 @@ def complete(model_class, arguments, options: Options, **defaults):
     classes = 1 if made.num_classes is None else made.num_classes
     check_sizes(num_classes=classes, channels=made.channels)
     check_rates(drop_path_rate=made.drop_path_rate)
+    check_flags(remat=made.remat)
     if made.layer_scale_init_value is not None:
         check_positive(layer_scale_init_value=made.layer_scale_init_value)
     made.moe = None if made.moe is None else MoEConfig.from_dict(made.moe)

@@ -37,7 +37,9 @@ def save(model, path):
     """
     path = pathlib.Path(path)
     _check_suffix(path)
-    with _processes.gathered(_processes.variables_of(model)) as writes:
+    parts = path.with_name(f"{_files.PARTIAL}{path.name}.parts")
+    variables = _processes.variables_of(model)
+    with _processes.gathered(variables, parts) as writes:
         if writes:
             with _files.replacing(path, size_of(model)) as partial:
                 model.save(partial)

@@ -63,6 +63,8 @@ class ViTMoE(base.MoEModel):
         channels: Channels of the images.
         dtype: Dtype policy of the layers, such as `"mixed_bfloat16"`. None
             means the global one.
+        remat: Whether to compute the blocks again for their gradients instead
+            of keeping what they computed: less memory, more time in training.
         name: Name of the model.
 
     Call arguments:

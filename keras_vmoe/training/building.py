@@ -88,6 +88,7 @@ def make_model(config, num_classes):
         image_size=config.image_size,
         drop_path_rate=config.drop_path_rate,
         dtype=sizes.dtype,
+        remat=sizes.remat,
         moe=moe,
         **parts,
     )

@@ -1,7 +1,9 @@
 """Checkpoints of a run: what a killed training continues from."""
 
+import itertools
 import json
 import pathlib
+import shutil
 import zlib
 
 import keras
@@ -10,10 +12,12 @@ from keras_vmoe import _files
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._warnings import warn
 from keras_vmoe.distribution import _processes
+from keras_vmoe.distribution import _shards
 from keras_vmoe.models.saving import size_of
 
 NAME = "epoch_{:06d}"
-WEIGHTS, STATE = ".weights.h5", ".json"
+WEIGHTS, PARTS, STATE = ".weights.h5", ".parts", ".json"
+UNFINISHED = "*.orbax-checkpoint-tmp*"  # Folders of killed processes.
 # What a corrupt state file raises, or a missing weights file.
 CORRUPT = (FileNotFoundError, KeyError, TypeError, ValueError)
 
@@ -26,8 +30,10 @@ class Checkpoints:
 
     A checkpoint is a Keras weights file, with the weights, the optimizer state
     and the seeds of the routers' noise, and next to it a small state file with
-    its checksum. The state file is written last: a checkpoint without one does
-    not count.
+    its checksum. Several processes write a folder of Orbax instead, each its
+    parts, and the state file has the sizes of its files. The state file is
+    written last: a checkpoint without one does not count. Any number of
+    processes reads both.
 
     Args:
         folder: Folder of the checkpoints; made when the first is saved.
@@ -44,19 +50,15 @@ class Checkpoints:
 
         On a full disk it raises an OSError, and the others stay as they are.
         """
-        variables = _processes.variables_of(model)
-        with _processes.gathered(variables) as writes:
-            if writes:
-                self._write(model, epoch, state)
-
-    def _write(self, model, epoch, state):
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / NAME.format(epoch)
-        weights = path.with_suffix(WEIGHTS)
-        with _files.replacing(weights, size_of(model)) as partial:
-            model.save_weights(partial, overwrite=True)
-            checksum = _checksum(partial)
-        state = {**state, "epoch": epoch, "crc32": checksum}
+        if _processes.num_processes() == 1:
+            found = _save_file(model, path.with_suffix(WEIGHTS))
+        else:
+            found = _save_parts(model, path.with_suffix(PARTS))
+        if not _processes.is_first_process():
+            return
+        state = {**state, "epoch": epoch, **found}
         text = json.dumps(state, default=lambda array: array.tolist())
         _files.write_text(path.with_suffix(STATE), text)
         for old in self.epochs()[: -self.keep]:
@@ -64,23 +66,26 @@ class Checkpoints:
             # The state file first: without it the weights do not count.
             path.with_suffix(STATE).unlink(missing_ok=True)
             path.with_suffix(WEIGHTS).unlink(missing_ok=True)
+            shutil.rmtree(path.with_suffix(PARTS), ignore_errors=True)
 
     def restore(self, model):
         """Restores the newest intact checkpoint and warns of corrupt ones.
 
         Returns the state that was saved, with `epoch` and with arrays as lists;
-        None without a checkpoint. The model must be compiled.
+        None without a checkpoint. The model must be compiled, and one of the
+        same variables, or a ValueError is raised.
         """
         for epoch in reversed(self.epochs()):
             path = self.folder / NAME.format(epoch)
-            weights = path.with_suffix(WEIGHTS)
             try:
                 state = json.loads(path.with_suffix(STATE).read_text())
-                if state["crc32"] != _checksum(weights):
+                if "files" in state:
+                    _check_parts(path.with_suffix(PARTS), state["files"])
+                elif state["crc32"] != _checksum(path.with_suffix(WEIGHTS)):
                     raise ValueError("its checksum is wrong")
             except CORRUPT as error:
                 warn(
-                    f"The checkpoint {weights} is corrupt ({error}) and is "
+                    f"The checkpoint {path} is corrupt ({error}) and is "
                     "skipped."
                 )
                 # The file is kept, but no longer counts as a checkpoint.
@@ -90,7 +95,10 @@ class Checkpoints:
                     )
                 continue
             model.optimizer.build(model.trainable_variables)
-            model.load_weights(weights)
+            if "files" in state:
+                _load_parts(model, path.with_suffix(PARTS), state["variables"])
+            else:
+                model.load_weights(path.with_suffix(WEIGHTS))
             return state
         return None
 
@@ -110,6 +118,56 @@ class SaveCheckpoint(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.checkpoints.save(self.model, epoch + 1, self.state())
+
+
+def _save_file(model, path):
+    """Writes a weights file; what its state file says of it."""
+    with _files.replacing(path, size_of(model)) as partial:
+        model.save_weights(partial, overwrite=True)
+        return {"crc32": _checksum(partial)}
+
+
+def _save_parts(model, folder):
+    """Writes a folder to which every process adds; what its state file says."""
+    if _processes.is_first_process():
+        for unfinished in folder.parent.glob(UNFINISHED):
+            shutil.rmtree(unfinished, ignore_errors=True)
+    variables = _processes.variables_of(model)
+    _shards.save(folder, variables)
+    files = {
+        file.relative_to(folder).as_posix(): file.stat().st_size
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    return {"files": files, "variables": _names(variables)}
+
+
+def _names(variables):
+    """The path and the shape of each."""
+    return [[x.path, list(x.shape)] for x in variables]
+
+
+def _check_parts(folder, files):
+    """Raises unless all files are there, of their sizes."""
+    for name, size in files.items():
+        held = (folder / name).stat().st_size
+        if held != size:
+            raise ValueError(f"{name} has {held} of {size} bytes")
+
+
+def _load_parts(model, folder, names):
+    """Assigns the variables of a folder; all processes must take part."""
+    variables = _processes.variables_of(model)
+    nothing = ["no variable", None]
+    pairs = itertools.zip_longest(_names(variables), names, fillvalue=nothing)
+    for mine, theirs in pairs:
+        if mine[1] != theirs[1]:  # Paths may hold automatic names.
+            raise ValueError(
+                "A checkpoint must be one of the model's variables. Received: "
+                f"{folder}, with {theirs} where the model has {mine}. Restore "
+                "it into the model that it was saved of."
+            )
+    _shards.restore(folder, variables)
 
 
 def _checksum(path):

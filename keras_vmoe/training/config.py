@@ -90,6 +90,7 @@ class ModelConfig:
         layer_scale_init_value: Initial layer scale; default: none.
         activation: Of MLPs and experts.
         dtype: Policy.
+        remat: Compute blocks again instead of keeping them.
     """
 
     preset: str | None = None
@@ -113,6 +114,7 @@ class ModelConfig:
     layer_scale_init_value: float | None = None
     activation: str | None = None
     dtype: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
+    remat: bool = False
 
     def __post_init__(self):
         typed.check_types(self, "model.")

@@ -79,6 +79,8 @@ def train(config):
     require("matplotlib", "plots")  # Before an hour of training, not after.
     if config.tensorboard:
         require("tensorboard", "data")
+    if _processes.num_processes() > 1:
+        require("orbax.checkpoint", "checkpoints")
     config = resolved(config)
     _processes.check_agreement(
         "configuration and versions",

@@ -15,10 +15,13 @@ faulthandler.dump_traceback_later(240, exit=True)
 address, index, folder = sys.argv[1:4]
 os.environ["XLA_FLAGS"] = devices.flags(2)  # Read when JAX is imported.
 
+import keras  # noqa: E402
+
 from keras_vmoe import distribution  # noqa: E402
 from keras_vmoe import models  # noqa: E402
 from keras_vmoe import training  # noqa: E402
 from keras_vmoe.distribution import _processes  # noqa: E402
+from keras_vmoe.distribution import _shards  # noqa: E402
 from tests.distribution.stopping import copied_after_one_epoch  # noqa: E402
 from tests.training.small import SMALL  # noqa: E402
 from tests.training.small import changed  # noqa: E402
@@ -51,12 +54,39 @@ def refused():
     return None
 
 
+def status(field):
+    """A figure of Linux about this process, in bytes."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    line = next(x for x in lines if x.startswith(f"{field}:"))
+    return 1024 * int(line.split()[1])
+
+
+def growth():
+    """How far this process grows, in arrays, when it saves and restores four.
+
+    It holds half of each.
+    """
+    keras.distribution.set_distribution(distribution.ExpertParallel(4))
+    shape = (4, 1024, 6144)  # 96 MiB
+    with keras.name_scope("experts"):
+        variables = [keras.Variable("ones", shape) for _ in range(4)]
+    size, found = variables[0].value.nbytes, []
+    for step in (_shards.save, _shards.restore):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # The peak.
+        before = status("VmRSS")
+        step(FOLDER / "parts", variables)
+        found.append((status("VmHWM") - before) / size)
+    assert {float(x[0, 0].sum()) for x in variables} == {6144.0}
+    return found
+
+
 def main():
     distribution.initialize(address, 2, int(index))
     words = refused()
     with copied_after_one_epoch(FOLDER / "stopped"):
         whole = train("whole")
     found = {"refused": words, "whole": whole, "resumed": train("stopped")}
+    found["growth"] = growth()
     print(json.dumps(found))
     _processes.leave(0)
 
