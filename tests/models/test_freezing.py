@@ -83,6 +83,7 @@ def configured(model, folder):
     return type(model).from_config(model.get_config())
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize("way", [reloaded, cloned, routed, configured])
 @pytest.mark.parametrize("freeze", FREEZE)
 @pytest.mark.parametrize("make", [vit, convnext, functional])

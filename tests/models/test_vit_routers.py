@@ -70,7 +70,15 @@ CLASSES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Each router is fitted under every backend in tests/layers/test_moe_routers.py.
+EVERYWHERE = ("bias balanced", "dropless, cosine")
+ONCE = pytest.mark.backends("torch")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [x if x in EVERYWHERE else pytest.param(x, marks=ONCE) for x in CASES],
+)
 def test_settings_fit_and_reload(name, tmp_path):
     moe, settings = CASES[name]
     model = randomize(tiny(num_layers=2, moe={"layers": [1], **moe}))

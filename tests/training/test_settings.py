@@ -42,12 +42,14 @@ def losses_of(config):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(optimizer="lamb", loss="bce", expert_weight_decay=0.1,
-             learning_rate=0.05),
+        pytest.param(
+            dict(optimizer="lamb", loss="bce", expert_weight_decay=0.1,
+                 learning_rate=0.05), marks=once),
         dict(optimizer="sgd", label_smoothing=0.1, clip_norm=1.0, accumulate=2,
              schedule="linear", learning_rate=0.2),
-        dict(augmentation=data.Augmentation(mixup=0.2), moe=None,
-             schedule="rsqrt"),
+        pytest.param(
+            dict(augmentation=data.Augmentation(mixup=0.2), moe=None,
+                 schedule="rsqrt"), marks=once),
         dict(
             model=training.ModelConfig(image_size=8),
             convnext=training.ConvNeXtConfig((1, 1), (8, 16)),
