@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_vmoe import layers
 from tests.harness import WITHOUT_GRADIENT
 from tests.harness import randomize
 from tests.models.definitions import images_of
@@ -214,6 +215,27 @@ def test_frozen_layers_stay():
         changed = (ops.convert_to_numpy(weight) != before[weight.path]).any()
         frozen = not weight.path.startswith(("head", "block_0_moe"))
         assert changed != frozen, weight.path
+
+
+@pytest.mark.backends("jax")
+def test_the_first_epoch_compiles_all(monkeypatch):
+    """Steps of training and validation; one epoch is as good as three."""
+    calls, counts, call = [], [], layers.MoEMLP.call
+
+    def counted(self, *args, **kwargs):
+        calls.append(self)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(layers.MoEMLP, "call", counted)
+    model = compile(tiny(num_layers=1, moe={"layers": [0]}))
+    noted = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: counts.append(len(calls))
+    )
+    model.fit(
+        IMAGES, LABELS, batch_size=BATCH, epochs=3, verbose=0,
+        validation_data=(IMAGES, LABELS), callbacks=[noted],
+    )  # fmt: skip
+    assert counts == [counts[0]] * 3
 
 
 @pytest.mark.backends("tensorflow")
