@@ -6,6 +6,7 @@ import json
 
 import keras
 import numpy as np
+import pytest
 from keras import ops
 
 from keras_vmoe.models.base import MoEModel
@@ -15,6 +16,16 @@ from tests.gradients import weight_gradients
 
 # The softmax of attention does not feel what is added to all scores of a query.
 WITHOUT_GRADIENT = ("attention/key/bias",)
+
+
+def first_everywhere(values):
+    """Parameters of a test: the first under every backend, then PyTorch alone.
+
+    Of tests whose cases differ in what no backend sees.
+    """
+    once = pytest.mark.backends("torch")
+    first, *others = values
+    return [first, *(pytest.param(x, marks=once) for x in others)]
 
 
 @dataclasses.dataclass(frozen=True)

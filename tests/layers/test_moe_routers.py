@@ -42,6 +42,7 @@ ROUTERS = {
     "expert choice": (layers.ExpertChoiceRouter, {"capacity_factor": 0.6}),
     "soft": (layers.SoftRouter, {"num_slots": 2}),
 }
+ONCE = pytest.mark.backends("torch")
 EACH = pytest.mark.parametrize("name", ROUTERS)
 
 
@@ -90,6 +91,7 @@ def test_any_group(name, images_per_group):
         assert_same(compiled(layer)(images), moe_layer_slowly(layer, images))
 
 
+@ONCE
 @EACH
 def test_eager_and_a_feature_map(name):
     layer, images = make_layer(name), images_of(3, 2, 3, 4)
@@ -108,6 +110,7 @@ def test_masked_tokens(name, images_per_group):
     assert not ops.convert_to_numpy(out)[~mask].any()
 
 
+@ONCE
 @EACH
 def test_an_image_of_masked_tokens_only(name):
     layer = make_layer(name, images_per_group=1)

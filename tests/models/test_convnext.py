@@ -14,6 +14,7 @@ from tests.harness import Case
 from tests.harness import arguments_of
 from tests.harness import check_all
 from tests.harness import check_policy
+from tests.harness import first_everywhere
 from tests.harness import randomize
 from tests.layers.definitions import float64
 from tests.layers.definitions import gelu
@@ -157,8 +158,8 @@ def branch_slowly(model, block, x):
     return mlp_slowly(x, *(float64(w) for w in mlp.weights), gelu)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("isotropic", [False, True])
+@pytest.mark.parametrize("batch", first_everywhere([3, 1]))
+@pytest.mark.parametrize("isotropic", first_everywhere([False, True]))
 def test_the_definition(isotropic, batch):
     sizes = {
         "depths": 2,
@@ -203,7 +204,9 @@ def test_experts_and_k():
     assert model.moe_layers[0].hidden_dim == 48
 
 
-@pytest.mark.parametrize("router", ["expert_choice", "soft", "bias_balanced"])
+@pytest.mark.parametrize(
+    "router", first_everywhere(["bias_balanced", "soft", "expert_choice"])
+)
 def test_every_router(router):
     moe = {"layers": [3], "num_experts": 2, "router": router}
     model = randomize(tiny(moe=moe))

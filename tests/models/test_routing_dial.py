@@ -9,6 +9,7 @@ from keras_vmoe import layers
 from keras_vmoe._keras import all_layers
 from keras_vmoe.models import ViTMoE
 from keras_vmoe.models import set_routing
+from tests.harness import first_everywhere
 from tests.harness import randomize
 from tests.layers.definitions import float64
 from tests.models.definitions import images_of
@@ -51,8 +52,9 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("settings, moe", SETTINGS)
-def test_each_setting(settings, moe, tmp_path):
+@pytest.mark.parametrize("case", first_everywhere(SETTINGS))
+def test_each_setting(case, tmp_path):
+    settings, moe = case
     model, images = vit(capacity_factor=0.8), images_of(5)
     before, config = predict(model, images), model.get_config()
     dial = set_routing(model, **settings)
@@ -153,8 +155,9 @@ ROUTERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("label, moe, settings", ROUTERS)
-def test_other_routers(label, moe, settings, tmp_path):
+@pytest.mark.parametrize("case", first_everywhere(ROUTERS))
+def test_other_routers(case, tmp_path):
+    label, moe, settings = case
     model, images = vit(**moe), images_of(5)
     before = predict(model, images)
     dial = set_routing(model, **settings)
@@ -190,7 +193,7 @@ def nested():
     return keras.Model(outer, keras.layers.GlobalAveragePooling1D()(x))
 
 
-@pytest.mark.parametrize("make", [plain, nested])
+@pytest.mark.parametrize("make", first_everywhere([nested, plain]))
 def test_models_of_anybody(make, tmp_path):
     model = randomize(make())
     tokens = np.random.default_rng(0).normal(size=(5, 6, 8)).astype("float32")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from keras_vmoe import models
+from tests.harness import first_everywhere
 from tests.harness import randomize
 from tests.layers.definitions import float64
 from tests.models.definitions import tiny
@@ -28,11 +29,11 @@ def predict(model, images):
     return keras.ops.convert_to_numpy(model(images))
 
 
-KINDS = pytest.mark.parametrize("kind", ["vit", "convnext"])
+KINDS = pytest.mark.parametrize("kind", first_everywhere(["vit", "convnext"]))
 
 
 @KINDS
-@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("k", first_everywhere([2, 1]))
 def test_the_function_is_kept(kind, k):
     model, images = dense(kind)
     moe = {"layers": [1, 3], "num_experts": 4, "num_selected_experts": k}

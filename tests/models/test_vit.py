@@ -17,6 +17,7 @@ from tests.harness import Case
 from tests.harness import arguments_of
 from tests.harness import check_all
 from tests.harness import check_policy
+from tests.harness import first_everywhere
 from tests.harness import randomize
 from tests.models.definitions import images_of
 from tests.models.definitions import tiny
@@ -63,7 +64,9 @@ CASES = [
          image_size=(4, 8), moe=None),
     case("features without a head", features=32, num_classes=None),
 ]  # fmt: skip
-each = pytest.mark.parametrize("case", CASES, ids=str)
+each = pytest.mark.parametrize(
+    "case", first_everywhere([CASES[1], CASES[0], *CASES[2:]]), ids=str
+)
 
 
 @pytest.mark.backends("torch")
