@@ -44,6 +44,8 @@ LONGEST = [
 
 # Warnings that are not ours, and what causes them.
 OF_OTHERS = [
+    # Keras's variables, which NumPy 2 copies: tens of thousands of them.
+    "__array__ implementation doesn't accept a copy keyword",
     # Two workers that write one program at once; JAX compiles it again.
     "Error reading persistent compilation cache entry",
     # tf2onnx, which predates NumPy 2.

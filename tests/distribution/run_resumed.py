@@ -57,7 +57,7 @@ if IS_JAX:
     }
 else:
     SPREAD = {"distribution": "mirrored"}
-    OTHERS = {"mirrored": SPREAD, "one device": {}}
+    OTHERS = {"one device": {}}
 
 
 def train(name, **changes):
