@@ -21,7 +21,8 @@ WITHOUT_GRADIENT = ("attention/key/bias",)
 def first_everywhere(values):
     """Parameters of a test: the first under every backend, then PyTorch alone.
 
-    Of tests whose cases differ in what no backend sees.
+    Of tests whose other cases differ in what no backend sees, or stand under
+    every backend in another test.
     """
     once = pytest.mark.backends("torch")
     first, *others = values

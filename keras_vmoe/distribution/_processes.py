@@ -238,9 +238,9 @@ def gathered(variables, folder):
         keras.distribution.set_distribution(parallel)
         for variable, value in zip(spread, values, strict=True):
             variable._value = value
+        if is_first_process():  # The only one that reads them.
+            shutil.rmtree(folder, ignore_errors=True)
     multihost_utils.sync_global_devices("written")
-    if is_first_process():
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _words(given):

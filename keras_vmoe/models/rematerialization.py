@@ -40,10 +40,10 @@ def train_in_segments(segments, x):
         Outputs of the last. Losses and states are those of a single run.
     """
     for segment in segments:
-        learned = [x for x in segment.variables if x.trainable]
-        states = [x for x in segment.variables if not x.trainable]
+        learned = [v for v in segment.variables if v.trainable]
+        states = [v for v in segment.variables if not v.trainable]
         run = keras.remat(_on_values(segment, learned, states))
-        x, losses, values = run(x, *[x.value for x in learned])
+        x, losses, values = run(x, *[v.value for v in learned])
         for loss in losses:
             _moe_layer(segment).add_loss(loss)
         for state, value in zip(states, values, strict=True):

@@ -56,7 +56,7 @@ class Checkpoints:
             found = _save_file(model, path.with_suffix(WEIGHTS))
         else:
             found = _save_parts(model, path.with_suffix(PARTS))
-        if not _processes.is_first_process():
+        if found is None:  # The first process writes the rest.
             return
         state = {**state, "epoch": epoch, **found}
         text = json.dumps(state, default=lambda array: array.tolist())
@@ -128,12 +128,19 @@ def _save_file(model, path):
 
 
 def _save_parts(model, folder):
-    """Writes a folder to which every process adds; what its state file says."""
-    if _processes.is_first_process():
+    """Writes a folder to which every process adds.
+
+    Returns what its state file says of it, to the first process; None to the
+    others.
+    """
+    is_first = _processes.is_first_process()
+    if is_first:
         for unfinished in folder.parent.glob(UNFINISHED):
             shutil.rmtree(unfinished, ignore_errors=True)
     variables = _processes.variables_of(model)
     _shards.save(folder, variables)
+    if not is_first:
+        return None
     files = {
         file.relative_to(folder).as_posix(): file.stat().st_size
         for file in sorted(folder.rglob("*"))

@@ -57,7 +57,7 @@ if IS_JAX:
     }
 else:
     SPREAD = {"distribution": "mirrored"}
-    OTHERS = {"one device": {}}
+    OTHERS = {"mirrored": SPREAD, "one device": {}}
 
 
 def train(name, **changes):

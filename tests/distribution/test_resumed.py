@@ -23,7 +23,7 @@ ENDS = {
         "resumed, data parallel",
         "resumed, one device",
     ],
-    "tensorflow": ["whole", "resumed, one device"],
+    "tensorflow": ["whole", "resumed, mirrored", "resumed, one device"],
 }.get(BACKEND, [])
 
 

@@ -8,6 +8,7 @@ from keras import ops
 from keras_vmoe import layers
 from tests.gradients import compiled
 from tests.gradients import weight_gradients
+from tests.harness import first_everywhere
 from tests.harness import randomize
 from tests.layers.definitions import float64
 from tests.layers.definitions import gelu
@@ -42,7 +43,6 @@ ROUTERS = {
     "expert choice": (layers.ExpertChoiceRouter, {"capacity_factor": 0.6}),
     "soft": (layers.SoftRouter, {"num_slots": 2}),
 }
-ONCE = pytest.mark.backends("torch")
 EACH = pytest.mark.parametrize("name", ROUTERS)
 
 
@@ -91,8 +91,7 @@ def test_any_group(name, images_per_group):
         assert_same(compiled(layer)(images), moe_layer_slowly(layer, images))
 
 
-@ONCE
-@EACH
+@pytest.mark.parametrize("name", first_everywhere(ROUTERS))
 def test_eager_and_a_feature_map(name):
     layer, images = make_layer(name), images_of(3, 2, 3, 4)
     expected = moe_layer_slowly(layer, images.reshape(3, 6, 4))
@@ -110,7 +109,6 @@ def test_masked_tokens(name, images_per_group):
     assert not ops.convert_to_numpy(out)[~mask].any()
 
 
-@ONCE
 @EACH
 def test_an_image_of_masked_tokens_only(name):
     layer = make_layer(name, images_per_group=1)
