@@ -54,6 +54,7 @@ class ConvNeXtMoE(base.MoEModel):
             means the global one.
         remat: Whether to compute the blocks again for their gradients instead
             of keeping what they computed: less memory, more time in training.
+            On JAX's CPU it saves nothing.
         name: Name of the model.
 
     Call arguments:
