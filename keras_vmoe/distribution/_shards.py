@@ -32,10 +32,8 @@ def restore(folder, variables):
     with _reader(folder) as read:
         for i, variable in enumerate(variables):
             value = variable.value
-            sharding = None
-            if not getattr(value, "is_fully_addressable", True):
-                sharding = value.sharding
-                value.delete()  # Or the old and the new need memory.
+            is_spread = not getattr(value, "is_fully_addressable", True)
+            sharding = value.sharding if is_spread else None
             variable.assign(read(i, sharding))
 
 

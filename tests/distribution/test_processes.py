@@ -244,7 +244,7 @@ def test_a_stopped_run_goes_on_in_two_processes(tmp_path):
         assert words in found["refused"]
         assert len(found["whole"]) == 2
         np.testing.assert_allclose(found["resumed"], found["whole"], atol=1e-5)
-        assert max(found["growth"]) < 2  # Less than a copy of its parts.
+        assert max(found["growth"]) < 4  # A copy of its parts has 8.
     assert not (tmp_path / "refused").exists()
     one, other = (
         models.load(tmp_path / name / "model.keras").weights

@@ -75,10 +75,12 @@ def test_weight_decay_is_on_kernels_and_positions():
             pooling="token",
             layer_scale_init_value=0.1,
             representation_size=4,
+            remat=True,
         ),
     )
     info = data.info("digits")
     model = starting_model(config, info)
+    assert model.remat
     building.compile_model(model, config, 4 * config.epochs)
     decayed = [
         weight.path

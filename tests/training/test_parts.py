@@ -1,13 +1,17 @@
 """Checkpoints of several processes; see `tests/distribution/` for two."""
 
+import sys
+
 import keras
 import numpy as np
 import pytest
 
 from keras_vmoe import layers
+from keras_vmoe import training
 from keras_vmoe.distribution import _processes
 from keras_vmoe.training.checkpointing import UNFINISHED
 from keras_vmoe.training.checkpointing import Checkpoints
+from tests.training.small import config_of
 
 pytestmark = pytest.mark.backends("jax")
 
@@ -66,3 +70,12 @@ def test_a_model_of_other_experts(saved):
     words = r"with \['.*', \[8, 2\]\] where the model has \['.*', \[8, 3\]\]"
     with pytest.raises(ValueError, match=words):
         saved[0].restore(small(num_experts=3))
+
+
+def test_several_processes_need_the_extra(tmp_path, monkeypatch):
+    """They are told before they train, and nothing is written."""
+    monkeypatch.setattr(_processes, "num_processes", lambda: 2)
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    with pytest.raises(ImportError, match=r"pip install .*\[checkpoints\]"):
+        training.train(config_of(tmp_path / "run", str(tmp_path)))
+    assert not (tmp_path / "run").exists()
