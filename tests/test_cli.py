@@ -78,6 +78,7 @@ def test_predict_prints_classes_with_probabilities(trained, tmp_path):
         (["train", "--optimizer.help"], "run: keras-vmoe train --help\n"),
         (["train", "--moe.num_expert=4"], "Did you mean 'num_experts'?"),
         (["train", "--moe.num_experts=x"], "`moe.num_experts` must be INT"),
+        (["train", "--remat=maybe"], "`model.remat` must be true or false"),
         (["train", "--model.pooling=mean"], "pooling"),
         (["train", "--run_dir=x", "--dataset=digitz"], "name='digitz'"),
         (["train", "--run_dir=x", "--epochs=0"], "epochs=0"),

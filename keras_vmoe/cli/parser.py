@@ -110,7 +110,8 @@ def _without_classes(message, actions):
     found = re.search(pattern, message, re.S)
     if found and "NestedArg" not in message:
         name, value = found.groups()
-        values = {x.dest: _values(x) for x in actions}.get(name) or "a value"
+        values = {x.dest: _values(x) for x in actions}.get(name, "a value")
+        values = values or "true or false"
         hint = nearest(value, values.split("|"))
         return f"`{name}` must be {values}. Received: {value}.{hint}"
     pattern = r"key \"([\w.]+)\".*NestedArg\(key='(.*)', val='(.*)'\)"
