@@ -78,7 +78,21 @@ def test_predict_prints_classes_with_probabilities(trained, tmp_path):
         (["train", "--optimizer.help"], "run: keras-vmoe train --help\n"),
         (["train", "--moe.num_expert=4"], "Did you mean 'num_experts'?"),
         (["train", "--moe.num_experts=x"], "`moe.num_experts` must be INT"),
+        (["train", "--moe", "{num_experts: x}"], "`moe.num_experts` must be I"),
+        (
+            ["train", "--moe=[1,2]"],
+            "such as --moe.layers. Received: --moe [1, ",
+        ),
         (["train", "--remat=maybe"], "`model.remat` must be true or false"),
+        (["train", "--augmentation.flip=x"], "flip` must be true or false. R"),
+        (["train", "--class_weights=a"], "`data.class_weights` must be a list"),
+        (["train", "--convnext.dims=x"], "s` must be a list of INT. Received:"),
+        (["train", "--convnext.dim=[8]"], "--convnext.dim [8]. Did you mean"),
+        (["train", "--optimizer=adam"], "one by one, such as --optimizer.name"),
+        (["train", "--optimizer={lr: 1}"], "no such setting. Received: --opti"),
+        (["train", "--model.widht=3"], "arguments: --model.widht=3.\n"),
+        (["train", "--data.batch_sise=3"], "Did you mean '--data.batch_size'?"),
+        (["train", "--recipe=vmoe_finetune"], "Set init, such as --init CHECK"),
         (["train", "--model.pooling=mean"], "pooling"),
         (["train", "--run_dir=x", "--dataset=digitz"], "name='digitz'"),
         (["train", "--run_dir=x", "--epochs=0"], "epochs=0"),
@@ -125,6 +139,16 @@ def test_predict_takes_grey_and_transparent_images(trained, tmp_path):
         keras.utils.save_img(tmp_path / name, image, scale=False)
         lines.append(run("predict", trained[0], tmp_path / name).stdout)
     assert len({line.split(": ")[1] for line in lines}) == 1
+
+
+@once
+def test_predict_names_each_file_that_is_no_image(trained, tmp_path):
+    for name in ("a.tif", "b.ppm"):
+        (tmp_path / name).write_bytes(b"II*\0")
+    done = run("predict", trained[0], tmp_path / "a.tif", tmp_path / "b.ppm")
+    first, second = done.stderr.splitlines()
+    assert "must be a readable PNG, JPEG, WebP, BMP or GIF. Received" in first
+    assert second.startswith(f"Received: path={str(tmp_path / 'b.ppm')!r} (it")
 
 
 @once
@@ -275,7 +299,7 @@ def test_help(command, words):
     done = run(*command, "--help")
     assert done.returncode == 0
     assert all(word in done.stdout for word in words)
-    assert len(done.stdout.splitlines()) <= 84
+    assert len(done.stdout.splitlines()) <= 85
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 

@@ -90,6 +90,7 @@ def test_evaluate(trained):
     run_dir, printed = trained
     done = run("evaluate", run_dir, "digits")  # On what the run was tested on.
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("data: digits, test[:32]\n")
     assert "images: 32" in done.stdout and "top-5 accuracy: " in done.stdout
     accuracy = re.search(r"test accuracy: ([\d.]+)", printed)[1]
     assert f"accuracy: {accuracy}" in done.stdout

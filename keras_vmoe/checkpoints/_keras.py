@@ -12,6 +12,7 @@ from keras_vmoe._warnings import warn
 from keras_vmoe.checkpoints.assignment import check_model
 from keras_vmoe.checkpoints.assignment import fit_positions
 from keras_vmoe.checkpoints.assignment import grid_of
+from keras_vmoe.checkpoints.assignment import pair
 from keras_vmoe.checkpoints.assignment import some
 
 KERAS_FILES = (".weights.h5", ".keras")
@@ -97,7 +98,16 @@ def _resize(file, model, grid):
         if POSITIONS not in weights or not learned:
             return
         stored, name = weights[POSITIONS], "0"
-        rows, columns = grid_of(model)
+        rows, columns = new_grid = grid_of(model)
+        if "grid" in stored:  # Not in files of version 0.1.0.
+            own = tuple(map(int, stored["grid"]))
+            if pair("grid", grid or own) != own:
+                raise ValueError(
+                    "`grid` must be that of the file. "
+                    f"Received: grid={grid} for {own}. Leave it out."
+                )
+            grid = own
+            del stored["grid"]
         shape = tuple(model.get_layer("positions").embedding.shape)
         resized = None
         if grid is not None or rows == columns:
@@ -109,4 +119,4 @@ def _resize(file, model, grid):
                 f"grid={grid} for positions of shape {stored[name].shape}."
             )
         del stored[name]
-        stored[name] = resized
+        stored[name], stored["grid"] = resized, new_grid

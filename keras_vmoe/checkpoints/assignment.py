@@ -168,7 +168,7 @@ def resize_positions(embedding, grid, new_grid, num_extra=None):
         [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929), section
         3.2.
     """
-    grid, new_grid = _pair("grid", grid), _pair("new_grid", new_grid)
+    grid, new_grid = pair("grid", grid), pair("new_grid", new_grid)
     (rows, columns), shape = grid, np.shape(embedding)
     prefix = shape[1] - rows * columns if len(shape) == 3 else -1
     extra = (0, 1) if num_extra is None else (num_extra,)
@@ -187,8 +187,8 @@ def resize_positions(embedding, grid, new_grid, num_extra=None):
     return np.concatenate([embedding[:prefix], table])[None]
 
 
-def _pair(name, grid):
-    """`(rows, columns)` of a pair or an integer."""
+def pair(name, grid):
+    """`(rows, columns)` of the patches, of a pair or an integer."""
     pair = (grid, grid) if is_integer(grid) else grid
     good = isinstance(pair, (tuple, list)) and len(pair) == 2
     if not good or not all(is_integer(x) and x > 0 for x in pair):

@@ -24,7 +24,8 @@ def load(model, path, progress=None, grid=None):
         path: As of `read`, or a `.weights.h5` or `.keras` file of a model of
             this architecture, whatever its image size.
         progress: As of `read`.
-        grid: As of `load_vmoe`; a `.keras` file knows its own.
+        grid: As of `load_vmoe`; files of Keras know their own, `.weights.h5`
+            of version 0.1.0 do not.
 
     Returns:
         The model.

@@ -85,7 +85,7 @@ def export_model(
     serving = {name: given[name] for name in SERVING}
     pixels = {name: given[name] for name in PIXELS}
     opened, names = open_model(model, classes)
-    format = format or FORMATS.get(pathlib.Path(output).suffix, "saved_model")
+    format = format or _format_of(output)
     if format != "saved_model":
         _check_unused(format, **serving, **pixels, classes=classes)
         write = getattr(export, format)
@@ -110,6 +110,18 @@ def export_model(
         **common,
     )
     print(f"model: {path}")
+
+
+def _format_of(output):
+    """The format by an output's name; a folder's may end like a version."""
+    suffix = pathlib.Path(output).suffix
+    if suffix in FORMATS or not suffix or suffix[1:].isdigit():
+        return FORMATS.get(suffix, "saved_model")
+    raise ValueError(
+        "The name of a file to export must end in .onnx or .tflite, and that "
+        f"of a SavedModel's folder in none. Received: {output}. Name it so, or "
+        "set --format."
+    )
 
 
 def _check_unused(format, **given):

@@ -5,7 +5,6 @@ import dataclasses
 import inspect
 import re
 import textwrap
-import types
 import typing
 from typing import Literal
 
@@ -14,7 +13,9 @@ import jsonargparse
 
 from keras_vmoe._checks import check_keys
 from keras_vmoe._checks import nearest
-from keras_vmoe.models import MoEConfig
+from keras_vmoe.cli.wording import explained
+from keras_vmoe.cli.wording import nearest_flag
+from keras_vmoe.cli.wording import values_of
 from keras_vmoe.training import ModelConfig
 from keras_vmoe.training import TrainConfig
 from keras_vmoe.training import recipes
@@ -87,6 +88,8 @@ class _Parser(jsonargparse.ArgumentParser):
         return action
 
     def error(self, message, ex=None):
+        if not self.exit_on_error:  # Of a group: part of another message.
+            return super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         command = re.search(r"are required: (\w+)\.", message)
         if command:
@@ -97,37 +100,8 @@ class _Parser(jsonargparse.ArgumentParser):
             message += f".{nearest(command[1], self.commands)}"
         flag = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
         if flag:
-            actions = parser._actions
-            known = [x for action in actions for x in action.option_strings]
-            known += [f"--moe.{name}" for name in kinds_of(MoEConfig)]
-            message += f".{nearest(flag[1], known)}"
-        return super().error(_without_classes(message, parser._actions), ex)
-
-
-def _without_classes(message, actions):
-    """A message of jsonargparse on the value of a setting, for users."""
-    pattern = r"Parser key \"([\w.]+)\":.* value: ([^\n]*)"
-    found = re.search(pattern, message, re.S)
-    if found and "NestedArg" not in message:
-        name, value = found.groups()
-        values = {x.dest: _values(x) for x in actions}.get(name, "a value")
-        values = values or "true or false"
-        hint = nearest(value, values.split("|"))
-        return f"`{name}` must be {values}. Received: {value}.{hint}"
-    pattern = r"key \"([\w.]+)\".*NestedArg\(key='(.*)', val='(.*)'\)"
-    found = re.search(pattern, message, re.S)
-    if not found:
-        return message
-    group, name, value = found.groups()
-    kind = kinds_of(TrainConfig)
-    for part in group.split("."):
-        kind = kinds_of(kind[part] if isinstance(kind, dict) else kind)
-    words = f"Received: --{group}.{name} {value}."
-    if name not in kind:
-        return f"`{group}` has no such setting. {words}{nearest(name, kind)}"
-    parts = [x for x in _parts_of(kind[name]) if x is not types.NoneType]
-    kinds = "|".join(str(_METAVARS.get(x, x)) for x in parts)
-    return f"`{group}.{name}` must be {kinds}. {words}"
+            message += f".{nearest_flag(flag[1], parser._actions)}"
+        return super().error(explained(message, parser._actions), ex)
 
 
 class _Layout(
@@ -140,7 +114,7 @@ class _Layout(
 
     def _get_help_string(self, action):
         text, default = action.help or "", action.default
-        values = _values(action)
+        values = values_of(getattr(action, "_typehint", str))
         if len(values) > _WIDEST:  # They do not fit after the name.
             text = f"{text.rstrip('.')}: {values.replace('|', ', ')}"
         is_plain = isinstance(default, str | int | float) and default != ""
@@ -155,32 +129,12 @@ class _Layout(
         if action.nargs == 0:
             names = action.option_strings
             return ", ".join(x for x in names if "-" not in x.lstrip("-"))
-        values = _values(action)
+        values = values_of(getattr(action, "_typehint", str))
         values = values if len(values) <= _WIDEST else "NAME"
         return f"{min(action.option_strings, key=len)} {values}".rstrip()
 
 
 _WIDEST = 17
-_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", bool: ""}
-
-
-def _values(action):
-    """What may be given for a setting, such as `FLOAT|dropless`."""
-    kind = getattr(action, "_typehint", str)  # Of jsonargparse's own.
-    parts = [_METAVARS.get(x, x) for x in _parts_of(kind)]
-    words = [x for x in parts if isinstance(x, str)]
-    found = "|".join(dict.fromkeys(words))
-    return found or ("" if kind in (bool, bool | None) else "YAML")
-
-
-def _parts_of(kind):
-    """A type, or those that it is a union of, and the words of literals."""
-    parts = typing.get_args(kind)
-    if typing.get_origin(kind) is Literal:
-        return parts
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return [x for part in parts for x in _parts_of(part)]
-    return [kind]
 
 
 class _SizesHelp(argparse.Action):

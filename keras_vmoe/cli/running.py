@@ -18,6 +18,7 @@ from keras_vmoe.cli.opening import open_model
 from keras_vmoe.cli.opening import setting_of_run
 from keras_vmoe.data import _corruption
 from keras_vmoe.data import schema
+from keras_vmoe.data.images import WANTED
 from keras_vmoe.distribution import _processes
 from keras_vmoe.evaluation import _description
 
@@ -109,7 +110,7 @@ def predict(
     good = [(path, x) for path, x in read if not isinstance(x, OSError)]
     bad = [str(x) for _, x in read if isinstance(x, OSError)]
     if not good or (bad and dry_run):
-        raise OSError(" ".join(bad))
+        raise OSError(_together(bad))
     pixels = np.stack([x for _, x in good])
     if dry_run:
         settings = {"model": model, "images": images, "classes": classes}
@@ -123,7 +124,13 @@ def predict(
         line = "  ".join(f"{name} {p:.3f}" for name, p in predictions)
         print(f"{image}: {line}")
     if bad:
-        raise OSError(" ".join(bad))
+        raise OSError(_together(bad))
+
+
+def _together(messages):
+    """Messages on several files, one per line; what is wanted is said once."""
+    first, *others = messages
+    return "\n".join([first, *(x.removeprefix(WANTED) for x in others)])
 
 
 def _read(path, size, test_crop, turned):
@@ -228,6 +235,8 @@ def evaluate(
     splits = [] if skip_corrupt else [split]
     with _corruption.named_corruption(dataset, splits, data_dir):
         measured = evaluation.measure(opened, images, sys.stdout.isatty())
+    folder = f" in {data_dir}" if data_dir else ""
+    print(f"data: {dataset}, {split}{folder}")
     print(evaluation.report(measured, names))
 
 

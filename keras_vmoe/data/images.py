@@ -128,7 +128,7 @@ def _read_image(path, *settings):
             f"An image file must exist. Received: path={path!r}."
         ) from error
     except (OSError, tf.errors.InvalidArgumentError) as error:
-        reason, mend = "it holds no image", NO_IMAGE_MEND
+        reason, mend = "it is none of these", NO_IMAGE_MEND
         if content.startswith(STARTS):
             reason = "its image is truncated or damaged"
             mend = "Replace the file, or leave it out."

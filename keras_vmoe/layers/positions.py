@@ -1,5 +1,7 @@
 """Position embeddings, added to the tokens."""
 
+import math
+
 import keras
 import numpy as np
 from keras import ops
@@ -11,11 +13,19 @@ from keras_vmoe.layers.weights import mark
 class LearnedPositions(keras.layers.Layer):
     """Adds a learned embedding to every token, the class token included.
 
+    Args:
+        grid: `(rows, columns)` of the patches, which files keep beside the
+            embedding: as many patches of other rows are other positions. None
+            for tokens that are no grid.
+
     Call arguments:
         tokens: `(B, N, D)` float tensor.
 
     Returns:
         `(B, N, D)` tensor.
+
+    Raises:
+        ValueError: If N is below `rows * columns`.
 
     Example:
 
@@ -27,7 +37,17 @@ class LearnedPositions(keras.layers.Layer):
         equation 1.
     """
 
+    def __init__(self, grid=None, **kwargs):
+        super().__init__(**kwargs)
+        self.grid = None if grid is None else tuple(grid)
+
     def build(self, input_shape):
+        if self.grid is not None and math.prod(self.grid) > input_shape[1]:
+            raise ValueError(
+                "`grid` must have a token for each of its patches. "
+                f"Received: grid={self.grid} for input_shape="
+                f"{tuple(input_shape)}."
+            )
         self.embedding = self.add_weight(
             name="embedding",
             shape=(1, *input_shape[1:]),
@@ -35,23 +55,35 @@ class LearnedPositions(keras.layers.Layer):
         )
         mark([self.embedding], "positions")
 
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        if self.grid is not None:
+            store["grid"] = np.array(self.grid)
+
     def load_own_variables(self, store):
         shape = tuple(self.embedding.shape)
-        found = tuple(store["0"].shape) if "0" in store else shape
-        if found != shape:  # Keras would print all of the array.
+        found = {name: store[name] for name in store.keys()}
+        grid = tuple(map(int, found.pop("grid", self.grid or ())))
+        theirs = tuple(found["0"].shape) if "0" in found else shape
+        if theirs != shape or grid not in ((), self.grid):
+            # Keras would print all of the array, or take it as it is.
             raise ValueError(
                 "Learned positions must be those of the model's image size. "
-                f"Received: an embedding of shape {found} for {shape}. "
+                f"Received: an embedding of shape {theirs} and grid "
+                f"{grid or 'unknown'} for {shape} and {self.grid}. "
                 "Load the file with keras_vmoe.checkpoints.load(model, path), "
                 "which resizes them."
             )
-        super().load_own_variables(store)
+        super().load_own_variables(found)
 
     def call(self, tokens):
         return tokens + self.embedding
 
     def compute_output_shape(self, input_shape):
         return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "grid": self.grid}
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")

@@ -66,7 +66,7 @@ class MoEModel(keras.Model):
         for name, value in arguments.items():
             setattr(self, name, value)
         self._argument_names = tuple(arguments)
-        self._warns_of_pixels = True
+        self._warns_of_pixels = self._looks_at_batches = True
         if self.remat:  # In a function: Keras would track a list of models.
             parts = rematerialization.segments(self)
             self._segments = lambda: parts
@@ -102,6 +102,24 @@ class MoEModel(keras.Model):
     def predict(self, x, *args, **kwargs):
         self._check_pixels(x)
         return super().predict(x, *args, **kwargs)
+
+    def train_on_batch(self, x, *args, **kwargs):
+        self._check_first_pixels(x)
+        return super().train_on_batch(x, *args, **kwargs)
+
+    def test_on_batch(self, x, *args, **kwargs):
+        self._check_first_pixels(x)
+        return super().test_on_batch(x, *args, **kwargs)
+
+    def predict_on_batch(self, x):
+        self._check_first_pixels(x)
+        return super().predict_on_batch(x)
+
+    def _check_first_pixels(self, x):
+        """As `_check_pixels`, of the first batch: a loop need not wait."""
+        if self._looks_at_batches:
+            self._looks_at_batches = False
+            self._check_pixels(x)
 
     def _check_pixels(self, x):
         """Warns of an array of floats that are not normalized.

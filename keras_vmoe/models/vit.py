@@ -163,10 +163,10 @@ def _positions(x, settings, grid):
     policy = settings.dtype
     if settings.pooling == "token":
         x = patches.ClassToken(dtype=policy, name="class_token")(x)
+    kind = positions.SinCos2DPositions
     if settings.position_embedding == "learned":
-        x = positions.LearnedPositions(dtype=policy, name="positions")(x)
-    else:
-        x = positions.SinCos2DPositions(grid, dtype=policy, name="positions")(x)
+        kind = positions.LearnedPositions
+    x = kind(grid, dtype=policy, name="positions")(x)
     if settings.dropout:
         x = SeededDropout(settings.dropout, dtype=policy, name="dropout")(x)
     return x

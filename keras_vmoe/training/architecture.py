@@ -77,7 +77,17 @@ def from_scratch(config):
     return dataclasses.replace(config, model=settings)
 
 
-def check_start(path):
+def check_init(config):
+    """Raises if a run is to fine-tune a model and none is named."""
+    if config.model.needs_init and config.model.init is None:
+        raise ValueError(
+            "A recipe for fine-tuning needs a model to start from. Received: "
+            "init=None with needs_init=True. Set init, such as --init "
+            "CHECKPOINT, or train from scratch with --needs_init false."
+        )
+
+
+def _check_start(path):
     """Raises unless the weights to start from exist."""
     path = pathlib.Path(path)
     if not path.exists() and not list(path.parent.glob(f"{path.name}.*")):
@@ -114,7 +124,7 @@ def _preset(name):
 
 def _architecture_of(path):
     """The sizes of the model of a `.keras` file, a run or a checkpoint."""
-    check_start(path)
+    _check_start(path)
     path = pathlib.Path(path)
     if (path / CONFIG).exists():
         config = resolved(from_scratch(recipes.load(path / CONFIG)))
@@ -157,15 +167,16 @@ def _check_same(settings, start, found, names):
             f"{2 * ours['num_experts']}, or leave `upcycle` out."
         )
     if not settings.upcycle:
+        # Of a dense model, or one to be, it is said once.
+        names = {**theirs, **ours} if theirs and ours else ["num_experts"]
         wrong += [
             f"moe.{name}={ours.get(name)!r} for {theirs.get(name)!r}"
-            for name in {**theirs, **ours}
+            for name in names
             if ours.get(name) != theirs.get(name)
         ]
     if wrong:
-        mend = "Leave them out."
-        more = "moe." if not theirs else "moe.num_experts="
-        if all(x.startswith(more) for x in wrong):
+        mend, more = "Leave them out.", "moe.num_experts="
+        if ours and all(x.startswith(more) for x in wrong):
             mend = "Leave them out, or let --upcycle make experts of its MLPs."
         raise ValueError(
             "The architecture is that of the file to start from. Received: "

@@ -73,6 +73,7 @@ class ModelConfig:
         family: Accept models of this family only.
         image_size: Pixels; default: the preset's, or 32.
         init: Pretrained weights: .keras, run, checkpoint.
+        needs_init: Refuse to train without init.
         upcycle: Make experts of the MLPs or experts of init.
         freeze: Part that is not trained.
         head_bias: Initial value of the head's bias.
@@ -97,6 +98,7 @@ class ModelConfig:
     family: Literal["vit", "convnext"] | None = None
     image_size: int | None = None
     init: str | None = None
+    needs_init: bool = False
     upcycle: bool = False
     freeze: Literal["routers", "backbone"] | None = None
     head_bias: float = 0.0

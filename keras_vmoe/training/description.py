@@ -16,6 +16,7 @@ from keras_vmoe.models.presets import find_preset
 from keras_vmoe.training import batches
 from keras_vmoe.training import building
 from keras_vmoe.training import run_folder
+from keras_vmoe.training.architecture import check_init
 from keras_vmoe.training.architecture import from_scratch
 from keras_vmoe.training.architecture import resolved
 from keras_vmoe.training.config import VIT_SIZES
@@ -49,6 +50,10 @@ def describe(config):
     config = resolved(config)
     strategy = building.make_strategy(config)  # Raises as a run would.
     info, length, notes = None, None, []
+    try:
+        check_init(config)
+    except ValueError as error:
+        notes.append(f"note: a run would be refused. {error}")
     try:
         info = data.info(config.data.dataset, config.data.data_dir)
         config = batches.with_splits(config, info)
@@ -115,7 +120,10 @@ def announcement(config, info, done):
     else:
         kind = f"ConvNeXt of {[*config.convnext.depths]} blocks"
     kind = f"{sizes.preset}, a {kind}" if sizes.preset else kind
-    experts = f"{moe.num_experts} experts in {moe.layers}" if moe else "dense"
+    where = moe and (
+        moe.layers if isinstance(moe.layers, str) else [*moe.layers]
+    )
+    experts = f"{moe.num_experts} experts in {where}" if moe else "dense"
     start = f", from {sizes.init}" if sizes.init else ""
     epochs = counted(config.epochs, "epoch")
     lines = [

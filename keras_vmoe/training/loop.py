@@ -18,6 +18,7 @@ from keras_vmoe.training import batches
 from keras_vmoe.training import building
 from keras_vmoe.training import callbacks
 from keras_vmoe.training import run_folder
+from keras_vmoe.training.architecture import check_init
 from keras_vmoe.training.architecture import resolved
 from keras_vmoe.training.checkpointing import Checkpoints
 from keras_vmoe.training.checkpointing import SaveCheckpoint
@@ -81,6 +82,7 @@ def train(config):
         require("tensorboard", "data")
     if _processes.num_processes() > 1:
         require("orbax.checkpoint", "checkpoints")
+    check_init(config)
     config = resolved(config)
     _processes.check_agreement(
         "configuration and versions",

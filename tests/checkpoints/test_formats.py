@@ -2,6 +2,7 @@
 
 import zipfile
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -296,10 +297,8 @@ def test_rectangles_in_files(old, new, way, tmp_path):
     if way == "arrays":
         checkpoints.load_vmoe(model, arrays_of(source), grid=old)
     elif way == "weights":
-        # Between squares the file alone is enough.
-        grid = None if old == new == (4, 4) else old
         source.save_weights(tmp_path / "m.weights.h5")
-        checkpoints.load(model, tmp_path / "m.weights.h5", grid=grid)
+        checkpoints.load(model, tmp_path / "m.weights.h5")
     else:
         if way == "clone":
             weights = source.get_weights()
@@ -327,14 +326,14 @@ def test_keras_files_of_another_resolution(tmp_path):
     with pytest.warns(UserWarning, match="checkpoints.load.model, path"):
         model.load_weights(weights, skip_mismatch=True)
     before = arrays_of(model)
-    with pytest.raises(ValueError, match="`grid`.* must be given.*Received"):
-        checkpoints.load(model, weights)
+    with pytest.raises(ValueError, match="`grid` must be that of the file"):
+        checkpoints.load(model, weights, grid=(4, 2))
     for changes in ({"num_layers": 1}, {"num_layers": 3}, {"mlp_dim": 8}):
         sizes = {"num_layers": 2, "image_size": (8, 16), **changes}
         other = tiny(moe=None, **sizes)
         own = other.get_weights()
         with pytest.raises(ValueError, match="must hold the weights") as error:
-            checkpoints.load(other, weights, grid=(2, 4))
+            checkpoints.load(other, weights)
         assert len(str(error.value)) < 600
         for array, value in zip(other.get_weights(), own, strict=True):
             np.testing.assert_array_equal(array, value)
@@ -342,7 +341,7 @@ def test_keras_files_of_another_resolution(tmp_path):
         np.testing.assert_array_equal(array, before[name])
     checkpoints.load_vmoe(model, arrays_of(source), grid=(2, 4))
     expected = arrays_of(model)
-    for file, grid in ((path, None), (weights, (2, 4))):
+    for file, grid in ((path, None), (weights, (2, 4)), (weights, None)):
         randomize(model, seed=2)
         checkpoints.load(model, file, grid=grid)
         for name, array in arrays_of(model).items():
@@ -357,11 +356,21 @@ def test_keras_files_of_another_resolution(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Skipping nested container")
 def test_a_rectangle_of_as_many_patches_as_a_square(tmp_path):
-    """It stays as it is in files of its own."""
-    model = randomize(tiny(moe=None, pooling="gap", image_size=(8, 32)))
-    table = keras.ops.convert_to_numpy(model.get_layer("positions").embedding)
-    model.save_weights(tmp_path / "m.weights.h5")
+    """Files say which it is; those of version 0.1.0 do not."""
     file = tmp_path / "m.weights.h5"
+    model = randomize(tiny(moe=None, pooling="gap", image_size=(8, 32)))
+    square = randomize(tiny(moe=None, pooling="gap", image_size=16))
+    table = keras.ops.convert_to_numpy(model.get_layer("positions").embedding)
+    model.save_weights(file)
+    with pytest.raises(ValueError, match=r"grid \(2, 8\) for .*\(4, 4\)"):
+        square.load_weights(file)
+    checkpoints.load(square, file)
+    found = keras.ops.convert_to_numpy(square.get_layer("positions").embedding)
+    expected = checkpoints.resize_positions(table, (2, 8), (4, 4))
+    np.testing.assert_array_equal(found, expected)
+    with h5py.File(file, "r+") as weights:
+        del weights["layers/learned_positions/vars/grid"]
+    square.load_weights(file)
     with pytest.raises(ValueError, match="`grid`.* must be given"):
         checkpoints.load(model, file)
     checkpoints.load(randomize(model, seed=1), file, grid=(2, 8))

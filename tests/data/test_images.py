@@ -277,8 +277,8 @@ def test_read_images_names_the_missing_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "holds no image"),
-        (b"not an image", "holds no image"),
+        (b"", "is none of these"),
+        (b"not an image", "is none of these"),
         (b"\x89PNG\r\n\x1a\n", "truncated or damaged"),
         (tf.io.encode_jpeg(np.zeros((9, 9, 3), "uint8")).numpy()[:-99],
          "truncated or damaged"),

@@ -90,6 +90,7 @@ def test_the_accuracy_of_a_run_that_is_preprocessed_as_before(folder):
         ),
         ("x", ["--signatures", "a:input=["], "numbers, words"),
         ("x.onnx", ["--format=saved_model"], "Choose another name"),
+        ("x.xyz", [], "must end in .onnx or .tflite, and that"),
         ("x.onnx", ["--std=2"], "Only a SavedModel has std"),
     ],
 )
@@ -97,6 +98,10 @@ def test_what_the_command_refuses(folder, output, arguments, words):
     done = run("export", folder, folder / output, *arguments)
     assert done.returncode == 1 and words in done.stderr
     assert not (folder / output).exists()
+
+
+def test_a_folder_may_end_in_a_version():
+    assert exporting._format_of("served/digits-1.2") == "saved_model"
 
 
 @small.IN_TENSORFLOW

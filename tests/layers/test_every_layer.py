@@ -95,7 +95,7 @@ CASES = [
          {"rate": 0.2, "seed": 3, "noise_shape": (3, 1, 8)}, TOKENS),
     Case(stochastic.DropPath, {"rate": 0.2, "seed": 3}, TOKENS),
     Case(stochastic.LayerScale, {"initial_value": 0.1}, TOKENS),
-    Case(positions.LearnedPositions, {}, TOKENS),
+    Case(positions.LearnedPositions, {"grid": (2, 3)}, TOKENS),
     Case(layers.MLP,
          {"hidden_dim": 12, "activation": "gelu_tanh", "dropout": 0.1,
           **WEIGHT_FLAGS}, TOKENS),

@@ -101,6 +101,8 @@ def test_learned_positions():
     tokens = random(2, 3, 4)
     out = run(layer, tokens)
     assert_same(out, tokens + float64(layer.embedding))
+    with pytest.raises(ValueError, match=r"`grid` must have .*\(2, 2\)"):
+        positions.LearnedPositions(grid=(2, 2))(tokens)
 
 
 @pytest.mark.backends("torch")

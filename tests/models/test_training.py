@@ -102,7 +102,7 @@ def test_a_resumed_run_has_the_noise_it_would_have_had(resumed):
 
 @pytest.mark.backends("torch")
 @pytest.mark.parametrize(
-    "kind", ["bytes", "floats", "dataset", "generator", "validation"]
+    "kind", ["bytes", "floats", "batch", "dataset", "generator", "validation"]
 )
 def test_pixels_are_warned_about_once(kind):
     import tensorflow as tf
@@ -127,11 +127,14 @@ def test_pixels_are_warned_about_once(kind):
         elif kind == "generator":
             batches = (batch for batch in [(pixels, labels)] * 2)
             model.fit(batches, steps_per_epoch=1, shuffle=False, verbose=0)
+        elif kind == "batch":
+            model.predict_on_batch(-pixels.astype("float32"))
         else:
             images = pixels if kind == "bytes" else -pixels.astype("float32")
             model.predict(images, verbose=0)
 
-    received = "values up to 255" if kind == "floats" else "images of uint8"
+    is_float = kind in ("batch", "floats")
+    received = "values up to 255" if is_float else "images of uint8"
     words = rf"about \[-1, 1\]. Received: {received}.* `x / 127.5 - 1`"
     with pytest.warns(UserWarning, match=words) as warned:
         see()

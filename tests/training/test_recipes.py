@@ -134,6 +134,7 @@ def test_a_dry_run_needs_no_dataset(name):
     if name != "digits_small":
         assert re.search(r"steps: [\d.]+ per 1,000 images, in \d+ epochs", text)
         assert "note: a run would be refused." in text
+    assert ("needs a model to start from" in text) == ("finetune" in name)
 
 
 @pytest.mark.slow
@@ -144,7 +145,7 @@ def test_every_recipe_runs(name, tmp_path):
         load(name), epochs=2, batch_size=8, image_size=8, warmup=0.5,
         warmup_epochs=None, warmup_steps=None, run_dir=str(tmp_path / "run"),
         train_split="train[:16]", validation_split="validation[:8]",
-        test_split="test[:8]", dataset="digits", preset=None,
+        test_split="test[:8]", dataset="digits", preset=None, needs_init=False,
     )  # fmt: skip
     if name not in CONVNEXTS:
         config = changed(

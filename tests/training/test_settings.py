@@ -288,7 +288,7 @@ def test_the_architecture_is_that_of_the_file(result, config, tmp_path):
         ({"preset": "vit_s16"}, "hidden_dim=384 for 16"),
         ({"convnext": training.ConvNeXtConfig(dims=(3,))}, "dims=.* for None"),
         ({"moe": MoESettings(num_experts=8)}, "num_experts=8 for 4.*--upcycle"),
-        ({"moe": None}, "moe.num_experts=None for 4"),
+        ({"moe": None}, "moe.num_experts=None for 4. Leave"),
         ({"moe": MoESettings(router="soft")}, "for 'top_k'. Leave them out.$"),
     ):
         with pytest.raises(ValueError, match=words):
