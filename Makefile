@@ -49,7 +49,7 @@ test-slow: $(VENV)/.test  ## The exhaustive tests, on all three backends.
 
 KILLS ?= 60
 .PHONY: test-kills
-test-kills: $(VENV)/.test  ## Kills a run as often as KILLS says; CI: 6 times.
+test-kills: $(VENV)/.test  ## Kills a run as often as KILLS says; CI: 3 times.
 	KERAS_BACKEND=jax KILLS=$(KILLS) $(BIN)/python -m pytest -q \
 		tests/training/test_kills.py
 

@@ -10,6 +10,7 @@ import time
 
 import keras
 import numpy as np
+import PIL.Image
 import pytest
 import tensorflow as tf
 
@@ -358,3 +359,58 @@ def test_evaluate_names_or_leaves_out_a_corrupt_image(trained, tmp_path):
                    data_dir)  # fmt: skip
     assert done.returncode == 0 and "cross-entropy" in done.stdout
     assert "warning: the classes of 'image_folder' have" in done.stderr
+
+
+def test_what_images_a_model_wants_is_the_models(tmp_path):
+    """One value from training to serving, and to the next training."""
+    run_dir, image = tmp_path / "run", tmp_path / "digit.png"
+    wanted = data.Preprocessing((90, 80, 70), (50, 60, 70), 0.8, "bicubic")
+    flags = ["--mean=[90,80,70]", "--std=[50,60,70]", "--test_crop=0.8"]
+    flags += ["--interpolation=bicubic", "--epochs=1", "--warmup=0"]
+    done = run("train", *SMALL, *flags, "--run_dir", run_dir)
+    assert done.returncode == 0, done.stderr
+    model = models.load(run_dir / "model.keras")
+    assert model.preprocessing == wanted
+    accuracy = re.search(r"test accuracy: ([\d.]+)", done.stdout)[1]
+    done = run("evaluate", run_dir)
+    assert f"\naccuracy: {accuracy}" in done.stdout
+    noise = np.random.default_rng(0).integers(0, 256, (20, 16, 3))
+    keras.utils.save_img(image, noise, scale=False)
+    done = run("predict", run_dir, image, "--top", 1)
+    pixels = data.read_images(image, 8, preprocessing=wanted)
+    chances = keras.ops.softmax(model.predict(pixels, verbose=0))
+    assert f" {float(keras.ops.max(chances)):.3f}\n" in done.stdout
+    again = ["train", *SMALL, "--init", run_dir, "--run_dir", tmp_path / "b"]
+    done = run(*again, "--std=64", "--dry_run")
+    assert "mean:\n  - 90" in done.stdout and "std: 64" in done.stdout
+    assert "test_crop: 0.8" in done.stdout and "bicubic" in done.stdout
+    for flag, words in (
+        ("--std=0", "`std` must be numbers above 0"),
+        ("--mean=[1,2]", "mean=(1.0, 2.0) for images of 3 channels"),
+    ):
+        done = run(*again, flag)
+        assert done.returncode == 1 and words in done.stderr
+
+
+def test_four_channels_from_training_to_prediction(tmp_path):
+    generator, folder = np.random.default_rng(0), tmp_path / "images"
+    for split, count in (("train", 4), ("validation", 2), ("test", 2)):
+        for i in range(2 * count):
+            path = folder / split / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = generator.integers(0, 256, (8, 8, 4), "uint8")
+            PIL.Image.fromarray(pixels).save(path)
+    run_dir = tmp_path / "run"
+    sizes = [x for x in SMALL if "split" not in x and "batch" not in x]
+    reads = ["--dataset=image_folder", f"--data_dir={folder}", "--batch_size=4"]
+    for channels in (1, 4):
+        done = run(
+            "train", *sizes, *reads, f"--channels={channels}",
+            "--run_dir", run_dir / str(channels),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        model = models.load(run_dir / str(channels) / "model.keras")
+        assert model.input_shape[-1] == channels
+        assert run("evaluate", run_dir / str(channels)).returncode == 0
+        done = run("predict", run_dir / str(channels), path)
+        assert done.returncode == 0, done.stderr

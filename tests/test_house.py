@@ -14,7 +14,7 @@ import keras_vmoe
 ROOT = pathlib.Path(keras_vmoe.__file__).parent
 # Each room, and the rooms below it that it may use. Arrows point down only.
 MATHEMATICS = {"routing", "losses"}
-MODELS = MATHEMATICS | {"distribution", "layers", "models"}
+MODELS = MATHEMATICS | {"data", "distribution", "layers", "models"}
 ROOMS = {
     "version": set(),
     "_checks": set(),
@@ -30,11 +30,10 @@ ROOMS = {
     "models": MODELS,
     "checkpoints": MODELS,
     "data": set(),
-    "evaluation": MODELS | {"data"},
-    "inspection": MODELS | {"data"},
-    "export": MODELS | {"data"},
-    "training": MODELS
-    | {"data", "checkpoints", "evaluation", "inspection", "export"},
+    "evaluation": MODELS,
+    "inspection": MODELS,
+    "export": MODELS,
+    "training": MODELS | {"checkpoints", "evaluation", "inspection", "export"},
 }
 # The front doors may use all.
 DOORS = {"__init__", "__main__", "cli"}

@@ -1,5 +1,6 @@
 """Files of Keras: weights of a model of another image size."""
 
+import dataclasses
 import pathlib
 import shutil
 import tempfile
@@ -35,12 +36,14 @@ def load_keras(model, path, grid=None):
             source.save_weights(file)
             grid = grid or grid_of(source)
             config["num_classes"] = source.num_classes
+            config["preprocessing"] = dataclasses.asdict(source.preprocessing)
         else:
             shutil.copyfile(path, file)
         _resize(file, model, grid)
         loaded = type(model).from_config(config)
         _compare(file, loaded, path)
         loaded.load_weights(file)
+    model.preprocessing = loaded.preprocessing
     if loaded.num_classes == model.num_classes:
         model.set_weights(loaded.get_weights())
         return model

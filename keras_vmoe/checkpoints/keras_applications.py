@@ -1,5 +1,6 @@
 """Weights of `keras.applications.ConvNeXt*` into a `ConvNeXtMoE`."""
 
+import dataclasses
 import re
 
 import keras
@@ -13,6 +14,8 @@ from keras_vmoe.checkpoints.assignment import check_model
 from keras_vmoe.checkpoints.assignment import fit_head
 from keras_vmoe.checkpoints.assignment import kernel_bias
 from keras_vmoe.checkpoints.assignment import scale_bias
+from keras_vmoe.data.preprocessing import IMAGENET_MEAN
+from keras_vmoe.data.preprocessing import IMAGENET_STD
 from keras_vmoe.models.convnext import ConvNeXtMoE
 
 MEND = (
@@ -26,8 +29,9 @@ def load_keras_applications(model, keras_model):
 
     Both then give the same logits for the same images. A `keras.applications`
     model with `include_preprocessing=True` normalises pixels in [0, 255]
-    itself; ours takes normalised images: `(pixels / 255 - mean) / std` with
-    mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225). A head that is
+    itself; ours takes images normalised by `model.preprocessing`, which becomes
+    that of `keras_model`, or without one in it that of ImageNet, with which
+    the weights were trained; crop and interpolation stay. A head that is
     missing or has other classes is newly initialised, with a warning. For an
     MoE model call `models.upcycle` on the twin.
 
@@ -70,7 +74,21 @@ def load_keras_applications(model, keras_model):
         arrays[HEAD[1]] = np.zeros(0)
     arrays = fit_head(arrays, model)
     assign(model, weights, arrays, MEND)
+    model.preprocessing = dataclasses.replace(
+        model.preprocessing, **_normalization(keras_model)
+    )
     return model
+
+
+def _normalization(keras_model):
+    """Mean and standard deviation of the pixels that a model subtracts."""
+    for layer in all_layers(keras_model):
+        if isinstance(layer, keras.layers.Normalization):
+            mean = ops.convert_to_numpy(layer.mean).ravel().astype(float)
+            std = ops.convert_to_numpy(layer.variance).ravel().astype(float)
+            # What float32 has added.
+            return {"mean": mean.round(4), "std": np.sqrt(std).round(4)}
+    return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
 def _weights(model):

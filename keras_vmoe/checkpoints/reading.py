@@ -22,7 +22,8 @@ def load(model, path, progress=None, grid=None):
             `checkpoints.vmoe_config` finds. `models.upcycle` makes an MoE model
             of a dense one.
         path: As of `read`, or a `.weights.h5` or `.keras` file of a model of
-            this architecture, whatever its image size.
+            this architecture, whatever its image size. All but the former
+            say how images are preprocessed, which the model then does.
         progress: As of `read`.
         grid: As of `load_vmoe`; files of Keras know their own, `.weights.h5`
             of version 0.1.0 do not.

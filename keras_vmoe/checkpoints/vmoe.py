@@ -1,5 +1,6 @@
 """Weights of the reference program (google-research/vmoe) into a `ViTMoE`."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
 
@@ -23,6 +24,8 @@ def load_vmoe(model, arrays, grid=None):
     left unchanged. Learned position embeddings of another resolution are
     resized bilinearly. A head of another number of classes is newly
     initialised, with a warning; a model without a head takes none.
+    `model.preprocessing` then maps pixels to [-1, 1], as the reference program
+    does; crop and interpolation stay.
 
     Args:
         model: A `ViTMoE` of the same architecture; `checkpoints.vmoe_config`
@@ -63,6 +66,9 @@ def load_vmoe(model, arrays, grid=None):
     if model.position_embedding == "learned" and POSITIONS in arrays:
         arrays[POSITIONS] = fit_positions(arrays[POSITIONS], model, grid)
     assign(model, weights, arrays)
+    model.preprocessing = dataclasses.replace(
+        model.preprocessing, mean=127.5, std=127.5
+    )
     return model
 
 

@@ -10,16 +10,17 @@ from keras_vmoe.cli.opening import numbers
 from keras_vmoe.cli.opening import open_model
 from keras_vmoe.cli.opening import run_dir_of
 from keras_vmoe.cli.opening import setting_of_run
-from keras_vmoe.data.preprocessing import MAX_PIXELS
+from keras_vmoe.data import Preprocessing
+from keras_vmoe.data.untrusted import MAX_PIXELS
 from keras_vmoe.export.settings import MAX_BATCH_SIZE
 
 # Settings of a run.
-TEST_CROP, OF_CARD = "data.test_crop", ("model.preset", "data.dataset")
+OF_CARD = ("model.preset", "data.dataset")
 # What all formats have, files alone, and a SavedModel alone.
 COMMON = ("images_per_group", "capacity_factor", "quantize_experts")
 DIALS = ("num_selected_experts", "batch_priority")
-SERVING = ("version", "signatures", "max_batch_size", "warmup")
-PIXELS = ("mean", "std", "test_crop", "max_pixels")
+SERVING = ("version", "signatures", "max_batch_size", "max_pixels", "warmup")
+PIXELS = ("mean", "std", "test_crop")
 FORMATS = {".onnx": "onnx", ".tflite": "litert"}
 EXAMPLE = "fast:capacity_factor=0.5,batch_priority=true"
 
@@ -37,8 +38,8 @@ def export_model(
     version: int = 1,
     signatures: list[str] = (),
     max_batch_size: int = MAX_BATCH_SIZE,
-    mean: float | list[float] = 127.5,
-    std: float | list[float] = 127.5,
+    mean: float | list[float] | None = None,
+    std: float | list[float] | None = None,
     test_crop: float | None = None,
     max_pixels: int = MAX_PIXELS,
     warmup: bool | list[int] = True,
@@ -63,9 +64,9 @@ def export_model(
         version: Version of a SavedModel.
         signatures: More routing settings, see above.
         max_batch_size: Refuse larger requests.
-        mean: Subtracted from pixels in [0, 255]; a number or a list.
-        std: Divides the difference.
-        test_crop: Share of the side kept; default: the run's.
+        mean: Subtracted from pixels in [0, 255]; default: the model's.
+        std: Divides the difference; default: the model's.
+        test_crop: Share of the side kept; default: the model's.
         max_pixels: Refuse larger image files.
         warmup: Batch sizes of warm-up requests, or false.
         classes: JSON list of names; default: the run's.
@@ -92,13 +93,8 @@ def export_model(
         print(f"model: {write(opened, output, **common, **dials)}")
         return
     _check_served(output, dials)
-    turns = setting_of_run(model, "data.exif_orientation") is not False
-    tested = export.Preprocessing(
-        test_crop=setting_of_run(model, TEST_CROP), exif_orientation=turns
-    )
-    if test_crop is None:
-        pixels["test_crop"] = tested.test_crop
-    preprocessing = export.Preprocessing(**pixels, exif_orientation=turns)
+    tested = opened.preprocessing
+    preprocessing = Preprocessing.of(tested, **pixels)
     unnamed = names == numbers(opened.output_shape[-1])
     path = export.saved_model(
         opened,
@@ -179,11 +175,7 @@ def _card(model, preprocessing, tested):
     The run was `tested` with this `Preprocessing`.
     """
     card, result = {}, run_dir_of(model) / "result.json"
-    alike = all(
-        getattr(preprocessing, name) == getattr(tested, name)
-        for name in ("mean", "std", "test_crop")
-    )
-    if result.exists() and alike:
+    if result.exists() and preprocessing == tested:
         card["test_accuracy"] = json.loads(result.read_text()).get("accuracy")
         card["test_accuracy_of"] = (
             "the run, under the routing of training, its experts not quantized"

@@ -6,6 +6,7 @@ import os
 import pathlib
 import sys
 
+from keras_vmoe import data
 from keras_vmoe import models
 from keras_vmoe import training
 
@@ -29,6 +30,8 @@ def restart(backend, arguments):
 def open_model(model, classes=None, **dials):
     """A model of a run folder or `.keras` file, and its classes' names.
 
+    Runs of version 0.1.0 alone know how images are cropped.
+
     Args:
         model: Path.
         classes: File of names; None takes those of the run.
@@ -40,6 +43,12 @@ def open_model(model, classes=None, **dials):
         opened = models.load(model, compile=False)
     if any(value is not None for value in dials.values()):
         opened = models.set_routing(opened, **dials)
+    default = data.Preprocessing(channels=opened.input_shape[-1])
+    wanted = getattr(opened, "preprocessing", default)
+    if wanted == default:
+        crop = setting_of_run(model, "data.test_crop")
+        wanted = data.Preprocessing.of(wanted, test_crop=crop)
+    opened.preprocessing = wanted
     num_classes = opened.output_shape[-1]
     return opened, _class_names(classes, run_dir_of(model), num_classes)
 

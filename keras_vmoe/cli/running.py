@@ -1,5 +1,6 @@
 """`train`, `evaluate` and `predict`."""
 
+import dataclasses
 import pathlib
 import shlex
 import signal
@@ -103,10 +104,8 @@ def predict(
     given = dict(locals())
     dials = {name: given[name] for name in DIALS}
     opened, names = open_model(model, classes, **dials)
-    test_crop = setting_of_run(model, "data.test_crop")
-    size = opened.input_shape[1:3]
-    turned = setting_of_run(model, "data.exif_orientation") is not False
-    read = [(path, _read(path, size, test_crop, turned)) for path in images]
+    size, wanted = opened.input_shape[1:3], opened.preprocessing
+    read = [(path, _read(path, size, wanted)) for path in images]
     good = [(path, x) for path, x in read if not isinstance(x, OSError)]
     bad = [str(x) for _, x in read if isinstance(x, OSError)]
     if not good or (bad and dry_run):
@@ -115,7 +114,7 @@ def predict(
     if dry_run:
         settings = {"model": model, "images": images, "classes": classes}
         settings |= {"top": top, "backend": keras.backend.backend()}
-        settings |= {"test_crop": test_crop, **dials}
+        settings |= {"preprocessing": dataclasses.asdict(wanted), **dials}
         print(_description.describe(opened, settings, len(pixels), 1))
         return
     shows = sys.stdout.isatty()
@@ -133,7 +132,7 @@ def _together(messages):
     return "\n".join([first, *(x.removeprefix(WANTED) for x in others)])
 
 
-def _read(path, size, test_crop, turned):
+def _read(path, size, preprocessing):
     """The pixels of an image, or the error that says why there are none."""
     if pathlib.Path(path).is_dir():
         return IsADirectoryError(
@@ -141,9 +140,7 @@ def _read(path, size, test_crop, turned):
             f"images: {pathlib.Path(path)}/*"
         )
     try:
-        (image,) = data.read_images(
-            path, size, test_crop, exif_orientation=turned
-        )
+        (image,) = data.read_images(path, size, preprocessing=preprocessing)
     except OSError as error:
         return error
     return image
@@ -175,7 +172,7 @@ def evaluate(
         split: TFDS split; default: what the run was tested on, or test.
         data_dir: Folder of the dataset or images; default: the run's.
         batch_size: Images per step.
-        test_crop: Share of the side kept; default: the run's.
+        test_crop: Share of the side kept; default: the model's.
         skip_corrupt: Skip corrupt images, with a warning.
         classes: JSON list of names; default: the run's.
         capacity_factor: Experts'; default: the model's.
@@ -192,8 +189,7 @@ def evaluate(
     given = dict(locals())
     dials = {name: given[name] for name in DIALS}
     opened, names = open_model(model, classes, **dials)
-    if test_crop is None:
-        test_crop = setting_of_run(model, "data.test_crop")
+    wanted = data.Preprocessing.of(opened.preprocessing, test_crop=test_crop)
     of_run = setting_of_run(model, "data.dataset")
     dir_of_run = setting_of_run(model, "data.data_dir")
     if dataset in (None, of_run) and data_dir in (None, dir_of_run):
@@ -208,9 +204,7 @@ def evaluate(
         )
     split = split or "test"
     reads = {"split": split, "data_dir": data_dir, "batch_size": batch_size}
-    reads |= {"test_crop": test_crop, "skip_corrupt": skip_corrupt}
-    turns = setting_of_run(model, "data.exif_orientation")
-    reads["exif_orientation"] = turns is not False
+    reads["skip_corrupt"] = skip_corrupt
     count, notes = None, []
     try:
         _check_classes(model, opened, names, dataset, data_dir)
@@ -222,6 +216,7 @@ def evaluate(
     if dry_run:
         settings = {"model": model, "dataset": dataset, "classes": classes}
         settings |= {**reads, **dials, "backend": keras.backend.backend()}
+        settings["preprocessing"] = dataclasses.asdict(wanted)
         text = _description.describe(opened, settings, count, batch_size)
         print(text, *notes, sep="\n")
         return
@@ -230,6 +225,7 @@ def evaluate(
         image_size=opened.input_shape[1:3],
         training=False,
         num_classes=opened.output_shape[-1],
+        preprocessing=wanted,
         **reads,
     )
     splits = [] if skip_corrupt else [split]

@@ -9,10 +9,12 @@ from keras_vmoe.data.augmentation import Augmentation
 from keras_vmoe.data.images import preprocess
 from keras_vmoe.data.images import read_images
 from keras_vmoe.data.loading import load
+from keras_vmoe.data.preprocessing import Preprocessing
 from keras_vmoe.data.schema import info
 
 __all__ = [
     "Augmentation",
+    "Preprocessing",
     "find_corrupt",
     "info",
     "load",

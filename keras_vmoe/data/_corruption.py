@@ -16,6 +16,7 @@ import numpy as np
 from keras_vmoe._warnings import warn
 from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.pipeline import Pipeline
+from keras_vmoe.data.preprocessing import Preprocessing
 from keras_vmoe.data.schema import count_examples
 from keras_vmoe.data.schema import read_schema
 from keras_vmoe.data.sources import broken_files
@@ -60,7 +61,7 @@ def find_corrupt(name, split, data_dir=None):
         num_examples=count_examples(name, builder, split),
         num_classes=schema.num_classes or 1,
         size=(8, 8),
-        channels=schema.channels,
+        preprocessing=Preprocessing(channels=schema.channels),
         skip_corrupt=True,
     )
     whole, places = _whole_records(builder, split)

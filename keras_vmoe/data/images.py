@@ -7,9 +7,9 @@ import os
 
 import numpy as np
 
-from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
 from keras_vmoe.data.orientation import upright
+from keras_vmoe.data.preprocessing import Preprocessing
 from keras_vmoe.data.tensorflow_runtime import checked
 from keras_vmoe.data.tensorflow_runtime import tf
 
@@ -18,11 +18,12 @@ NO_IMAGE_MEND = "Convert the file, or leave it out."
 STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF")
 
 
-def preprocess(image, image_size, channels=3):
+def preprocess(image, image_size, channels=None, preprocessing=None):
     """Turns one decoded image into a model's input, as in evaluation.
 
-    The image is converted to `channels`, resized to `image_size` (bilinear with
-    antialiasing; the aspect ratio is not kept) and normalised to [-1, 1].
+    The image is converted to the channels, resized to `image_size` (with
+    antialiasing; the aspect ratio is not kept, and nothing is cropped) and
+    normalised.
 
     The dtype gives the scale of the pixels, as in `tf.image`: uint8 and other
     integers 0 to 255, uint16 0 to 65535, floats 0 to 1. Other values are
@@ -32,12 +33,13 @@ def preprocess(image, image_size, channels=3):
         image: `(H, W, C)` array or tensor with 1 (grey), 2 (grey and alpha), 3
             (RGB), 4 (RGB and alpha) or more channels.
         image_size: Integer or pair `(height, width)`, in pixels.
-        channels: Integer, channels of the result. 3 repeats grey, 1 converts
-            RGB to grey, and both drop alpha; any other number must be that of
-            the image.
+        channels: Integer, channels of the result; None takes those of
+            `preprocessing`.
+        preprocessing: A `Preprocessing`, such as `model.preprocessing`; None
+            means the default, to [-1, 1].
 
     Returns:
-        float32 TensorFlow tensor `(height, width, channels)` in [-1, 1].
+        float32 TensorFlow tensor `(height, width, channels)`.
 
     Raises:
         ValueError: The shape, the dtype, a pixel or `image_size` is not as
@@ -54,19 +56,19 @@ def preprocess(image, image_size, channels=3):
     data.preprocess(grey, image_size=32)  # ones of shape (32, 32, 3)
     ```
     """
-    check_sizes(channels=channels)
     size = check_image_size(image_size)
-    image = tf.convert_to_tensor(image)
-    return normalized(to_channels(image, size, channels))
-
-
-def normalized(pixels):
-    """Maps pixels from [0, 255] to [-1, 1] in float32, as V-MoE does."""
-    return tf.cast(pixels, tf.float32) / 127.5 - 1.0
+    wanted = Preprocessing.of(preprocessing, channels=channels)
+    pixels = to_channels(tf.convert_to_tensor(image), size, wanted)
+    return wanted.normalized(tf.cast(pixels, tf.float32))
 
 
 def read_images(
-    paths, image_size, test_crop=None, channels=3, exif_orientation=True
+    paths,
+    image_size,
+    test_crop=None,
+    channels=None,
+    exif_orientation=None,
+    preprocessing=None,
 ):
     """Reads image files into a batch, preprocessed as in evaluation.
 
@@ -74,13 +76,13 @@ def read_images(
         paths: A path or a list of paths of PNG, JPEG, WebP, BMP or GIF files.
             Of an animated GIF the first frame is read.
         image_size: Integer or pair `(height, width)`, in pixels.
-        test_crop: Optional share of the shorter side that the centre crop
-            keeps, see `load`.
-        channels: Integer, see `preprocess`.
-        exif_orientation: Boolean, see `load`.
+        test_crop, channels, exif_orientation: What is not None takes the place
+            of that of `preprocessing`.
+        preprocessing: A `Preprocessing`, such as `model.preprocessing`; None
+            means the default, to [-1, 1].
 
     Returns:
-        float32 NumPy array `(B, height, width, channels)` in [-1, 1].
+        float32 NumPy array `(B, height, width, channels)`.
 
     Raises:
         FileNotFoundError: A file does not exist.
@@ -110,11 +112,14 @@ def read_images(
             "`paths` must name at least one image file. "
             f"Received: paths={paths}. Pass a path or a list of paths."
         )
-    shape = (*size, channels)
-    images = [
-        _read_image(path, shape, test_crop, exif_orientation) for path in paths
-    ]
-    return normalized(tf.stack(images)).numpy()
+    wanted = Preprocessing.of(
+        preprocessing,
+        test_crop=test_crop,
+        channels=channels,
+        exif_orientation=exif_orientation,
+    )
+    images = [_read_image(path, size, wanted) for path in paths]
+    return wanted.normalized(tf.stack(images)).numpy()
 
 
 def _read_image(path, *settings):
@@ -138,40 +143,43 @@ def _read_image(path, *settings):
         ) from error
 
 
-def decoded(content, shape, test_crop, exif_orientation=True):
+def decoded(content, size, preprocessing):
     """The pixels of an encoded image, as in evaluation.
 
     Args:
         content: Scalar string tensor or bytes.
-        shape: `(H, W, C)`.
-        test_crop: Share of the shorter side to keep, or None.
-        exif_orientation: Boolean, see `load`.
+        size: `(H, W)`.
+        preprocessing: A `Preprocessing`.
 
     Returns:
         `(H, W, C)` float32 tensor in [0, 255].
     """
-    *size, channels = shape
-    stored = 4 if channels == 4 else 3
+    stored = 4 if preprocessing.channels == 4 else 3
     image = tf.io.decode_image(content, stored, expand_animations=False)
     image = tf.ensure_shape(image, (None, None, stored))
-    if exif_orientation:
+    if preprocessing.exif_orientation:
         image = upright(image, content)
-    if test_crop is not None:
-        image = center_crop(image, size, test_crop)
-    return tf.cast(to_channels(image, tuple(size), channels), tf.float32)
+    if preprocessing.test_crop is not None:
+        image = center_crop(image, size, preprocessing.test_crop)
+    pixels = to_channels(image, tuple(size), preprocessing)
+    return tf.cast(pixels, tf.float32)
 
 
-def decoder_of(feature):
+def decoder_of(feature, channels=None):
     """The function from encoded images of a TFDS feature to their pixels.
+
+    These have the channels of the feature, unless others are given.
 
     What a file holds counts: of an animation, also in a file that is called a
     JPEG, the first frame is read, which TFDS's own decoder does not do.
     """
 
     def decode(content):
-        stored = feature.shape[-1] or 0
-        image = tf.io.decode_image(content, stored, expand_animations=False)
-        return tf.ensure_shape(image, feature.shape)
+        stored = channels or feature.shape[-1]
+        image = tf.io.decode_image(
+            content, stored or 0, expand_animations=False
+        )
+        return tf.ensure_shape(image, (*feature.shape[:2], stored))
 
     return decode if feature.np_dtype == np.uint8 else feature.decode_example
 
@@ -188,12 +196,13 @@ def named_if_none(content, path):
     return checked(content, tf.reduce_any(is_image), message, path)
 
 
-def to_channels(image, size, channels=3, resize=None):
+def to_channels(image, size, preprocessing, fast=False):
     """Maps a decoded image to pixels `(*size, channels)` in [0, 255].
 
-    As `preprocess` does, with any function `resize` of an image and a size; the
-    result is uint8 where no pixel was computed, otherwise float32.
+    As `preprocess` does, or by a `fast` resize, where there is one; the result
+    is uint8 where no pixel was computed, otherwise float32.
     """
+    channels = preprocessing.channels
     stored = image.shape[-1] if image.shape.rank == 3 else None
     converts = channels in (1, 3) and stored in (1, 2, 3, 4)
     if stored is None or not (converts or stored == channels):
@@ -211,16 +220,21 @@ def to_channels(image, size, channels=3, resize=None):
         # In floats: of bytes TensorFlow truncates the result.
         image = tf.image.rgb_to_grayscale(tf.cast(image, tf.float32))
     if tuple(image.shape[:2]) != size:
-        image = (resize or _resize)(image, size)
+        is_fast = fast and preprocessing.interpolation == "bilinear"
+        resize = resize_by_area if is_fast else _resize
+        image = resize(image, size, preprocessing.interpolation)
     grey = image.shape[-1] == 1
     return tf.repeat(image, 3, axis=-1) if grey and channels == 3 else image
 
 
-def _resize(image, size):
-    return tf.image.resize(image, size, antialias=True)
+def _resize(image, size, interpolation):
+    image = tf.image.resize(image, size, interpolation, antialias=True)
+    if interpolation == "bilinear":
+        return image
+    return tf.clip_by_value(image, 0, 255)  # What bicubic weights overshoot.
 
 
-def resize_by_area(image, size):
+def resize_by_area(image, size, interpolation="bilinear"):
     """The resize of training images: fast, and close to that of evaluation.
 
     Where both sides shrink, a new pixel is the mean of the area it covers. This
@@ -237,7 +251,7 @@ def resize_by_area(image, size):
 
     return tf.case(
         [(grows, resized("bilinear")), (shrinks, resized("area"))],
-        lambda: _resize(image, size),
+        lambda: _resize(image, size, interpolation),
     )
 
 

@@ -9,7 +9,6 @@ import operator
 
 import numpy as np
 
-from keras_vmoe._checks import check_shares
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._warnings import warn
 from keras_vmoe.data._corruption import check_files
@@ -19,6 +18,7 @@ from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.images import check_image_size
 from keras_vmoe.data.pipeline import Pipeline
 from keras_vmoe.data.pipeline import seed_of_epoch
+from keras_vmoe.data.preprocessing import Preprocessing
 from keras_vmoe.data.schema import count_examples
 from keras_vmoe.data.schema import read_schema
 from keras_vmoe.data.schema import resolve_num_classes
@@ -49,8 +49,9 @@ def load(
     skip_corrupt=False,
     cache=False,
     shard=None,
-    channels=3,
-    exif_orientation=True,
+    channels=None,
+    exif_orientation=None,
+    preprocessing=None,
 ):
     """Loads an image-classification dataset as batches for a model.
 
@@ -83,7 +84,7 @@ def load(
         augmentation: Optional `Augmentation` of the training images.
         one_hot: Boolean, whether labels are one-hot; mixed labels always are.
         test_crop: Optional share of the shorter side, in (0, 1], that the
-            centre crop of evaluation keeps. None resizes the whole image.
+            centre crop of evaluation keeps; None takes `preprocessing`'s.
         drop_remainder: Boolean, whether to drop a last batch that is not full.
             None drops it in training only.
         shuffle_buffer: Integer, number of stored examples to draw from.
@@ -92,14 +93,18 @@ def load(
         cache: Boolean, whether to cache the stored examples in memory.
         shard: Optional pair `(index, count)`: reads the share of host `index`
             of `count`.
-        channels: Integer, channels of the images, see `preprocess`.
-        exif_orientation: Boolean, whether images are turned upright as the EXIF
-            of JPEG, PNG and WebP files says.
+        channels: Integer, channels of the images; None takes
+            `preprocessing`'s.
+        exif_orientation: Boolean, whether images are turned upright; None takes
+            `preprocessing`'s.
+        preprocessing: A `Preprocessing`, such as `model.preprocessing`. None
+            means the default, to [-1, 1].
 
     Returns:
         A `tf.data.Dataset` of `(images, labels)`: float32
-        `(B, H, W, channels)` in [-1, 1], and int32 `(B,)` or float32
-        `(B, num_classes)`.
+        `(B, H, W, channels)`, and int32 `(B,)` or float32 `(B, num_classes)`.
+        A model of another mean, standard deviation or orientation refuses it,
+        unless it was mapped, batched or cut since.
 
     Raises:
         ValueError: An unknown or unprepared dataset or split, a dataset without
@@ -120,12 +125,17 @@ def load(
     ```
     """
     size = check_image_size(image_size)
-    check_sizes(
-        batch_size=batch_size, shuffle_buffer=shuffle_buffer, channels=channels
-    )
+    check_sizes(batch_size=batch_size, shuffle_buffer=shuffle_buffer)
     check_sizes(0, seed=seed, epoch=0 if epoch is None else epoch)
-    check_shares(test_crop=test_crop)
-    augmentation = _check_augmentation(augmentation, training, channels)
+    preprocessing = Preprocessing.of(
+        preprocessing,
+        test_crop=test_crop,
+        channels=channels,
+        exif_orientation=exif_orientation,
+    )
+    augmentation = _check_augmentation(
+        augmentation, training, preprocessing.channels
+    )
     if drop_remainder is None:
         drop_remainder = training
     builder = open_builder(name, data_dir)
@@ -145,20 +155,21 @@ def load(
         num_examples=num_examples,
         num_classes=num_classes,
         size=size,
-        channels=channels,
+        preprocessing=preprocessing,
         seed=seed if epoch is None else seed_of_epoch(seed, epoch),
         is_one_epoch=epoch is not None,
         class_weights=class_weights,
         augmentation=augmentation,
         one_hot=one_hot or augmentation.mixes,
-        test_crop=None if training else test_crop,
         is_training=training,
         skip_corrupt=skip_corrupt,
         cache=cache,
-        exif_orientation=bool(exif_orientation),
     )
     examples = pipeline.examples(shuffle_buffer)
-    return pipeline.batches(examples, batch_size, bool(drop_remainder))
+    dataset = pipeline.batches(examples, batch_size, bool(drop_remainder))
+    # For `fit`, `evaluate` and `predict` of a model.
+    dataset.preprocessing = preprocessing
+    return dataset
 
 
 def _part_of(name, builder, split, shard, training, skip_corrupt, least):

@@ -21,11 +21,10 @@ from keras_vmoe.data.images import center_crop
 from keras_vmoe.data.images import decode_and_crop
 from keras_vmoe.data.images import decoder_of
 from keras_vmoe.data.images import named_if_none
-from keras_vmoe.data.images import normalized
 from keras_vmoe.data.images import random_crop
-from keras_vmoe.data.images import resize_by_area
 from keras_vmoe.data.images import to_channels
 from keras_vmoe.data.orientation import upright
+from keras_vmoe.data.preprocessing import Preprocessing
 from keras_vmoe.data.schema import Schema
 from keras_vmoe.data.tensorflow_runtime import checked
 from keras_vmoe.data.tensorflow_runtime import tf
@@ -44,17 +43,15 @@ class Pipeline:
     num_examples: int
     num_classes: int
     size: tuple[int, int]
-    channels: int
+    preprocessing: Preprocessing
     seed: int = 0
     is_one_epoch: bool = True
     augmentation: Augmentation = Augmentation()
     one_hot: bool = False
-    test_crop: float | None = None
     is_training: bool = False
     class_weights: Any = None
     skip_corrupt: bool = False
     cache: bool = False
-    exif_orientation: bool = True
 
     def examples(self, shuffle_buffer=1):
         """Stored examples, each with a random number: `(example, number)`.
@@ -226,9 +223,11 @@ class Pipeline:
         decode = None
         if self.schema.is_encoded:
             features = self.builder.info.features
-            decode = decoder_of(features[self.schema.image])
+            channels = None
             if isinstance(self.builder, ImageFolder):
+                channels = 4 if self.preprocessing.channels == 4 else 3
                 image = named_if_none(image, example["tfds_id"])
+            decode = decoder_of(features[self.schema.image], channels)
         area = self.augmentation.crop_area
         if area is not None:
             image = decode_and_crop(image, decode, area, [number, self.seed])
@@ -236,10 +235,10 @@ class Pipeline:
             image = decode(image)
         if decode is not None and self._turns:
             image = upright(image, stored)
-        if self.test_crop is not None:
-            image = center_crop(image, self.size, self.test_crop)
-        resize = resize_by_area if self.is_training else None
-        image = to_channels(image, self.size, self.channels, resize)
+        wanted, fast = self.preprocessing, self.is_training
+        if wanted.test_crop is not None and not self.is_training:
+            image = center_crop(image, self.size, wanted.test_crop)
+        image = to_channels(image, self.size, wanted, fast)
         return example | {self.schema.image: image}
 
     @property
@@ -249,7 +248,7 @@ class Pipeline:
         Those of one size were encoded from pixels, without EXIF.
         """
         shape = self.builder.info.features[self.schema.image].shape
-        return self.exif_orientation and None in shape[:2]
+        return self.preprocessing.exif_orientation and None in shape[:2]
 
     def _finished(self, images, labels, numbers):
         """A batch for the model: checked, mixed, normalised."""
@@ -259,7 +258,8 @@ class Pipeline:
             # Another seed than that of the first image's changes.
             seed = tf.stack([~numbers[0], ~self.seed])
             images, labels = _traced(mix, images, labels, seed)
-        return normalized(images), labels
+        images = tf.cast(images, tf.float32)
+        return self.preprocessing.normalized(images), labels
 
     def _checked_labels(self, labels):
         """Labels in range, one-hot if wanted."""

@@ -15,8 +15,7 @@ import numpy as np
 from keras import ops
 
 from keras_vmoe._keras import all_layers
-from keras_vmoe.data.preprocessing import decoded
-from keras_vmoe.data.preprocessing import normalized
+from keras_vmoe.data.images import decoded
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.export import asking
 from keras_vmoe.export.contents import noise
@@ -184,10 +183,9 @@ def _as_input(kind, content, settings, model):
     if kind == "float":
         return content
     if kind == "encoded":
-        shape = model.input_shape[1:]
-        options = preprocessing.test_crop, preprocessing.exif_orientation
-        content = [decoded(x, shape, *options) for x in content]
-    return normalized(np.asarray(content, "float32"), preprocessing)
+        size = model.input_shape[1:3]
+        content = [decoded(x, size, preprocessing) for x in content]
+    return preprocessing.normalized(np.asarray(content, "float32"))
 
 
 def _full_precision():

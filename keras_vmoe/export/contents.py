@@ -26,8 +26,8 @@ WARMUP = CARD.with_name("tf_serving_warmup_requests")
 # Names that a user's own entries may not have.
 CARD_NAMES = (
     "name", "model", "params", "image_size", "channels", "num_classes",
-    "preprocessing", "max_batch_size", "quantize_experts", "signatures",
-    "versions",
+    "preprocessing", "max_batch_size", "max_pixels", "quantize_experts",
+    "signatures", "versions",
 )  # fmt: skip
 
 
@@ -80,6 +80,7 @@ def make_card(model, settings):
         "num_classes": getattr(model, "num_classes", model.output_shape[-1]),
         "preprocessing": dataclasses.asdict(settings.preprocessing),
         "max_batch_size": settings.max_batch_size,
+        "max_pixels": settings.max_pixels,
         "quantize_experts": settings.quantize_experts,
         "signatures": costs,
         "versions": {

@@ -5,9 +5,8 @@ Runs under the TensorFlow backend, in the process that exports.
 Axes: B images in the batch, H and W height and width in pixels, C channels.
 """
 
-from keras_vmoe.data.preprocessing import decoded_or_nan
-from keras_vmoe.data.preprocessing import normalized
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.data.untrusted import decoded_or_nan
 from keras_vmoe.export.settings import INPUT_NAMES
 from keras_vmoe.export.variants import answering
 from keras_vmoe.export.variants import has_classes
@@ -114,14 +113,15 @@ def _reader(kind, shape, settings):
         if kind == "float":
             return inputs
         if kind == "uint8":
-            pixels = tf.cast(inputs, tf.float32)
-            return normalized(pixels, preprocessing)
+            return preprocessing.normalized(tf.cast(inputs, tf.float32))
         pixels = tf.map_fn(
-            lambda content: decoded_or_nan(content, shape, preprocessing),
+            lambda content: decoded_or_nan(
+                content, shape[:2], preprocessing, settings.max_pixels
+            ),
             inputs,
             fn_output_signature=tf.TensorSpec(shape, tf.float32),
         )
-        return normalized(pixels, preprocessing)
+        return preprocessing.normalized(pixels)
 
     return read
 

@@ -24,6 +24,7 @@ from keras_vmoe._checks import check_sizes
 from keras_vmoe._extras import require
 from keras_vmoe._warnings import warn
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
+from keras_vmoe.data.untrusted import MAX_PIXELS
 from keras_vmoe.export import contents
 from keras_vmoe.export import process
 from keras_vmoe.export import settings as checked
@@ -57,6 +58,7 @@ def saved_model(
     *,
     class_names=None,
     max_batch_size=checked.MAX_BATCH_SIZE,
+    max_pixels=MAX_PIXELS,
     quantize_experts=None,
     card=None,
 ):
@@ -76,9 +78,11 @@ def saved_model(
         capacity_factor: Capacity of the experts, or "dropless"; None means
             that of the model.
         warmup: Whether to write warm-up requests, or their batch sizes.
-        preprocessing: A `Preprocessing`; None means the package's default.
+        preprocessing: A `data.Preprocessing`; None means the model's own, and
+            for other Keras models the default.
         class_names: Optional list with the name of each class.
         max_batch_size: Larger requests are refused.
+        max_pixels: Encoded images of more pixels are not decoded.
         quantize_experts: `"int8"` or `"float16"`: type in which the experts'
             kernels are stored.
         card: Dict for the model card, such as `{"test_accuracy": 0.98}`.
@@ -101,7 +105,9 @@ def saved_model(
     check_model(model)
     check_quantization(model, quantize_experts, KINDS)
     checked.check_path("directory", directory)
-    check_sizes(version=version, max_batch_size=max_batch_size)
+    check_sizes(
+        version=version, max_batch_size=max_batch_size, max_pixels=max_pixels
+    )
     checked.check_at_most("version", version, LARGEST_VERSION)
     checked.check_at_most("max_batch_size", max_batch_size, LARGEST_BATCH)
     dials = default_dials(
@@ -115,12 +121,12 @@ def saved_model(
     require("tensorflow", "serving")
     if batches:
         require("tensorflow_serving", "serving")
-    *_, channels = model.input_shape
     settings = checked.Settings(
         signatures=signatures,
         quantize_experts=quantize_experts,
-        preprocessing=checked.check_preprocessing(preprocessing, channels),
+        preprocessing=checked.check_preprocessing(preprocessing, model),
         max_batch_size=max_batch_size,
+        max_pixels=max_pixels,
         warmup_batches=batches,
         class_names=checked.check_names(class_names, model.output_shape[-1]),
         card=checked.check_card(card, contents.CARD_NAMES),

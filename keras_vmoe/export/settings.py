@@ -22,6 +22,7 @@ from keras_vmoe._checks import check_keys
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
 from keras_vmoe.data.preprocessing import Preprocessing
+from keras_vmoe.data.untrusted import MAX_PIXELS
 
 # Names of the input in requests, by `Signature.input`.
 INPUT_NAMES = {
@@ -108,6 +109,7 @@ class Settings:
         quantize_experts: `"int8"`, `"float16"` or None.
         preprocessing: A `Preprocessing`.
         max_batch_size: Larger requests are refused.
+        max_pixels: Encoded images of more pixels are not decoded.
         warmup_batches: Batch sizes of the warm-up requests; empty for none.
         class_names: One name for each class, or None.
         card: Dict of the user's own entries in the model card.
@@ -117,6 +119,7 @@ class Settings:
     quantize_experts: str | None = None
     preprocessing: Preprocessing = Preprocessing()
     max_batch_size: int = MAX_BATCH_SIZE
+    max_pixels: int = MAX_PIXELS
     warmup_batches: tuple = ()
     class_names: tuple | None = None
     card: dict = dataclasses.field(default_factory=dict)
@@ -229,25 +232,13 @@ def check_card(card, reserved):
     return json.loads(plain)
 
 
-def check_preprocessing(preprocessing, channels):
-    """A `Preprocessing` that fits a model; the package's default for None."""
+def check_preprocessing(preprocessing, model):
+    """A `Preprocessing` that fits a model; the model's own for None."""
+    channels = model.input_shape[-1]
     if preprocessing is None:
-        return Preprocessing()
-    if not isinstance(preprocessing, Preprocessing):
-        raise ValueError(
-            "`preprocessing` must be None or a Preprocessing, such as "
-            "export.Preprocessing(test_crop=0.875). Received: "
-            f"preprocessing={preprocessing!r}."
-        )
-    for name in ("mean", "std"):
-        value = getattr(preprocessing, name)
-        count = len(value) if isinstance(value, tuple) else 1
-        if count not in (1, channels):
-            raise ValueError(
-                f"`{name}` must be one number, or one for each channel. "
-                f"Received: {name}={value} for images of {channels} channels."
-            )
-    return preprocessing
+        default = Preprocessing(channels=channels)
+        return getattr(model, "preprocessing", default)
+    return Preprocessing.of(preprocessing, channels=channels)
 
 
 def check_warmup(warmup, max_batch_size, num_signatures):

@@ -1,10 +1,12 @@
 """What the models of the papers have in common."""
 
+import dataclasses
 import types
 import typing
 import warnings
 
 import keras
+import numpy as np
 
 from keras_vmoe import layers
 from keras_vmoe._checks import check_flags
@@ -16,6 +18,7 @@ from keras_vmoe._checks import nearest
 from keras_vmoe._checks import plain
 from keras_vmoe._keras import all_layers
 from keras_vmoe._warnings import warn
+from keras_vmoe.data.preprocessing import Preprocessing
 from keras_vmoe.layers.parts import hand_down
 from keras_vmoe.layers.parts import set_state_of_parts
 from keras_vmoe.layers.parts import state_of_parts
@@ -43,6 +46,7 @@ class Options(typing.TypedDict, total=False):
     dtype: typing.Any
     layer_scale_init_value: float | None
     name: str
+    preprocessing: Preprocessing | dict | None
     remat: bool
     trainable: bool
 
@@ -72,6 +76,23 @@ class MoEModel(keras.Model):
             self._segments = lambda: parts
         hand_down(self)
 
+    @property
+    def preprocessing(self):
+        """The `data.Preprocessing` of the model's images."""
+        return self._preprocessing
+
+    @preprocessing.setter
+    def preprocessing(self, value):
+        channels = self.input_shape[-1]
+        value = Preprocessing.of(value)
+        if value.channels != channels:
+            raise ValueError(
+                "`preprocessing` must have the channels of the model. "
+                f"Received: preprocessing.channels={value.channels} for "
+                f"{channels}."
+            )
+        self._preprocessing = value
+
     def call(self, inputs, training=None, mask=None):
         if keras.backend.backend() == "tensorflow":
             import tensorflow as tf
@@ -88,6 +109,7 @@ class MoEModel(keras.Model):
 
     def fit(self, x=None, *args, **kwargs):
         self._check_pixels(x)
+        self._check_preprocessing(kwargs.get("validation_data"))
         is_tensorflow = keras.backend.backend() == "tensorflow"
         if is_tensorflow and self.optimizer and not self.optimizer.built:
             # A first step that makes variables is traced twice.
@@ -121,12 +143,28 @@ class MoEModel(keras.Model):
             self._looks_at_batches = False
             self._check_pixels(x)
 
+    def _check_preprocessing(self, dataset):
+        """Raises for a dataset of `data.load` made for other models."""
+        theirs = getattr(dataset, "preprocessing", self.preprocessing)
+        found = {
+            name: (getattr(theirs, name), getattr(self.preprocessing, name))
+            for name in ("mean", "std", "exif_orientation")
+        }
+        wrong = [f"{k}={x} for {y}" for k, (x, y) in found.items() if x != y]
+        if wrong:
+            raise ValueError(
+                "A dataset must be preprocessed as the model wants it. "
+                f"Received: a dataset of {', '.join(wrong)}. Pass "
+                "`preprocessing=model.preprocessing` to `data.load`."
+            )
+
     def _check_pixels(self, x):
-        """Warns of an array of floats that are not normalized.
+        """Raises or warns of images that are not normalized as the model's.
 
         Floats of datasets, generators and loaders pass: their first batch could
         be read only for a second time, or by every compiled step.
         """
+        self._check_preprocessing(x)
         images = next(iter(keras.tree.flatten(x)), None)
         is_array = "float" in str(getattr(images, "dtype", None))
         if self._warns_of_pixels and is_array:
@@ -136,13 +174,15 @@ class MoEModel(keras.Model):
                 self._warn_of_pixels(f"values up to {largest:g}")
 
     def _warn_of_pixels(self, found):
-        """Warns once of images that are not normalized."""
-        if self._warns_of_pixels:
+        """Warns once of images that are not normalized, if any are to be."""
+        brightest = self.preprocessing.normalized(np.full(1, 255, "float32"))
+        if self._warns_of_pixels and np.max(brightest) <= LIMIT:
             self._warns_of_pixels = False
             warn(
-                "The images of a model must be normalized, to about [-1, 1]. "
-                f"Received: {found}. Pass `x / 127.5 - 1` for pixels of 0 to "
-                "255, or read them by `keras_vmoe.data.load`."
+                "The images of a model must be normalized as its preprocessing "
+                f"says. Received: {found}. Pass `model.preprocessing.normalized"
+                "(x)` for pixels of 0 to 255, or read them by "
+                "`keras_vmoe.data.load`."
             )
 
     def quantize(self, *args, **kwargs):
@@ -168,6 +208,7 @@ class MoEModel(keras.Model):
         return {
             **config,
             "moe": None if self.moe is None else self.moe.to_dict(),
+            "preprocessing": dataclasses.asdict(self.preprocessing),
             "dtype": self.layers_dtype,
             "name": self.name,
             "trainable": self.trainable,
@@ -229,6 +270,7 @@ def complete(model_class, arguments, options: Options, **defaults):
         "drop_path_rate": 0.0,
         "dtype": None,
         "layer_scale_init_value": None,
+        "preprocessing": None,
         "remat": False,
         "trainable": True,
         **defaults,
@@ -241,6 +283,8 @@ def complete(model_class, arguments, options: Options, **defaults):
     check_flags(remat=made.remat)
     if made.layer_scale_init_value is not None:
         check_positive(layer_scale_init_value=made.layer_scale_init_value)
+    if made.preprocessing is None:
+        made.preprocessing = Preprocessing(channels=made.channels)
     made.moe = None if made.moe is None else MoEConfig.from_dict(made.moe)
     dtype = made.dtype or keras.config.dtype_policy()
     made.dtype = keras.dtype_policies.get(dtype).name

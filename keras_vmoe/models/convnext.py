@@ -50,6 +50,9 @@ class ConvNeXtMoE(base.MoEModel):
             it out, as the authors do in isotropic models.
         activation: Activation of the MLPs and experts; see `layers.MLP`.
         channels: Channels of the images.
+        preprocessing: The `data.Preprocessing` of its images, or a dict of its
+            attributes; None means the default, to [-1, 1]. It is kept in
+            `.keras` files; loaders of other people's weights set it.
         dtype: Dtype policy of the layers, such as `"mixed_bfloat16"`. None
             means the global one.
         remat: Whether to compute the blocks again for their gradients instead

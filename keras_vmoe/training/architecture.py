@@ -5,6 +5,7 @@ import pathlib
 
 from keras_vmoe import checkpoints
 from keras_vmoe import models
+from keras_vmoe.data import Preprocessing
 from keras_vmoe.models.base import MoEModel
 from keras_vmoe.models.placement import moe_blocks
 from keras_vmoe.models.placement import stage_blocks
@@ -27,8 +28,8 @@ EXPERTS = (
 def resolved(config):
     """A `TrainConfig` with every size that its model will have.
 
-    What is not set is that of the file to start from (`init`), else that of
-    the preset, else the default.
+    What is not set, preprocessing too, is that of the file to start from
+    (`init`), else that of the preset, else the default.
 
     Args:
         config: A `TrainConfig`.
@@ -59,12 +60,15 @@ def resolved(config):
     if start is not None:
         others = found.keys() & {**VIT_SIZES, **CONVNEXT_SIZES}
         _check_same(settings, start, found, others - {"dropout"})
+    wanted = (start or {}).get("preprocessing")
+    wanted = Preprocessing.of(wanted, **config.data.preprocessing)
     sizes = {name: found[name] for name in names}
     size = settings.image_size or found.get("image_size", config.image_size)
     model = {"image_size": size, **(sizes if is_vit else {})}
     moe = found["moe"]
     return dataclasses.replace(
         config,
+        data=dataclasses.replace(config.data, **dataclasses.asdict(wanted)),
         model=dataclasses.replace(settings, **model),
         convnext=None if is_vit else ConvNeXtConfig(**sizes),
         moe=None if moe is None else MoESettings(**moe),
@@ -129,6 +133,7 @@ def _architecture_of(path):
     if (path / CONFIG).exists():
         config = resolved(from_scratch(recipes.load(path / CONFIG)))
         size = {"image_size": config.image_size, "moe": None}
+        size["preprocessing"] = config.data.preprocessing
         below = VIT_SIZES if config.convnext is None else CONVNEXT_SIZES
         return {**below, **size, **_set_by(config)}
     if (path / MODEL).exists():

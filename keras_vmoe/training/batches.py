@@ -86,9 +86,8 @@ def load(config, info, split, training=True, **options):
             seed=seed,
             class_weights=images.class_weights if training else None,
             augmentation=images.augmentation,
-            test_crop=images.test_crop,
             skip_corrupt=images.skip_corrupt,
-            exif_orientation=images.exif_orientation,
+            preprocessing=images.preprocessing,
             **options,
         )
     except ValueError as error:

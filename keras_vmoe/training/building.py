@@ -86,6 +86,8 @@ def make_model(config, num_classes):
     model = make(
         num_classes=config.data.num_classes or num_classes,
         image_size=config.image_size,
+        channels=config.data.channels,
+        preprocessing=config.data.preprocessing,
         drop_path_rate=config.drop_path_rate,
         dtype=sizes.dtype,
         remat=sizes.remat,

@@ -5,6 +5,7 @@ from typing import Literal
 
 from keras_vmoe import _checks
 from keras_vmoe.data import Augmentation
+from keras_vmoe.data import Preprocessing
 from keras_vmoe.models import MoEConfig
 from keras_vmoe.models.presets import find_preset
 from keras_vmoe.routing._groups import check_capacity_factor
@@ -30,6 +31,10 @@ class DataConfig:
         validation_share: Take this share of train_split instead.
         test_split: Evaluated once, at the end.
         num_classes: If the dataset does not define it.
+        channels: Of the images; default: init's, or 3.
+        mean: Subtracted from pixels; default: init's, or 127.5.
+        std: Divides the difference; default: init's, or 127.5.
+        interpolation: Of resized images; default: init's, or bilinear.
         batch_size: Images per training step.
         augmentation: See --augmentation.help.
         test_crop: Share of the side kept by a center crop.
@@ -45,6 +50,10 @@ class DataConfig:
     validation_share: float | None = None
     test_split: str = "test"
     num_classes: int | None = None
+    channels: int | None = None
+    mean: float | tuple[float, ...] | None = None
+    std: float | tuple[float, ...] | None = None
+    interpolation: Literal["bilinear", "bicubic"] | None = None
     batch_size: int = 64
     augmentation: Augmentation | None = Augmentation(crop_padding=3)
     test_crop: float | None = None
@@ -59,6 +68,14 @@ class DataConfig:
         typed.check_value(good, self, "test_crop", "at most 1")
         good = (self.validation_share or 0) < 1
         typed.check_value(good, self, "validation_share", "below 1")
+        Preprocessing.of(None, **self.preprocessing)  # Raises for what is none.
+
+    @property
+    def preprocessing(self):
+        """The attributes of the model's `Preprocessing` as far as set."""
+        names = (field.name for field in dataclasses.fields(Preprocessing))
+        found = {name: getattr(self, name) for name in names}
+        return {name: x for name, x in found.items() if x is not None}
 
 
 @dataclasses.dataclass(frozen=True)

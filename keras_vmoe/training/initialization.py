@@ -36,6 +36,7 @@ def starting_model(config, info):
     if init is not None:
         moe = given(config.moe) if upcycle else None
         initialize(model, init, info.class_names, moe)
+        model.preprocessing = config.data.preprocessing  # Flags may differ.
     freeze(model, config.model.freeze)
     return model
 

@@ -2,9 +2,15 @@
 
 import keras
 import numpy as np
+import PIL.Image
 import pytest
+import tensorflow as tf
+from keras.src.applications.convnext import ConvNeXt
 
 from keras_vmoe import checkpoints
+from keras_vmoe import data
+from keras_vmoe import evaluation
+from keras_vmoe import export
 from keras_vmoe import models
 from tests.harness import randomize
 
@@ -44,21 +50,56 @@ def test_the_same_logits():
 
 
 @pytest.mark.slow
-def test_preprocessing_and_a_new_head():
-    source = shrink(theirs(include_preprocessing=True, classes=5))
-    model = models.from_preset("convnext_t", image_size=32, num_classes=10)
-    with pytest.warns(UserWarning, match="has 5 classes"):
-        checkpoints.load_keras_applications(model, source)
-    pixels = np.random.default_rng(1).uniform(0, 255, (2, 32, 32, 3))
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    pooled = [
-        keras.Model(m.inputs, m.get_layer(name).output).predict(x, verbose=0)
-        for m, name, x in (
-            (source, "convnext_tiny_head_layernorm", pixels),
-            (model, "norm", (pixels / 255 - mean) / std),
+@pytest.mark.backends("jax", "tensorflow", "torch")
+def test_the_same_answers_for_the_same_files(tmp_path):
+    """From files to logits: ours, and Keras's own preprocessing and model.
+
+    Of a small one, which Keras makes under no public name.
+    """
+    sizes = {"depths": (1, 1, 2, 1), "projection_dims": (8, 16, 16, 32)}
+    source = shrink(
+        ConvNeXt(
+            **sizes, weights=None, input_shape=(32, 32, 3), classes=10,
+            classifier_activation=None, name="convnext_tiny",
         )
-    ]
-    np.testing.assert_allclose(pooled[1], pooled[0], atol=1e-3)
+    )  # fmt: skip
+    model = models.ConvNeXtMoE(
+        *sizes.values(), num_classes=10, image_size=32,
+        layer_scale_init_value=1e-6,
+    )  # fmt: skip
+    checkpoints.load_keras_applications(model, source)
+    assert model.preprocessing == data.Preprocessing.imagenet()
+    generator, paths = np.random.default_rng(1), []
+    for i in range(3):
+        paths.append(tmp_path / "images" / "test" / "abc"[i] / "0.jpg")
+        paths[i].parent.mkdir(parents=True)
+        noise = generator.integers(0, 256, (6, 5, 3), "uint8")
+        image = PIL.Image.fromarray(noise).resize((50, 60))
+        image.save(paths[i], quality=95)
+    contents = [path.read_bytes() for path in paths]
+    pixels = [tf.io.decode_jpeg(x) for x in contents]
+    pixels = [tf.image.resize(x, (32, 32), antialias=True) for x in pixels]
+    expected = source.predict(np.stack(pixels), verbose=0)
+    scale = np.abs(expected).max()
+
+    def check(found):
+        np.testing.assert_allclose(found / scale, expected / scale, atol=1e-3)
+
+    kept = models.load(models.save(model, tmp_path / "m.keras"))
+    wanted = kept.preprocessing
+    images = data.read_images(paths, 32, preprocessing=wanted)
+    check(kept.predict(images, verbose=0))
+    dataset = data.load(
+        "image_folder", "test", 32, 3, False, tmp_path / "images",
+        num_classes=10, preprocessing=wanted,
+    )  # fmt: skip
+    check(kept.predict(dataset, verbose=0))
+    loss = evaluation.measure(kept, dataset).loss
+    chances = np.exp(expected) / np.exp(expected).sum(-1, keepdims=True)
+    assert loss == pytest.approx(-np.log(np.diag(chances)).mean(), rel=1e-3)
+    served = export.saved_model(kept, tmp_path / "served", warmup=False)
+    signature = tf.saved_model.load(str(served)).signatures["serve_jpeg"]
+    check(signature(tf.constant(contents))["logits"].numpy())
 
 
 def tiny(**arguments):

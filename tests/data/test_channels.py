@@ -89,9 +89,9 @@ def test_channels_that_are_not_stored(folder, name, channels):
         data.load(name, "test", 6, 2, False, folder, channels=channels)
 
 
-@pytest.mark.parametrize("channels", [0, 1.5, None])
+@pytest.mark.parametrize("channels", [0, 1.5, "3"])
 def test_no_number_of_channels(data_dir, channels):
-    with pytest.raises(ValueError, match=f"channels={channels}"):
+    with pytest.raises(ValueError, match=f"channels={channels!r}"):
         data.load("grey", "test", 6, 2, False, data_dir, channels=channels)
 
 

@@ -96,6 +96,7 @@ def test_examples_in_docstrings_run(function):
 def test_public_names():
     assert sorted(data.__all__) == [
         "Augmentation",
+        "Preprocessing",
         "find_corrupt",
         "info",
         "load",

@@ -10,8 +10,7 @@ import pytest
 
 from keras_vmoe import data
 from keras_vmoe.data.orientation import orientation
-from keras_vmoe.data.preprocessing import Preprocessing
-from keras_vmoe.data.preprocessing import decoded_or_nan
+from keras_vmoe.data.untrusted import decoded_or_nan
 
 # Blocks of 16 x 16 pixels, no two alike, survive JPEG.
 BLOCKS = np.random.default_rng(0).integers(0, 256, (2, 3, 3), "uint8")
@@ -69,7 +68,7 @@ def test_orientations_are_pillows(tmp_path, numbers):
         np.testing.assert_allclose(centers(images), centers(expected), atol=0.1)
     for path, upright in zip(paths[:2], uprights, strict=False):
         content = path.read_bytes()
-        served = decoded_or_nan(content, (*size, 3), Preprocessing())
+        served = decoded_or_nan(content, size, data.Preprocessing())
         np.testing.assert_allclose(served, upright, atol=12)
 
 

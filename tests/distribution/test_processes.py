@@ -171,17 +171,27 @@ FOR_EVER = """
 
 
 def command_on_two(tmp_path, train):
-    """`keras-vmoe train` in two processes, with something else as training."""
+    """`keras-vmoe train` in two processes, with something else as training.
+
+    They know of each other by Keras's variables, without a flag.
+    """
     (tmp_path / "program.py").write_text(PROGRAM.format(train.strip()))
-    flags = ["--job_addresses", free_address(), "--num_processes", "2"]
+    start = "KERAS_DISTRIBUTION_"
+    common = {f"{start}JOB_ADDRESSES": free_address()}
+    common[f"{start}NUM_PROCESSES"] = "2"
     return [
         subprocess.Popen(
-            [sys.executable, "program.py", "train", *flags, "--process_id", i],
+            [sys.executable, "program.py", "train"],
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={
+                **os.environ,
+                **common,
+                f"{start}PROCESS_ID": i,
+                "PYTHONPATH": str(ROOT),
+            },
         )
         for i in "01"
     ]
@@ -206,28 +216,6 @@ def test_an_error_in_one_process_ends_all(tmp_path):
     errors = [process.communicate(timeout=150)[1] for process in processes]
     assert all(process.returncode for process in processes)
     assert "keras-vmoe: error: only here" in errors[1]
-
-
-@pytest.mark.slow
-@pytest.mark.backends("jax")
-def test_the_command_reads_where_the_others_are(tmp_path):
-    """From Keras's variables, without a flag."""
-    command = ["keras_vmoe.cli", "train", "--run_dir", str(tmp_path / "run")]
-    command += [*SMALL, "--epochs", "1", "--distribution", "auto"]
-    common = {
-        "KERAS_DISTRIBUTION_JOB_ADDRESSES": free_address(),
-        "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
-    }
-    first, second = (
-        start(command, 4, KERAS_DISTRIBUTION_PROCESS_ID=i, **common)
-        for i in "01"
-    )
-    said, other = output_of(first), output_of(second)
-    assert "test accuracy" not in other
-    accuracy = float(re.search(r"test accuracy: ([\d.]+)", said)[1])
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert accuracy == pytest.approx(result["accuracy"], abs=1e-4)
-    assert models.load(tmp_path / "run" / "model.keras").built
 
 
 @pytest.mark.slow

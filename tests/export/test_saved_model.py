@@ -15,7 +15,7 @@ from keras_vmoe import data
 from keras_vmoe import export
 from keras_vmoe import layers
 from keras_vmoe import models
-from keras_vmoe.data.preprocessing import decoded_or_nan
+from keras_vmoe.data.untrusted import decoded_or_nan
 from keras_vmoe.export.settings import STANDARD
 from keras_vmoe.export.settings import check_warmup
 from tests.export import small
@@ -286,7 +286,7 @@ def test_other_channels_than_rgb(channels, tmp_path):
         with pytest.raises(ValueError, match="Files are decoded to grayscale"):
             table = {"mine": {"input": "encoded"}}
             export.saved_model(model, tmp_path, 2, signatures=table)
-    three = export.Preprocessing(mean=(1, 2, 3))
+    three = data.Preprocessing(mean=(1, 2, 3))
     with pytest.raises(ValueError, match=f"images of {channels} channels"):
         export.saved_model(model, tmp_path, 2, preprocessing=three)
 
@@ -324,8 +324,8 @@ def test_a_jpeg_is_gone_over_as_often_as_it_is_small():
         (once, 1, True), (once, 0.99, False),
         (often, 11, True), (often, 9, False),
     ):  # fmt: skip
-        few = export.Preprocessing(max_pixels=int(room * 64**2))
-        pixels = decoded_or_nan(content, (8, 8, 3), few)
+        room = int(room * 64**2)
+        pixels = decoded_or_nan(content, (8, 8), data.Preprocessing(), room)
         assert np.isfinite(pixels).all() == is_decoded
 
 

@@ -251,6 +251,7 @@ def test_mixed_bfloat16(case):
 
 
 @pytest.mark.slow
+@pytest.mark.backends("torch")
 @lower_precision
 def test_mixed_float16(case):
     check_policy(case, "mixed_float16")

@@ -15,6 +15,7 @@ from keras_vmoe import layers
 from keras_vmoe import routing
 from tests.gradients import compiled
 from tests.gradients import weight_gradients
+from tests.harness import first_everywhere
 from tests.harness import randomize
 from tests.layers.definitions import experts_of
 from tests.layers.definitions import gate_kernel_of
@@ -104,7 +105,7 @@ def test_any_batch_compiled():
 @pytest.mark.parametrize(
     "batch",
     # Eager JAX compiles each operation for each new shape.
-    [5] + [pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 4, 6, 7)],
+    first_everywhere([5, 1, 2, 3, 4, 6, 7]),
 )
 def test_any_batch_eager(batch):
     layer = make_layer()

@@ -82,7 +82,9 @@ def test_any_batch(name, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("images_per_group", [1, 3, 8, "batch"])
+@pytest.mark.parametrize(
+    "images_per_group", first_everywhere([3, 1, 8, "batch"])
+)
 @EACH
 def test_any_group(name, images_per_group):
     layer = make_layer(name, images_per_group)

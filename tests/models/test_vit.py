@@ -135,7 +135,7 @@ def test_any_batch_agrees_with_the_definition(model, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", range(1, 8))
+@pytest.mark.parametrize("batch", first_everywhere([3, 1, 2, 4, 5, 6, 7]))
 def test_any_batch_eager(model, batch):
     images = images_of(batch)
     expected = vit_slowly(model, images)

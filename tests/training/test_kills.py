@@ -25,8 +25,8 @@ from tests.training.small import config_of
 pytestmark = pytest.mark.backends("jax")
 
 # More of them: make test-kills KILLS=60
-KILLS = int(os.environ.get("KILLS", 6))
-EPOCHS = 4 * KILLS  # A process lives for few of them.
+KILLS = int(os.environ.get("KILLS", 3))
+EPOCHS = max(20, 4 * KILLS)  # A process lives for few of them.
 # On a slow disk, or few kills would hit a write.
 SCRIPT = """
 import os, sys, time
