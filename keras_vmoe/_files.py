@@ -35,7 +35,7 @@ def replacing(path, size=0):
     """A name to write a file under, which then replaces another.
 
     After a kill, a full disk or a loss of power the previous file is still
-    there.
+    there. Another process that writes the same file waits.
 
     Args:
         path: `pathlib.Path` of the file.
@@ -48,13 +48,15 @@ def replacing(path, size=0):
         OSError: If writing raises one, or h5py its RuntimeError.
     """
     partial = path.with_name(PARTIAL + path.name)
+    lock = partial.with_name(f"{partial.name}.lock")
     try:
-        reserve(path.parent, size)
-        yield partial
-        _to_disk(partial)
-        partial.replace(path)
-        if os.name != "nt":  # Where a folder cannot be opened.
-            _to_disk(path.parent)
+        with _held(lock, waits=True):  # Two would write into one file.
+            reserve(path.parent, size)
+            yield partial
+            _to_disk(partial)
+            partial.replace(path)
+            if os.name != "nt":  # Where a folder cannot be opened.
+                _to_disk(path.parent)
     except (OSError, RuntimeError) as error:
         raise OSError(
             f"A file must be written completely. Received: {path} ({error}). "
@@ -146,37 +148,55 @@ def locked(folder):
     Raises:
         BlockingIOError: If another process holds it.
     """
+    path = lock_of(folder)
+    try:
+        with _held(path) as file:
+            if file is not None:
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+            yield
+    except _Taken as error:
+        raise BlockingIOError(
+            "A run folder belongs to one process at a time. Received: "
+            f"{str(folder)!r}, which {error.args[0] or 'another'} writes to. "
+            "Wait for it or name another folder."
+        ) from error
+
+
+class _Taken(Exception):
+    """A lock file is held by a process, of which it says something."""
+
+
+@contextlib.contextmanager
+def _held(path, waits=False):
+    """Holds a lock file, which is removed in the end and dies with a process.
+
+    Yields:
+        The file, or None where there are no locks.
+    """
     try:
         import fcntl
     except ImportError:  # Windows.
-        yield
+        yield None
         return
-    path = lock_of(folder)
-    with open(path, "a+") as file:
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(open(path, "a+"))
+            try:
+                how = fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB)
+                fcntl.flock(file, how)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise _Taken(file.read()) from error
+            except OSError as error:  # A file system without locks.
+                if error.errno not in (*UNABLE, errno.ENOLCK):
+                    raise
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    break  # Or another has just removed it.
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise BlockingIOError(
-                "A run folder belongs to one process at a time. Received: "
-                f"{str(folder)!r}, which {file.read() or 'another'} writes to. "
-                "Wait for it or name another folder."
-            ) from error
-        except OSError as error:  # A file system without locks.
-            if error.errno not in (*UNABLE, errno.ENOLCK):
-                raise
-        if not path.exists() or not os.path.samestat(
-            path.stat(), os.fstat(file.fileno())
-        ):
-            raise BlockingIOError(
-                "A run folder belongs to one process at a time. Received: "
-                f"{str(folder)!r}, which another has just left. Try again."
-            )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        try:
-            yield
+            yield file
         finally:
             path.unlink(missing_ok=True)
 

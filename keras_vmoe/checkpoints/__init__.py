@@ -1,13 +1,13 @@
 """Loading pretrained weights: V-MoE, ViT and `keras.applications`."""
 
 from keras_vmoe.checkpoints.architecture import vmoe_config
-from keras_vmoe.checkpoints.assignment import resize_positions
 from keras_vmoe.checkpoints.files import CheckpointError
 from keras_vmoe.checkpoints.keras_applications import load_keras_applications
 from keras_vmoe.checkpoints.reading import load
 from keras_vmoe.checkpoints.reading import read
 from keras_vmoe.checkpoints.sharded import read_vmoe
 from keras_vmoe.checkpoints.vmoe import load_vmoe
+from keras_vmoe.layers.positions import resize_positions
 
 __all__ = [
     "CheckpointError",

@@ -13,8 +13,8 @@ from keras_vmoe._warnings import warn
 from keras_vmoe.checkpoints.assignment import check_model
 from keras_vmoe.checkpoints.assignment import fit_positions
 from keras_vmoe.checkpoints.assignment import grid_of
-from keras_vmoe.checkpoints.assignment import pair
 from keras_vmoe.checkpoints.assignment import some
+from keras_vmoe.layers.positions import pair
 
 KERAS_FILES = (".weights.h5", ".keras")
 # Where Keras writes the variables of `LearnedPositions`.

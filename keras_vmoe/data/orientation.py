@@ -79,8 +79,9 @@ def _of_tiff(tiff):
 
     def number(digits):
         size = digits.shape[-1]
-        powers = tf.constant([256**i for i in range(size)], tf.int64)
+        powers = [256**i for i in range(size)]  # A slice backwards is logged.
         powers = tf.where(is_little, powers, powers[::-1])
+        powers = tf.cast(powers, tf.int64)
         return tf.reduce_sum(digits * powers, -1)
 
     start = tf.minimum(number(tf.ensure_shape(data[4:8], 4)), SEGMENT)

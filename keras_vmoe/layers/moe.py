@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from keras_vmoe._checks import check_choice
+from keras_vmoe._checks import check_mask
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
 from keras_vmoe.distribution import _constraints
@@ -277,6 +278,7 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
     def compute_output_spec(self, inputs, mask=None, training=False):
         # Keras would trace `call` with a made-up batch, which fits no group.
         self._check_features(inputs.shape)
+        check_mask(mask, inputs.shape[:-1])
         # The bank takes any number of groups and slots: these are made up.
         shape = (1, self.num_experts, 4, self.features)
         buffers = keras.KerasTensor(shape, dtype=self.compute_dtype)

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_vmoe._checks import is_integer
 from keras_vmoe.layers.weights import mark
 
 
@@ -170,3 +171,88 @@ def sincos2d(rows, columns, features):
     y = y.reshape(-1, 1) * omega
     table = [np.sin(x), np.cos(x), np.sin(y), np.cos(y)]
     return np.concatenate(table, axis=-1).astype("float32")
+
+
+def resize_positions(embedding, grid, new_grid, num_extra=None):
+    """Resizes learned positions to another grid of patches.
+
+    Bilinear, with fixed corners. Tokens before the patches, such as a class
+    token or registers, keep theirs.
+
+    Args:
+        embedding: `(1, P + rows * columns, D)` array: P tokens before the
+            patches, then these row by row.
+        grid: `(rows, columns)` of the patches, or an integer for a square.
+        new_grid: That of the result.
+        num_extra: P. None takes what the grid leaves, at most a class token:
+            more would rather be patches of another grid.
+
+    Returns:
+        Array `(1, P + new rows * new columns, D)`.
+
+    Raises:
+        ValueError: If the embeddings are not those of P tokens and the patches.
+
+    Example:
+
+    >>> resize_positions(np.ones((1, 1 + 4 * 16, 8)), (4, 16), (8, 8)).shape
+    (1, 65, 8)
+
+    Reference:
+        [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929), section
+        3.2.
+    """
+    grid, new_grid = pair("grid", grid), pair("new_grid", new_grid)
+    (rows, columns), shape = grid, np.shape(embedding)
+    prefix = shape[1] - rows * columns if len(shape) == 3 else -1
+    extra = (0, 1) if num_extra is None else (num_extra,)
+    if prefix not in extra or shape[0] != 1:
+        raise ValueError(
+            "`embedding` must have the shape (1, tokens, features), with one "
+            f"token per patch and {' or '.join(map(str, extra))} before. "
+            f"Received: shape {shape} for a grid of {rows} x {columns} patches."
+            " Give the grid that it was made for; `num_extra` with registers."
+        )
+    if grid == new_grid:
+        return embedding
+    embedding = np.asarray(embedding[0], "float32")
+    table = zoom(embedding[prefix:].reshape(rows, columns, -1), new_grid)
+    table = table.reshape(-1, table.shape[-1])
+    return np.concatenate([embedding[:prefix], table])[None]
+
+
+def pair(name, grid):
+    """`(rows, columns)` of the patches, of a pair or an integer."""
+    pair = (grid, grid) if is_integer(grid) else grid
+    good = isinstance(pair, (tuple, list)) and len(pair) == 2
+    if not good or not all(is_integer(x) and x > 0 for x in pair):
+        raise ValueError(
+            f"`{name}` must be (rows, columns) of the patches, or an integer "
+            f"for a square. Received: {name}={grid!r}."
+        )
+    return tuple(pair)
+
+
+def zoom(image, size):
+    """Bilinear zoom of `(rows, columns, features)` with fixed corners.
+
+    Example:
+
+    >>> zoom(np.array([[[0.0], [1.0]], [[2.0], [3.0]]]), (3, 3))[..., 0]
+    array([[0. , 0.5, 1. ],
+           [1. , 1.5, 2. ],
+           [2. , 2.5, 3. ]])
+
+    Reference:
+        [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929), section
+        3.2; the authors' program calls `scipy.ndimage.zoom` of order 1.
+    """
+    rows, columns = map(_hats, image.shape[:2], size)
+    zoomed = np.einsum("ir,jc,rcd->ijd", rows, columns, image)
+    return zoomed.astype(image.dtype)
+
+
+def _hats(old, new):
+    """The weights of linear interpolation, `(new, old)`."""
+    points = np.linspace(0, old - 1, new)[:, None]
+    return np.maximum(0, 1 - np.abs(points - np.arange(old)))

@@ -1,5 +1,8 @@
 """The models of the papers, as functional Keras models."""
 
+from keras_vmoe.models.adapting import features
+from keras_vmoe.models.adapting import with_head
+from keras_vmoe.models.adapting import with_image_size
 from keras_vmoe.models.convnext import ConvNeXtMoE
 from keras_vmoe.models.costs import Cost
 from keras_vmoe.models.costs import cost
@@ -18,10 +21,13 @@ __all__ = [
     "MoEConfig",
     "ViTMoE",
     "cost",
+    "features",
     "from_preset",
     "load",
     "presets",
     "save",
     "set_routing",
     "upcycle",
+    "with_head",
+    "with_image_size",
 ]

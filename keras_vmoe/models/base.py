@@ -94,18 +94,34 @@ class MoEModel(keras.Model):
         self._preprocessing = value
 
     def call(self, inputs, training=None, mask=None):
+        (images,) = keras.tree.flatten(inputs)
+        self._check_size(images.shape)
         if keras.backend.backend() == "tensorflow":
             import tensorflow as tf
 
             # A pipeline that decodes files knows no sizes; the model does.
-            inputs = tf.ensure_shape(inputs, self.input_shape)
-        (images,) = keras.tree.flatten(inputs)
+            inputs = images = tf.ensure_shape(images, self.input_shape)
         dtype = keras.backend.standardize_dtype(images.dtype)
         if "int" in dtype:
             self._warn_of_pixels(f"images of {dtype}")
         if self.remat and training:
             return rematerialization.train_in_segments(self._segments(), images)
         return super().call(inputs, training=training, mask=mask)
+
+    def _check_size(self, shape):
+        """Raises for images of another size, as far as sizes are known."""
+        if getattr(shape, "rank", 4) is None:  # Of TensorFlow.
+            return
+        sizes = zip(shape[1:], self.input_shape[1:], strict=False)
+        differ = any(None not in pair and len({*pair}) > 1 for pair in sizes)
+        if differ or len(shape) != 4:
+            raise ValueError(
+                "The images of a model must have the shape (B, "
+                f"{', '.join(map(str, self.input_shape[1:]))}). Received: "
+                f"images of shape {tuple(shape)}. Resize them, as "
+                "`keras_vmoe.data.load` does, or the model by "
+                "`keras_vmoe.models.with_image_size`."
+            )
 
     def fit(self, x=None, *args, **kwargs):
         self._check_pixels(x)

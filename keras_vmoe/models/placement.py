@@ -3,6 +3,7 @@
 import itertools
 import re
 
+from keras_vmoe._checks import counted
 from keras_vmoe._checks import is_integer
 from keras_vmoe._checks import nearest
 
@@ -119,9 +120,10 @@ def _named(layers, num_layers, more_names):
         blocks = tuple(range(1, num_layers, 2))
     if not blocks or (kind == "last" and number > len(blocks)):
         raise ValueError(
-            f"A model of {num_layers} blocks is too small for this many MoE "
-            f"layers. Received: layers={layers!r} (the default is 'last_2'). "
-            "'last_<n>' counts over odd blocks, of which there are "
-            f"{num_layers // 2}; take fewer, or a list of block indices."
+            f"A model of {counted(num_layers, 'block')} is too small for this "
+            f"many MoE layers. Received: layers={layers!r} (the default is "
+            "'last_2'). 'last_<n>' counts over odd blocks, of which there are "
+            f"{num_layers // 2}; take fewer, a list of block indices, or no "
+            "experts (moe=None)."
         )
     return blocks[-number:] if kind == "last" else blocks

@@ -172,7 +172,12 @@ def group_tokens(inputs, images_per_group, mask=None):
     """
     shape = ops.shape(inputs)
     batch, features = shape[0], shape[-1]
-    check_mask(mask, inputs.shape[:-1])
+    if mask is not None:
+        mask = ops.convert_to_tensor(mask, dtype="bool")
+        check_mask(mask, inputs.shape[:-1])
+        if not all(isinstance(size, int) for size in shape):
+            # Fails in the graph; reshaped, any of as many tokens would fit.
+            mask = ops.logical_and(mask, ops.ones(shape[:-1], "bool"))
     num_tokens = math.prod(shape[1:-1])
     total = batch * num_tokens
 

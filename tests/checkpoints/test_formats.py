@@ -12,8 +12,8 @@ from keras_vmoe import checkpoints
 from keras_vmoe import models
 from keras_vmoe.checkpoints._npz import NAMES
 from keras_vmoe.checkpoints.assignment import POSITIONS
-from keras_vmoe.checkpoints.assignment import zoom
 from keras_vmoe.checkpoints.vmoe import vmoe_weights
+from keras_vmoe.layers.positions import zoom
 from keras_vmoe.training.initialization import initialize
 from tests.golden.models import FOLDER
 from tests.golden.models import build

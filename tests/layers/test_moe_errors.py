@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 from keras_vmoe import layers
 
@@ -162,3 +163,42 @@ def test_settings_of_the_router_are_pointed_there():
     words = "is a setting of the router. Received: num_selected_experts=2"
     with pytest.raises(ValueError, match=words):
         layers.MoEMLP(4, 8, num_selected_experts=2)
+
+
+def test_masks_of_unknown_sizes():
+    """Refused when the model is made, or when it runs; a list is a mask."""
+    layer = layers.MoEMLP(2, 8)
+    tokens, mask = keras.Input((6, 8)), keras.Input((4,), dtype="bool")
+    with pytest.raises(ValueError, match=r"shape \(None, 4\) for .*None, 6"):
+        layer(tokens, mask=mask)
+    tokens = np.ones((4, 6, 8), "float32")
+    kept = np.arange(24).reshape(4, 6) % 5 > 0
+    expected = layer(tokens, mask=kept)
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(layer(tokens, mask=kept.tolist())),
+        ops.convert_to_numpy(expected),
+    )
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("shape", [(2, 12), (12, 2), (24, 1), (6, 4)])
+def test_a_mask_in_a_graph_of_unknown_sizes(shape):
+    import tensorflow as tf
+
+    layer = layers.MoEMLP(2, 8)
+    layer(np.ones((4, 6, 8), "float32"))
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec((None, None, 8)), tf.TensorSpec((None, None), tf.bool)
+        ]
+    )  # fmt: skip
+    def run(tokens, mask):
+        return layer(tokens, mask=mask)
+
+    tokens = tf.random.normal((4, 6, 8))
+    mask = np.arange(24).reshape(4, 6) % 5 > 0
+    expected = layer(tokens, mask=mask)
+    np.testing.assert_allclose(run(tokens, mask), expected, atol=1e-6)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        run(tokens, mask.reshape(shape))

@@ -426,3 +426,15 @@ def test_integers_of_numpy(family):
         )  # fmt: skip
     config = json.loads(json.dumps(model.get_config()))
     assert type(model).from_config(config).count_params() > 0
+
+
+def test_a_pipeline_of_images_of_another_size(model):
+    """Whose sizes nobody knows beforehand."""
+    import tensorflow as tf
+
+    images = np.zeros((2, 12, 12, 3), "float32")
+    dataset = tf.data.Dataset.from_generator(
+        lambda: [images], output_signature=tf.TensorSpec([None] * 4)
+    )
+    with pytest.raises(Exception, match="12, ?12, ?3"):
+        model.predict(dataset, verbose=0)

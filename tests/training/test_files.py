@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import pytest
 import yaml
@@ -142,3 +143,28 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     _files.write_text(path, "{}")
     file, folder = path.stat().st_ino, tmp_path.stat().st_ino
     assert events == [file, (file, path), folder]
+
+
+def test_two_that_write_one_file_take_turns(tmp_path):
+    path, holds, left = tmp_path / "file", threading.Event(), threading.Event()
+
+    def write_slowly():
+        with _files.replacing(path) as partial:
+            partial.write_text("first")
+            holds.set()
+            left.wait(30)
+
+    threads = [threading.Thread(target=write_slowly)]
+    threads[0].start()
+    assert holds.wait(30)
+    threads.append(
+        threading.Thread(target=_files.write_text, args=(path, "second"))
+    )
+    threads[1].start()
+    threads[1].join(0.2)
+    assert threads[1].is_alive() and not path.exists()
+    left.set()
+    for thread in threads:
+        thread.join(30)
+    assert path.read_text() == "second"
+    assert list(tmp_path.iterdir()) == [path]

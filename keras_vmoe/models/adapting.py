@@ -1,0 +1,175 @@
+"""A model for other work: its feature maps, another head, other images."""
+
+import keras
+
+from keras_vmoe._checks import is_integer
+from keras_vmoe._checks import nearest
+from keras_vmoe.layers.patches import patch_grid
+from keras_vmoe.layers.positions import LearnedPositions
+from keras_vmoe.layers.positions import resize_positions
+from keras_vmoe.models.base import MoEModel
+from keras_vmoe.models.vit import ViTMoE
+
+
+def features(model, layers=None):
+    """A model that also gives feature maps, for detection or segmentation.
+
+    It shares the weights of the model. A ViT's class token is left out of the
+    maps.
+
+    Args:
+        model: A `ViTMoE` or `ConvNeXtMoE`.
+        layers: Names of blocks (`"block_3"`, or 3, or -1 for the last) and, of
+            a ConvNeXt, stages (`"stage_0"`, what its last block gives). None
+            means all blocks of a ViT and all stages of a ConvNeXt.
+
+    Returns:
+        A `keras.Model` from images to a dict: `"output"`, what the model gives,
+        and for each name `(B, H, W, D)`, where H and W are its rows and columns
+        of patches.
+
+    Raises:
+        TypeError: If `model` is another Keras model.
+        ValueError: If there is no such block or stage.
+
+    Example:
+
+    >>> model = ConvNeXtMoE((1, 2), (8, 16), num_classes=10, image_size=32)
+    >>> for name, x in features(model, ["stage_0", -1]).output.items():
+    ...     print(name, x.shape)
+    block_2 (None, 4, 4, 16)
+    output (None, 10)
+    stage_0 (None, 8, 8, 8)
+    """
+    _check(model)
+    ends = _ends(model)
+    if layers is None:
+        stages = [name for name in ends if name.startswith("stage")]
+        layers = stages or list(ends)
+    names = [_name_of(x, ends) for x in layers]
+    outputs = {name: _map_of(model, ends[name]) for name in names}
+    return keras.Model(model.input, {**outputs, "output": model.output})
+
+
+def with_head(model, num_classes):
+    """A copy of a model for other classes, with a new head.
+
+    Args:
+        model: A `ViTMoE` or `ConvNeXtMoE`.
+        num_classes: Classes; None leaves the head out, and the copy returns
+            features `(B, D)`.
+
+    Returns:
+        A model with weights of its own: those of the model, but for the head.
+
+    Raises:
+        TypeError: If `model` is another Keras model.
+        ValueError: If `num_classes` is not an integer of at least 1.
+
+    Example:
+
+    >>> model = ConvNeXtMoE((1,), (8,), num_classes=10, image_size=32)
+    >>> with_head(model, 3).output_shape
+    (None, 3)
+    """
+    return _copy(model, num_classes=num_classes)
+
+
+def with_image_size(model, image_size):
+    """A copy of a model for images of another size.
+
+    Learned positions are resized, see `checkpoints.resize_positions`. With a
+    `capacity_factor` the buffers of the experts fit the new number of tokens.
+
+    Args:
+        model: A `ViTMoE` or `ConvNeXtMoE`.
+        image_size: Side of the images in pixels, or `(height, width)`.
+
+    Returns:
+        A model with weights of its own.
+
+    Raises:
+        TypeError: If `model` is another Keras model.
+        ValueError: If the size is not made of whole patches.
+
+    Example:
+
+    >>> model = ConvNeXtMoE((1,), (8,), num_classes=10, image_size=32)
+    >>> with_image_size(model, (32, 64)).input_shape
+    (None, 32, 64, 3)
+    """
+    return _copy(model, image_size=image_size)
+
+
+def _copy(model, **changes):
+    """A model of other arguments, with the weights of layers as they are."""
+    _check(model)
+    config = {**model.get_config(), **changes}
+    if "num_classes" in changes:  # A new head is trained.
+        config["parts"] = {
+            k: x for k, x in config["parts"].items() if k != "head"
+        }
+    made = type(model).from_config(config)
+    for layer in made.layers:
+        if layer.name == "head" and "num_classes" in changes:
+            continue
+        weights = model.get_layer(layer.name).get_weights()
+        if isinstance(layer, LearnedPositions):
+            extra = int(model.pooling == "token")
+            grids = _grid_of(model), _grid_of(made)
+            weights = [resize_positions(weights[0], *grids, extra)]
+        layer.set_weights(weights)
+    return made
+
+
+def _check(model):
+    if not isinstance(model, MoEModel):
+        raise TypeError(
+            "`model` must be a ViTMoE or a ConvNeXtMoE. Received: "
+            f"model={model!r} of type {type(model).__name__} (a clone is a "
+            "plain model)."
+        )
+
+
+def _ends(model):
+    """The layers that blocks and stages end with, by their names."""
+    names = [layer.name for layer in model.layers]
+    suffix = "_mlp_add" if isinstance(model, ViTMoE) else "_add"
+    ends, stage = {}, 0
+    for name in names:
+        block = name.removesuffix(suffix)
+        if name.startswith("downsample") and not name.endswith("_norm"):
+            stage += 1
+        elif block != name and block.startswith("block_"):
+            ends[block] = name
+            if not isinstance(model, ViTMoE):
+                ends[f"stage_{stage}"] = name
+    return ends
+
+
+def _name_of(layer, ends):
+    """The name of a block or stage."""
+    if is_integer(layer):
+        count = sum(name.startswith("block") for name in ends)
+        layer = f"block_{layer % count if -count <= layer < count else layer}"
+    if layer not in ends:
+        raise ValueError(
+            f"`layers` must be of {[*ends]}. "
+            f"Received: {layer!r}.{nearest(layer, ends)}"
+        )
+    return layer
+
+
+def _map_of(model, name):
+    """The output of a layer as `(B, H, W, D)`."""
+    x = model.get_layer(name).output
+    if not isinstance(model, ViTMoE):
+        return x
+    rows, columns = _grid_of(model)
+    x = x[:, x.shape[1] - rows * columns :]
+    return keras.layers.Reshape((rows, columns, x.shape[-1]))(x)
+
+
+def _grid_of(model):
+    """`(rows, columns)` of the patches of a ViT."""
+    return patch_grid(model.input_shape[1:3], model.patch_size)
