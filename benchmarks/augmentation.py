@@ -23,6 +23,7 @@ import time
 
 import interleaved
 import keras
+import keras_cv
 import numpy as np
 import tensorflow as tf
 
@@ -113,6 +114,20 @@ def pipelines(folder):
         name: data.Augmentation(**x) for name, x in settings.items()
     }
     augmentations |= {"ConvNeXt's recipe": CONVNEXT, "ViT's recipe": VIT}
+    # What is put in the place of ours, RandAugment of ConvNeXt's magnitude.
+    cv, kl = keras_cv.layers, keras.layers
+    cv_options = {"value_range": (0, 255), "augmentations_per_image": 2}
+    for name, layer in {
+        "flip, keras.layers": kl.RandomFlip("horizontal"),
+        "RandAugment, keras.layers": kl.RandAugment(num_ops=2, factor=0.9),
+        "MixUp, keras.layers": kl.MixUp(0.8),
+        "CutMix, keras.layers": kl.CutMix(1.0),
+        "flip, Keras-CV": cv.RandomFlip("horizontal"),
+        "RandAugment, Keras-CV": cv.RandAugment(magnitude=0.9, **cv_options),
+        "MixUp, Keras-CV": cv.MixUp(0.8),
+        "CutMix, Keras-CV": cv.CutMix(1.0),
+    }.items():
+        augmentations[f"decoding, {name}"] = layer
     return {
         name: data.load(
             "image_folder", "train", SIZE, BATCH, True, folder,

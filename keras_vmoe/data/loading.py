@@ -11,6 +11,7 @@ import numpy as np
 
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._warnings import warn
+from keras_vmoe.data import batch_changes
 from keras_vmoe.data._corruption import check_files
 from keras_vmoe.data._corruption import skip_corrupt_records
 from keras_vmoe.data.augmentation import Augmentation
@@ -81,7 +82,11 @@ def load(
         class_weights: Optional positive number per class: how often its images
             are drawn in training, relative to others. An epoch keeps its
             length.
-        augmentation: Optional `Augmentation` of the training images.
+        augmentation: Of the training images: an `Augmentation`, whose epochs
+            can be repeated; an image augmentation layer of `keras_cv.layers` or
+            `keras.layers`; a function from images `(B, H, W, channels)` in
+            [0, 255] and labels to both; or a list of these, an `Augmentation`
+            first. See docs/data.md.
         one_hot: Boolean, whether labels are one-hot; mixed labels always are.
         test_crop: Optional share of the shorter side, in (0, 1], that the
             centre crop of evaluation keeps; None takes `preprocessing`'s.
@@ -133,11 +138,14 @@ def load(
         channels=channels,
         exif_orientation=exif_orientation,
     )
-    augmentation = _check_augmentation(
-        augmentation, training, preprocessing.channels
-    )
+    augmentation, batch_change = batch_changes.split(augmentation)
+    augmentation.check_channels(preprocessing.channels)
+    if not training:
+        augmentation, batch_change = Augmentation(), None
     if drop_remainder is None:
         drop_remainder = training
+    mixes = batch_change is not None and batch_change.mixes
+    one_hot = one_hot or augmentation.mixes or mixes
     builder = open_builder(name, data_dir)
     schema = read_schema(name, builder.info)
     num_classes = resolve_num_classes(name, schema, num_classes)
@@ -148,6 +156,9 @@ def load(
         name, builder, split, shard, training, skip_corrupt, least
     )
     _check_order(builder, whole, schema.label)
+    if batch_change is not None:
+        shape = (*size, preprocessing.channels)
+        batch_change.try_out(shape, num_classes, one_hot)
     pipeline = Pipeline(
         builder=builder,
         schema=schema,
@@ -160,7 +171,8 @@ def load(
         is_one_epoch=epoch is not None,
         class_weights=class_weights,
         augmentation=augmentation,
-        one_hot=one_hot or augmentation.mixes,
+        one_hot=one_hot,
+        batch_change=batch_change,
         is_training=training,
         skip_corrupt=skip_corrupt,
         cache=cache,
@@ -247,20 +259,6 @@ def _shard_of(split, shard, training):
         )
     parts = tfds.even_splits(split, count, drop_remainder=training)
     return parts[index]
-
-
-def _check_augmentation(augmentation, training, channels):
-    """The augmentation of the training images, nothing in evaluation."""
-    if augmentation is not None and not isinstance(augmentation, Augmentation):
-        raise ValueError(
-            "`augmentation` must be an Augmentation or None. "
-            f"Received: augmentation={augmentation!r}. "
-            "Pass for example data.Augmentation(flip=True)."
-        )
-    if not training or augmentation is None:
-        return Augmentation()
-    augmentation.check_channels(channels)
-    return augmentation
 
 
 def _check_weights(weights, num_classes, training):

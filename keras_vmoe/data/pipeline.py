@@ -47,6 +47,7 @@ class Pipeline:
     seed: int = 0
     is_one_epoch: bool = True
     augmentation: Augmentation = Augmentation()
+    batch_change: Any = None
     one_hot: bool = False
     is_training: bool = False
     class_weights: Any = None
@@ -259,6 +260,8 @@ class Pipeline:
             seed = tf.stack([~numbers[0], ~self.seed])
             images, labels = _traced(mix, images, labels, seed)
         images = tf.cast(images, tf.float32)
+        if self.batch_change is not None:
+            images, labels = self.batch_change(images, labels)
         return self.preprocessing.normalized(images), labels
 
     def _checked_labels(self, labels):

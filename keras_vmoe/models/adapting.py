@@ -37,9 +37,9 @@ def features(model, layers=None):
     >>> model = ConvNeXtMoE((1, 2), (8, 16), num_classes=10, image_size=32)
     >>> for name, x in features(model, ["stage_0", -1]).output.items():
     ...     print(name, x.shape)
+    stage_0 (None, 8, 8, 8)
     block_2 (None, 4, 4, 16)
     output (None, 10)
-    stage_0 (None, 8, 8, 8)
     """
     _check(model)
     ends = _ends(model)

@@ -288,7 +288,7 @@ def test_bad_settings(settings, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"augmentation": {"flip": True}}, "must be an Augmentation or None"),
+        ({"augmentation": {"flip": True}}, "must be an Augmentation, an image"),
         ({"test_crop": 0}, "test_crop=0"),
         ({"epoch": -1}, "epoch=-1"),
     ],

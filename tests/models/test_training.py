@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_vmoe import data
 from keras_vmoe import layers
 from tests.harness import WITHOUT_GRADIENT
 from tests.harness import randomize
@@ -273,3 +274,24 @@ def test_a_pipeline_that_knows_no_sizes():
     ):
         compiled = tf.function(model, [of_any_size], autograph=False)
         np.testing.assert_allclose(compiled(images), vit(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("library", ["keras", "keras_cv"])
+def test_layers_of_others_augment_the_images(library):
+    """In tf.data, whatever trains."""
+    import keras_cv
+
+    if library == "keras":
+        changes = [keras.layers.RandomRotation(0.1), keras.layers.MixUp()]
+    else:
+        changes = [
+            keras_cv.layers.RandAugment(value_range=(0, 255)),
+            keras_cv.layers.CutMix(),
+        ]
+    train = data.load(
+        "digits", "train[:32]", 8, 8, True, augmentation=changes
+    )  # fmt: skip
+    model = tiny(moe=None, num_layers=1)
+    model.compile("adam", keras.losses.CategoricalCrossentropy(True))
+    history = model.fit(train, epochs=2, shuffle=False, verbose=0).history
+    assert np.isfinite(history["loss"]).all()

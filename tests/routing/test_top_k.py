@@ -183,9 +183,10 @@ def thinned(cases):
     """A quarter of the cases, all of them under PyTorch: the same operations,
     which JAX compiles for each shape.
     """
-    once = pytest.mark.backends("torch")
-    for i, case in enumerate(cases):
-        yield pytest.param(*case, marks=[once] if i % 4 else [])
+    marks = [[], *3 * [[pytest.mark.backends("torch")]]]
+    return [
+        pytest.param(*case, marks=marks[i % 4]) for i, case in enumerate(cases)
+    ]
 
 
 @pytest.mark.slow
