@@ -44,6 +44,7 @@ def test_train_ends_with_the_test_accuracy(trained):
     )
 
 
+@once
 def test_configuration_file_repeats_the_run(trained, tmp_path):
     run_dir, output = trained
     done = run(

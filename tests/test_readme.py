@@ -11,6 +11,7 @@ import runpy
 import pytest
 
 import keras_vmoe
+from tests.harness import first_everywhere
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,7 +29,7 @@ def test_there_are_two_examples():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", RUN, ids=["layer", "model"])
+@pytest.mark.parametrize("block", first_everywhere(RUN), ids=["layer", "model"])
 def test_example(block, tmp_path):
     """Both train; the first shows that any last batch (30 = 3 * 8 + 6) fits."""
     script = tmp_path / "example.py"

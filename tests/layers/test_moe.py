@@ -114,7 +114,7 @@ def test_any_batch_eager(batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("images_per_group", [1, 3, 8])
+@pytest.mark.parametrize("images_per_group", first_everywhere([3, 1, 8]))
 def test_any_batch_and_group(images_per_group):
     for batch_priority in (False, True):
         layer = make_layer(images_per_group, batch_priority=batch_priority)

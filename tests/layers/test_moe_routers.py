@@ -44,6 +44,7 @@ ROUTERS = {
     "soft": (layers.SoftRouter, {"num_slots": 2}),
 }
 EACH = pytest.mark.parametrize("name", ROUTERS)
+FIRST = pytest.mark.parametrize("name", first_everywhere(ROUTERS))
 
 
 def make_layer(name, images_per_group=2, layer=layers.MoEMLP, **settings):
@@ -134,6 +135,7 @@ def test_an_empty_batch(name):
     assert tuple(call(images_of(0, 6, 4)).shape) == (0, 6, 4)
 
 
+@pytest.mark.backends("tensorflow", "torch")  # JAX compiles every fit.
 @EACH
 def test_jit_compile_and_one_step_of_fit(name):
     layer = make_layer(name)
@@ -238,7 +240,7 @@ def test_bad_shared_expert(size):
 # Noise, seeds and losses.
 
 
-@EACH
+@FIRST
 def test_a_seed_repeats_its_noise(name):
     images, runs = images_of(2, 6, 4), []
     for seed in (1, 1, 2):
@@ -377,7 +379,7 @@ def test_the_bias_balances_and_is_saved(tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@EACH
+@FIRST
 def test_a_bad_token_spoils_its_image_only(name, value):
     layer = make_layer(name, batch_priority=True) if name == "top-k" else (
         make_layer(name)

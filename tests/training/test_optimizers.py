@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_vmoe import layers
 from keras_vmoe.training import optimizers
+from tests.harness import first_everywhere
 from tests.harness import randomize
 from tests.layers.definitions import float64
 from tests.models.definitions import images_of
@@ -180,7 +181,7 @@ def test_one_decay_for_all_and_for_positions():
     assert optimizer.decay_of(positions) == DECAY
 
 
-@pytest.mark.parametrize("name", sorted(optimizers.OPTIMIZERS))
+@pytest.mark.parametrize("name", first_everywhere(["lamb", "adamw", "sgd"]))
 def test_fit_and_reload(name, tmp_path):
     schedule = optimizers.WarmUp(0.01, steps=10, warmup_steps=2)
     optimizer = optimizers.OPTIMIZERS[name](

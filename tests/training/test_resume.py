@@ -57,6 +57,7 @@ if EXACT:
     KILLS += tuple(pytest.param(n, marks=pytest.mark.slow) for n in others)
 
 
+@pytest.mark.backends("jax", "torch")  # No backend sees it; one is eager.
 @pytest.mark.parametrize("number", KILLS)
 def test_a_kill_at_any_file(whole, number, left):
     assert_same(training.train(left(number)), whole)
@@ -83,6 +84,7 @@ def test_whatever_a_run_remembers(tmp_path, cache):
     assert_same(training.train(config), training.train(undisturbed))
 
 
+@pytest.mark.backends("jax", "torch")  # No backend sees it; one is eager.
 def test_checkpoints_within_an_epoch(whole, tmp_path, cache):
     """Steps and their images are those of whole epochs."""
     config = config_of(tmp_path / "run", cache, checkpoints_per_epoch=2)
