@@ -23,7 +23,11 @@ EXTRAS = {
         "importlib_resources>=6",
     ],
     "model-garden": ["tf-models-official>=2.20,<2.21"],
-    "checkpoints": ["msgpack>=1.1,<2", "orbax-checkpoint>=0.12,<0.13"],
+    "checkpoints": [
+        "msgpack>=1.1,<2",
+        "orbax-checkpoint>=0.12,<0.13",
+        "safetensors>=0.5,<1",
+    ],
     "plots": ["matplotlib>=3.9,<4"],
     "cli": ["jsonargparse[signatures]>=4.40,<5"],
     "serving": [TENSORFLOW, "tensorflow-serving-api>=2.20,<2.21"],
@@ -40,6 +44,9 @@ EXTRAS = {
         "pytest-xdist>=3.6,<4",
         "ruff>=0.14,<0.18",
         "build>=1.2,<2",
+        # Whose weights are read; torchvision is the one for torch above.
+        "timm>=1.0.20,<1.1",
+        "torchvision==0.28.0",
         # The notebooks of examples/.
         "nbclient>=0.10,<0.12",
         "ipykernel>=6.29,<8",

@@ -46,8 +46,10 @@ def vmoe_config(arrays, image_size=None):
     if isinstance(arrays, (str, os.PathLike)):
         sharded = reader_of(arrays) is None
         entries = read_index(arrays).entries if sharded else read(arrays)
+        more = getattr(entries, "arguments", {})
         shapes = {name: entry.shape for name, entry in entries.items()}
     elif isinstance(arrays, Mapping):
+        more = getattr(arrays, "arguments", {})
         shapes = {name: np.shape(array) for name, array in arrays.items()}
     else:
         raise TypeError(
@@ -55,7 +57,7 @@ def vmoe_config(arrays, image_size=None):
             f"to arrays. Received: arrays={arrays!r}."
         )
     try:
-        return _config(shapes, image_size)
+        return {**_config(shapes, image_size), **more}
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
             "The arrays must be those of a V-MoE or ViT of the reference "

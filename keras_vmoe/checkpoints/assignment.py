@@ -82,6 +82,15 @@ def some(names, most=5):
     return "; ".join([*names[:most], *rest]) or "none"
 
 
+def with_head(arrays, model):
+    """Arrays without a head get one of no class, which is another head."""
+    if model.num_classes is None or HEAD[0] in arrays:
+        return arrays
+    features = model.get_layer("head").kernel.shape[0]
+    empty = np.zeros((features, 0)), np.zeros(0)
+    return arrays | dict(zip(HEAD, empty, strict=True))
+
+
 def fit_head(arrays, model):
     """Arrays with a newly initialised head where the classes differ.
 

@@ -8,12 +8,12 @@ import numpy as np
 from keras import ops
 
 from keras_vmoe._keras import all_layers
-from keras_vmoe.checkpoints.assignment import HEAD
 from keras_vmoe.checkpoints.assignment import assign
 from keras_vmoe.checkpoints.assignment import check_model
 from keras_vmoe.checkpoints.assignment import fit_head
 from keras_vmoe.checkpoints.assignment import kernel_bias
 from keras_vmoe.checkpoints.assignment import scale_bias
+from keras_vmoe.checkpoints.assignment import with_head
 from keras_vmoe.data.preprocessing import IMAGENET_MEAN
 from keras_vmoe.data.preprocessing import IMAGENET_STD
 from keras_vmoe.models.convnext import ConvNeXtMoE
@@ -53,6 +53,24 @@ def load_keras_applications(model, keras_model):
     >>> ours = models.from_preset("convnext_t")  # doctest: +SKIP
     >>> load_keras_applications(ours, theirs)  # doctest: +SKIP
     """
+    _check_dense(model)
+    if not isinstance(keras_model, keras.Model):
+        raise TypeError(
+            "`keras_model` must be a Keras model. Received: keras_model="
+            f"{keras_model!r}."
+        )
+    return _assign(
+        model, _keras_arrays(keras_model), _normalization(keras_model)
+    )
+
+
+def load_convnext(model, arrays):
+    """Assigns the `TorchArrays` of a ConvNeXt to a dense twin."""
+    _check_dense(model)
+    return _assign(model, dict(arrays), arrays.preprocessing)
+
+
+def _check_dense(model):
     check_model(model, ConvNeXtMoE)
     if model.moe is not None:
         raise ValueError(
@@ -60,22 +78,14 @@ def load_keras_applications(model, keras_model):
             f"Received: model={model.name!r} with {model.moe.num_experts} "
             "experts. Load the twin with moe=None, then call `models.upcycle`."
         )
-    if not isinstance(keras_model, keras.Model):
-        raise TypeError(
-            "`keras_model` must be a Keras model. Received: keras_model="
-            f"{keras_model!r}."
-        )
-    weights = _weights(model)
-    arrays = _keras_arrays(keras_model)
-    if model.num_classes is not None and HEAD[0] not in arrays:
-        # Of `include_top=False`: a head of no class is another head.
-        features = model.get_layer("head").kernel.shape[0]
-        arrays[HEAD[0]] = np.zeros((features, 0))
-        arrays[HEAD[1]] = np.zeros(0)
-    arrays = fit_head(arrays, model)
-    assign(model, weights, arrays, MEND)
+
+
+def _assign(model, arrays, preprocessing):
+    """Weights by our names, and what is known of the preprocessing."""
+    arrays = fit_head(with_head(arrays, model), model)
+    assign(model, _weights(model), arrays, MEND)
     model.preprocessing = dataclasses.replace(
-        model.preprocessing, **_normalization(keras_model)
+        model.preprocessing, **preprocessing
     )
     return model
 

@@ -9,7 +9,10 @@ from keras_vmoe.checkpoints._keras import load_keras
 from keras_vmoe.checkpoints._npz import read_npz
 from keras_vmoe.checkpoints._orbax import holds_orbax
 from keras_vmoe.checkpoints._orbax import read_orbax
+from keras_vmoe.checkpoints._torch import TorchArrays
+from keras_vmoe.checkpoints._torch import read_safetensors
 from keras_vmoe.checkpoints.files import CheckpointError
+from keras_vmoe.checkpoints.keras_applications import load_convnext
 from keras_vmoe.checkpoints.sharded import read_vmoe
 from keras_vmoe.checkpoints.vmoe import load_vmoe
 
@@ -19,8 +22,8 @@ def load(model, path, progress=None, grid=None):
 
     Args:
         model: A `ViTMoE` of the same architecture, which
-            `checkpoints.vmoe_config` finds. `models.upcycle` makes an MoE model
-            of a dense one.
+            `checkpoints.vmoe_config` finds; for a ConvNeXt's weights the dense
+            `ConvNeXtMoE`. `models.upcycle` makes an MoE model of a dense one.
         path: As of `read`, or a `.weights.h5` or `.keras` file of a model of
             this architecture, whatever its image size. All but the former
             say how images are preprocessed, which the model then does.
@@ -41,22 +44,27 @@ def load(model, path, progress=None, grid=None):
     """
     if os.fspath(path).endswith(KERAS_FILES):
         return load_keras(model, path, grid)
-    return load_vmoe(model, read(path, progress), grid)
+    arrays = read(path, progress)
+    if isinstance(arrays, TorchArrays) and arrays.is_convnext:
+        return load_convnext(model, arrays)
+    return load_vmoe(model, arrays, grid)
 
 
 def read(path, progress=None):
-    """Reads a checkpoint of a ViT or V-MoE in any known format.
+    """Reads a checkpoint of a ViT, V-MoE or ConvNeXt in any known format.
 
     Args:
         path: Prefix of a sharded checkpoint of V-MoE (`PREFIX.index`), folder
             of an Orbax checkpoint of the same program (one step, or the
-            training state in it), or `.npz` file of a ViT (augreg).
+            training state in it), `.npz` file of a ViT (augreg), or safetensors
+            file of timm's `vit_*`, `deit3_*` and DINOv2 (without registers), or
+            of a ConvNeXt of timm, torchvision or its authors.
         progress: Optional function of `(bytes so far, bytes in all)`, called
             while a sharded checkpoint is read.
 
     Returns:
-        Dict from V-MoE's names to numpy arrays. Of a training state only the
-        parameters are returned.
+        Dict from V-MoE's names, or of a ConvNeXt's from ours, to numpy arrays.
+        Of a training state only the parameters are returned.
 
     Raises:
         FileNotFoundError: If there is nothing of this name.
@@ -83,6 +91,10 @@ def reader_of(path):
     if path.is_dir():
         _check_folder(path)
         return read_orbax
+    if path.is_file():
+        _check_no_pickle(path)
+        if path.suffix == ".safetensors":
+            return read_safetensors
     is_zip = path.suffix != ".keras" and zipfile.is_zipfile(path)
     if path.suffix == ".npz" or is_zip:
         return read_npz
@@ -104,10 +116,28 @@ def _check_folder(folder):
         raise _unknown(folder)
 
 
+def _check_no_pickle(path):
+    """Raises for a file of PyTorch, which could run any program."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+    is_pickle = start[:1] == b"\x80" and start[1:] <= b"\5"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            is_pickle = any(x.endswith("data.pkl") for x in archive.namelist())
+    if is_pickle:
+        raise CheckpointError(
+            "A checkpoint must not be a pickle, which can run any program when "
+            f"it is opened. Received: {path}, which was not. Take the "
+            "safetensors file of the same weights, or write one: "
+            "safetensors.torch.save_file(torch.load(path, weights_only=True), "
+            "'model.safetensors')."
+        )
+
+
 def _unknown(path):
     return CheckpointError(
         "A checkpoint must be the prefix of a sharded one of V-MoE, the folder "
-        "of one of Orbax, or a .npz file of a ViT. "
+        "of one of Orbax, a .npz file of a ViT, or a .safetensors file. "
         f"Received: {path}, which is none of these. Run folders, .keras and "
         ".weights.h5 files need no conversion: the commands, `models.load` and "
         "`checkpoints.load` read them."

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 
+from keras_vmoe.checkpoints._torch import TorchArrays
 from keras_vmoe.checkpoints.assignment import POSITIONS
 from keras_vmoe.checkpoints.assignment import assign
 from keras_vmoe.checkpoints.assignment import check_model
@@ -11,6 +12,7 @@ from keras_vmoe.checkpoints.assignment import fit_head
 from keras_vmoe.checkpoints.assignment import fit_positions
 from keras_vmoe.checkpoints.assignment import kernel_bias
 from keras_vmoe.checkpoints.assignment import scale_bias
+from keras_vmoe.checkpoints.assignment import with_head
 from keras_vmoe.checkpoints.sharded import read_vmoe
 from keras_vmoe.layers.gates import LinearGate
 from keras_vmoe.layers.soft_router import SoftGate
@@ -61,15 +63,29 @@ def load_vmoe(model, arrays, grid=None):
             "`arrays` must be the prefix of a checkpoint or a dict from the "
             f"reference's names to arrays. Received: arrays={arrays!r}."
         )
+    known = {"mean": 127.5, "std": 127.5}
+    if isinstance(arrays, TorchArrays):
+        _check_arguments(model, arrays.arguments)
+        known |= arrays.preprocessing
+        arrays = with_head(arrays.with_heads(model.num_heads), model)
     weights = vmoe_weights(model)
     arrays = fit_head(dict(arrays), model)
     if model.position_embedding == "learned" and POSITIONS in arrays:
         arrays[POSITIONS] = fit_positions(arrays[POSITIONS], model, grid)
     assign(model, weights, arrays)
-    model.preprocessing = dataclasses.replace(
-        model.preprocessing, mean=127.5, std=127.5
-    )
+    model.preprocessing = dataclasses.replace(model.preprocessing, **known)
     return model
+
+
+def _check_arguments(model, arguments):
+    """Raises for an activation other than that of the training."""
+    if model.activation != arguments["activation"]:
+        raise ValueError(
+            "The model must have the activation of the checkpoint, "
+            f"{arguments['activation']!r}. Received: activation="
+            f"{model.activation!r}. Build it with "
+            "ViTMoE(**checkpoints.vmoe_config(path))."
+        )
 
 
 def vmoe_weights(model):

@@ -139,8 +139,10 @@ def _architecture_of(path):
     if (path / MODEL).exists():
         path = path / MODEL
     if path.suffix != ".keras":
+        arrays = checkpoints.read(path)
         below = {**VIT_SIZES, "pooling": "token"}
-        return {**below, **checkpoints.vmoe_config(checkpoints.read(path))}
+        below["preprocessing"] = getattr(arrays, "preprocessing", {})
+        return {**below, **checkpoints.vmoe_config(arrays)}
     model = models.load(path, compile=False)
     if not isinstance(model, MoEModel):
         raise ValueError(

@@ -192,7 +192,7 @@ def test_nothing_there(tmp_path):
 def test_an_unknown_format(tmp_path, name):
     path = tmp_path / name
     path.mkdir() if name == "folder" else path.write_bytes(b"PK\x03\x04"[2:])
-    words = f"V-MoE, the folder of one of Orbax, or a .npz .*{name}, which is n"
+    words = f"V-MoE, the folder of one of Orbax, a .npz .*{name}, which is n"
     for function in (checkpoints.read, checkpoints.vmoe_config):
         with pytest.raises(checkpoints.CheckpointError, match=words):
             function(path)

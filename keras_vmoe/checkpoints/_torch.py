@@ -1,0 +1,300 @@
+"""Weights of PyTorch's vision models, in safetensors files, by our names.
+
+timm's `vit_*`, `deit3_*` and `vit_*_dinov2`, and the ConvNeXt of timm, of
+torchvision and of its authors.
+"""
+
+import json
+import re
+
+import numpy as np
+
+from keras_vmoe._extras import require
+from keras_vmoe.checkpoints.assignment import POSITIONS
+from keras_vmoe.checkpoints.files import CheckpointError
+from keras_vmoe.data.preprocessing import Preprocessing
+
+BLOCK = "Encoder/encoderblock_{}"
+# Layers with a weight and a bias: their name, ours, and which axes the weight
+# has here. Where a stage and a block are named, ours count through all stages.
+DENSE, CONV, DEPTHWISE, NORM = (1, 0), (2, 3, 1, 0), (2, 3, 0, 1), (0,)
+VIT = (
+    (r"patch_embed\.proj", "embedding", CONV),
+    (r"blocks\.(\d+)\.norm1", f"{BLOCK}/LayerNorm_0", NORM),
+    (r"blocks\.(\d+)\.norm2", f"{BLOCK}/LayerNorm_1", NORM),
+    (r"blocks\.(\d+)\.mlp\.fc1", f"{BLOCK}/Mlp/Dense_0", DENSE),
+    (r"blocks\.(\d+)\.mlp\.fc2", f"{BLOCK}/Mlp/Dense_1", DENSE),
+    (r"norm", "Encoder/encoder_norm", NORM),
+    (r"head", "head", DENSE),
+)
+TIMM = (
+    (r"stem\.0", "stem", CONV),
+    (r"stem\.1", "stem_norm", NORM),
+    (r"stages\.(\d)\.downsample\.0", "downsample_{}_norm", NORM),
+    (r"stages\.(\d)\.downsample\.1", "downsample_{}", CONV),
+    (r"stages\.(\d)\.blocks\.(\d+)\.conv_dw", "block_{}_conv", DEPTHWISE),
+    (r"stages\.(\d)\.blocks\.(\d+)\.norm", "block_{}_norm", NORM),
+    (r"stages\.(\d)\.blocks\.(\d+)\.mlp\.fc1", "block_{}_hidden", DENSE),
+    (r"stages\.(\d)\.blocks\.(\d+)\.mlp\.fc2", "block_{}_output", DENSE),
+    (r"head\.norm", "norm", NORM),
+    (r"head\.fc", "head", DENSE),
+)
+TORCHVISION = (
+    (r"features\.0\.0", "stem", CONV),
+    (r"features\.0\.1", "stem_norm", NORM),
+    (r"features\.(\d)\.0", "downsample_{}_norm", NORM),
+    (r"features\.(\d)\.1", "downsample_{}", CONV),
+    (r"features\.(\d)\.(\d+)\.block\.0", "block_{}_conv", DEPTHWISE),
+    (r"features\.(\d)\.(\d+)\.block\.2", "block_{}_norm", NORM),
+    (r"features\.(\d)\.(\d+)\.block\.3", "block_{}_hidden", DENSE),
+    (r"features\.(\d)\.(\d+)\.block\.5", "block_{}_output", DENSE),
+    (r"classifier\.0", "norm", NORM),
+    (r"classifier\.2", "head", DENSE),
+)
+AUTHORS = (
+    (r"downsample_layers\.0\.0", "stem", CONV),
+    (r"downsample_layers\.0\.1", "stem_norm", NORM),
+    (r"downsample_layers\.(\d)\.0", "downsample_{}_norm", NORM),
+    (r"downsample_layers\.(\d)\.1", "downsample_{}", CONV),
+    (r"stages\.(\d)\.(\d+)\.dwconv", "block_{}_conv", DEPTHWISE),
+    (r"stages\.(\d)\.(\d+)\.norm", "block_{}_norm", NORM),
+    (r"stages\.(\d)\.(\d+)\.pwconv1", "block_{}_hidden", DENSE),
+    (r"stages\.(\d)\.(\d+)\.pwconv2", "block_{}_output", DENSE),
+    (r"norm", "norm", NORM),
+    (r"head", "head", DENSE),
+)
+# By the name that only they have.
+FAMILIES = {
+    "patch_embed.proj.weight": VIT,
+    "stem.0.weight": TIMM,
+    "features.0.0.weight": TORCHVISION,
+    "downsample_layers.0.0.weight": AUTHORS,
+}
+SCALES = {
+    r"blocks\.(\d+)\.(?:ls1\.gamma|gamma_1)": "block_{}_attention_scale/scale",
+    r"blocks\.(\d+)\.(?:ls2\.gamma|gamma_2)": "block_{}_mlp_scale/scale",
+}
+OF_CONVNEXT = (
+    r"(?:stages|features)\.(\d)\.(?:blocks\.)?(\d+)\.(?:gamma|layer_scale)"
+)
+REGISTERS = ("reg_token", "register_tokens")
+UNUSED = ("mask_token",)  # Of DINOv2's training.
+# Features of an attention head, which no shape tells: of all but ViT-H and -g.
+# `load` takes the model's.
+HEAD_DIM, OTHER_HEAD_DIMS = 64, {1280: 80, 1408: 88}
+
+
+class TorchArrays(dict):
+    """Arrays by our names, and what their model is beside them.
+
+    Attributes:
+        arguments: Arguments of the model that no shape tells.
+        preprocessing: Dict of what is known of a `Preprocessing`.
+    """
+
+    def __init__(self, arrays, arguments, preprocessing):
+        super().__init__(arrays)
+        self.arguments, self.preprocessing = arguments, preprocessing
+
+    @property
+    def is_convnext(self):
+        """Whether the arrays are those of a ConvNeXt."""
+        return "stem/kernel" in self
+
+    def with_heads(self, num_heads):
+        """The arrays, their attention cut into so many heads."""
+        found = dict(self)
+        for name, x in self.items():
+            if "/SelfAttention/" in name and x.ndim > 1:
+                shape = (num_heads, -1)  # Of biases.
+                if name.endswith("out/kernel"):
+                    shape = (num_heads, -1, x.shape[-1])
+                elif name.endswith("kernel"):
+                    shape = (x.shape[0], num_heads, -1)
+                if x.shape[-2] * x.shape[-1] % num_heads == 0:
+                    found[name] = x.reshape(shape)
+        return TorchArrays(found, self.arguments, self.preprocessing)
+
+
+def read_safetensors(path):
+    """The arrays of a local safetensors file as `TorchArrays`."""
+    safetensors = require("safetensors", "checkpoints")
+    require("safetensors.numpy", "checkpoints")
+    try:
+        arrays = safetensors.numpy.load_file(path)
+    except FileNotFoundError:
+        raise
+    except (safetensors.SafetensorError, OSError, KeyError) as error:
+        raise CheckpointError(
+            "The checkpoint must be a whole safetensors file. "
+            f"Received: {path} ({error}). Copy or download it again."
+        ) from error
+    return by_our_names(arrays, path, _beside(path))
+
+
+def by_our_names(arrays, path, preprocessing=None):
+    """Arrays of PyTorch's model by our names; others keep their own.
+
+    Args:
+        arrays: Dict of numpy arrays.
+        path: Of their file, for messages.
+        preprocessing: Dict of what is known of it.
+    """
+    arrays = {k.removeprefix("module."): x for k, x in arrays.items()}
+    found = [table for name, table in FAMILIES.items() if name in arrays]
+    if len(found) != 1:
+        raise CheckpointError(_unknown(arrays, path))
+    registers = [name for name in REGISTERS if name in arrays]
+    if registers:
+        raise CheckpointError(
+            "A `ViTMoE` has no register tokens. Received: "
+            f"{path}, with {registers[0]} {arrays[registers[0]].shape}. Take "
+            "the weights of a model without registers."
+        )
+    (table,) = found
+    starts, ours = _starts(arrays), {}
+    for name, x in arrays.items():
+        if name not in UNUSED:
+            ours |= _renamed(name, x, table, starts)
+    if table is VIT:
+        ours = _with_class_position(ours)
+    imagenet = vars(Preprocessing.imagenet())
+    known = {k: imagenet[k] for k in ("mean", "std")}
+    scale = any("_scale" in name for name in ours)
+    if table is VIT and not scale:
+        known = {}  # Of augreg's or DeiT's: nobody can tell.
+    arguments = {"activation": "gelu"}
+    if scale:
+        arguments["layer_scale_init_value"] = 1e-5
+    return TorchArrays(ours, arguments, {**known, **(preprocessing or {})})
+
+
+def _renamed(name, x, table, starts):
+    """One of PyTorch's arrays as a dict of ours."""
+    qkv = re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", name)
+    if qkv:
+        return _query_key_value(qkv[1], x)
+    out = re.fullmatch(r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", name)
+    if out:
+        start = f"{BLOCK.format(out[1])}/SelfAttention/out"
+        if out[2] == "bias":
+            return {f"{start}/bias": x}
+        return {f"{start}/kernel": x.T.reshape(-1, _head_dim(x), len(x))}
+    if table is VIT and name in ("cls_token", "pos_embed"):
+        return {{"cls_token": "cls", "pos_embed": POSITIONS}[name]: x}
+    for pattern, ours in SCALES.items():
+        match = re.fullmatch(pattern, name)
+        if match:
+            return {ours.format(match[1]): x}
+    match = re.fullmatch(OF_CONVNEXT, name)
+    if match:
+        return {f"block_{_number(match, starts)}_scale": x.reshape(-1)}
+    for pattern, ours, axes in table:
+        match = re.fullmatch(rf"{pattern}\.(weight|bias)", name)
+        if match:
+            return _weight_or_bias(match, ours, axes, x, starts)
+    return {name: x}
+
+
+def _weight_or_bias(match, ours, axes, x, starts):
+    """The weight or the bias of a layer of ours."""
+    numbers = match.groups()[:-1]
+    if ours.startswith("block"):
+        numbers = (_number(match, starts),)
+    elif ours.startswith("downsample") and "features" in match.re.pattern:
+        numbers = (int(numbers[0]) // 2,)
+    name = ours.format(*numbers)
+    if match.groups()[-1] == "bias":
+        return {f"{name}/bias": x}
+    if axes == DENSE and x.ndim == 4:  # A convolution of single pixels.
+        x = x.reshape(x.shape[:2])
+    kind = "scale" if axes == NORM else "kernel"
+    fits = x.ndim == len(axes)
+    return {f"{name}/{kind}": x.transpose(axes) if fits else x}
+
+
+def _query_key_value(block, x):
+    """The three projections that PyTorch keeps as one."""
+    found = {}
+    for part, y in zip(("query", "key", "value"), np.split(x, 3), strict=True):
+        name = f"{BLOCK.format(block)}/SelfAttention/{part}"
+        if y.ndim == 1:
+            found[f"{name}/bias"] = y.reshape(-1, _head_dim(y))
+        else:
+            found[f"{name}/kernel"] = y.T.reshape(len(y), -1, _head_dim(y))
+    return found
+
+
+def _head_dim(x):
+    """Features of a head, of an array over all of them."""
+    return OTHER_HEAD_DIMS.get(len(x), HEAD_DIM)
+
+
+def _starts(arrays):
+    """The number of the first block of each stage of a ConvNeXt."""
+    pattern = r"(?:stages|features)\.(\d)\.(?:blocks\.)?(\d+)\.(?!weight|bias)"
+    stages = {}
+    for name in arrays:
+        match = re.match(pattern, name)
+        if match:
+            blocks = stages.setdefault(int(match[1]), set())
+            blocks.add(int(match[2]))
+    starts, count = {}, 0
+    for stage in sorted(stages):
+        starts[stage] = count
+        count += len(stages[stage])
+    return starts
+
+
+def _number(match, starts):
+    """The number of a block through all stages."""
+    return starts[int(match[1])] + int(match[2])
+
+
+def _with_class_position(arrays):
+    """Zeros for a class token without a position, as in DeiT III."""
+    if "cls" in arrays and POSITIONS in arrays:
+        table = arrays[POSITIONS]
+        if round(table.shape[1] ** 0.5) ** 2 == table.shape[1]:
+            table = np.pad(table, ((0, 0), (1, 0), (0, 0)))
+            return {**arrays, POSITIONS: table}
+    return arrays
+
+
+def _beside(path):
+    """What timm's `config.json` beside a file says of the preprocessing."""
+    file = path.with_name("config.json")
+    try:
+        config = json.loads(file.read_text())["pretrained_cfg"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    found = {
+        name: [255 * x for x in config[name]]
+        for name in ("mean", "std")
+        if name in config
+    }
+    if config.get("interpolation") in ("bilinear", "bicubic"):
+        found["interpolation"] = config["interpolation"]
+    if config.get("crop_pct"):
+        found["test_crop"] = config["crop_pct"]
+    return found
+
+
+def _unknown(arrays, path):
+    """The message on arrays of no family that is known."""
+    kinds = {
+        "a ViT of timm": VIT, "a ConvNeXt of timm": TIMM,
+        "a ConvNeXt of torchvision": TORCHVISION,
+        "a ConvNeXt of its authors": AUTHORS,
+    }  # fmt: skip
+
+    def likeness(table):
+        patterns = [rf"{pattern}\.(weight|bias)" for pattern, *_ in table]
+        return sum(any(re.fullmatch(p, n) for p in patterns) for n in arrays)
+
+    nearest = max(kinds, key=lambda kind: likeness(kinds[kind]))
+    return (
+        f"The arrays must be those of one of: {', '.join(kinds)}. Received: "
+        f"{path}, with {len(arrays)} arrays, nearest to {nearest}; the first "
+        f"are {list(arrays)[:5]}. Take the weights of such a model."
+    )
