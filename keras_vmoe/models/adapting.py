@@ -83,7 +83,8 @@ def with_image_size(model, image_size):
 
     Args:
         model: A `ViTMoE` or `ConvNeXtMoE`.
-        image_size: Side of the images in pixels, or `(height, width)`.
+        image_size: Side of the images in pixels, or `(height, width)`; of a
+            ConvNeXt also None, for any.
 
     Returns:
         A model with weights of its own.

@@ -332,9 +332,11 @@ def blocks(settings, sizes, sparse, num_selected_experts, **kwargs):
 
 
 def image_input(settings):
-    """The symbolic images `(B, H, W, channels)` of a model."""
-    shape = (*image_pair(settings.image_size), settings.channels)
-    return keras.Input(shape, name="images")
+    """The symbolic images `(B, H, W, channels)` of a model, of any size."""
+    size = (None, None)
+    if settings.image_size is not None:
+        size = image_pair(settings.image_size)
+    return keras.Input((*size, settings.channels), name="images")
 
 
 def classifier(x, settings, kernel_initializer):

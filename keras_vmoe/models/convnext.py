@@ -35,7 +35,8 @@ class ConvNeXtMoE(base.MoEModel):
             features `(B, D)`.
         isotropic: Whether the model has one stage at 1/`patch_size` of the
             resolution, like a ViT, without a norm after the stem.
-        image_size: Side of the images in pixels, or `(height, width)`.
+        image_size: Side of the images in pixels, or `(height, width)`. None
+            takes images of any size, whose costs and exports have none.
         patch_size: Side of the stem's patches; None means 4, or 16 if
             isotropic.
         mlp_ratio: F / D of the dense MLPs.
@@ -192,6 +193,8 @@ def _stages(settings):
 
 def _check_image(image_size, stride):
     """Raises unless the feature map of every stage is whole."""
+    if image_size is None:
+        return
     if any(side % stride for side in base.image_pair(image_size)):
         raise ValueError(
             f"`image_size` must be divisible by {stride}, the stride of the "

@@ -155,6 +155,7 @@ def _check(settings):
     check_choice(
         "position_embedding", settings.position_embedding, POSITION_EMBEDDINGS
     )
+    base.image_pair(settings.image_size)
     names = ("patch_size", "hidden_dim", "num_layers", "num_heads", "mlp_dim")
     check_sizes(**{name: getattr(settings, name) for name in names})
     check_sizes(representation_size=settings.representation_size or 1)

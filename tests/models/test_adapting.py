@@ -137,3 +137,37 @@ def test_another_image_size():
         models.with_image_size(model, 9)
     other = models.with_image_size(randomize(convnext()), (32, 16))
     assert other.input_shape == (None, 32, 16, 3)
+
+
+@pytest.mark.parametrize("router", ["top_k", "soft"])
+def test_a_convnext_for_images_of_any_size(router):
+    """The same as one for each size, and trained on several."""
+    moe = {"layers": [2], "num_experts": 2, "router": router}
+    if router == "soft":
+        moe["num_slots"] = 3
+    model = randomize(convnext(moe=moe))
+    open_model = models.with_image_size(model, None)
+    assert open_model.input_shape == (None, None, None, 3)
+    generator = np.random.default_rng(0)
+    for size in ((16, 16), (32, 16), (8, 24)):
+        images = generator.normal(size=(3, *size, 3)).astype("float32")
+        fixed = models.with_image_size(open_model, size)
+        np.testing.assert_allclose(
+            open_model.predict(images, verbose=0),
+            fixed.predict(images, verbose=0),
+            atol=1e-5,
+        )
+        maps = models.features(open_model)(images)
+        rows, columns = size[0] // 8, size[1] // 8
+        assert tuple(maps["stage_1"].shape) == (3, rows, columns, 8)
+    open_model.compile("sgd", "mse")
+    open_model.fit(images, np.zeros((3, 10)), verbose=0)
+
+
+@once
+def test_what_needs_a_size_says_so():
+    model = convnext(image_size=None)
+    with pytest.raises(ValueError, match="image_size=None"):
+        tiny(image_size=None)
+    with pytest.raises(ValueError, match="sizes of an image must be known"):
+        models.cost(model)
