@@ -1,5 +1,6 @@
 """The command as users type it."""
 
+import csv
 import io
 import json
 import os
@@ -328,11 +329,20 @@ def test_presets():
     assert done.returncode == 0
     header, row, *_ = done.stdout.splitlines()
     assert header.split()[:3] == ["preset", "classes", "params"]
-    columns = "convnext_t_e4_last2_r2 1000 34.5 34.5 25.6 25.6 4.2".split()
-    assert row.split() == columns
+    values = "convnext_t_e4_last2_r2 1000 34.5 34.5 25.6 25.6 4.2 4.2 82.1 768"
+    assert row.split() == values.split()
+    (found,) = json.loads(
+        run("presets", "t_e4_last2_r2", "--format", "json").stdout
+    )
+    assert found["paper_params"] == "34.5" and found["note"] is None
+    lines = run("presets", "soft", "--format=csv").stdout.splitlines()
+    assert len(list(csv.DictReader(lines))) == 5
     done = run("presets", "convnet_t")
     assert done.returncode == 1 and "nearest names: convnext_t" in done.stderr
-    assert len(run("presets").stdout.splitlines()) == len(models.presets()) + 2
+    lines = run("presets").stdout.splitlines()
+    notes = [line for line in lines if ": " in line and line[0] in "cvs"]
+    assert len(lines) - len(notes) == len(models.presets()) + 2
+    assert "vit_s16_e8_last2: the printed active count" in "\n".join(notes)
 
 
 def test_convert(tmp_path):

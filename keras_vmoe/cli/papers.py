@@ -1,7 +1,10 @@
 """`presets` and `convert`: the papers' models and pretrained weights."""
 
 import csv
+import json
 import pathlib
+import sys
+from typing import Literal
 
 import keras
 
@@ -13,15 +16,19 @@ from keras_vmoe.models.presets import find_preset
 COSTS = pathlib.Path(models.__file__).with_name("preset_costs.csv")
 
 
-def presets(match: str = ""):
+def presets(
+    match: str = "", *, format: Literal["table", "csv", "json"] = "table"
+):
     """List the papers' models, with their sizes and costs.
 
     Args:
         match: Part of their names.
+        format: How to print them.
 
     Example:
         keras-vmoe presets
         keras-vmoe presets convnext_t
+        keras-vmoe presets --format csv > presets.csv
     """
     names = [name for name in models.presets() if match.lower() in name]
     if not names:
@@ -29,32 +36,54 @@ def presets(match: str = ""):
     # Counted once by `models.cost`; tests/models/test_presets.py compares.
     with open(COSTS, newline="") as file:
         costs = {row["preset"]: row for row in csv.DictReader(file)}
-    print(_PRESET_LINE.format(*_PRESET_COLUMNS))
-    for name in names:
-        preset, cost = find_preset(name), costs[name]
-        row = (
-            name,
-            preset.paper_classes,
-            f"{int(cost['params']) / 1e6:.1f}",
-            preset.paper_params or "",
-            f"{int(cost['active_params']) / 1e6:.1f}",
-            preset.paper_active or "",
-            f"{int(cost['macs']) / 1e9:.1f}",
-            preset.paper_gflops or "",
-        )
-        print(_PRESET_LINE.format(*row))
+    rows = [_row(find_preset(name), costs[name]) for name in names]
+    if format == "json":
+        print(json.dumps(rows, indent=2))
+        return
+    if format == "csv":
+        writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return
+    print(LINE.format(*COLUMNS))
+    for row in rows:
+        values = ["" if x is None else x for x in row.values()]
+        print(LINE.format(*values[: len(COLUMNS)]))
+    notes = {row["preset"]: row["note"] for row in rows if row["note"]}
     print(
         "Millions of parameters, in all and active per token; giga "
         "multiply-adds per image; beside them the paper's figures, if it has "
-        "any. Counted with the classes of the paper's table; `from_preset` "
-        "makes V-MoE with 21843 classes unless `num_classes` is set."
+        "any, and its ImageNet-1k accuracy (*: pretrained on ImageNet-21k) and "
+        "images/s. Counted with the classes of the paper's table; "
+        "`from_preset` makes V-MoE with 21843 classes unless `num_classes` is "
+        "set."
     )
+    for name, note in notes.items():
+        print(f"{name}: {note}.")
 
 
-_PRESET_LINE = "{:<27} {:>7} {:>8} {:>7} {:>8} {:>7} {:>7} {:>6}"
-_PRESET_COLUMNS = (
+def _row(preset, cost):
+    """One preset, ours and the paper's, by names of columns."""
+    return {
+        "preset": preset.name,
+        "classes": preset.paper_classes,
+        "params": f"{int(cost['params']) / 1e6:.1f}",
+        "paper_params": preset.paper_params,
+        "active": f"{int(cost['active_params']) / 1e6:.1f}",
+        "paper_active": preset.paper_active,
+        "gmacs": f"{int(cost['macs']) / 1e9:.1f}",
+        "paper_gflops": preset.paper_gflops,
+        "paper_accuracy": preset.paper_accuracy,
+        "paper_images_per_s": preset.paper_images,
+        "source": preset.source,
+        "note": preset.note,
+    }
+
+
+LINE = "{:<27} {:>7} {:>8} {:>8} {:>8} {:>7} {:>7} {:>7} {:>8} {:>8}"
+COLUMNS = (
     "preset", "classes", "params", "(paper)", "active", "(paper)", "GMACs",
-    "(paper)",
+    "(paper)", "accuracy", "images/s",
 )  # fmt: skip
 
 

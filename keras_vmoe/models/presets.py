@@ -12,9 +12,11 @@ V_MOE = "Riquelme et al., 2021, arXiv:2106.05974, table of model sizes"
 VIT = "Touvron et al., 2022 (DeiT III), arXiv:2204.07118, table 1"
 CONVNEXT = "Liu et al., 2022, arXiv:2201.03545, table 1 and section 3.3"
 SWEET_SPOT = "Videau et al., 2024, arXiv:2411.18322"
+SOFT_MOE = "Puigcerver et al., 2023, arXiv:2308.00951, table of model sizes"
 
 IMAGENET_21K = 21_843  # Classes of the released V-MoE models.
 JFT = 18_291  # Classes of the models that the V-MoE paper counts.
+JFT_4B = 29_593  # Of its largest model, and of Soft MoE's.
 IMAGENET_1K = 1_000
 
 
@@ -30,9 +32,13 @@ class Preset:
         paper_params: Millions of parameters, as printed; None if they are not.
         paper_gflops: Giga multiply-adds per image, as printed.
         paper_active: Millions of active parameters, as printed.
+        paper_images: Images per second, as printed (training, on its hardware).
+        paper_accuracy: ImageNet-1k accuracy in percent, as printed; with a
+            star after pretraining on ImageNet-21k.
         paper_classes: Classes of the model that the paper counts.
         num_classes: Classes unless set.
         moe: Its `moe` argument.
+        note: Where the printed figures contradict the sizes, or each other.
     """
 
     name: str
@@ -42,9 +48,18 @@ class Preset:
     paper_params: str | None = None
     paper_gflops: str | None = None
     paper_active: str | None = None
+    paper_images: str | None = None
+    paper_accuracy: str | None = None
     paper_classes: int = IMAGENET_1K
     num_classes: int = IMAGENET_1K
     moe: dict | None = None
+    note: str | None = None
+
+    @property
+    def placement(self):
+        """Where the experts are, in words."""
+        layers = self.moe["layers"]
+        return layers if isinstance(layers, str) else f"the last {len(layers)}"
 
     @property
     def description(self):
@@ -53,7 +68,7 @@ class Preset:
             return f"{self.model.__name__} without MoE: {self.source}"
         return (
             f"{self.model.__name__}, {self.moe['num_experts']} experts in "
-            f"{self.moe['layers']}: {self.source}"
+            f"{self.placement}: {self.source}"
         )
 
 
@@ -73,45 +88,113 @@ V_MOE_SIZES = {
         1280, 32, 16, 5120, 14, "655.8", ("last_5", "2688.6"), "7160.8",
     ),
 }  # fmt: skip
-# The same sizes; millions of parameters, giga multiply-adds.
+# The same sizes, and experts; millions of parameters.
+SOFT_MOE_SIZES = {
+    "soft_moe_s16": (384, 12, 6, 1536, 16, 128, "933.7"),
+    "soft_moe_s14": (384, 12, 6, 1536, 14, 256, "1841"),
+    "soft_moe_b16": (768, 12, 12, 3072, 16, 128, "3708"),
+    "soft_moe_l16": (1024, 24, 16, 4096, 16, 128, "13127"),
+    "soft_moe_h14": (1280, 32, 16, 5120, 14, 256, "54177"),
+}
+# The same sizes; millions of parameters, giga multiply-adds, images per second
+# and accuracy of the Sweet Spot paper.
 VIT_SIZES = {
-    "vit_s16": (384, 12, 6, 1536, 16, "22", "4.6"),
-    "vit_b16": (768, 12, 12, 3072, 16, "86.6", "17.5"),
+    "vit_s16": (384, 12, 6, 1536, 16, "22", "4.6", "1083", "79.8"),
+    "vit_b16": (768, 12, 12, 3072, 16, "86.6", "17.5", "329", "82.8"),
 }
-# Name: depths, dims, isotropic; millions of parameters, giga multiply-adds.
+# Name: depths, dims, isotropic; figures as above.
+DEPTHS, LARGER_DEPTHS = (3, 3, 9, 3), (3, 3, 27, 3)
+DIMS, LARGER_DIMS = (96, 192, 384, 768), (128, 256, 512, 1024)
 CONVNEXT_SIZES = {
-    "convnext_t": ((3, 3, 9, 3), (96, 192, 384, 768), False, "29", "4.5"),
-    "convnext_s": ((3, 3, 27, 3), (96, 192, 384, 768), False, "50", "8.7"),
-    "convnext_b": ((3, 3, 27, 3), (128, 256, 512, 1024), False, "89", "15.4"),
-    "convnext_iso_s": (18, 384, True, "22", "4.3"),
-    "convnext_iso_b": (18, 768, True, "87", "16.9"),
-}
+    "convnext_t": (DEPTHS, DIMS, False, "29", "4.5", "814", "82.1"),
+    "convnext_s": (LARGER_DEPTHS, DIMS, False, "50", "8.7", "466", "83.1"),
+    "convnext_b": (
+        LARGER_DEPTHS, LARGER_DIMS, False, "89", "15.4", "299", "83.8",
+    ),
+    "convnext_iso_s": (18, 384, True, "22", "4.3", "1100", "79.7"),
+    "convnext_iso_b": (18, 768, True, "87", "16.9", "336", "82.0"),
+}  # fmt: skip
 # Dense model, experts, placement, mlp_ratio of the experts (None: that of the
-# dense MLP); millions of parameters and of active ones, where printed.
+# dense MLP); as printed, where it is: millions of parameters and of active
+# ones, giga multiply-adds, images per second, accuracy; a note. (The totals
+# leave the gates out.)
+_ACTIVE = "the printed active count and GFLOPs of a ViT follow from no K"
 SWEET_SPOT_MODELS = (
-    ("vit_s16", 8, "last_2"),
-    ("vit_s16", 8, "every_2", None, "71.7"),
+    ("vit_s16", 4, "last_2", None, "29.1", "25.0", None, None, "79.8", _ACTIVE),
+    (
+        "vit_s16", 8, "last_2", None, "38.6", "25.0", "5.3", "892", "80.5",
+        f"{_ACTIVE}; table 3 swaps the GFLOPs with every_2",
+    ),
+    (
+        "vit_s16", 8, "every_2", None, "71.7", "33.1", "6.9", "724", "80.7",
+        f"{_ACTIVE}; table 3 swaps the GFLOPs with last_2",
+    ),
+    (
+        "vit_s16", 16, "last_2", None, "57.5", "25.0", None, None, "80.2",
+        _ACTIVE,
+    ),
     ("vit_b16", 8, "last_2"),
-    ("vit_b16", 8, "every_2", None, "284.9"),
-    ("convnext_t", 4, "last_2", 2, "34.5", "25.6"),
+    (
+        "vit_b16", 8, "every_2", None, "284.9", "129.9", "26.3", "227", "82.5",
+        _ACTIVE,
+    ),
+    ("convnext_t", 4, "last_2", 2, "34.5", "25.6", "4.2", "768", "82.1"),
     ("convnext_t", 4, "last_2"),
-    ("convnext_t", 8, "last_2", None, "70.0"),
-    ("convnext_t", 8, "last_2", 2),
-    ("convnext_t", 8, "last_3"),
-    ("convnext_t", 8, "stage"),
-    ("convnext_t", 8, "every_2"),
-    ("convnext_t", 16, "last_2"),
+    (
+        "convnext_t", 8, "last_2", None, "70.0", "28.7", "4.5", None, "83.5*",
+        "the sizes give 69.93 and 28.60; not explained",
+    ),
+    ("convnext_t", 8, "last_2", 2, "46.3", "25.6", "4.2", None, "82.1"),
+    (
+        "convnext_t", 8, "last_3", None, "70.0", "28.6", "4.5", None, "83.5*",
+        "the sizes give 78.2, which table 7 prints for stage",
+    ),
+    ("convnext_t", 8, "last_3", 2, "49.9", "25.0", "4.1", None, "82.1"),
+    (
+        "convnext_t", 8, "stage", None, "78.2", "28.6", "4.5", None, "83.5*",
+        "the sizes give 72.5, those of last_3 78.2",
+    ),
+    ("convnext_t", 8, "stage", 2, "47.4", "25.5", "4.0", None, "82.1"),
+    (
+        "convnext_t", 8, "every_2", None, "97.5", "28.6", "4.5", None, "82.9*",
+        "the sizes give 132.4",
+    ),
+    (
+        "convnext_t", 8, "every_2", 2, "54.3", "17.0", "3.8", None, "81.8",
+        "the sizes give 73.1 and 21.2; no placement gives the printed ones",
+    ),
+    ("convnext_t", 16, "last_2", None, "117.1", "28.6", "4.5", None, "83.6*"),
+    (
+        "convnext_t", 16, "last_2", 2, "46.3", "25.5", None, None, "81.7",
+        "table 4 repeats the parameters of table 3",
+    ),
+    ("convnext_t", 32, "last_2", None, "211.6", "28.6", "4.5", None, "83.4*"),
+    ("convnext_s", 4, "last_2", 2, "56.1", "47.3", "8.5", "442", "83.1"),
     ("convnext_s", 4, "last_2"),
-    ("convnext_s", 8, "last_2"),
+    (
+        "convnext_s", 8, "last_2", None, "91.6", "50.3", "8.7", None, "84.9*",
+        "the sizes give 50.2 active",
+    ),
     ("convnext_s", 16, "last_2"),
+    ("convnext_b", 4, "last_2", 2, "99.1", "83.4", "15.0", "289", "83.5"),
     ("convnext_b", 4, "last_2"),
-    ("convnext_b", 8, "last_2", None, "162.0"),
+    ("convnext_b", 8, "last_2", None, "162.0", "88.6", "15.4", None, "85.7*"),
     ("convnext_b", 16, "last_2"),
-    ("convnext_iso_s", 8, "last_2", None, "38.9"),
-    ("convnext_iso_s", 8, "every_2"),
+    (
+        "convnext_iso_s", 8, "last_2", None, "38.9", "22.3", "4.3", "1031",
+        "80.3",
+    ),
+    (
+        "convnext_iso_s", 8, "every_2", None, "96.7", "22.3", "8.7", None,
+        "79.6", "the GFLOPs of table 3 are another model's",
+    ),
+    (
+        "convnext_iso_b", 8, "last_2", 2, "115.4", "82.4", "16.9", "303",
+        "81.6", "the GFLOPs are the dense model's; the sizes give 16.0",
+    ),
     ("convnext_iso_b", 8, "last_2"),
     ("convnext_iso_b", 8, "every_2"),
-)
+)  # fmt: skip
 
 
 def _v_moe():
@@ -130,13 +213,42 @@ def _v_moe():
         yield _sparse(twin, 32, "every_2", None, every)
 
 
+def _largest():
+    """V-MoE-15B, whose dense twin has no name, and Soft MoE."""
+    sizes = (1408, 48, 16, 6400, 14)
+    twin = Preset(
+        "vmoe_15b", ViTMoE, _vit(sizes), V_MOE, num_classes=IMAGENET_21K,
+        paper_classes=JFT_4B,
+    )  # fmt: skip
+    yield _sparse(twin, 32, "every_2", None, "14705.07")
+    for name, (*sizes, experts, params) in SOFT_MOE_SIZES.items():
+        num_layers = sizes[1]
+        yield Preset(
+            f"{name}_e{experts}",
+            ViTMoE,
+            _vit(sizes, pooling="gap"),
+            SOFT_MOE,
+            params,
+            paper_classes=JFT_4B,
+            moe={
+                "layers": list(range(num_layers // 2, num_layers)),
+                "num_experts": experts,
+                "router": "soft",
+                "num_slots": 1,
+            },
+            note="its training normalised queries and keys, which is not built",
+        )
+
+
 def _sweet_spot():
     dense = {}
-    for name, (*sizes, params, gflops) in VIT_SIZES.items():
+    for name, (*sizes, params, gflops, images, accuracy) in VIT_SIZES.items():
         arguments = _vit(sizes, layer_scale_init_value=1e-4, activation="gelu")
-        dense[name] = Preset(name, ViTMoE, arguments, VIT, params, gflops)
+        dense[name] = Preset(
+            name, ViTMoE, arguments, VIT, params, gflops, None, images, accuracy
+        )
     for name, row in CONVNEXT_SIZES.items():
-        depths, dims, isotropic, params, gflops = row
+        depths, dims, isotropic, params, gflops, images, accuracy = row
         arguments = {
             "depths": depths,
             "dims": dims,
@@ -144,8 +256,9 @@ def _sweet_spot():
             "layer_scale_init_value": None if isotropic else 1e-6,
         }
         dense[name] = Preset(
-            name, ConvNeXtMoE, arguments, CONVNEXT, params, gflops
-        )
+            name, ConvNeXtMoE, arguments, CONVNEXT, params, gflops, None,
+            images, accuracy,
+        )  # fmt: skip
     yield from dense.values()
     for name, *row in SWEET_SPOT_MODELS:
         twin = dataclasses.replace(dense[name], source=SWEET_SPOT)
@@ -157,25 +270,27 @@ def _vit(sizes, **more):
     return {"image_size": 224, **dict(zip(names, sizes, strict=True)), **more}
 
 
-def _sparse(
-    dense, num_experts, placement, mlp_ratio=None, params=None, active=None
-):
-    """The row of a dense model with experts."""
+def _sparse(dense, num_experts, placement, mlp_ratio=None, *printed):
+    """The row of a dense model with experts, and what is printed of it."""
     name = f"{dense.name}_e{num_experts}_{placement.replace('_', '')}"
     moe = {"num_experts": num_experts, "layers": placement}
     if mlp_ratio is not None:
         name, moe["mlp_ratio"] = f"{name}_r{mlp_ratio}", mlp_ratio
-    return dataclasses.replace(
-        dense,
-        name=name,
-        moe=moe,
-        paper_params=params,
-        paper_active=active,
-        paper_gflops=None,
-    )
+    found = dict.fromkeys((*PRINTED, "note"))
+    found |= dict(zip(found, printed, strict=False))
+    return dataclasses.replace(dense, name=name, moe=moe, **found)
 
 
-PRESETS = {preset.name: preset for preset in (*_v_moe(), *_sweet_spot())}
+PRINTED = (
+    "paper_params",
+    "paper_active",
+    "paper_gflops",
+    "paper_images",
+    "paper_accuracy",
+)
+PRESETS = {
+    preset.name: preset for preset in (*_v_moe(), *_largest(), *_sweet_spot())
+}
 
 
 def presets():
