@@ -1,7 +1,7 @@
 """Weights of PyTorch's vision models, in safetensors files, by our names.
 
-timm's `vit_*`, `deit3_*` and `vit_*_dinov2`, and the ConvNeXt of timm, of
-torchvision and of its authors.
+timm's `vit_*`, `deit3_*` and `vit_*_dinov2`, the DINOv2 of Transformers, and
+the ConvNeXt of timm, of torchvision and of its authors.
 """
 
 import json
@@ -63,6 +63,24 @@ AUTHORS = (
     (r"norm", "norm", NORM),
     (r"head", "head", DENSE),
 )
+# Transformers' names of DINOv2's arrays, and timm's.
+TRANSFORMERS = (
+    (r"(?:dinov2|backbone)\.", ""),
+    (r"embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+    (r"embeddings\.position_embeddings", "pos_embed"),
+    (r"embeddings\.(cls_token|mask_token|register_tokens)", r"\1"),
+    (
+        r"encoder\.layer\.(\d+)\.attention\.output\.dense",
+        r"blocks.\1.attn.proj",
+    ),
+    (
+        r"encoder\.layer\.(\d+)\.layer_scale(\d)\.lambda1",
+        r"blocks.\1.ls\2.gamma",
+    ),
+    (r"encoder\.layer\.(\d+)\.(norm\d|mlp\.fc\d)", r"blocks.\1.\2"),
+    (r"layernorm\.", "norm."),
+)
+OF_TRANSFORMERS = "embeddings.patch_embeddings.projection.weight"
 # By the name that only they have.
 FAMILIES = {
     "patch_embed.proj.weight": VIT,
@@ -141,6 +159,8 @@ def by_our_names(arrays, path, preprocessing=None):
         preprocessing: Dict of what is known of it.
     """
     arrays = {k.removeprefix("module."): x for k, x in arrays.items()}
+    if any(name.endswith(OF_TRANSFORMERS) for name in arrays):
+        arrays = _by_timms_names(arrays)
     found = [table for name, table in FAMILIES.items() if name in arrays]
     if len(found) != 1:
         raise CheckpointError(_unknown(arrays, path))
@@ -167,6 +187,26 @@ def by_our_names(arrays, path, preprocessing=None):
     if scale:
         arguments["layer_scale_init_value"] = 1e-5
     return TorchArrays(ours, arguments, {**known, **(preprocessing or {})})
+
+
+def _by_timms_names(arrays):
+    """DINOv2's arrays by timm's names, from Transformers'."""
+    found = {}
+    for name, x in arrays.items():
+        for pattern, theirs in TRANSFORMERS:
+            name = re.sub(rf"^{pattern}", theirs, name)
+        found[name] = x
+    start = r"encoder\.layer\.(\d+)\.attention\.attention\.query\.(weight|bias)"
+    for match in filter(None, [re.fullmatch(start, x) for x in found]):
+        names = [
+            match[0].replace("query", x) for x in ("query", "key", "value")
+        ]
+        if all(name in found for name in names):
+            parts = [found.pop(name) for name in names]
+            found[f"blocks.{match[1]}.attn.qkv.{match[2]}"] = np.concatenate(
+                parts
+            )
+    return found
 
 
 def _renamed(name, x, table, starts):
@@ -283,7 +323,8 @@ def _beside(path):
 def _unknown(arrays, path):
     """The message on arrays of no family that is known."""
     kinds = {
-        "a ViT of timm": VIT, "a ConvNeXt of timm": TIMM,
+        "a ViT of timm or DINOv2 of Transformers": VIT,
+        "a ConvNeXt of timm": TIMM,
         "a ConvNeXt of torchvision": TORCHVISION,
         "a ConvNeXt of its authors": AUTHORS,
     }  # fmt: skip

@@ -142,6 +142,41 @@ def test_heads_sizes_and_classes_of_ones_own(tmp_path):
     checkpoints.load(headless, file)
 
 
+def by_transformers_names(state):
+    """timm's arrays as Transformers' DINOv2 has them."""
+    found = {}
+    names = (
+        ("blocks.", "encoder.layer."), ("attn.proj", "attention.output.dense"),
+        ("ls1.gamma", "layer_scale1.lambda1"),
+        ("ls2.gamma", "layer_scale2.lambda1"), ("cls_", "embeddings.cls_"),
+        ("pos_embed", "embeddings.position_embeddings"),
+        ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+    )  # fmt: skip
+    for name, x in state.items():
+        for theirs, others in names:
+            name = name.replace(theirs, others)
+        name = name.replace("norm.", "layernorm.") if name[0] == "n" else name
+        parts = ["qkv"]
+        if "attn.qkv" in name:
+            parts = ["query", "key", "value"]
+        for part, y in zip(parts, x.chunk(len(parts)), strict=True):
+            new = name.replace("attn.qkv", f"attention.attention.{part}")
+            found[f"dinov2.{new}"] = y.contiguous()
+    return {**found, "dinov2.embeddings.mask_token": torch.zeros(1, 128)}
+
+
+@once
+def test_the_names_of_transformers(tmp_path):
+    theirs, file = written("dinov2", tmp_path)
+    expected = checkpoints.read(file)
+    save_file(by_transformers_names(theirs.state_dict()), file)
+    found = checkpoints.read(file)
+    assert found.arguments == expected.arguments
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
 @once
 def test_what_lies_beside_a_file_says_how_images_are_normalized(tmp_path):
     _, file = written("vit", tmp_path)
@@ -221,7 +256,7 @@ def test_arrays_that_do_not_fit(tmp_path):
         checkpoints.load(ours, file)
     for name, x, words in (
         ("reg_token", torch.zeros(1, 4, 128), "no register tokens. Received"),
-        ("stem.0.weight", torch.zeros(1), "nearest to a ViT of timm; the firs"),
+        ("stem.0.weight", torch.zeros(1), "nearest to a ViT of timm or DINO"),
     ):
         _, file = written("dinov2", tmp_path, **{name: x})
         with pytest.raises(checkpoints.CheckpointError, match=words):
