@@ -88,6 +88,10 @@ FAMILIES = {
     "features.0.0.weight": TORCHVISION,
     "downsample_layers.0.0.weight": AUTHORS,
 }
+TOKENS = {
+    "cls_token": "cls", "pos_embed": POSITIONS, "reg_token": "registers",
+    "register_tokens": "registers",
+}  # fmt: skip
 SCALES = {
     r"blocks\.(\d+)\.(?:ls1\.gamma|gamma_1)": "block_{}_attention_scale/scale",
     r"blocks\.(\d+)\.(?:ls2\.gamma|gamma_2)": "block_{}_mlp_scale/scale",
@@ -95,7 +99,6 @@ SCALES = {
 OF_CONVNEXT = (
     r"(?:stages|features)\.(\d)\.(?:blocks\.)?(\d+)\.(?:gamma|layer_scale)"
 )
-REGISTERS = ("reg_token", "register_tokens")
 UNUSED = ("mask_token",)  # Of DINOv2's training.
 # Features of an attention head, which no shape tells: of all but ViT-H and -g.
 # `load` takes the model's.
@@ -164,13 +167,6 @@ def by_our_names(arrays, path, preprocessing=None):
     found = [table for name, table in FAMILIES.items() if name in arrays]
     if len(found) != 1:
         raise CheckpointError(_unknown(arrays, path))
-    registers = [name for name in REGISTERS if name in arrays]
-    if registers:
-        raise CheckpointError(
-            "A `ViTMoE` has no register tokens. Received: "
-            f"{path}, with {registers[0]} {arrays[registers[0]].shape}. Take "
-            "the weights of a model without registers."
-        )
     (table,) = found
     starts, ours = _starts(arrays), {}
     for name, x in arrays.items():
@@ -220,8 +216,8 @@ def _renamed(name, x, table, starts):
         if out[2] == "bias":
             return {f"{start}/bias": x}
         return {f"{start}/kernel": x.T.reshape(-1, _head_dim(x), len(x))}
-    if table is VIT and name in ("cls_token", "pos_embed"):
-        return {{"cls_token": "cls", "pos_embed": POSITIONS}[name]: x}
+    if table is VIT and name in TOKENS:
+        return {TOKENS[name]: x}
     for pattern, ours in SCALES.items():
         match = re.fullmatch(pattern, name)
         if match:

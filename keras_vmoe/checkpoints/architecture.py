@@ -86,6 +86,7 @@ def _config(shapes, image_size):
         "mlp_dim": mlp_dim,
         "num_classes": shapes.get("head/bias", (None,))[0],
         "pooling": pooling,
+        "num_registers": shapes.get("registers", (1, None))[1],
         "representation_size": shapes.get("pre_logits/bias", (None,))[0],
         "position_embedding": "learned" if POSITIONS in shapes else "sincos2d",
         "moe": moe,

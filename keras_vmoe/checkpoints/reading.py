@@ -57,8 +57,8 @@ def read(path, progress=None):
         path: Prefix of a sharded checkpoint of V-MoE (`PREFIX.index`), folder
             of an Orbax checkpoint of the same program (one step, or the
             training state in it), `.npz` file of a ViT (augreg), or safetensors
-            file of timm's `vit_*`, `deit3_*` and DINOv2 (without registers), or
-            of a ConvNeXt of timm, torchvision or its authors.
+            file of timm's `vit_*`, `deit3_*` and DINOv2, of Transformers'
+            DINOv2, or of a ConvNeXt of timm, torchvision or its authors.
         progress: Optional function of `(bytes so far, bytes in all)`, called
             while a sharded checkpoint is read.
 

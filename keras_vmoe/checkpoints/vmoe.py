@@ -97,6 +97,8 @@ def vmoe_weights(model):
     weights |= scale_bias("Encoder/encoder_norm", model.get_layer("norm"))
     if model.pooling == "token":
         weights["cls"] = model.get_layer("class_token").token
+    if model.num_registers:
+        weights["registers"] = model.get_layer("registers").registers
     if model.pooling == "map":
         weights |= _map_head(model.get_layer("pooling"))
     if model.position_embedding == "learned":

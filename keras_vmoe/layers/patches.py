@@ -164,3 +164,54 @@ class ClassToken(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         batch, num_tokens, features = input_shape
         return (batch, num_tokens + 1, features)
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class RegisterTokens(keras.layers.Layer):
+    """Inserts learned tokens behind the class token, for a model to work with.
+
+    They are not part of any result.
+
+    Args:
+        num_registers: Number of them.
+
+    Call arguments:
+        tokens: `(B, N, D)` float tensor, the first of which are class tokens.
+
+    Returns:
+        `(B, N + num_registers, D)` tensor.
+
+    Example:
+
+    >>> RegisterTokens(num_registers=4)(keras.ops.ones((2, 5, 8))).shape
+    (2, 9, 8)
+
+    Reference:
+        [Darcet et al., 2024](https://arxiv.org/abs/2309.16588), section 2.2.
+    """
+
+    def __init__(self, num_registers, **kwargs):
+        super().__init__(**kwargs)
+        check_sizes(num_registers=num_registers)
+        self.num_registers = int(num_registers)
+
+    def build(self, input_shape):
+        self.registers = self.add_weight(
+            name="registers",
+            shape=(1, self.num_registers, input_shape[-1]),
+            initializer=keras.initializers.RandomNormal(stddev=0.02),
+        )
+
+    def call(self, tokens):
+        shape = (ops.shape(tokens)[0], *self.registers.shape[1:])
+        registers = ops.cast(self.registers, tokens.dtype)
+        registers = ops.broadcast_to(registers, shape)
+        parts = [tokens[:, :1], registers, tokens[:, 1:]]
+        return ops.concatenate(parts, axis=1)
+
+    def compute_output_shape(self, input_shape):
+        batch, num_tokens, features = input_shape
+        return (batch, num_tokens + self.num_registers, features)
+
+    def get_config(self):
+        return {**super().get_config(), "num_registers": self.num_registers}

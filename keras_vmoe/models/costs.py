@@ -175,6 +175,7 @@ def _(layer, inputs, outputs):
 
 
 @work.register(patches.ClassToken)
+@work.register(patches.RegisterTokens)
 @work.register(positions.LearnedPositions)
 def _(layer, inputs, outputs):
     return Work()  # Sums only.

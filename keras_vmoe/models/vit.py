@@ -26,9 +26,9 @@ class ViTMoE(base.MoEModel):
     """Vision transformer whose MLPs may be mixtures of experts.
 
     A functional model. Its layers are named `embedding`, `class_token`,
-    `positions`, `block_<i>_attention`, `block_<i>_mlp` or `block_<i>_moe`,
-    `norm`, `pooling`, `pre_logits`, `head`. What leaves a block, residual
-    branches included, is the output of `block_<i>_mlp_add`.
+    `positions`, `registers`, `block_<i>_attention`, `block_<i>_mlp` or
+    `block_<i>_moe`, `norm`, `pooling`, `pre_logits`, `head`. What leaves a
+    block, residual branches included, is the output of `block_<i>_mlp_add`.
 
     Defaults are V-MoE's: pre-norm blocks, LayerNorm epsilon 1e-6, gelu in its
     tanh approximation, learned positions added after the class token is
@@ -54,6 +54,8 @@ class ViTMoE(base.MoEModel):
             `num_selected_experts`, `capacity_factor`, `images_per_group`.
         dropout: Dropout rate after the position embeddings and attention, and
             inside the MLPs and experts, in `[0, 1)`.
+        num_registers: Learned tokens behind the class token, which is pooled;
+            None leaves them out.
         drop_path_rate: Stochastic depth: probability of dropping a residual
             branch of an image in the last block. It rises linearly from 0 in
             the first block.
@@ -112,6 +114,7 @@ class ViTMoE(base.MoEModel):
         position_embedding="learned",
         moe=None,
         dropout=0.0,
+        num_registers=None,
         **options: Unpack[base.Options],
     ):
         settings = base.complete(
@@ -129,6 +132,7 @@ class ViTMoE(base.MoEModel):
                 "position_embedding": position_embedding,
                 "moe": moe,
                 "dropout": dropout,
+                "num_registers": num_registers,
             },
             options,
             activation="gelu_tanh",
@@ -159,11 +163,18 @@ def _check(settings):
     names = ("patch_size", "hidden_dim", "num_layers", "num_heads", "mlp_dim")
     check_sizes(**{name: getattr(settings, name) for name in names})
     check_sizes(representation_size=settings.representation_size or 1)
+    check_sizes(num_registers=settings.num_registers or 1)
+    if settings.num_registers and settings.pooling != "token":
+        raise ValueError(
+            "Registers need a class token, which is pooled in their place. "
+            f"Received: num_registers={settings.num_registers} with pooling="
+            f"{settings.pooling!r}. Set pooling='token'."
+        )
     check_rates(dropout=settings.dropout)
 
 
 def _positions(x, settings, grid):
-    """The class token, if one is pooled, and the positions."""
+    """The class token, if one is pooled, the positions, and registers."""
     policy = settings.dtype
     if settings.pooling == "token":
         x = patches.ClassToken(dtype=policy, name="class_token")(x)
@@ -173,6 +184,9 @@ def _positions(x, settings, grid):
     x = kind(grid, dtype=policy, name="positions")(x)
     if settings.dropout:
         x = SeededDropout(settings.dropout, dtype=policy, name="dropout")(x)
+    if settings.num_registers:
+        count = settings.num_registers
+        x = patches.RegisterTokens(count, dtype=policy, name="registers")(x)
     return x
 
 

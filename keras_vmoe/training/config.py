@@ -31,10 +31,10 @@ class DataConfig:
         validation_share: Take this share of train_split instead.
         test_split: Evaluated once, at the end.
         num_classes: If the dataset does not define it.
-        channels: Of the images; default: init's, or 3.
-        mean: Subtracted from pixels; default: init's, or 127.5.
-        std: Divides the difference; default: init's, or 127.5.
-        interpolation: Of resized images; default: init's, or bilinear.
+        channels: Of images; default: init's, or 3.
+        mean: Of pixels; default: init's, or 127.5.
+        std: Of pixels; default: init's, or 127.5.
+        interpolation: Of resizing; default: init's.
         batch_size: Images per training step.
         augmentation: See --augmentation.help.
         test_crop: Share of the side kept by a center crop.
@@ -104,6 +104,7 @@ class ModelConfig:
         pooling: Class token, mean, or attention.
         position_embedding: Learned or fixed positions.
         representation_size: Features of a tanh layer before the head.
+        num_registers: Tokens behind the class token; default: none.
         dropout: Dropout rate.
         layer_scale_init_value: Initial layer scale; default: none.
         activation: Of MLPs and experts.
@@ -129,6 +130,7 @@ class ModelConfig:
     pooling: Literal["token", "gap", "map"] | None = None
     position_embedding: Literal["learned", "sincos2d"] | None = None
     representation_size: int | None = None
+    num_registers: int | None = None
     dropout: float | None = None
     layer_scale_init_value: float | None = None
     activation: str | None = None

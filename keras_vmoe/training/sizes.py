@@ -16,6 +16,7 @@ VIT_SIZES = {
     "pooling": "gap",
     "position_embedding": "learned",
     "representation_size": None,
+    "num_registers": None,
     "dropout": 0.0,
     "layer_scale_init_value": None,
     "activation": "gelu_tanh",

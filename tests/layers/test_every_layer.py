@@ -91,6 +91,7 @@ CASES = [
          {"num_heads": 2, "hidden_dim": 12, "activation": "relu"},
          TOKENS, (3, 8)),
     Case(patches.ClassToken, {}, TOKENS, (3, 7, 8)),
+    Case(patches.RegisterTokens, {"num_registers": 2}, TOKENS, (3, 8, 8)),
     Case(stochastic.SeededDropout,
          {"rate": 0.2, "seed": 3, "noise_shape": (3, 1, 8)}, TOKENS),
     Case(stochastic.DropPath, {"rate": 0.2, "seed": 3}, TOKENS),

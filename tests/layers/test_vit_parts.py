@@ -93,6 +93,17 @@ def test_class_token():
     assert_same(out[:, 1:], tokens)
 
 
+def test_registers_stand_behind_the_class_token():
+    layer = patches.RegisterTokens(2)
+    tokens = random(2, 3, 4)
+    out = run(layer, tokens)
+    registers = np.tile(float64(layer.registers), (2, 1, 1))
+    assert_same(out[:, 1:3], registers)
+    assert_same(np.delete(out, [1, 2], axis=1), tokens)
+    with pytest.raises(ValueError, match="num_registers=0"):
+        patches.RegisterTokens(0)
+
+
 def test_learned_positions():
     layer = positions.LearnedPositions()
     layer.build((None, 50, 64))

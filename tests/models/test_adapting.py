@@ -27,9 +27,11 @@ def arrays_of(model):
     return {w.path: ops.convert_to_numpy(w) for w in model.weights}
 
 
-@pytest.mark.parametrize("pooling", ["token", "gap"])
-def test_maps_of_a_vit_are_its_tokens(pooling):
-    model = randomize(tiny(pooling=pooling, image_size=(8, 12)))
+@pytest.mark.parametrize("before", [3, 0])
+def test_maps_of_a_vit_are_its_tokens(before):
+    """Without a class token and registers."""
+    more = {"pooling": "token", "num_registers": 2} if before else {}
+    model = randomize(tiny(**{"pooling": "gap", "image_size": (8, 12), **more}))
     images = np.random.default_rng(0).normal(size=(2, 8, 12, 3))
     images = images.astype("float32")
     found = models.features(model).predict(images, verbose=0)
@@ -39,7 +41,7 @@ def test_maps_of_a_vit_are_its_tokens(pooling):
     )
     end = model.get_layer("block_2_mlp_add").output
     tokens = keras.Model(model.input, end).predict(images, verbose=0)
-    tokens = tokens[:, int(pooling == "token") :]
+    tokens = tokens[:, before:]
     np.testing.assert_array_equal(
         found["block_2"].reshape(tokens.shape), tokens
     )
@@ -123,7 +125,8 @@ def test_another_head(make, num_classes):
 
 @once
 def test_another_image_size():
-    model = randomize(tiny(image_size=(8, 16), pooling="token"))
+    model = tiny(image_size=(8, 16), pooling="token", num_registers=2)
+    randomize(model)
     found = models.with_image_size(model, (12, 8))
     expected, before = arrays_of(model), arrays_of(found)
     table = checkpoints.resize_positions(
