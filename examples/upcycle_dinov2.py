@@ -33,6 +33,7 @@ from keras_vmoe import data
 from keras_vmoe import models
 
 SIZE = 224  # Of the ONNX file's images.
+TOLERANCE = 2e-5
 MOE = {"layers": "last_2", "num_experts": 4}
 
 
@@ -64,8 +65,10 @@ def main():
     for name, model in (("dense", dense), ("upcycled", sparse)):
         tokens = keras.Model(model.input, model.get_layer("norm").output)
         difference = abs(tokens.predict(images, verbose=0) - expected).max()
-        scale = abs(expected).max()
-        print(f"{name}: largest difference to ONNX {difference / scale:.1e}")
+        difference /= abs(expected).max()
+        print(f"{name}: largest difference to ONNX {difference:.1e}")
+        if difference > TOLERANCE:
+            raise SystemExit(f"At most {TOLERANCE:.0e} was expected.")
     if args.data_dir is None:
         return
     for seed in range(args.seeds):

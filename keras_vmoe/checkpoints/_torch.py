@@ -105,6 +105,9 @@ UNUSED = ("mask_token",)  # Of DINOv2's training.
 HEAD_DIM, OTHER_HEAD_DIMS = 64, {1280: 80, 1408: 88}
 
 
+BESIDE = {"interpolation": "interpolation", "crop_pct": "test_crop"}
+
+
 class TorchArrays(dict):
     """Arrays by our names, and what their model is beside them.
 
@@ -168,12 +171,19 @@ def by_our_names(arrays, path, preprocessing=None):
     if len(found) != 1:
         raise CheckpointError(_unknown(arrays, path))
     (table,) = found
-    starts, ours = _starts(arrays), {}
-    for name, x in arrays.items():
-        if name not in UNUSED:
-            ours |= _renamed(name, x, table, starts)
-    if table is VIT:
-        ours = _with_class_position(ours)
+    starts, ours, name = _starts(arrays), {}, "pos_embed"
+    try:
+        for name, x in arrays.items():
+            if name not in UNUSED:
+                ours |= _renamed(name, x, table, starts)
+        if table is VIT:
+            ours = _with_class_position(ours)
+    except (ValueError, IndexError) as error:  # Of another rank, or not in 3.
+        raise CheckpointError(
+            "The arrays must have the shapes of such a model. "
+            f"Received: {path}, with {name} {arrays[name].shape}. Take the "
+            "weights as they were published."
+        ) from error
     imagenet = vars(Preprocessing.imagenet())
     known = {k: imagenet[k] for k in ("mean", "std")}
     scale = any("_scale" in name for name in ours)
@@ -302,17 +312,13 @@ def _beside(path):
     file = path.with_name("config.json")
     try:
         config = json.loads(file.read_text())["pretrained_cfg"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = {x: [255.0 * y for y in config[x]] for x in ("mean", "std")}
+        for theirs, ours in BESIDE.items():
+            if config.get(theirs) is not None:
+                found[ours] = config[theirs]
+        Preprocessing.of(found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-    found = {
-        name: [255 * x for x in config[name]]
-        for name in ("mean", "std")
-        if name in config
-    }
-    if config.get("interpolation") in ("bilinear", "bicubic"):
-        found["interpolation"] = config["interpolation"]
-    if config.get("crop_pct"):
-        found["test_crop"] = config["crop_pct"]
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -199,6 +200,37 @@ def test_what_lies_beside_a_file_says_how_images_are_normalized(tmp_path):
     config = training.architecture.resolved(start)
     assert config.data.mean == found.mean and config.data.test_crop == 0.9
     assert config.model.activation == "gelu"
+
+
+@once
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"pretrained_cfg": 3}',
+     '{"pretrained_cfg": {"mean": "abc", "std": [1, 1, 1]}}',
+     '{"pretrained_cfg": {"mean": [0, 0], "std": [0, 1]}}'],
+)  # fmt: skip
+def test_what_lies_beside_a_file_may_be_anything(tmp_path, text):
+    _, file = written("dinov2", tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    found = checkpoints.read(file).preprocessing
+    assert data.Preprocessing.of(found) == IMAGENET
+
+
+@once
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("blocks.0.attn.qkv.weight", (10, 128)),
+        ("blocks.0.attn.qkv.bias", ()),
+        ("blocks.1.attn.proj.weight", (3,)),
+        ("pos_embed", (5,)),
+    ],
+)
+def test_arrays_of_another_rank(tmp_path, name, shape):
+    _, file = written("dinov2", tmp_path, **{name: torch.zeros(shape)})
+    words = re.escape(f"with {name} {shape}")
+    with pytest.raises(checkpoints.CheckpointError, match=words):
+        checkpoints.read(file)
 
 
 @once
