@@ -287,7 +287,7 @@ def test_other_channels_than_rgb(channels, tmp_path):
             table = {"mine": {"input": "encoded"}}
             export.saved_model(model, tmp_path, 2, signatures=table)
     three = data.Preprocessing(mean=(1, 2, 3))
-    with pytest.raises(ValueError, match=f"images of {channels} channels"):
+    with pytest.raises(ValueError, match=f"images of {channels} channel"):
         export.saved_model(model, tmp_path, 2, preprocessing=three)
 
 
