@@ -161,7 +161,9 @@ class MoEModel(keras.Model):
 
     def _check_preprocessing(self, dataset):
         """Raises for a dataset of `data.load` made for other models."""
-        theirs = getattr(dataset, "preprocessing", self.preprocessing)
+        theirs = getattr(dataset, "preprocessing", None)
+        if not isinstance(theirs, Preprocessing):  # Others may have one, too.
+            return
         found = {
             name: (getattr(theirs, name), getattr(self.preprocessing, name))
             for name in ("mean", "std", "exif_orientation")

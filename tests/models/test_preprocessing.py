@@ -64,6 +64,9 @@ def test_datasets_of_other_models_are_refused():
         with pytest.raises(ValueError, match=words):
             see()
     model.fit(right, validation_data=right, shuffle=False, verbose=0)
+    other = data.load(**reads).map(lambda x, y: (x, y))
+    other.preprocessing = "of the user's own"
+    model.evaluate(other, verbose=0)
     # The crop of evaluation is the user's choice.
     cropped = data.load(
         **reads, preprocessing=model.preprocessing, test_crop=0.5
@@ -75,6 +78,7 @@ def test_a_model_that_takes_pixels_does_not_warn_of_them():
     model = tiny(moe=None, preprocessing=data.Preprocessing(0, 1))
     model.predict(np.full((2, 8, 8, 3), 255, "uint8"), verbose=0)
     model.predict(np.full((2, 8, 8, 3), 255.0), verbose=0)
+    assert model._warns_of_pixels  # A warning is an error in these tests.
 
 
 def test_loaders_set_it(tmp_path):
