@@ -10,9 +10,9 @@ import re
 import numpy as np
 
 from keras_vmoe._extras import require
+from keras_vmoe._preprocessing import Preprocessing
 from keras_vmoe.checkpoints.assignment import POSITIONS
 from keras_vmoe.checkpoints.files import CheckpointError
-from keras_vmoe.data.preprocessing import Preprocessing
 
 BLOCK = "Encoder/encoderblock_{}"
 # Layers with a weight and a bias: their name, ours, and which axes the weight

@@ -8,14 +8,14 @@ import numpy as np
 from keras import ops
 
 from keras_vmoe._keras import all_layers
+from keras_vmoe._preprocessing import IMAGENET_MEAN
+from keras_vmoe._preprocessing import IMAGENET_STD
 from keras_vmoe.checkpoints.assignment import assign
 from keras_vmoe.checkpoints.assignment import check_model
 from keras_vmoe.checkpoints.assignment import fit_head
 from keras_vmoe.checkpoints.assignment import kernel_bias
 from keras_vmoe.checkpoints.assignment import scale_bias
 from keras_vmoe.checkpoints.assignment import with_head
-from keras_vmoe.data.preprocessing import IMAGENET_MEAN
-from keras_vmoe.data.preprocessing import IMAGENET_STD
 from keras_vmoe.models.convnext import ConvNeXtMoE
 
 MEND = (

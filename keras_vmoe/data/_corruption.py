@@ -13,10 +13,10 @@ import struct
 
 import numpy as np
 
+from keras_vmoe._preprocessing import Preprocessing
 from keras_vmoe._warnings import warn
 from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.pipeline import Pipeline
-from keras_vmoe.data.preprocessing import Preprocessing
 from keras_vmoe.data.schema import count_examples
 from keras_vmoe.data.schema import read_schema
 from keras_vmoe.data.sources import broken_files

@@ -8,8 +8,8 @@ import os
 import numpy as np
 
 from keras_vmoe._checks import is_integer
+from keras_vmoe._preprocessing import Preprocessing
 from keras_vmoe.data.orientation import upright
-from keras_vmoe.data.preprocessing import Preprocessing
 from keras_vmoe.data.tensorflow_runtime import checked
 from keras_vmoe.data.tensorflow_runtime import tf
 

@@ -10,6 +10,7 @@ import operator
 import numpy as np
 
 from keras_vmoe._checks import check_sizes
+from keras_vmoe._preprocessing import Preprocessing
 from keras_vmoe._warnings import warn
 from keras_vmoe.data import batch_changes
 from keras_vmoe.data._corruption import check_files
@@ -19,7 +20,6 @@ from keras_vmoe.data.folders import ImageFolder
 from keras_vmoe.data.images import check_image_size
 from keras_vmoe.data.pipeline import Pipeline
 from keras_vmoe.data.pipeline import seed_of_epoch
-from keras_vmoe.data.preprocessing import Preprocessing
 from keras_vmoe.data.schema import count_examples
 from keras_vmoe.data.schema import read_schema
 from keras_vmoe.data.schema import resolve_num_classes

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_vmoe._preprocessing import Preprocessing
 from keras_vmoe._warnings import warn
 from keras_vmoe.data.augmentation import Augmentation
 from keras_vmoe.data.augmentation import make_change
@@ -24,7 +25,6 @@ from keras_vmoe.data.images import named_if_none
 from keras_vmoe.data.images import random_crop
 from keras_vmoe.data.images import to_channels
 from keras_vmoe.data.orientation import upright
-from keras_vmoe.data.preprocessing import Preprocessing
 from keras_vmoe.data.schema import Schema
 from keras_vmoe.data.tensorflow_runtime import checked
 from keras_vmoe.data.tensorflow_runtime import tf

@@ -21,7 +21,7 @@ from keras_vmoe._checks import check_flags
 from keras_vmoe._checks import check_keys
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
-from keras_vmoe.data.preprocessing import Preprocessing
+from keras_vmoe._preprocessing import Preprocessing
 from keras_vmoe.data.untrusted import MAX_PIXELS
 
 # Names of the input in requests, by `Signature.input`.

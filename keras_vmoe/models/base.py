@@ -17,8 +17,8 @@ from keras_vmoe._checks import is_number
 from keras_vmoe._checks import nearest
 from keras_vmoe._checks import plain
 from keras_vmoe._keras import all_layers
+from keras_vmoe._preprocessing import Preprocessing
 from keras_vmoe._warnings import warn
-from keras_vmoe.data.preprocessing import Preprocessing
 from keras_vmoe.layers.parts import hand_down
 from keras_vmoe.layers.parts import set_state_of_parts
 from keras_vmoe.layers.parts import state_of_parts

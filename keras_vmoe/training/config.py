@@ -4,12 +4,11 @@ import dataclasses
 from typing import Literal
 
 from keras_vmoe import _checks
-from keras_vmoe.data import Augmentation
-from keras_vmoe.data import Preprocessing
 from keras_vmoe.models import MoEConfig
 from keras_vmoe.models.presets import find_preset
 from keras_vmoe.routing._groups import check_capacity_factor
 from keras_vmoe.training import typed
+from keras_vmoe.training.reading import DataConfig
 from keras_vmoe.training.sizes import VIT_SIZES
 from keras_vmoe.training.sizes import MoESettings
 from keras_vmoe.training.sizes import given
@@ -17,65 +16,6 @@ from keras_vmoe.training.sizes import given
 DEFAULT_IMAGE_SIZE = 32
 DEFAULT_WARMUP = 1 / 12  # Share of all steps.
 WARMUPS = ("warmup", "warmup_epochs", "warmup_steps")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Images and batches.
-
-    Attributes:
-        dataset: TFDS name, digits or image_folder.
-        data_dir: Folder of the dataset or images.
-        train_split: TFDS split, such as train[:90%].
-        validation_split: Evaluated after each epoch.
-        validation_share: Take this share of train_split instead.
-        test_split: Evaluated once, at the end.
-        num_classes: If the dataset does not define it.
-        channels: Of images; default: init's, or 3.
-        mean: Of pixels; default: init's, or 127.5.
-        std: Of pixels; default: init's, or 127.5.
-        interpolation: Of resizing; default: init's.
-        batch_size: Images per training step.
-        augmentation: See --augmentation.help.
-        test_crop: Share of the side kept by a center crop.
-        class_weights: Sampling weight of each class.
-        skip_corrupt: Skip corrupt images, with a warning.
-        exif_orientation: Turn photographs upright.
-    """
-
-    dataset: str = "digits"
-    data_dir: str | None = None
-    train_split: str = "train"
-    validation_split: str = "validation"
-    validation_share: float | None = None
-    test_split: str = "test"
-    num_classes: int | None = None
-    channels: int | None = None
-    mean: float | tuple[float, ...] | None = None
-    std: float | tuple[float, ...] | None = None
-    interpolation: Literal["bilinear", "bicubic"] | None = None
-    batch_size: int = 64
-    augmentation: Augmentation | None = Augmentation(crop_padding=3)
-    test_crop: float | None = None
-    class_weights: tuple[float, ...] | None = None
-    skip_corrupt: bool = False
-    exif_orientation: bool = True
-
-    def __post_init__(self):
-        typed.check_types(self, "data.")
-        typed.check_positive(self, "test_crop", "validation_share")
-        good = (self.test_crop or 1) <= 1
-        typed.check_value(good, self, "test_crop", "at most 1")
-        good = (self.validation_share or 0) < 1
-        typed.check_value(good, self, "validation_share", "below 1")
-        Preprocessing.of(None, **self.preprocessing)  # Raises for what is none.
-
-    @property
-    def preprocessing(self):
-        """The attributes of the model's `Preprocessing` as far as set."""
-        names = (field.name for field in dataclasses.fields(Preprocessing))
-        found = {name: getattr(self, name) for name in names}
-        return {name: x for name, x in found.items() if x is not None}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How a model wants its images: a value that belongs to it."""
+"""How a model wants its images: a value, which `keras_vmoe.data` exports."""
 
 import dataclasses
 
