@@ -1,8 +1,10 @@
 """Weights of timm and torchvision, compared with their own models."""
 
+import dataclasses
 import json
 import os
 import re
+import types
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from keras_vmoe import data  # noqa: E402
 from keras_vmoe import models  # noqa: E402
 from keras_vmoe import training  # noqa: E402
 from keras_vmoe.models.costs import without_weights  # noqa: E402
+from keras_vmoe.training import initialization  # noqa: E402
 
 once = pytest.mark.backends("torch")
 SMALL = {"depth": 2, "embed_dim": 128, "num_heads": 2, "img_size": 56}
@@ -200,6 +203,14 @@ def test_what_lies_beside_a_file_says_how_images_are_normalized(tmp_path):
     config = training.architecture.resolved(start)
     assert config.data.mean == found.mean and config.data.test_crop == 0.9
     assert config.model.activation == "gelu"
+    # But for what the user sets.
+    start = dataclasses.replace(start, data=training.config.DataConfig(mean=9))
+    with pytest.warns(UserWarning, match="newly init"):
+        model = initialization.starting_model(
+            start,
+            types.SimpleNamespace(num_classes=3, class_names=()),
+        )
+    assert model.preprocessing.mean == 9 and model.preprocessing.std != 127.5
 
 
 @once
