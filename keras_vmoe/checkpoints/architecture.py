@@ -73,7 +73,7 @@ def _config(shapes, image_size):
     patch_size, hidden_dim = kernel[0], kernel[3]
     blocks = {m[1] for m in (re.match(BLOCK, name) for name in shapes) if m}
     num_layers = len(blocks)
-    attention = "Encoder/encoderblock_0/SelfAttention/query/kernel"
+    attention = "Encoder/encoderblock_0/SelfAttention"
     moe, mlp_dim = _moe(shapes, num_layers)
     pooling = "map" if "MapHead/probe" in shapes else "gap"
     pooling = "token" if "cls" in shapes else pooling
@@ -82,11 +82,12 @@ def _config(shapes, image_size):
         "patch_size": patch_size,
         "hidden_dim": hidden_dim,
         "num_layers": num_layers,
-        "num_heads": shapes[attention][1],
+        "num_heads": shapes[f"{attention}/query/kernel"][1],
         "mlp_dim": mlp_dim,
         "num_classes": shapes.get("head/bias", (None,))[0],
         "pooling": pooling,
         "num_registers": shapes.get("registers", (1, None))[1],
+        "qk_norm": f"{attention}/query_ln/scale" in shapes,
         "representation_size": shapes.get("pre_logits/bias", (None,))[0],
         "position_embedding": "learned" if POSITIONS in shapes else "sincos2d",
         "moe": moe,

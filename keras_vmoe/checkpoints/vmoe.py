@@ -162,10 +162,13 @@ def _map_head(layer):
 
 
 def _attention(name, layer):
-    # By position: Keras gives the four projections no public name.
-    names = [
-        f"{name}/{part}/{kind}"
-        for part in ("query", "key", "value", "out")
-        for kind in ("kernel", "bias")
-    ]
-    return dict(zip(names, layer.weights, strict=True))
+    weights = (
+        kernel_bias(f"{name}/query", layer.query_dense)
+        | kernel_bias(f"{name}/key", layer.key_dense)
+        | kernel_bias(f"{name}/value", layer.value_dense)
+        | kernel_bias(f"{name}/out", layer.output_dense)
+    )
+    if layer.qk_norm:
+        weights[f"{name}/query_ln/scale"] = layer.query_norm.gamma
+        weights[f"{name}/key_ln/scale"] = layer.key_norm.gamma
+    return weights

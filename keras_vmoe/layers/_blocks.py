@@ -14,7 +14,9 @@ from keras_vmoe.layers.stochastic import LayerScale
 from keras_vmoe.layers.stochastic import SeededDropout
 
 
-def encoder_block(x, mlp, num_heads, name, dropout=0.0, **branches):
+def encoder_block(
+    x, mlp, num_heads, name, dropout=0.0, qk_norm=False, **branches
+):
     """A pre-norm transformer block around any MLP.
 
     Args:
@@ -24,6 +26,7 @@ def encoder_block(x, mlp, num_heads, name, dropout=0.0, **branches):
         num_heads: Heads of the attention; must divide D.
         name: Prefix of the layers' names.
         dropout: Dropout rate after the attention.
+        qk_norm: Whether to normalize queries and keys; see `SelfAttention`.
         **branches: `drop_path_rate` and `layer_scale_init_value` of both
             residual branches; see `residual`.
 
@@ -45,7 +48,7 @@ def encoder_block(x, mlp, num_heads, name, dropout=0.0, **branches):
     """
     dtype, attention = mlp.dtype_policy.name, f"{name}_attention"
     y = LayerNormalization(dtype=dtype, name=f"{attention}_norm")(x)
-    y = SelfAttention(num_heads, dtype=dtype, name=attention)(y)
+    y = SelfAttention(num_heads, qk_norm, dtype=dtype, name=attention)(y)
     if dropout:
         y = SeededDropout(dropout, dtype=dtype, name=f"{attention}_dropout")(y)
     x = residual(x, y, attention, dtype, **branches)

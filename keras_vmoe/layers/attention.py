@@ -5,6 +5,7 @@ import math
 import keras
 
 from keras_vmoe._checks import plain
+from keras_vmoe.layers.normalization import LayerNormalization
 from keras_vmoe.layers.parts import KeepsParts
 
 
@@ -20,6 +21,8 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
     Args:
         num_heads: Heads; must divide `features`.
         features: D.
+        qk_norm: Whether to normalize each head's queries and keys (LayerNorm
+            without bias) before their product.
 
     Call arguments:
         query: `(B, N, D)` float tensor.
@@ -39,10 +42,11 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
 
     Reference:
         [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929),
-        appendix A.
+        appendix A; [Dehghani et al., 2023](https://arxiv.org/abs/2302.05442),
+        section 2, for the norms.
     """
 
-    def __init__(self, num_heads, features, **kwargs):
+    def __init__(self, num_heads, features, qk_norm=False, **kwargs):
         if num_heads < 1 or features % num_heads:
             divisors = [n for n in range(1, 33) if features % n == 0]
             raise ValueError(
@@ -58,6 +62,27 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
             **kwargs,
         )
         self.features = features
+        self.qk_norm = bool(qk_norm)
+
+    def build(self, query_shape, value_shape, key_shape=None):
+        super().build(query_shape, value_shape, key_shape)
+        if self.qk_norm:
+            self.query_norm = self._head_norm("query_norm")
+            self.key_norm = self._head_norm("key_norm")
+
+    def _head_norm(self, name):
+        norm = LayerNormalization(
+            center=False, dtype=self.dtype_policy, name=name
+        )
+        norm.build((None, None, self.num_heads, self.key_dim))
+        return norm
+
+    def _compute_attention(self, query, key, *args, **kwargs):
+        # The hook that Keras documents for attention of one's own; there is no
+        # public one between the projections and their product.
+        if self.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return super()._compute_attention(query, key, *args, **kwargs)
 
     def call(self, query, value, key=None, **kwargs):
         # JAX's fused attention has no float16 on CPU; asking for the scores
@@ -76,6 +101,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
             **config,
             "num_heads": self.num_heads,
             "features": self.features,
+            "qk_norm": self.qk_norm,
         }
 
 
@@ -85,6 +111,9 @@ class SelfAttention(KeepsParts, keras.layers.Layer):
 
     Args:
         num_heads: Heads; must divide D.
+        qk_norm: Whether to normalize each head's queries and keys (LayerNorm
+            without bias) before their product, against attention that
+            collapses in large models.
 
     Call arguments:
         tokens: `(B, N, D)` float tensor.
@@ -102,17 +131,20 @@ class SelfAttention(KeepsParts, keras.layers.Layer):
 
     Reference:
         [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929),
-        appendix A.
+        appendix A; [Dehghani et al., 2023](https://arxiv.org/abs/2302.05442),
+        section 2, for the norms.
     """
 
-    def __init__(self, num_heads, **kwargs):
+    def __init__(self, num_heads, qk_norm=False, **kwargs):
         super().__init__(**kwargs)
         self.num_heads = plain(num_heads)
+        self.qk_norm = bool(qk_norm)
 
     def build(self, input_shape):
         self.attention = MultiHeadAttention(
             self.num_heads,
             input_shape[-1],
+            self.qk_norm,
             dtype=self.dtype_policy,
             name="attention",
         )
@@ -126,4 +158,8 @@ class SelfAttention(KeepsParts, keras.layers.Layer):
         return input_shape
 
     def get_config(self):
-        return {**super().get_config(), "num_heads": self.num_heads}
+        return {
+            **super().get_config(),
+            "num_heads": self.num_heads,
+            "qk_norm": self.qk_norm,
+        }

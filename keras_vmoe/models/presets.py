@@ -226,7 +226,7 @@ def _largest():
         yield Preset(
             f"{name}_e{experts}",
             ViTMoE,
-            _vit(sizes, pooling="gap"),
+            _vit(sizes, pooling="gap", qk_norm=True),
             SOFT_MOE,
             params,
             paper_classes=JFT_4B,
@@ -236,7 +236,6 @@ def _largest():
                 "router": "soft",
                 "num_slots": 1,
             },
-            note="its training normalised queries and keys, which is not built",
         )
 
 

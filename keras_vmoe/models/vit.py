@@ -56,6 +56,8 @@ class ViTMoE(base.MoEModel):
             inside the MLPs and experts, in `[0, 1)`.
         num_registers: Learned tokens behind the class token, which is pooled;
             None leaves them out.
+        qk_norm: Whether to normalize queries and keys in the attention, as in
+            ViT-22B and Soft MoE; see `layers.attention.SelfAttention`.
         drop_path_rate: Stochastic depth: probability of dropping a residual
             branch of an image in the last block. It rises linearly from 0 in
             the first block.
@@ -115,6 +117,7 @@ class ViTMoE(base.MoEModel):
         moe=None,
         dropout=0.0,
         num_registers=None,
+        qk_norm=False,
         **options: Unpack[base.Options],
     ):
         settings = base.complete(
@@ -133,6 +136,7 @@ class ViTMoE(base.MoEModel):
                 "moe": moe,
                 "dropout": dropout,
                 "num_registers": num_registers,
+                "qk_norm": qk_norm,
             },
             options,
             activation="gelu_tanh",
@@ -200,10 +204,15 @@ def _encoder(x, settings):
         NUM_SELECTED_EXPERTS,
         dropout=settings.dropout,
     )
-    heads, dropout = settings.num_heads, settings.dropout
     for i, (mlp, branches) in enumerate(blocks):
         x = _blocks.encoder_block(
-            x, mlp, heads, f"block_{i}", dropout, **branches
+            x,
+            mlp,
+            settings.num_heads,
+            f"block_{i}",
+            settings.dropout,
+            settings.qk_norm,
+            **branches,
         )
     return LayerNormalization(dtype=settings.dtype, name="norm")(x)
 

@@ -45,6 +45,7 @@ class ModelConfig:
         position_embedding: Learned or fixed positions.
         representation_size: Features of a tanh layer before the head.
         num_registers: Tokens behind the class token; default: none.
+        qk_norm: Normalize queries and keys.
         dropout: Dropout rate.
         layer_scale_init_value: Initial layer scale; default: none.
         activation: Of MLPs and experts.
@@ -71,6 +72,7 @@ class ModelConfig:
     position_embedding: Literal["learned", "sincos2d"] | None = None
     representation_size: int | None = None
     num_registers: int | None = None
+    qk_norm: bool | None = None
     dropout: float | None = None
     layer_scale_init_value: float | None = None
     activation: str | None = None

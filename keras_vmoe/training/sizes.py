@@ -17,6 +17,7 @@ VIT_SIZES = {
     "position_embedding": "learned",
     "representation_size": None,
     "num_registers": None,
+    "qk_norm": False,
     "dropout": 0.0,
     "layer_scale_init_value": None,
     "activation": "gelu_tanh",

@@ -213,6 +213,9 @@ def attention_slowly(query, value, weights):
         + weights[f"{part}/bias"][:, None]
         for x, part in ((query, "query"), (value, "key"), (value, "value"))
     )
+    if "query_ln/scale" in weights:
+        q = layer_norm(q, weights["query_ln/scale"], 0)
+        k = layer_norm(k, weights["key_ln/scale"], 0)
     scores = np.einsum("bhne,bhme->bhnm", q, k) / math.sqrt(q.shape[-1])
     mixed = np.einsum("bhnm,bhme->bhne", softmax(scores), v)
     out = np.einsum("bhne,hed->bnd", mixed, weights["out/kernel"])

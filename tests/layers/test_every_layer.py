@@ -102,7 +102,7 @@ CASES = [
           **WEIGHT_FLAGS}, TOKENS),
     Case(patches.PatchEmbedding,
          {"hidden_dim": 8, "patch_size": 2}, (2, 4, 6, 3), (2, 6, 8)),
-    Case(attention.SelfAttention, {"num_heads": 4}, TOKENS),
+    Case(attention.SelfAttention, {"num_heads": 4, "qk_norm": True}, TOKENS),
     Case(positions.SinCos2DPositions, {"grid": (2, 3)}, TOKENS),
     Case(pooling.TokenPooling, {}, TOKENS, (3, 8)),
     moe("as it comes"),

@@ -24,12 +24,13 @@ from tests.layers.definitions import layer_norm
 from tests.layers.definitions import mlp_slowly
 from tests.layers.definitions import patches_slowly
 
-# The position in `weights` is all that Keras's attention has for names.
+# In the order of `weights`.
 ATTENTION = [
     f"{part}/{kind}"
     for part in ("query", "key", "value", "out")
     for kind in ("kernel", "bias")
 ]
+QK_NORM = ["query_ln/scale", "key_ln/scale"]
 
 
 def random(*shape, seed=0):
@@ -157,11 +158,13 @@ def test_sincos2d_that_does_not_fit(shape, words):
         positions.SinCos2DPositions(grid=(2, 3)).build(shape)
 
 
-def test_self_attention():
-    layer = attention.SelfAttention(num_heads=2)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_self_attention(qk_norm):
+    layer = attention.SelfAttention(num_heads=2, qk_norm=qk_norm)
     tokens = random(2, 5, 8)
     out = run(layer, tokens)
-    weights = dict(zip(ATTENTION, map(float64, layer.weights), strict=True))
+    names = ATTENTION + QK_NORM if qk_norm else ATTENTION
+    weights = dict(zip(names, map(float64, layer.weights), strict=True))
     assert_same(out, attention_slowly(tokens, tokens, weights))
 
 

@@ -63,7 +63,7 @@ CASES = [
     case("dense, mean of tokens, wide images", (3, 4, 8, 3), pooling="gap",
          image_size=(4, 8), moe=None),
     case("features without a head", features=32, num_classes=None,
-         num_registers=2),
+         num_registers=2, qk_norm=True),
 ]  # fmt: skip
 each = pytest.mark.parametrize(
     "case", first_everywhere([CASES[1], CASES[0], *CASES[2:]]), ids=str
