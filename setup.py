@@ -65,6 +65,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["keras_vmoe", "keras_vmoe.*"]),
     package_data={
+        "keras_vmoe.evaluation": ["*.csv", "*.json"],
         "keras_vmoe.models": ["*.csv"],
         "keras_vmoe.training.recipes": ["*.yaml"],
     },

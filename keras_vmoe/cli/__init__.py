@@ -14,6 +14,11 @@ import keras
 
 from keras_vmoe import training
 from keras_vmoe._extras import require
+from keras_vmoe.cli.evaluating import compare
+from keras_vmoe.cli.evaluating import fewshot
+from keras_vmoe.cli.evaluating import probe
+from keras_vmoe.cli.evaluating import robustness
+from keras_vmoe.cli.evaluating import sweep
 from keras_vmoe.cli.exporting import export_model
 from keras_vmoe.cli.opening import restart
 from keras_vmoe.cli.papers import convert
@@ -30,6 +35,11 @@ COMMANDS = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "fewshot": fewshot,
+    "probe": probe,
+    "robustness": robustness,
+    "sweep": sweep,
+    "compare": compare,
     "export": export_model,
     "convert": convert,
     "presets": presets,
@@ -90,7 +100,7 @@ def main(arguments=None):
         if stops:
             _ring_in(0)
             status = 128 + stops[0]
-            words = _how_to_resume(settings.get("config"))
+            words = _how_to_resume(**settings)
             print(f"\nkeras-vmoe: stopped{words}", file=sys.stderr)
         elif isinstance(error, USER_ERRORS):
             print(f"keras-vmoe: error: {error}", file=sys.stderr)
@@ -114,10 +124,12 @@ def _ring_in(seconds):
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
-def _how_to_resume(config):
+def _how_to_resume(config=None, seeds=(), **_):
     """What a stopped run has saved, and the command that goes on with it."""
     if config is None:
         return ""
+    if seeds:
+        return ". Repeat the command to go on"
     run_dir = pathlib.Path(config.run_dir)
     done = max(Checkpoints(run_dir / CHECKPOINTS).epochs(), default=0)
     if not done:

@@ -203,8 +203,9 @@ def _argument(parameter, kind):
         options["default"] = parameter.default
     if kind is bool:
         options = {"action": "store_true"}
-    elif kind == list[str]:
-        options |= {"type": str, "nargs": "*" if is_optional else "+"}
+    elif typing.get_origin(kind) is list:
+        (kind,) = typing.get_args(kind)
+        options |= {"type": kind, "nargs": "*" if is_optional else "+"}
         if is_optional:  # A flag that is given twice adds to the first.
             options |= {"action": "extend", "default": []}
     elif is_optional and not is_flag:

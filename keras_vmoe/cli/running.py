@@ -22,6 +22,9 @@ from keras_vmoe.data import schema
 from keras_vmoe.data.images import WANTED
 from keras_vmoe.distribution import _processes
 from keras_vmoe.evaluation import _description
+from keras_vmoe.evaluation import comparison
+from keras_vmoe.evaluation.comparison import SEED
+from keras_vmoe.training import run_folder
 
 # Of `models.set_routing`.
 DIALS = (
@@ -35,6 +38,7 @@ DIALS = (
 def train(
     config: training.TrainConfig,
     *,
+    seeds: list[int] = (),
     job_addresses: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
@@ -46,6 +50,8 @@ def train(
 
     Args:
         config: The run.
+        seeds: Train one run each, in folders seed_<n> of run_dir; those that
+            are finished stay, one that was stopped is resumed.
         job_addresses: host:port of the first process.
         num_processes: Number of processes that train together.
         process_id: Index of this process, from 0.
@@ -62,6 +68,9 @@ def train(
     if dry_run:
         print(training.describe(config))
         return
+    if seeds:
+        _train_seeds(config, seeds)
+        return
     result = training.train(config)
     if not _processes.is_first_process():
         return
@@ -70,6 +79,26 @@ def train(
     load = " and load of every expert" if result.model.moe_layers else ""
     print(f"curves{load}: {result.run_dir / 'curves.png'}")
     print(f"test accuracy: {result.test_accuracy:.4f}")
+
+
+def _train_seeds(config, seeds):
+    """Trains the runs of several seeds that are not finished, and compares."""
+    folder = pathlib.Path(config.run_dir)
+    runs = [
+        dataclasses.replace(config, seed=seed, run_dir=f"{folder / SEED}{seed}")
+        for seed in dict.fromkeys(seeds)
+    ]
+    done = [run_folder.is_finished(run) for run in runs]  # Or it raises.
+    for run, is_finished in zip(runs, done, strict=True):
+        if is_finished:
+            print(f"{run.run_dir}: finished before")
+            continue
+        keras.backend.clear_session()
+        result = training.train(run)
+        print(f"{run.run_dir}: test accuracy {result.test_accuracy:.4f}")
+    if _processes.is_first_process():
+        found = evaluation.compare([[run.run_dir for run in runs]])
+        print(comparison.comparison_table(found))
 
 
 def predict(

@@ -53,6 +53,7 @@ def load(
     channels=None,
     exif_orientation=None,
     preprocessing=None,
+    label=None,
 ):
     """Loads an image-classification dataset as batches for a model.
 
@@ -104,6 +105,9 @@ def load(
             `preprocessing`'s.
         preprocessing: A `Preprocessing`, such as `model.preprocessing`. None
             means the default, to [-1, 1].
+        label: Key of the labels among the features of the dataset, such as
+            CIFAR-100's `"coarse_label"`; None takes its `supervised_keys`, or
+            `"label"`.
 
     Returns:
         A `tf.data.Dataset` of `(images, labels)`: float32
@@ -147,7 +151,7 @@ def load(
     mixes = batch_change is not None and batch_change.mixes
     one_hot = one_hot or augmentation.mixes or mixes
     builder = open_builder(name, data_dir)
-    schema = read_schema(name, builder.info)
+    schema = read_schema(name, builder.info, label)
     num_classes = resolve_num_classes(name, schema, num_classes)
     class_weights = _check_weights(class_weights, num_classes, training)
     least = batch_size if drop_remainder else 1

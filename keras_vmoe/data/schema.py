@@ -43,12 +43,13 @@ class Schema:
     num_classes: int | None  # None where the dataset does not say.
 
 
-def info(name, data_dir=None):
+def info(name, data_dir=None, label=None):
     """Describes a dataset: classes, splits and stored image shape.
 
     Args:
         name: String, see `load`.
         data_dir: Folder that holds the dataset, see `load`.
+        label: Key of the labels, see `load`.
 
     Returns:
         A `DatasetInfo`.
@@ -68,7 +69,7 @@ def info(name, data_dir=None):
     """
     builder = open_builder(name, data_dir)
     tfds_info = builder.info
-    schema = read_schema(name, tfds_info)
+    schema = read_schema(name, tfds_info, label)
     label = tfds_info.features[schema.label]
     return DatasetInfo(
         name=name,
@@ -80,23 +81,25 @@ def info(name, data_dir=None):
     )
 
 
-def read_schema(name, tfds_info):
+def read_schema(name, tfds_info, label=None):
     """Finds the image and the label of a dataset, or raises a ValueError."""
     features = dict(getattr(tfds_info.features, "items", dict)())
-    for image, label in _candidate_keys(tfds_info.supervised_keys):
-        if _is_image(features.get(image)) and _is_label(features.get(label)):
+    for image, key in _candidate_keys(tfds_info.supervised_keys):
+        key = key if label is None else label
+        if _is_image(features.get(image)) and _is_label(features.get(key)):
             return Schema(
                 image=image,
-                label=label,
+                label=key,
                 channels=features[image].shape[-1],
                 is_encoded=isinstance(features[image], tfds.features.Image),
-                num_classes=getattr(features[label], "num_classes", None),
+                num_classes=getattr(features[key], "num_classes", None),
             )
+    words = "" if label is None else f", label={label!r}"
     raise ValueError(
         "A dataset for image classification must have an image (H, W, "
         "channels) and an integer label, as its `supervised_keys` or under "
         'the keys "image" and "label". '
-        f"Received: name={name!r} with features {sorted(features)}. "
+        f"Received: name={name!r} with features {sorted(features)}{words}. "
         "Prepare it with such features."
     )
 
@@ -169,3 +172,25 @@ def count_examples(name, builder, split):
             f"Received: split={split!r} of name={name!r}."
             f"{nearest(split, splits)}"
         ) from error
+
+
+def read_values(name, split, key, data_dir=None):
+    """The values of one feature in the order of evaluation.
+
+    Args:
+        name: String, see `load`.
+        split: String, see `load`.
+        key: Key of a feature that is not the image.
+        data_dir: Folder that holds the dataset, see `load`.
+
+    Returns:
+        List of numpy arrays, one per example.
+    """
+    read = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+    read.enable_ordering_guard = False
+    values = open_builder(name, data_dir).as_dataset(
+        split,
+        read_config=read,
+        decoders=tfds.decode.PartialDecoding({key: True}),
+    )
+    return [x[key] for x in values.as_numpy_iterator()]

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_vmoe import distribution
+from keras_vmoe.evaluation._passes import predictions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Measurement:
             and predicted class (columns).
         routing: Dict from the name of each MoE layer to the `load_share` and
             `dropped_share` of its router on these images.
+        labels: `(images,)` int array of true classes.
+        predicted: `(images,)` int array of predicted classes.
     """
 
     num_images: int
@@ -30,6 +32,8 @@ class Measurement:
     loss: float
     confusion: np.ndarray
     routing: dict
+    labels: np.ndarray
+    predicted: np.ndarray
 
 
 def measure(model, dataset, verbose=0, routing=True):
@@ -64,32 +68,16 @@ def measure(model, dataset, verbose=0, routing=True):
     probe = keras.Model(model.inputs[0], outputs)  # Keras warns of a list.
     watches = [_RouterWatch(layer) for layer in layers]
     logits, labels = [], []
-    bar = keras.utils.Progbar(_length(dataset), verbose=int(verbose))
-    for images, batch_labels in dataset:
-        found = distribution.predict(probe, images)
+    for found, batch_labels in predictions(probe, dataset, verbose):
         found, *tokens = found if layers else [found]
         logits.append(found)
-        labels.append(np.asarray(batch_labels))
+        labels.append(batch_labels)
         for watch, x in zip(watches, tokens, strict=True):
             watch.update(x)
-        bar.add(1)
-    if not labels:
-        raise ValueError(
-            "There must be at least one batch to measure. Received: an empty "
-            "dataset."
-        )
     return Measurement(
         **_scores(np.concatenate(logits), np.concatenate(labels)),
         routing={watch.layer.name: watch.result() for watch in watches},
     )
-
-
-def _length(dataset):
-    """Batches of a dataset, None if unknown."""
-    try:
-        return len(dataset)
-    except TypeError:
-        return None
 
 
 def _scores(logits, labels):
@@ -106,6 +94,8 @@ def _scores(logits, labels):
         "top5": float((order[:, :5] == labels[:, None]).any(axis=-1).mean()),
         "loss": float(ops.mean(losses)),
         "confusion": confusion,
+        "labels": labels,
+        "predicted": order[:, 0],
     }
 
 

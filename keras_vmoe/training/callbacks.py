@@ -4,11 +4,15 @@ import csv
 import io
 import math
 import pathlib
+import statistics
+import time
 
 import keras
 
 from keras_vmoe import _files
+from keras_vmoe import evaluation
 from keras_vmoe import inspection
+from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_number
 from keras_vmoe._extras import require
 from keras_vmoe._warnings import warn
@@ -206,6 +210,60 @@ class RoutingTensorBoard(_RoutingCallback):
             self.writer.close()
 
 
+class FewShotEvaluation(keras.callbacks.Callback):
+    """Adds few-shot accuracies to the logs of every n-th epoch.
+
+    The logs are `"<shot>_shot"`: see `evaluation.few_shot`. Other callbacks see
+    them as metrics; put this callback before those.
+
+    Args:
+        train: Batches of `(images, labels)` to draw examples from, such as
+            `data.load(..., training=False)`; read at every evaluation.
+        test: Batches of the test images.
+        every: Epochs between two evaluations.
+        shots: Numbers of examples per class.
+        penalty: `"held_out"`, `"test"` or a number; see
+            `evaluation.choose_l2`.
+        seeds: Seeds of the choice of examples, whose accuracies are averaged.
+
+    Raises:
+        ValueError: If `every` is not an integer of at least 1.
+
+    Example:
+
+    >>> few_shot = FewShotEvaluation(train, test, every=5)  # doctest: +SKIP
+    >>> model.fit(x, y, callbacks=[few_shot])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        train,
+        test,
+        every=1,
+        shots=(1, 5, 10, 25),
+        penalty="held_out",
+        seeds=(0, 1, 2),
+    ):
+        super().__init__()
+        check_sizes(every=every)
+        self.train, self.test, self.every = train, test, every
+        self.shots, self.penalty, self.seeds = shots, penalty, seeds
+
+    def on_epoch_end(self, epoch, logs=None):
+        if (epoch + 1) % self.every:
+            return
+        sets = [
+            evaluation.extract_features(self.model, dataset)
+            for dataset in (self.train, self.test)
+        ]
+        found = evaluation.few_shot(*sets, self.shots, seeds=self.seeds)
+        chosen = evaluation.choose_l2([found], self.penalty)
+        accuracy = found.accuracy_at(chosen).mean(axis=0)
+        if logs is not None:
+            for shot, value in zip(self.shots, accuracy, strict=True):
+                logs[f"{shot}_shot"] = float(value)
+
+
 class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite."""
 
@@ -258,6 +316,41 @@ class StopOnNonFiniteLoss(keras.callbacks.Callback):
             "another run with a lower learning rate or a longer warm-up, or "
             "look for corrupt images."
         )
+
+
+class StepTime(keras.callbacks.Callback):
+    """Measures the time of a training step, of the median epoch.
+
+    The first epoch, which compiles, counts only if there is no other. What
+    happens between epochs, such as validation, does not count.
+
+    Args:
+        steps: Steps of an epoch.
+
+    Attributes:
+        seconds_per_step: None before the first epoch.
+
+    Example:
+
+    >>> StepTime(steps=10).seconds_per_step
+    """
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = steps
+        self.seconds = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch + 1 == self.steps:
+            self.seconds.append(time.perf_counter() - self.start)
+
+    @property
+    def seconds_per_step(self):
+        seconds = self.seconds[1:] or self.seconds
+        return statistics.median(seconds) / self.steps if seconds else None
 
 
 # Not `keras.callbacks.CSVLogger`: appending to its file, a run that was killed

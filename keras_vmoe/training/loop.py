@@ -51,8 +51,8 @@ def train(config):
     `classes.json`, `history.csv`, checkpoints of the last epochs while it
     trains, `model.keras` (the model of the last epoch, written when the run
     ends or is interrupted; `restore` gives that of a killed run) and, at the
-    end, `curves.png` and `result.json`. Test images are used once, after the
-    training.
+    end, `curves.png`, `predictions.npz` (of the test images) and `result.json`.
+    Test images are used once, after the training.
 
     A stopped run continues from its last checkpoint when it is started again
     with the same settings, and ends as if it had never stopped: weights,
@@ -136,6 +136,7 @@ def _train(config, strategy, stack):
         ),
         *average,
     ]
+    clock = callbacks.StepTime(steps)
     start = done * steps
     with _naming_corruption(config):
         if done < epochs:
@@ -147,7 +148,7 @@ def _train(config, strategy, stack):
                     epochs=epochs,
                     shuffle=False,  # The dataset shuffles itself.
                     verbose=_verbosity(),
-                    callbacks=parts,
+                    callbacks=[clock, *parts],
                 )
         elif average:  # As `fit` does at its end.
             model.optimizer.finalize_variable_values(model.trainable_variables)
@@ -155,10 +156,16 @@ def _train(config, strategy, stack):
         test = evaluation.measure(model, test_data, routing=False)
     if _processes.is_first_process():
         _plot(history.rows, routing.epochs, run_dir / "curves.png")
-        run_folder.write_result(run_dir, test)
+        facts = {**_costs(model), "seconds_per_step": clock.seconds_per_step}
+        run_folder.write_result(run_dir, test, facts)
     # All leave together: JAX ends a process whose peers take too long.
     _processes.check_agreement("end of the run", epochs=epochs)
     return RunResult(test.accuracy, model, run_dir)
+
+
+def _costs(model):
+    cost = models.cost(model)
+    return {x: getattr(cost, x) for x in ("params", "active_params", "macs")}
 
 
 def _plot(rows, routing, path):

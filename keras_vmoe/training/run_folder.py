@@ -8,10 +8,14 @@ import shlex
 import shutil
 
 import keras
+import numpy as np
 
 from keras_vmoe import _files
 from keras_vmoe._extras import require
 from keras_vmoe.distribution import _processes
+from keras_vmoe.evaluation.comparison import PREDICTIONS
+from keras_vmoe.evaluation.comparison import RESULT
+from keras_vmoe.evaluation.comparison import flat
 from keras_vmoe.models import MoEConfig
 from keras_vmoe.training import recipes
 from keras_vmoe.training.architecture import CONFIG
@@ -19,7 +23,7 @@ from keras_vmoe.training.architecture import MODEL as MODEL
 from keras_vmoe.training.architecture import resolved
 from keras_vmoe.training.config import given
 
-CLASSES, RESULT = "classes.json", "result.json"
+CLASSES = "classes.json"
 CHECKPOINTS = "checkpoints"
 # Settings that may differ when a run is resumed.
 FREE = (
@@ -62,6 +66,34 @@ def check_free(config):
             pass
 
 
+def is_finished(config):
+    """Whether its folder holds this run, finished.
+
+    Raises:
+        FileExistsError: If it holds a finished run of other settings.
+    """
+    run_dir = pathlib.Path(config.run_dir)
+    if not (run_dir / RESULT).exists():
+        return False
+    there = flat(
+        require("yaml", "cli").safe_load((run_dir / CONFIG).read_text())
+    )
+    here = flat(settings_of(resolved(config)))
+    different = [
+        f"{name}: {there.get(name)!r} there, {value!r} here"
+        for name, value in here.items()
+        # What is not set may have been taken from the data set.
+        if value not in (None, there.get(name)) and name not in FREE
+    ]
+    if different:
+        raise FileExistsError(
+            "A finished run is kept only if its settings are these. Received: "
+            f"run_dir={str(run_dir)!r}, where these differ: "
+            f"{'; '.join(different)}. Name another folder."
+        )
+    return True
+
+
 def check_run(config, class_names):
     """Raises if the folder holds anything but a stopped run like this one."""
     run_dir = pathlib.Path(config.run_dir)
@@ -79,10 +111,18 @@ def settings_of(config):
     return json.loads(json.dumps(settings))  # Tuples are lists in YAML.
 
 
-def write_result(run_dir, test):
-    """Marks a run as finished, which no longer needs its checkpoints."""
+def write_result(run_dir, test, facts):
+    """Marks a run as finished, which no longer needs its checkpoints.
+
+    Args:
+        run_dir: Folder.
+        test: The `evaluation.Measurement` of its test images.
+        facts: Dict of further numbers, such as its cost.
+    """
+    with _files.replacing(run_dir / PREDICTIONS) as partial:
+        np.savez(partial, labels=test.labels, predicted=test.predicted)
     result = {x: getattr(test, x) for x in ("accuracy", "top5", "loss")}
-    _files.write_text(run_dir / RESULT, json.dumps(result))
+    _files.write_text(run_dir / RESULT, json.dumps({**result, **facts}))
     shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)
 
 
@@ -116,17 +156,6 @@ def _check_same(run_dir, settings, class_names):
             f"{'; '.join(different)}. Name another folder, or use: --config "
             f"{shlex.quote(str(run_dir / CONFIG))}"
         )
-
-
-def flat(settings, prefix=""):
-    """Nested settings by dotted names."""
-    found = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
 
 
 def _is_empty(folder):

@@ -1,0 +1,349 @@
+"""`fewshot`, `probe`, `robustness`, `sweep` and `compare`."""
+
+import csv
+import io
+import pathlib
+import sys
+from typing import Literal
+
+import numpy as np
+
+from keras_vmoe import _files
+from keras_vmoe import data
+from keras_vmoe import evaluation
+from keras_vmoe._extras import require
+from keras_vmoe.cli.opening import numbers
+from keras_vmoe.cli.opening import open_model
+from keras_vmoe.cli.opening import setting_of_run
+from keras_vmoe.data import _corruption
+from keras_vmoe.evaluation import comparison
+from keras_vmoe.evaluation import imagenet_sets
+from keras_vmoe.evaluation import sweeping
+from keras_vmoe.evaluation.fewshot import SETS
+
+SHOTS = (1, 5, 10, 25)
+
+
+def fewshot(
+    model: str,
+    datasets: list[str],
+    *,
+    shots: list[int] = (),
+    seeds: int = 3,
+    penalty: float | Literal["held_out", "test"] = "held_out",
+    train_split: str | None = None,
+    test_split: str | None = None,
+    data_dir: str | None = None,
+    batch_size: int = 64,
+    csv: str | None = None,
+):
+    """Evaluate features by a few labelled images of each class.
+
+    A linear classifier in closed form, as V-MoE's few-shot evaluation. Datasets
+    of the paper have their splits: birds, caltech101, cars196, cifar100,
+    colorectal_histology, dtd, imagenet, pets, uc_merced.
+
+    Args:
+        model: Run folder or .keras file.
+        datasets: TFDS names, digits, or those above.
+        shots: Examples per class; default: 1 5 10 25.
+        seeds: Draws of examples.
+        penalty: One for all datasets, chosen on images of the training split
+            that are not drawn, or on the test images (as the reference does),
+            or fixed (big_vision: 1024).
+        train_split: Split to draw from; default: the paper's, or train.
+        test_split: Split to test on; default: the paper's, or test.
+        data_dir: Folder of the datasets.
+        batch_size: Images per step.
+        csv: File to write every accuracy to.
+
+    Example:
+        keras-vmoe fewshot runs/digits digits --shots 1 5
+        keras-vmoe fewshot model.keras birds pets --data_dir datasets
+    """
+    opened, _ = open_model(model)
+    shots = tuple(shots) or SHOTS
+    results = {}
+    for name in datasets:
+        sets = _features(
+            opened, name, (train_split, test_split), data_dir, batch_size
+        )
+        results[name] = evaluation.few_shot(*sets, shots, seeds=range(seeds))
+    chosen = evaluation.choose_l2(list(results.values()), penalty)
+    width = max(map(len, ("dataset", *results)))
+    print(
+        f"{'dataset':<{width}}"
+        + "".join(f"{f'{shot}-shot':>18}" for shot in shots)
+    )
+    for name, found in results.items():
+        accuracy = found.accuracy_at(chosen)
+        spread = accuracy.std(axis=0, ddof=1) if seeds > 1 else None
+        cells = [f"{x:.4f}" for x in accuracy.mean(axis=0)]
+        if spread is not None:
+            pairs = zip(cells, spread, strict=True)
+            cells = [f"{x} ± {s:.4f}" for x, s in pairs]
+        print(f"{name:<{width}}" + "".join(f"{x:>18}" for x in cells))
+    print(f"{'penalty':<{width}}" + "".join(f"{x:>18g}" for x in chosen))
+    words = {
+        "held_out": "chosen on training images that were not drawn",
+        "test": "chosen on the test images: their accuracy is of a choice that "
+        "has seen them",
+    }
+    print(f"accuracy of {seeds} draws, mean and standard deviation; penalty "
+          f"{words.get(penalty, 'fixed')}")  # fmt: skip
+    _write_csv(
+        csv,
+        [
+            {
+                "dataset": name,
+                "seed": seed,
+                "shots": shot,
+                "penalty": l2,
+                "chosen": l2 == chosen[j],
+                "accuracy": found.accuracy[i, j, k],
+                "held_out_accuracy": found.held_out_accuracy[i, j, k],
+            }
+            for name, found in results.items()
+            for i, seed in enumerate(found.seeds)
+            for j, shot in enumerate(shots)
+            for k, l2 in enumerate(found.l2_regs)
+        ],
+    )
+
+
+def probe(
+    model: str,
+    datasets: list[str],
+    *,
+    solver: Literal["lbfgs", "sgd"] = "lbfgs",
+    sweep: list[float] = (),
+    held_out: float = 0.1,
+    epochs: int = 100,
+    seed: int = 0,
+    train_split: str | None = None,
+    test_split: str | None = None,
+    data_dir: str | None = None,
+    batch_size: int = 64,
+    csv: str | None = None,
+):
+    """Train a new head on frozen features.
+
+    The papers name no settings of their linear probes; these are ours.
+
+    Args:
+        model: Run folder or .keras file.
+        datasets: TFDS names, or digits.
+        solver: Logistic regression, or momentum for many images.
+        sweep: Penalties or learning rates to choose from.
+        held_out: Share of the training images to choose by.
+        epochs: Passes, or iterations at most.
+        seed: Of what is held out, and of the order.
+        train_split: Split to train on; default: train.
+        test_split: Split to test on; default: test.
+        data_dir: Folder of the datasets.
+        batch_size: Images per step of the features.
+        csv: File to write the accuracies to.
+
+    Example:
+        keras-vmoe probe runs/digits digits
+        keras-vmoe probe model.keras cifar10 --solver sgd --sweep 0.01 0.1
+    """
+    opened, _ = open_model(model)
+    what = "penalty" if solver == "lbfgs" else "learning rate"
+    rows = []
+    for name in datasets:
+        sets = _features(
+            opened, name, (train_split, test_split), data_dir, batch_size
+        )
+        found = evaluation.linear_probe(
+            *sets, solver, sweep or None, held_out, epochs, seed=seed
+        )
+        print(
+            f"{name}: {found.accuracy:.4f} of {len(sets[1][1])} test images, "
+            f"{what} {found.chosen:g}"
+        )
+        for value, accuracy in found.held_out_accuracy.items():
+            print(f"  {what} {value:g}: {accuracy:.4f} of those held out")
+            row = {"dataset": name, "solver": solver, what: value}
+            row["held_out_accuracy"] = accuracy
+            best = value == found.chosen
+            rows.append({**row, "accuracy": found.accuracy if best else ""})
+    _write_csv(csv, rows)
+
+
+def robustness(
+    model: str,
+    *,
+    data_dir: str | None = None,
+    classes: str | None = None,
+    preset: str | None = None,
+    batch_size: int = 64,
+    csv: str | None = None,
+):
+    """Evaluate on ImageNet, ReaL, V2, A, R, Sketch and C.
+
+    What TFDS has prepared is measured, the rest named. Of ImageNet-A and -R
+    among their 200 classes, as published, and beside it among all 1000.
+
+    Args:
+        model: Run folder or .keras file.
+        data_dir: Folder of the datasets; default: TFDS's own.
+        classes: JSON list of WordNet ids of a model of more classes.
+        preset: Whose row of the paper to print; default: the run's.
+        batch_size: Images per step.
+        csv: File to write the accuracies to.
+
+    Example:
+        keras-vmoe robustness runs/in1k --data_dir datasets
+    """
+    opened, names = open_model(model, classes)
+    if names == numbers(len(names)):
+        names = None
+    preset = preset or setting_of_run(model, "model.preset") or opened.name
+    found = evaluation.robustness(
+        opened, data_dir, batch_size, names, sys.stdout.isatty()
+    )
+    print(imagenet_sets.robustness_table(found, preset))
+    rows = [{"set": x, **vars(score)} for x, score in found.scores.items()]
+    _write_csv(csv, rows)
+
+
+def sweep(
+    model: str,
+    dataset: str,
+    *,
+    capacity_factor: list[float | Literal["dropless"]] = (),
+    num_selected_experts: list[int] = (),
+    batch_priority: list[bool] = (),
+    images_per_group: list[int | Literal["batch"]] = (),
+    split: str = "test",
+    data_dir: str | None = None,
+    batch_size: int = 64,
+    csv: str | None = None,
+    plot: str | None = None,
+):
+    """Measure a trained model over its routing dial.
+
+    All combinations of the values, with the same weights: accuracy,
+    multiply-adds, dropped choices and speed.
+
+    Args:
+        model: Run folder or .keras file.
+        dataset: TFDS name, digits or image_folder.
+        capacity_factor: Experts'.
+        num_selected_experts: K.
+        batch_priority: Serve confident tokens first: false true.
+        images_per_group: Images routed together.
+        split: TFDS split.
+        data_dir: Folder of the dataset or images.
+        batch_size: Images per step.
+        csv: File to write the table to.
+        plot: PNG file of accuracy against compute.
+
+    Example:
+        keras-vmoe sweep runs/digits digits --capacity_factor 0.25 0.5 1
+    """
+    settings = {
+        "num_selected_experts": num_selected_experts,
+        "batch_priority": batch_priority,
+        "images_per_group": images_per_group,
+        "capacity_factor": capacity_factor,
+    }
+    settings = {name: values for name, values in settings.items() if values}
+    if not settings:
+        raise ValueError(
+            "There must be values to combine. Received: none. Write, say: "
+            "--capacity_factor 0.25 0.5 1 --batch_priority false true"
+        )
+    if plot:
+        require("matplotlib", "plots")  # Before it is measured, not after.
+    opened, _ = open_model(model)
+    images = _load(opened, dataset, split, data_dir, batch_size)
+    with _corruption.named_corruption(dataset, [split], data_dir):
+        rows = evaluation.sweep_routing(
+            opened, images, sys.stdout.isatty(), **settings
+        )
+    print(f"data: {dataset}, {split}")
+    print(sweeping.sweep_table(rows))
+    _write_csv(csv, rows)
+    _write_figure(plot, lambda: sweeping.sweep_figure(rows))
+
+
+def compare(
+    runs: list[str],
+    *,
+    seed: int = 0,
+    csv: str | None = None,
+    plot: str | None = None,
+):
+    """Compare finished runs, and seeds of runs, on their test images.
+
+    Prints cost, accuracy, its difference from the first with a 95% confidence
+    interval (paired bootstrap), and the settings that differ.
+
+    Args:
+        runs: Run folders, or folders of seeds (train --seeds).
+        seed: Of the bootstrap.
+        csv: File to write the table to.
+        plot: PNG file of the accuracy over the epochs.
+
+    Example:
+        keras-vmoe compare runs/dense runs/moe --plot curves.png
+    """
+    found = evaluation.compare(runs, seed)
+    print(comparison.comparison_table(found))
+    _write_csv(csv, found.rows)
+    _write_figure(plot, lambda: comparison.curves_figure(found))
+
+
+def _features(model, name, splits, data_dir, batch_size):
+    """Features and labels of the two splits of a dataset."""
+    default = ((name, "train"), (name, "test"))
+    found = []
+    for (dataset, split), given in zip(
+        SETS.get(name, default), splits, strict=True
+    ):
+        split = given or split
+        images = _load(model, dataset, split, data_dir, batch_size)
+        with _corruption.named_corruption(dataset, [split], data_dir):
+            found.append(
+                evaluation.extract_features(model, images, sys.stdout.isatty())
+            )
+    return found
+
+
+def _load(model, dataset, split, data_dir, batch_size):
+    """Images as the model wants them."""
+    return data.load(
+        dataset,
+        split,
+        image_size=model.input_shape[1:3],
+        batch_size=batch_size,
+        training=False,
+        data_dir=data_dir,
+        preprocessing=model.preprocessing,
+    )
+
+
+def _write_csv(path, rows):
+    """Writes dicts as CSV, if there is a path."""
+    if path is None:
+        return
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        plain = {k: x.item() if isinstance(x, np.generic) else x
+                 for k, x in row.items()}  # fmt: skip
+        writer.writerow(plain)
+    _files.write_text(pathlib.Path(path), text.getvalue())
+    print(f"table: {path}")
+
+
+def _write_figure(path, make):
+    """Writes a figure as PNG, if there is a path."""
+    if path is None:
+        return
+    with _files.replacing(pathlib.Path(path)) as partial:
+        make().savefig(partial, format="png", dpi=120)
+    print(f"plot: {path}")

@@ -1,0 +1,126 @@
+"""Features of images: what the head of a model gets."""
+
+import keras
+import numpy as np
+
+from keras_vmoe._checks import counted
+from keras_vmoe.evaluation._passes import predictions
+from keras_vmoe.models.base import MoEModel
+
+SHOWN = 5  # Images that a message names.
+
+
+def extract_features(model, dataset, verbose=0):
+    """The features of all images of a dataset, by the model as it evaluates.
+
+    Args:
+        model: A functional model from images to logits or features `(B, D)`.
+            Features are the input of its last layer if that is a `Dense` one,
+            the head, else its output.
+        dataset: Iterable of batches of `(images, labels)` with integer labels,
+            such as `data.load(..., training=False,
+            preprocessing=model.preprocessing)`.
+        verbose: Whether to show a progress bar.
+
+    Returns:
+        Pair of numpy arrays `(features, labels)`: float32 `(images, D)`, which
+        must fit into memory, and int64 `(images,)`.
+
+    Raises:
+        ValueError: If the features are not `(B, D)`, some are not finite, or
+            the dataset is empty.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
+    >>> features, labels = extract_features(
+    ...     model, [(np.ones((5, 2), "float32"), np.arange(5))])
+    >>> features.shape, labels.shape
+    ((5, 2), (5,))
+    """
+    pairs = list(predictions(_backbone(model), dataset, verbose))
+    features = np.concatenate([x for x, _ in pairs]).astype("float32")
+    labels = np.concatenate([y for _, y in pairs]).astype("int64")
+    check_finite(features)
+    return features, labels
+
+
+def check_finite(features):
+    """Raises for features that are NaN or infinite, and names the images."""
+    wrong = np.flatnonzero(~np.isfinite(features).all(axis=-1))
+    if wrong.size:
+        first = ", ".join(map(str, wrong[:SHOWN]))
+        first += ", ..." if len(wrong) > SHOWN else ""
+        raise ValueError(
+            "Features must be finite. Received: NaN or infinite ones of "
+            f"{counted(len(wrong), 'image')} (counted from 0: {first}). Look "
+            "at those images and at the weights of the model."
+        )
+
+
+def checked(train, test):
+    """Features in float64 and integer labels of two sets, and the classes.
+
+    Args:
+        train: Pair `(features, labels)`.
+        test: The same.
+
+    Returns:
+        `(train, test, num_classes)`.
+
+    Raises:
+        ValueError: If they are no such pairs, or do not belong together.
+    """
+    train, test = _pair(train, "train"), _pair(test, "test")
+    sizes = [features.shape[1] for features, _ in (train, test)]
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            "Both sets must have the features of one model. Received: "
+            f"{sizes[0]} and {sizes[1]} features."
+        )
+    missing = sorted(map(int, set(test[1]) - set(train[1])))
+    if missing:
+        raise ValueError(
+            "Every class of the test images must have a training example. "
+            f"Received: none of {missing[:SHOWN]}"
+            f"{', ...' if missing[SHOWN:] else ''}. Take another split, or "
+            "leave those classes out."
+        )
+    return train, test, int(train[1].max()) + 1
+
+
+def _pair(pair, name):
+    features, labels = (np.asarray(x) for x in pair)
+    good = features.ndim == 2 and labels.shape == features.shape[:1]
+    if not good or labels.dtype.kind not in "iu" or not len(labels):
+        raise ValueError(
+            f"`{name}` must be a pair of features (M, D) and integer labels "
+            f"(M,). Received: shapes {features.shape} and {labels.shape}, "
+            f"labels of dtype {labels.dtype}. Take those of "
+            "`evaluation.extract_features`."
+        )
+    if labels.min() < 0:
+        raise ValueError(
+            f"Labels must be at least 0. Received: {labels.min()} in {name}. "
+            "Leave images without a label out."
+        )
+    check_finite(features)
+    return features.astype("float64"), labels
+
+
+def _backbone(model):
+    """A model without its head, if it has one."""
+    head, output = model.layers[-1], model.outputs[0]
+    has_head = isinstance(head, keras.layers.Dense)
+    if isinstance(model, MoEModel):  # It may end in `pre_logits`.
+        has_head = model.num_classes is not None
+    if has_head:
+        output = head.input
+    if len(model.outputs) != 1 or len(output.shape) != 2:
+        raise ValueError(
+            "The model must end in one vector of features per image, `(B, D)`, "
+            f"or in a `Dense` head behind it. Received: a {head.name!r} of "
+            f"output shape {model.output_shape}. Pool its maps, such as by "
+            "`keras.layers.GlobalAveragePooling2D`."
+        )
+    return keras.Model(model.inputs[0], output)

@@ -1,0 +1,202 @@
+"""Linear probe: a new head on frozen features, trained with all labels."""
+
+import dataclasses
+from typing import Literal
+
+import keras
+import numpy as np
+
+from keras_vmoe._checks import check_choice
+from keras_vmoe._checks import check_sizes
+from keras_vmoe._checks import is_number
+from keras_vmoe._extras import require
+from keras_vmoe.evaluation.features import checked
+
+SOLVERS = ("sgd", "lbfgs")
+LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearProbe:
+    """The accuracy of a linear probe, and how its setting was chosen.
+
+    Attributes:
+        accuracy: Share of the test images that are classified correctly.
+        solver: `"sgd"` or `"lbfgs"`.
+        chosen: The learning rate or penalty whose held-out accuracy is best.
+        held_out_accuracy: Dict from every value that was tried to the share of
+            the held-out training images that are classified correctly.
+        kernel: `(D, classes)` float32 array, of features as they are.
+        bias: `(classes,)` float32 array.
+    """
+
+    accuracy: float
+    solver: str
+    chosen: float
+    held_out_accuracy: dict
+    kernel: np.ndarray
+    bias: np.ndarray
+
+
+def linear_probe(
+    train,
+    test,
+    solver: Literal["sgd", "lbfgs"] = "lbfgs",
+    sweep=None,
+    held_out=0.1,
+    epochs=100,
+    batch_size=256,
+    seed=0,
+):
+    """Trains a new head on frozen features.
+
+    The papers give no settings of theirs; these are ours. Features are
+    standardised by the training images. One head is trained for each learning
+    rate or penalty on a part of the training images, and the one that is best
+    on the rest is trained again on all of them.
+
+    Args:
+        train: Pair `(features, labels)`, such as from `extract_features`.
+        test: The same of the test images.
+        solver: `"lbfgs"`: multinomial logistic regression in float64 by SciPy's
+            L-BFGS, its loss the mean cross-entropy and half the penalty times
+            the squared kernel. `"sgd"`: a `Dense` head trained by `fit`, with
+            momentum 0.9 and a cosine decay, for more images than fit L-BFGS.
+        sweep: Penalties (`"lbfgs"`) or learning rates (`"sgd"`) to choose from;
+            None means 1e-6 to 0.1, or 0.003 to 1.
+        held_out: Share of the training images to choose by, in (0, 1).
+        epochs: Passes of `"sgd"`, or iterations of `"lbfgs"` at most.
+        batch_size: Images per step of `"sgd"`.
+        seed: Integer, seed of what is held out, and of the order.
+
+    Returns:
+        A `LinearProbe`.
+
+    Raises:
+        ValueError: If features are not finite, or settings out of range.
+
+    Example:
+
+    >>> data = (np.eye(2).repeat(20, axis=0), np.arange(2).repeat(20))
+    >>> linear_probe(data, data).accuracy
+    1.0
+
+    Reference:
+        [Videau et al., 2024](https://arxiv.org/abs/2411.18322), table 8.
+    """
+    check_choice("solver", solver, SOLVERS)
+    check_sizes(epochs=epochs, batch_size=batch_size)
+    values = LEARNING_RATES if solver == "sgd" else PENALTIES
+    values = tuple(values if sweep is None else sweep)
+    (x, y), test, num_classes = checked(train, test)
+    mean, std = x.mean(axis=0), x.std(axis=0) + 1e-5
+    x = (x - mean) / std
+    num_held = int(held_out * len(y)) if 0 < held_out < 1 else 0
+    if not num_held or not values or not all(map(_is_positive, values)):
+        raise ValueError(
+            "`held_out` must leave images on both sides, and `sweep` hold "
+            f"numbers above 0. Received: held_out={held_out} of {len(y)} "
+            f"images, sweep={values}."
+        )
+    order = np.random.default_rng(seed).permutation(len(y))
+    held, rest = order[:num_held], order[num_held:]
+
+    def fit(part, value):
+        if solver == "lbfgs":
+            return _lbfgs(x[part], y[part], num_classes, value, epochs)
+        sizes = (epochs, min(batch_size, len(part)))
+        return _sgd(x[part], y[part], num_classes, value, *sizes, seed)
+
+    found = {
+        value: _accuracy(*fit(rest, value), x[held], y[held])
+        for value in values
+    }
+    chosen = max(found, key=found.get)
+    kernel, bias = fit(order, chosen)
+    kernel = kernel / std[:, None]
+    bias = bias - mean @ kernel
+    return LinearProbe(
+        accuracy=_accuracy(kernel, bias, *test),
+        solver=solver,
+        chosen=chosen,
+        held_out_accuracy=found,
+        kernel=kernel.astype("float32"),
+        bias=bias.astype("float32"),
+    )
+
+
+def _is_positive(value):
+    return is_number(value) and value > 0
+
+
+def _accuracy(kernel, bias, x, y):
+    return float(((x @ kernel + bias).argmax(axis=-1) == y).mean())
+
+
+def _lbfgs(x, y, num_classes, penalty, iterations):
+    """Kernel and bias of a multinomial logistic regression."""
+    optimize = require("scipy.optimize", "data")
+    targets = np.eye(num_classes)[y]
+    shape = (x.shape[1] + 1, num_classes)
+
+    def loss(flat):
+        kernel, bias = np.split(flat.reshape(shape), [-1])
+        logits = x @ kernel + bias
+        logits -= logits.max(axis=-1, keepdims=True)
+        log_sum = np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        error = (np.exp(logits - log_sum) - targets) / len(x)
+        value = (log_sum[:, 0] - logits[np.arange(len(y)), y]).mean()
+        value += penalty / 2 * (kernel**2).sum()
+        slopes = x.T @ error + penalty * kernel
+        slopes = np.concatenate([slopes, error.sum(axis=0, keepdims=True)])
+        return value, slopes.ravel()
+
+    found = optimize.minimize(
+        loss,
+        np.zeros(np.prod(shape)),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": iterations},
+    )
+    kernel, bias = np.split(found.x.reshape(shape), [-1])
+    return kernel, bias[0]
+
+
+def _sgd(x, y, num_classes, learning_rate, epochs, batch_size, seed):
+    """Kernel and bias of a head trained by `fit`, from 0."""
+    head = keras.layers.Dense(
+        num_classes, kernel_initializer="zeros", dtype="float32"
+    )
+    model = keras.Sequential([keras.Input(x.shape[1:]), head])
+    batches = _Shuffled(x.astype("float32"), y, batch_size, seed)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        learning_rate, epochs * len(batches)
+    )
+    model.compile(
+        keras.optimizers.SGD(schedule, momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    model.fit(batches, epochs=epochs, shuffle=False, verbose=0)
+    return [w.astype("float64") for w in head.get_weights()]
+
+
+class _Shuffled(keras.utils.PyDataset):
+    """Batches of arrays in an order of its own in every epoch, by a seed."""
+
+    def __init__(self, x, y, batch_size, seed):
+        super().__init__()
+        self.x, self.y, self.batch_size = x, y, batch_size
+        self.generator = np.random.default_rng(seed)
+        self.on_epoch_end()
+
+    def __len__(self):
+        return len(self.y) // self.batch_size
+
+    def __getitem__(self, index):
+        start = index * self.batch_size
+        part = self.order[start : start + self.batch_size]
+        return self.x[part], self.y[part]
+
+    def on_epoch_end(self):
+        self.order = self.generator.permutation(len(self.y))

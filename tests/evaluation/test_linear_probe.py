@@ -1,0 +1,59 @@
+"""Linear probes: both solvers against each other and by hand."""
+
+import numpy as np
+import pytest
+
+from keras_vmoe import evaluation
+from tests.evaluation.test_few_shot import clusters
+
+TRAIN, TEST = clusters(200, noise=0.8), clusters(100, seed=1, noise=0.8)
+
+
+@pytest.mark.backends("torch")
+def test_lbfgs_finds_where_the_slope_is_zero():
+    # Features as they are: a shift and a scale that standardising takes out.
+    x, y = TRAIN[0] * 3 + 5, TRAIN[1]
+    found = evaluation.linear_probe((x, y), TRAIN, sweep=(0.01,), epochs=500)
+    std = x.std(axis=0) + 1e-5
+    logits = x @ found.kernel + found.bias
+    shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    shares /= shares.sum(axis=-1, keepdims=True)
+    error = (shares - np.eye(3)[y]) / len(x)
+    standardised = (x - x.mean(axis=0)) / std
+    slope = standardised.T @ error + 0.01 * found.kernel * std[:, None]
+    assert np.abs(slope).max() < 1e-5
+    assert np.abs(error.sum(axis=0)).max() < 1e-5
+    assert found.chosen == 0.01 and list(found.held_out_accuracy) == [0.01]
+
+
+def test_both_solvers():
+    found = {
+        solver: evaluation.linear_probe(TRAIN, TEST, solver, epochs=epochs)
+        for solver, epochs in (("lbfgs", 100), ("sgd", 10))
+    }
+    for solver, probe in found.items():
+        assert probe.solver == solver
+        scores = TEST[0] @ probe.kernel + probe.bias
+        accuracy = (scores.argmax(axis=-1) == TEST[1]).mean()
+        assert probe.accuracy == pytest.approx(accuracy, abs=1e-3)
+        best = max(probe.held_out_accuracy.values())
+        assert probe.held_out_accuracy[probe.chosen] == best
+        assert probe.accuracy > 0.8
+    again = evaluation.linear_probe(TRAIN, TEST, "sgd", epochs=10)
+    np.testing.assert_array_equal(again.kernel, found["sgd"].kernel)
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"solver": "adam"}, "`solver` must be one of"),
+        ({"held_out": 1.0}, "Received: held_out=1.0 of 600 images"),
+        ({"sweep": ()}, "`sweep` hold numbers above 0"),
+        ({"sweep": (0.0,)}, "`sweep` hold numbers above 0"),
+        ({"epochs": 0}, "`epochs` must be"),
+    ],
+)
+def test_bad_input(options, words):
+    with pytest.raises(ValueError, match=words):
+        evaluation.linear_probe(TRAIN, TEST, **options)
