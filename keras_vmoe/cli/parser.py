@@ -83,7 +83,8 @@ class _Parser(jsonargparse.ArgumentParser):
         flags += [name.replace("_", "-") for name in flags]
         names = dict.fromkeys((*names, *flags))
         action = super().add_argument(*names, **kwargs)
-        if kwargs.get("type") in (bool, bool | None):
+        is_bool = kwargs.get("type") in (bool, bool | None)
+        if is_bool and "nargs" not in kwargs:
             action.nargs, action.const = "?", True
         return action
 
@@ -131,6 +132,8 @@ class _Layout(
             return ", ".join(x for x in names if "-" not in x.lstrip("-"))
         values = values_of(getattr(action, "_typehint", str))
         values = values if len(values) <= _WIDEST else "NAME"
+        if action.nargs in ("*", "+"):
+            values = f"{values or 'true|false'} ..."
         return f"{min(action.option_strings, key=len)} {values}".rstrip()
 
 
@@ -206,7 +209,7 @@ def _argument(parameter, kind):
     elif typing.get_origin(kind) is list:
         (kind,) = typing.get_args(kind)
         options |= {"type": kind, "nargs": "*" if is_optional else "+"}
-        if is_optional:  # A flag that is given twice adds to the first.
+        if is_optional and kind is str:  # Given twice, a flag adds up.
             options |= {"action": "extend", "default": []}
     elif is_optional and not is_flag:
         options["nargs"] = "?"

@@ -46,12 +46,12 @@ def train(
 ):
     """Train a model: write a run folder, or resume a stopped run.
 
-    Flags may name their group, as YAML files do: --optimizer.ema 0.99.
+    Flags may name their group, as YAML files do: --optimizer.ema 0.99. Of
+    several seeds, those that are finished stay, and a stopped one goes on.
 
     Args:
         config: The run.
-        seeds: Train one run each, in folders seed_<n> of run_dir; those that
-            are finished stay, one that was stopped is resumed.
+        seeds: One run each, in folders of run_dir.
         job_addresses: host:port of the first process.
         num_processes: Number of processes that train together.
         process_id: Index of this process, from 0.

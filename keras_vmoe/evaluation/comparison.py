@@ -48,7 +48,7 @@ class Comparison:
     Attributes:
         rows: One dict per run, or folder of seeds: `run`, `seeds`, `params`,
             `active_params`, `macs`, `accuracy`, `accuracy_std` (of the seeds,
-            NaN of one), `difference` of the accuracy from that of the first,
+            None of one), `difference` of the accuracy from that of the first,
             and its 95% confidence interval `difference_low`,
             `difference_high`, `seconds_per_step`, `dropped_share`,
             `min_expert_load` and `max_expert_load` of the last epoch (None of
@@ -198,7 +198,7 @@ def _interval(first, second, generator):
 
 
 def _std(values):
-    return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def _means(group):

@@ -2,8 +2,13 @@
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
+from keras_vmoe import data
 from keras_vmoe import evaluation
+from keras_vmoe import training
+from keras_vmoe.evaluation import fewshot
+from tests.commands import run
 
 pytestmark = pytest.mark.backends("torch")  # None takes part.
 RULES = "must be chosen by one of .'held_out', 'test'., or be one of those"
@@ -100,3 +105,44 @@ NAN[7, 1] = np.nan
 def test_bad_input(train, test, options, words):
     with pytest.raises(ValueError, match=words):
         evaluation.few_shot(train, test, **{"shots": (1,), **options})
+
+
+def test_the_command(trained, tmp_path):
+    run_dir, _ = trained
+    table = tmp_path / "table.csv"
+    arguments = ["fewshot", run_dir, "digits", "--shots", 1, 5, "--seeds=2"]
+    done = run(*arguments, f"--csv={table}", "--penalty=64")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.split("\n")
+    assert lines[0].split() == ["dataset", "1-shot", "5-shot"]
+    assert lines[2].split() == ["penalty", "64", "64"]
+    opened = training.restore(run_dir)
+    sets = [
+        evaluation.extract_features(
+            opened, data.load("digits", split, 8, 64, training=False)
+        )
+        for split in ("train", "test")
+    ]
+    found = evaluation.few_shot(*sets, shots=(1, 5), seeds=(0, 1))
+    accuracy = found.accuracy_at([64.0, 64.0]).mean(axis=0)
+    assert [lines[1].split()[i] for i in (1, 4)] == [
+        f"{x:.4f}" for x in accuracy
+    ]
+    rows = table.read_text().split("\n")
+    assert len(rows) == 2 + 2 * 2 * 30, "each seed, shot and penalty"
+    for penalty in ("test", "held_out"):
+        done = run(*arguments, f"--penalty={penalty}")
+        assert done.returncode == 0 and "chosen on t" in done.stdout
+    done = run(*arguments, "--penalty=best")
+    assert "`penalty` must be" in done.stderr
+
+
+def test_data_sets_of_the_paper():
+    assert fewshot.SETS["colorectal_histology"] == (
+        ("colorectal_histology", "train[:2000]"),
+        ("colorectal_histology", "train[2000:]"),
+    )
+    assert fewshot.SETS["imagenet"][1] == ("imagenet2012", "validation")
+    builders = set(tfds.list_builders(with_community_datasets=False))
+    for parts in fewshot.SETS.values():
+        assert {name.partition("/")[0] for name, _ in parts} <= builders

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from keras_vmoe import evaluation
+from tests.commands import run
 from tests.evaluation.test_few_shot import clusters
 
 TRAIN, TEST = clusters(200, noise=0.8), clusters(100, seed=1, noise=0.8)
@@ -57,3 +58,20 @@ def test_both_solvers():
 def test_bad_input(options, words):
     with pytest.raises(ValueError, match=words):
         evaluation.linear_probe(TRAIN, TEST, **options)
+
+
+@pytest.mark.backends("torch")
+def test_the_command(trained, tmp_path):
+    run_dir, _ = trained
+    table = tmp_path / "table.csv"
+    arguments = ["probe", run_dir, "digits", "--train_split=train[:200]"]
+    done = run(*arguments, f"--csv={table}", "--sweep", 0.01, 1)
+    assert done.returncode == 0, done.stderr
+    first, *others = done.stdout.split("\n")
+    assert first.startswith("digits: 0.") and "of 364 test images" in first
+    assert [x.split(":")[0] for x in others[:2]] == [
+        "  penalty 0.01", "  penalty 1",
+    ]  # fmt: skip
+    assert table.read_text().count("\n") == 3
+    done = run(*arguments, "--solver=sgd", "--epochs=1")
+    assert "learning rate 0.003" in done.stdout

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_vmoe import evaluation
 from keras_vmoe import inspection
 from keras_vmoe import layers
 from keras_vmoe.training import callbacks
@@ -296,3 +297,40 @@ def test_tensorboard_without_moe_layers_writes_nothing(tmp_path):
     board = callbacks.RoutingTensorBoard(tmp_path)
     model.fit(x, x[:, :1], verbose=0, callbacks=[board])
     assert events_of(tmp_path) == {}
+
+
+def test_few_shot_accuracy_every_other_epoch():
+    model = moe_model()
+    x, y = tokens_and_labels(30)
+    few_shot = callbacks.FewShotEvaluation(
+        [(x, y)], [(x[:9], y[:9])], every=2, shots=(2, 5), seeds=(0,)
+    )
+    history = keras.callbacks.History()
+    rows = callbacks.HistoryFile("unused")
+    rows.on_epoch_end = lambda epoch, logs=None: rows.rows.append(dict(logs))
+    model.fit(x, y, epochs=4, verbose=0, callbacks=[few_shot, history, rows])
+    assert ["5_shot" in row for row in rows.rows] == [False, True] * 2
+    sets = [
+        evaluation.extract_features(model, [(x[:n], y[:n])]) for n in (30, 9)
+    ]
+    found = evaluation.few_shot(*sets, shots=(2, 5))
+    expected = found.accuracy_at(evaluation.choose_l2([found]))[0]
+    last = [rows.rows[-1][f"{shot}_shot"] for shot in (2, 5)]
+    np.testing.assert_allclose(last, expected)
+    with pytest.raises(ValueError, match="`every` must be"):
+        callbacks.FewShotEvaluation([], [], every=0)
+
+
+@pytest.mark.backends("torch")
+def test_the_time_of_a_step(monkeypatch):
+    clock = iter([0.0, 10.0, 20.0, 26.0, 30.0, 38.0, 40.0, 44.0])
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: next(clock))
+    time = callbacks.StepTime(steps=2)
+    assert time.seconds_per_step is None
+    found = []
+    for epoch in range(4):
+        time.on_epoch_begin(epoch)
+        for batch in range(2):
+            time.on_train_batch_end(batch)
+        found.append(time.seconds_per_step)
+    assert found == [5, 3, 3.5, 3], "of the first epoch, then of the others"

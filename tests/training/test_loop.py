@@ -39,6 +39,7 @@ def test_run_folder(result):
         "curves.png",
         "history.csv",
         "model.keras",
+        "predictions.npz",
         "result.json",
     }
     rows = history(result.run_dir)
