@@ -47,7 +47,7 @@ def test_a_recount(capsys):
 
 
 def test_some_of_the_classes():
-    """As docs/data.md measures ImageNet-A: a mask behind the model."""
+    """A mask behind the model."""
     model = randomize(tiny(moe={"capacity_factor": 0.5}))
     images, labels = images_of(8), 2 + np.arange(8) % 3
     mask = np.full(10, -1e9, "float32")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_vmoe import evaluation
 from keras_vmoe import losses
 from keras_vmoe.checkpoints import load_vmoe
 from keras_vmoe.models.placement import moe_blocks
@@ -54,22 +55,29 @@ def test_placement_by_name_is_theirs(golden):
 
 @pytest.fixture(scope="module")
 def parts(golden):
-    """Features and the tokens before each MoE layer, compiled."""
+    """The tokens before each MoE layer, compiled."""
     model = golden.model
-    last = model.get_layer("head").input
     blocks = golden.config["encoder"]["moe"]["layers"]
     tokens = [model.get_layer(f"block_{i}_mlp_norm").output for i in blocks]
-    taps = keras.Model(model.input, [last, *tokens])
-    features, *tokens = taps.predict(golden.figures["input"], verbose=0)
-    return features, dict(zip(blocks, tokens, strict=True))
+    taps = keras.Model(model.input, tokens)
+    tokens = taps.predict(golden.figures["input"], verbose=0)
+    return dict(zip(blocks, tokens, strict=True))
 
 
-def test_features(golden, parts):
-    assert_close(parts[0], golden.figures["features"])
+def test_features_and_what_few_shot_evaluation_makes_of_them(golden):
+    images, theirs = golden.figures["input"], golden.figures["features"]
+    labels = np.arange(len(images)) % 2
+    ours, _ = evaluation.extract_features(golden.model, [(images, labels)])
+    assert_close(ours, theirs)
+    found, expected = (
+        evaluation.few_shot((x, labels), (x, labels), shots=(1, 2)).accuracy
+        for x in (ours, theirs)
+    )
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_losses_of_each_layer(golden, parts):
-    for block, tokens in parts[1].items():
+    for block, tokens in parts.items():
         layer = golden.model.get_layer(f"block_{block}_moe")
 
         def both(tokens, layer=layer):
