@@ -1,11 +1,27 @@
 """What the experts do: statistics of the routers, and plots of them."""
 
 from keras_vmoe.inspection._plots import plot_history
+from keras_vmoe.inspection.patches import class_counts
+from keras_vmoe.inspection.patches import class_weight
+from keras_vmoe.inspection.patches import experts_per_image
+from keras_vmoe.inspection.patches import patch_counts
+from keras_vmoe.inspection.patches import patches_cdf
+from keras_vmoe.inspection.patches import similarity
+from keras_vmoe.inspection.patches import spatial_share
+from keras_vmoe.inspection.patches import top_experts
 from keras_vmoe.inspection.statistics import reset_routing_statistics
 from keras_vmoe.inspection.statistics import routing_statistics
 
 __all__ = [
+    "class_counts",
+    "class_weight",
+    "experts_per_image",
+    "patch_counts",
+    "patches_cdf",
     "plot_history",
     "reset_routing_statistics",
     "routing_statistics",
+    "similarity",
+    "spatial_share",
+    "top_experts",
 ]

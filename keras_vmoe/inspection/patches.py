@@ -1,0 +1,246 @@
+"""What experts do with patches: pure numpy functions of routing decisions.
+
+Axes: B images, N patches of an image, E experts, K choices of a patch. A patch
+whose expert is -1 has none: it was dropped, or is masked.
+"""
+
+import numpy as np
+from keras import ops
+
+from keras_vmoe.routing.dropless import DroplessPlan
+from keras_vmoe.routing.plans import SparsePlan
+
+
+def top_experts(plan):
+    """The experts that serve each token, in the order of its choices.
+
+    Args:
+        plan: A `Plan` of token choice, such as from `routing.top_k_plan` or
+            `MoEMLP.plan`.
+
+    Returns:
+        `(G, S, K)` int32 array; -1 where a choice was dropped or the token is
+        masked.
+
+    Raises:
+        TypeError: If tokens do not choose in this plan.
+
+    Example:
+
+    >>> from keras_vmoe.routing import top_k_plan
+    >>> gates = ops.convert_to_tensor([[[0.9, 0.1], [0.7, 0.3]]])
+    >>> plan = top_k_plan(gates, num_selected_experts=1, capacity=1)
+    >>> top_experts(plan).tolist()
+    [[[0], [-1]]]
+    """
+    if isinstance(plan, DroplessPlan):
+        owner = _array(plan.block_expert)
+        blocks = top_experts(plan.sparse)
+        groups = plan.load.shape[0]
+        found = np.where(blocks >= 0, owner[np.maximum(blocks, 0)], -1)
+        return found.reshape(groups, -1, found.shape[-1])
+    if not isinstance(plan, SparsePlan):
+        raise TypeError(
+            "Tokens must choose experts for a token to have a top one. "
+            f"Received: a {type(plan).__name__}. Look at its own attributes: "
+            "an ExpertChoicePlan has the `token` of each slot, a SoftPlan the "
+            "weights of all."
+        )
+    _, num_experts, capacity = plan.choice.shape
+    expert = _array(plan.slot) // capacity
+    return np.where(expert < num_experts, expert, -1).astype("int32")
+
+
+def patch_counts(top, num_experts):
+    """How many patches of each image each expert has.
+
+    Args:
+        top: `(B, N)` int array, the expert of each patch, or `(B, N, K)`, of
+            all its choices; -1 for none.
+        num_experts: E.
+
+    Returns:
+        `(B, E)` int64 array.
+
+    Example:
+
+    >>> patch_counts(np.array([[0, 2, 2], [1, 1, -1]]), num_experts=3).tolist()
+    [[1, 0, 2], [0, 2, 0]]
+    """
+    top = np.asarray(top)
+    top = top.reshape(len(top), -1)
+    images = np.arange(len(top))[:, None] * (num_experts + 1)
+    places = images + np.where(top < 0, num_experts, top)
+    counts = np.bincount(places.ravel(), minlength=len(top) * (num_experts + 1))
+    return counts.reshape(len(top), num_experts + 1)[:, :num_experts]
+
+
+def experts_per_image(counts):
+    """How many experts have a patch of each image.
+
+    Args:
+        counts: `(B, E)` array of `patch_counts`.
+
+    Returns:
+        `(B,)` int64 array.
+
+    Example:
+
+    >>> experts_per_image(np.array([[1, 0, 2], [0, 3, 0]])).tolist()
+    [2, 1]
+    """
+    return (np.asarray(counts) > 0).sum(axis=-1)
+
+
+def similarity(counts):
+    """How alike the images are that two experts have patches of.
+
+    `S_ij` is the sum of `c_i + c_j - |c_i - c_j|` over the images where both
+    occur, divided by the sum of `c_i + c_j` over those where either does.
+
+    Args:
+        counts: `(B, E)` array of `patch_counts`.
+
+    Returns:
+        `(E, E)` float64 array, 1 on its diagonal; NaN for an expert without a
+        patch.
+
+    Example:
+
+    >>> similarity(np.array([[2, 1], [0, 3]])).round(3).tolist()
+    [[1.0, 0.333], [0.333, 1.0]]
+
+    Reference:
+        [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), appendix E.
+    """
+    counts = np.asarray(counts, "float64")
+    # Twice the smaller one, which is 0 unless both occur.
+    shared = np.zeros((counts.shape[1],) * 2)
+    for column in range(counts.shape[1]):
+        smaller = np.minimum(counts, counts[:, column : column + 1])
+        shared[column] = 2 * smaller.sum(axis=0)
+    totals = counts.sum(axis=0)
+    # Where neither occurs both counts are 0, and so is their sum.
+    sums = totals[:, None] + totals
+    unused = (totals[:, None] == 0) | (totals == 0)
+    with np.errstate(invalid="ignore"):
+        found = shared / sums
+    # One that is used has nothing in common with one that is not.
+    found[unused] = 0.0
+    found[np.diag_indices_from(found)] = np.where(totals > 0, 1.0, np.nan)
+    return found
+
+
+def class_counts(counts, labels, num_classes):
+    """How many patches of each class each expert has.
+
+    Args:
+        counts: `(B, E)` array of `patch_counts`.
+        labels: `(B,)` int array of classes.
+        num_classes: Classes.
+
+    Returns:
+        `(num_classes, E)` array.
+
+    Example:
+
+    >>> class_counts(np.array([[1, 0], [0, 2], [3, 0]]), [1, 0, 1], 2).tolist()
+    [[0, 2], [4, 0]]
+    """
+    counts = np.asarray(counts)
+    found = np.zeros((num_classes, counts.shape[1]), counts.dtype)
+    np.add.at(found, np.asarray(labels), counts)
+    return found
+
+
+def class_weight(gates, top, labels, num_classes):
+    """The mean weight that the patches of each class give to each expert.
+
+    Args:
+        gates: `(B, N, E)` array of gates.
+        top: `(B, N, K)` int array of the experts that were chosen; the weight
+            of others is 0. -1 is none.
+        labels: `(B,)` int array of classes.
+        num_classes: Classes.
+
+    Returns:
+        `(num_classes, E)` float64 array; NaN for a class without images.
+
+    Example:
+
+    >>> gates = np.array([[[0.75, 0.25]], [[0.5, 0.5]]])
+    >>> class_weight(gates, np.array([[[0]], [[1]]]), [0, 0], 1).tolist()
+    [[0.375, 0.25]]
+
+    Reference:
+        [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 5.
+    """
+    gates, top = np.asarray(gates, "float64"), np.asarray(top)
+    chosen = (top[..., None] == np.arange(gates.shape[-1])).any(axis=-2)
+    weight = np.where(chosen, gates, 0.0).mean(axis=1)
+    images = np.bincount(labels, minlength=num_classes)
+    total = class_counts(weight, labels, num_classes)
+    with np.errstate(invalid="ignore"):
+        return total / images[:, None]
+
+
+def patches_cdf(counts, num_patches):
+    """How few patches an expert has of the images that it has any of.
+
+    Args:
+        counts: `(B, E)` array of `patch_counts`.
+        num_patches: N.
+
+    Returns:
+        `(E, N + 1)` float64 array: at n the share of those images of which it
+        has at most n patches; NaN for an expert without a patch.
+
+    Example:
+
+    >>> patches_cdf(np.array([[1], [2], [0]]), num_patches=2).tolist()
+    [[0.0, 0.5, 1.0]]
+    """
+    counts = np.asarray(counts)
+    upto = counts[..., None] <= np.arange(num_patches + 1)
+    found = (upto & (counts > 0)[..., None]).sum(axis=0)
+    images = (counts > 0).sum(axis=0)[:, None]
+    with np.errstate(invalid="ignore"):
+        return found / images
+
+
+def spatial_share(top, num_experts, grid=None):
+    """Where in the image each expert has its patches.
+
+    Args:
+        top: `(B, N)` int array, the expert of each patch; -1 for none.
+        num_experts: E.
+        grid: `(rows, columns)` of the patches; None means a square.
+
+    Returns:
+        `(E, rows, columns)` float64 array: the share of the images of which the
+        expert has the patch in that place. A place sums to 1 over the experts
+        if every patch has one.
+
+    Raises:
+        ValueError: If N is not rows times columns.
+
+    Example:
+
+    >>> spatial_share(np.array([[0, 0, 1, 1]]), 2).tolist()
+    [[[1.0, 1.0], [0.0, 0.0]], [[0.0, 0.0], [1.0, 1.0]]]
+    """
+    top = np.asarray(top)
+    side = round(top.shape[1] ** 0.5)
+    rows, columns = grid or (side, side)
+    if rows * columns != top.shape[1]:
+        raise ValueError(
+            "`grid` must be the rows and columns of the patches. Received: "
+            f"grid={(rows, columns)} for {top.shape[1]} patches. Name it: "
+            "spatial_share(top, num_experts, grid=(rows, columns))."
+        )
+    share = (top == np.arange(num_experts)[:, None, None]).mean(axis=1)
+    return share.reshape(num_experts, rows, columns)
+
+
+def _array(x):
+    return ops.convert_to_numpy(x)
