@@ -21,8 +21,8 @@ class Preprocessing:
 
     Attributes:
         mean: Number that is subtracted from pixels, or one for each channel.
-        std: Number above 0 by which the difference is divided, or one for each
-            channel.
+        std: Number of at least 1 by which the difference is divided, or one for
+            each channel; 255 times that of pixels in [0, 1].
         test_crop: Share of the shorter side, in (0, 1], that the centre crop of
             evaluation keeps. None resizes whole images.
         interpolation: `"bilinear"` or `"bicubic"`, both with antialiasing, of
@@ -54,7 +54,10 @@ class Preprocessing:
         for field in dataclasses.fields(self):
             value = _checks.plain(getattr(self, field.name))
             value = tuple(value) if isinstance(value, list) else value
-            if isinstance(value, tuple) and len(set(value)) == 1:
+            if (
+                isinstance(value, tuple)
+                and value == value[:1] * len(value) != ()
+            ):
                 value = value[0]  # Of all channels.
             object.__setattr__(self, field.name, value)
         _checks.check_sizes(channels=self.channels)
@@ -67,9 +70,11 @@ class Preprocessing:
             value = getattr(self, name)
             values = value if isinstance(value, tuple) else (value,)
             good = all(map(_checks.is_number, values))
+            good = good and np.isfinite(np.array(values, "float32")).all()
             good &= len(values) in (1, self.channels)
-            if not good or (name == "std" and min(values) <= 0):
-                words = "numbers above 0" if name == "std" else "numbers"
+            # 0.229 is of pixels in [0, 1].
+            if not good or (name == "std" and min(values) < 1):
+                words = "numbers from 1 on" if name == "std" else "numbers"
                 raise ValueError(
                     f"`{name}` must be {words} on the scale of 0 to 255, one "
                     "or one for each channel. "

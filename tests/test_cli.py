@@ -334,7 +334,7 @@ def test_presets():
     (found,) = json.loads(
         run("presets", "t_e4_last2_r2", "--format", "json").stdout
     )
-    assert found["paper_params"] == "34.5" and found["note"] is None
+    assert found["paper_params"] == 34.5 and found["note"] is None
     lines = run("presets", "soft", "--format=csv").stdout.splitlines()
     assert len(list(csv.DictReader(lines))) == 5
     done = run("presets", "convnet_t")

@@ -1,5 +1,6 @@
 """Loading pretrained weights: V-MoE, ViT and `keras.applications`."""
 
+from keras_vmoe.checkpoints.architecture import convnext_config
 from keras_vmoe.checkpoints.architecture import vmoe_config
 from keras_vmoe.checkpoints.files import CheckpointError
 from keras_vmoe.checkpoints.keras_applications import load_keras_applications
@@ -11,6 +12,7 @@ from keras_vmoe.layers.positions import resize_positions
 
 __all__ = [
     "CheckpointError",
+    "convnext_config",
     "load",
     "load_keras_applications",
     "load_vmoe",

@@ -27,6 +27,14 @@ def load_keras(model, path, grid=None):
     The arguments are those of `checkpoints.load`. The head of a `.keras` file
     of other classes is left out.
     """
+    if isinstance(model, models.ConvNeXtMoE):
+        raise TypeError(
+            "Files of Keras are read into a ViTMoE here, whose positions are "
+            f"resized. Received: model={model.name!r}, a ConvNeXtMoE. "
+            "`models.load` opens its .keras files, `model.load_weights` reads "
+            ".weights.h5, and `checkpoints.load_keras_applications` takes a "
+            "model of keras.applications."
+        )
     check_model(model, models.ViTMoE)
     config, path = model.get_config(), pathlib.Path(path)
     with tempfile.TemporaryDirectory() as folder:

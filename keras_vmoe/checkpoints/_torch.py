@@ -11,6 +11,7 @@ import numpy as np
 
 from keras_vmoe._extras import require
 from keras_vmoe._preprocessing import Preprocessing
+from keras_vmoe._warnings import warn
 from keras_vmoe.checkpoints.assignment import POSITIONS
 from keras_vmoe.checkpoints.files import CheckpointError
 
@@ -100,9 +101,13 @@ OF_CONVNEXT = (
     r"(?:stages|features)\.(\d)\.(?:blocks\.)?(\d+)\.(?:gamma|layer_scale)"
 )
 UNUSED = ("mask_token",)  # Of DINOv2's training.
-# Features of an attention head, which no shape tells: of all but ViT-H and -g.
-# `load` takes the model's.
-HEAD_DIM, OTHER_HEAD_DIMS = 64, {1280: 80, 1408: 88}
+# What other programs put before all names.
+PREFIXES = ("module.", "model.", "backbone.")
+XXLARGE = 384  # Features of the first stage of a ConvNeXt-XXL.
+# Features of an attention head, which no shape tells: of all but ViT-H, SO400M,
+# -g, -G and giants. `load` takes the model's.
+HEAD_DIM = 64
+OTHER_HEAD_DIMS = {1152: 72, 1280: 80, 1408: 88, 1664: 104}
 
 
 BESIDE = {"interpolation": "interpolation", "crop_pct": "test_crop"}
@@ -114,16 +119,25 @@ class TorchArrays(dict):
     Attributes:
         arguments: Arguments of the model that no shape tells.
         preprocessing: Dict of what is known of a `Preprocessing`.
+        of_class: Whether the class token has a position.
     """
 
-    def __init__(self, arrays, arguments, preprocessing):
+    def __init__(self, arrays, arguments, preprocessing, of_class=True):
         super().__init__(arrays)
         self.arguments, self.preprocessing = arguments, preprocessing
+        self.of_class = of_class
 
     @property
     def is_convnext(self):
         """Whether the arrays are those of a ConvNeXt."""
         return "stem/kernel" in self
+
+    @property
+    def is_gated(self):
+        """Whether the MLPs are SwiGLU's, which are no MLPs of ours."""
+        mlp = f"{BLOCK.format(0)}/Mlp/Dense_"
+        first, second = (np.shape(self.get(f"{mlp}{i}/kernel")) for i in (0, 1))
+        return bool(first and second) and first[1:] == (2 * second[0],)
 
     def with_heads(self, num_heads):
         """The arrays, their attention cut into so many heads."""
@@ -137,7 +151,9 @@ class TorchArrays(dict):
                     shape = (x.shape[0], num_heads, -1)
                 if x.shape[-2] * x.shape[-1] % num_heads == 0:
                     found[name] = x.reshape(shape)
-        return TorchArrays(found, self.arguments, self.preprocessing)
+        return TorchArrays(
+            found, self.arguments, self.preprocessing, self.of_class
+        )
 
 
 def read_safetensors(path):
@@ -148,7 +164,10 @@ def read_safetensors(path):
         arrays = safetensors.numpy.load_file(path)
     except FileNotFoundError:
         raise
-    except (safetensors.SafetensorError, OSError, KeyError) as error:
+    except (
+        *(safetensors.SafetensorError, OSError, KeyError),
+        AttributeError,  # A dtype that numpy does not have.
+    ) as error:
         raise CheckpointError(
             "The checkpoint must be a whole safetensors file. "
             f"Received: {path} ({error}). Copy or download it again."
@@ -164,21 +183,25 @@ def by_our_names(arrays, path, preprocessing=None):
         path: Of their file, for messages.
         preprocessing: Dict of what is known of it.
     """
-    arrays = {k.removeprefix("module."): x for k, x in arrays.items()}
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in arrays):
+            arrays = {k.removeprefix(prefix): x for k, x in arrays.items()}
     if any(name.endswith(OF_TRANSFORMERS) for name in arrays):
         arrays = _by_timms_names(arrays)
     found = [table for name, table in FAMILIES.items() if name in arrays]
     if len(found) != 1:
         raise CheckpointError(_unknown(arrays, path))
     (table,) = found
-    starts, ours, name = _starts(arrays), {}, "pos_embed"
+    _check_kind(arrays, table, path)
+    starts, ours, name = _starts(arrays), {}, None
     try:
         for name, x in arrays.items():
             if name not in UNUSED:
                 ours |= _renamed(name, x, table, starts)
-        if table is VIT:
-            ours = _with_class_position(ours)
-    except (ValueError, IndexError) as error:  # Of another rank, or not in 3.
+    except (  # Of another rank, or not in 3.
+        *(ValueError, IndexError),
+        TypeError,
+    ) as error:
         raise CheckpointError(
             "The arrays must have the shapes of such a model. "
             f"Received: {path}, with {name} {arrays[name].shape}. Take the "
@@ -187,12 +210,25 @@ def by_our_names(arrays, path, preprocessing=None):
     imagenet = vars(Preprocessing.imagenet())
     known = {k: imagenet[k] for k in ("mean", "std")}
     scale = any("_scale" in name for name in ours)
+    preprocessing = preprocessing or {}
     if table is VIT and not scale:
         known = {}  # Of augreg's or DeiT's: nobody can tell.
+        if "mean" not in preprocessing:
+            warn(
+                f"{path} does not say how images are normalised: mean and std "
+                "127.5 are assumed, as of timm's augreg. Its config.json "
+                "beside it, or `model.preprocessing`, would say so."
+            )
     arguments = {"activation": "gelu"}
     if scale:
         arguments["layer_scale_init_value"] = 1e-5
-    return TorchArrays(ours, arguments, {**known, **(preprocessing or {})})
+    # Of DINOv2 without registers, whose patches are of 14 pixels, but not of
+    # DeiT III, of whose models only ViT-H has such.
+    shape = np.shape(ours.get("embedding/kernel"))
+    of_dinov2 = shape[:1] == (14,) and shape[-1] != 1280
+    of_dinov2 = of_dinov2 and "registers" not in ours
+    of_class = of_dinov2 or not scale
+    return TorchArrays(ours, arguments, {**known, **preprocessing}, of_class)
 
 
 def _by_timms_names(arrays):
@@ -227,6 +263,8 @@ def _renamed(name, x, table, starts):
             return {f"{start}/bias": x}
         return {f"{start}/kernel": x.T.reshape(-1, _head_dim(x), len(x))}
     if table is VIT and name in TOKENS:
+        if x.ndim != 3:
+            raise ValueError("(1, tokens, features)")
         return {TOKENS[name]: x}
     for pattern, ours in SCALES.items():
         match = re.fullmatch(pattern, name)
@@ -297,14 +335,19 @@ def _number(match, starts):
     return starts[int(match[1])] + int(match[2])
 
 
-def _with_class_position(arrays):
-    """Zeros for a class token without a position, as in DeiT III."""
-    if "cls" in arrays and POSITIONS in arrays:
-        table = arrays[POSITIONS]
-        if round(table.shape[1] ** 0.5) ** 2 == table.shape[1]:
-            table = np.pad(table, ((0, 0), (1, 0), (0, 0)))
-            return {**arrays, POSITIONS: table}
-    return arrays
+def _check_kind(arrays, table, path):
+    """Raises for a model that our arrays would not be all of."""
+    wrong = None
+    if table is VIT and "pos_embed" not in arrays:
+        wrong = "a ViT without learned positions (such as of rotary ones)"
+    stem = next(name for name in FAMILIES if name in arrays)
+    if table is not VIT and np.shape(arrays[stem])[:1] == (XXLARGE,):
+        wrong = "a ConvNeXt-XXL, whose norms have another epsilon"
+    if wrong:
+        raise CheckpointError(
+            "The arrays must be all that a ViTMoE or a ConvNeXtMoE is made of. "
+            f"Received: {path}, {wrong}. Take the weights of another model."
+        )
 
 
 def _beside(path):
@@ -313,12 +356,20 @@ def _beside(path):
     try:
         config = json.loads(file.read_text())["pretrained_cfg"]
         found = {x: [255.0 * y for y in config[x]] for x in ("mean", "std")}
-        for theirs, ours in BESIDE.items():
-            if config.get(theirs) is not None:
-                found[ours] = config[theirs]
-        Preprocessing.of(found)
+        channels = len(found["mean"])
+        Preprocessing.of(found, channels=channels)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+    for theirs, ours in BESIDE.items():
+        value = config.get(theirs)
+        if value is None:
+            continue
+        try:
+            Preprocessing.of({ours: value})
+        except ValueError:
+            warn(f"{file}: {theirs}={value!r} is not among ours and left out.")
+        else:
+            found[ours] = value
     return found
 
 

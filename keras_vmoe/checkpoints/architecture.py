@@ -1,18 +1,26 @@
 """The architecture of a checkpoint, from the shapes of its arrays."""
 
+import itertools
+import math
 import os
 import re
 from collections.abc import Mapping
 
 import numpy as np
 
-from keras_vmoe._checks import check_sizes
 from keras_vmoe.checkpoints.assignment import POSITIONS
+from keras_vmoe.checkpoints.assignment import num_class_positions
+from keras_vmoe.checkpoints.keras_applications import load_convnext
 from keras_vmoe.checkpoints.reading import read
 from keras_vmoe.checkpoints.reading import reader_of
 from keras_vmoe.checkpoints.sharded_index import read_index
+from keras_vmoe.checkpoints.vmoe import load_vmoe
+from keras_vmoe.models.base import image_pair
+from keras_vmoe.models.convnext import ConvNeXtMoE
+from keras_vmoe.models.vit import ViTMoE
 
 BLOCK = r"Encoder/encoderblock_(\d+)"
+STEM = "stem/kernel"  # Of a ConvNeXt.
 
 
 def vmoe_config(arrays, image_size=None):
@@ -26,8 +34,8 @@ def vmoe_config(arrays, image_size=None):
         arrays: Path of a checkpoint, as of `checkpoints.read` (of a sharded one
             only the index is read), or a dict from the reference's names to
             arrays.
-        image_size: Side of the images in pixels. None is that of the position
-            embedding, or 224 without one.
+        image_size: Side of the images in pixels, or `(height, width)`. None is
+            that of the position embedding, or 224 without one.
 
     Returns:
         Dict of `ViTMoE`'s arguments.
@@ -42,43 +50,52 @@ def vmoe_config(arrays, image_size=None):
     >>> model = ViTMoE(**config)  # doctest: +SKIP
     """
     if image_size is not None:
-        check_sizes(image_size=image_size)
+        image_pair(image_size)
     if isinstance(arrays, (str, os.PathLike)):
         sharded = reader_of(arrays) is None
         entries = read_index(arrays).entries if sharded else read(arrays)
-        more = getattr(entries, "arguments", {})
         shapes = {name: entry.shape for name, entry in entries.items()}
     elif isinstance(arrays, Mapping):
-        more = getattr(arrays, "arguments", {})
+        entries = arrays
         shapes = {name: np.shape(array) for name, array in arrays.items()}
     else:
         raise TypeError(
             "`arrays` must be the path of a checkpoint or a dict from names "
             f"to arrays. Received: arrays={arrays!r}."
         )
+    more = getattr(entries, "arguments", {})
+    of_class = getattr(entries, "of_class", True)
     try:
-        return {**_config(shapes, image_size), **more}
+        return {**_config(shapes, image_size, of_class), **more}
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
             "The arrays must be those of a V-MoE or ViT of the reference "
-            f"program. Received: {len(shapes)} arrays, of which {error} is "
-            f"missing or has another rank; the first are {list(shapes)[:3]}."
+            f"program. Received: {len(shapes)} arrays"
+            f"{_of_convnext(shapes)}, of which {error} is missing or has "
+            f"another rank; the first are {list(shapes)[:3]}."
         ) from error
 
 
-def _config(shapes, image_size):
+def _of_convnext(shapes):
+    return " of a ConvNeXt (`convnext_config`)" if STEM in shapes else ""
+
+
+def _config(shapes, image_size, of_class):
     kernel = shapes["embedding/kernel"]
     if len(kernel) != 4 or kernel[0] != kernel[1] or 0 in kernel:
         raise TypeError("embedding/kernel of square patches")
     patch_size, hidden_dim = kernel[0], kernel[3]
     blocks = {m[1] for m in (re.match(BLOCK, name) for name in shapes) if m}
     num_layers = len(blocks)
+    if not num_layers:
+        raise KeyError("Encoder/encoderblock_0")
     attention = "Encoder/encoderblock_0/SelfAttention"
     moe, mlp_dim = _moe(shapes, num_layers)
     pooling = "map" if "MapHead/probe" in shapes else "gap"
     pooling = "token" if "cls" in shapes else pooling
     return {
-        "image_size": image_size or _image_size(shapes, pooling, patch_size),
+        "image_size": image_size
+        or _image_size(shapes, pooling, patch_size, of_class),
         "patch_size": patch_size,
         "hidden_dim": hidden_dim,
         "num_layers": num_layers,
@@ -91,18 +108,22 @@ def _config(shapes, image_size):
         "representation_size": shapes.get("pre_logits/bias", (None,))[0],
         "position_embedding": "learned" if POSITIONS in shapes else "sincos2d",
         "moe": moe,
+        **({} if kernel[2] == 3 else {"channels": kernel[2]}),
     }
 
 
-def _image_size(shapes, pooling, patch_size):
+def _image_size(shapes, pooling, patch_size, of_class):
     if POSITIONS not in shapes:
         return 224
-    num_patches = max(0, shapes[POSITIONS][1] - (pooling == "token"))
-    side = round(num_patches**0.5)
+    num_patches = shapes[POSITIONS][1]
+    if pooling == "token":
+        num_patches -= num_class_positions(num_patches, None, of_class)
+    side = math.isqrt(max(0, num_patches))
     if side**2 != num_patches or not side:
         raise ValueError(
             "The patches must form a square, or the image size be given. "
-            f"Received: {num_patches} patches. Set `image_size`."
+            f"Received: {num_patches} patches. Set "
+            "`image_size=(height, width)`."
         )
     return side * patch_size
 
@@ -136,3 +157,82 @@ def _moe(shapes, num_layers):
     if num_slots is not None:
         moe |= {"router": "soft", "num_slots": num_slots}
     return moe, mlp_dim
+
+
+def convnext_config(arrays, image_size=224):
+    """Infers the arguments of the dense `ConvNeXtMoE` of a checkpoint.
+
+    Args:
+        arrays: Path of a safetensors file, or what `checkpoints.read` returns.
+        image_size: Side of the images in pixels, `(height, width)`, or None for
+            any; no array tells.
+
+    Returns:
+        Dict of `ConvNeXtMoE`'s arguments.
+
+    Raises:
+        ValueError: If the arrays are not those of a ConvNeXt.
+        FileNotFoundError, CheckpointError, ImportError: As `read`.
+
+    Example:
+
+    >>> config = convnext_config("convnext_tiny.safetensors")  # doctest: +SKIP
+    >>> model = ConvNeXtMoE(**config)  # doctest: +SKIP
+    """
+    if isinstance(arrays, (str, os.PathLike)):
+        arrays = read(arrays)
+    shapes = {name: np.shape(array) for name, array in arrays.items()}
+    pattern = r"block_(\d+)_hidden/kernel"
+    found = (re.fullmatch(pattern, name) for name in shapes)
+    blocks = {int(match[1]): shapes[match[0]] for match in found if match}
+    stem = shapes.get(STEM, ())
+    dims = [shape[0] for _, shape in sorted(blocks.items())]
+    # A stage has other features than the one before.
+    stages = [(dim, len(list(group))) for dim, group in itertools.groupby(dims)]
+    num_stages = 1 + sum(
+        bool(re.fullmatch(r"downsample_\d+/kernel", name)) for name in shapes
+    )
+    if len(stem) != 4 or len(stages) != num_stages:
+        raise ValueError(
+            "The arrays must be those of a ConvNeXt whose stages differ in "
+            f"their features. Received: {len(shapes)} arrays, the first "
+            f"{list(shapes)[:3]}, {num_stages} stages of features {dims}."
+        )
+    scaled = f"block_{len(blocks) - 1}_scale" in shapes
+    return {
+        "depths": tuple(depth for _, depth in stages),
+        "dims": tuple(dim for dim, _ in stages),
+        "num_classes": shapes.get("head/bias", (None,))[0],
+        "image_size": image_size,
+        "patch_size": stem[0],
+        "isotropic": len(stages) == 1,
+        "mlp_ratio": blocks[0][1] // blocks[0][0],
+        "layer_scale_init_value": 1e-6 if scaled else None,
+        **({} if stem[2] == 3 else {"channels": stem[2]}),
+    }
+
+
+def made_of(arrays, image_size=None, num_selected_experts=None):
+    """The model of arrays, with these weights.
+
+    Args:
+        arrays: What `read` returns.
+        image_size: Side of the images in pixels; None is the weights', or 224.
+        num_selected_experts: K; None is V-MoE's 2.
+    """
+    if getattr(arrays, "is_convnext", False):
+        config = convnext_config(arrays, image_size or 224)
+        config["moe"] = None
+        assigned = load_convnext
+        kind = ConvNeXtMoE
+    else:
+        config = vmoe_config(arrays, image_size)
+        assigned, kind = load_vmoe, ViTMoE
+    if num_selected_experts is not None:
+        if config["moe"] is None:
+            raise ValueError(
+                "A dense model selects no experts. Received: "
+                f"--num_selected_experts {num_selected_experts}. Leave it out."
+            )
+        config["moe"]["num_selected_experts"] = num_selected_experts
+    return assigned(kind(**config), arrays)

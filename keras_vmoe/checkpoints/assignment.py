@@ -1,13 +1,16 @@
 """Assigns the arrays of a checkpoint to a model: all or none."""
 
+import dataclasses
 import math
 
 import keras
 import ml_dtypes
 import numpy as np
 
+from keras_vmoe._checks import counted
 from keras_vmoe._warnings import warn
 from keras_vmoe.layers.patches import patch_grid
+from keras_vmoe.layers.positions import pair
 from keras_vmoe.layers.positions import resize_positions
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -120,26 +123,78 @@ def fit_head(arrays, model):
     return arrays | dict(zip(HEAD, fresh, strict=True))
 
 
-def fit_positions(embedding, model, grid=None):
+def fit_positions(
+    embedding, model, grid=None, of_class=True, interpolation="bilinear"
+):
     """Position embeddings `(1, N, D)`, resized to the patches of a `ViTMoE`.
 
-    Those of another shape are returned as they are: `assign` reports them.
+    Those of another rank are returned as they are: `assign` reports them.
 
     Args:
         embedding: Array.
         model: A `ViTMoE` with learned positions.
         grid: `(rows, columns)` of its patches. None takes the square that the
-            tokens beside the model's class token make up.
+            tokens make up, else the model's.
+        of_class: Whether the class token has one of them; else it gets zeros.
+            What the grid says counts more.
+        interpolation: As of `resize_positions`.
     """
-    shape = np.shape(embedding)
+    shape, ours = np.shape(embedding), grid_of(model)
     if len(shape) != 3 or shape[0] != 1:
         return embedding
-    num_extra = int(model.pooling == "token")
+    count, has_class = shape[1], model.pooling == "token"
+    num_extra = 0
+    if has_class:
+        num_extra = num_class_positions(count, grid, of_class)
     if grid is None:
-        grid = math.isqrt(max(1, shape[1] - num_extra))
-        if shape[1] - num_extra != grid**2:
-            return embedding
-    return resize_positions(embedding, grid, grid_of(model), num_extra)
+        side = math.isqrt(max(0, count - num_extra))
+        grid = (side, side) if count - num_extra == side**2 else ours
+        if count - num_extra != math.prod(grid) or not side:
+            raise ValueError(
+                "Learned positions must be those of a square of patches, or "
+                f"their grid be given. Received: {count} positions for a model "
+                f"of {ours[0]} x {ours[1]} patches. Pass grid=(rows, columns) "
+                "to `checkpoints.load`."
+            )
+    table = resize_positions(embedding, grid, ours, num_extra, interpolation)
+    if has_class and not num_extra:
+        table = np.pad(table, ((0, 0), (1, 0), (0, 0)))
+    return table
+
+
+def num_class_positions(count, grid, of_class):
+    """How many of the positions of a model with a class token are that's.
+
+    Args:
+        count: Positions.
+        grid: `(rows, columns)` or an integer; None if it is not known.
+        of_class: Whether there is one, if the grid does not tell.
+    """
+    if grid is not None:
+        num_patches = math.prod(pair("grid", grid))
+        if count - num_patches in (0, 1):
+            return count - num_patches
+    return int(of_class)
+
+
+def known_to(model, known):
+    """The `Preprocessing` of a model, with what is known of its weights'.
+
+    Args:
+        model: A `ViTMoE` or `ConvNeXtMoE`.
+        known: Dict of attributes of a `Preprocessing`.
+    """
+    ours, known = model.preprocessing, dict(known)
+    per_channel = [np.ravel(known.get(x, 0)).tolist() for x in ("mean", "std")]
+    if any(len(x) not in (1, ours.channels) for x in per_channel):
+        warn(
+            f"The mean and standard deviation of the weights' images, "
+            f"{per_channel[0]} and {per_channel[1]}, are not those of "
+            f"{counted(ours.channels, 'channel')}: the model keeps "
+            f"{ours.mean} and {ours.std}."
+        )
+        del known["mean"], known["std"]
+    return dataclasses.replace(ours, **known)
 
 
 def grid_of(model):

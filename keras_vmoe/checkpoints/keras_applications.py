@@ -1,6 +1,5 @@
 """Weights of `keras.applications.ConvNeXt*` into a `ConvNeXtMoE`."""
 
-import dataclasses
 import re
 
 import keras
@@ -14,6 +13,7 @@ from keras_vmoe.checkpoints.assignment import assign
 from keras_vmoe.checkpoints.assignment import check_model
 from keras_vmoe.checkpoints.assignment import fit_head
 from keras_vmoe.checkpoints.assignment import kernel_bias
+from keras_vmoe.checkpoints.assignment import known_to
 from keras_vmoe.checkpoints.assignment import scale_bias
 from keras_vmoe.checkpoints.assignment import with_head
 from keras_vmoe.models.convnext import ConvNeXtMoE
@@ -82,22 +82,25 @@ def _check_dense(model):
 
 def _assign(model, arrays, preprocessing):
     """Weights by our names, and what is known of the preprocessing."""
+    preprocessing = known_to(model, preprocessing)
     arrays = fit_head(with_head(arrays, model), model)
     assign(model, _weights(model), arrays, MEND)
-    model.preprocessing = dataclasses.replace(
-        model.preprocessing, **preprocessing
-    )
+    model.preprocessing = preprocessing
     return model
 
 
 def _normalization(keras_model):
     """Mean and standard deviation of the pixels that a model subtracts."""
+    scale, offset = 1.0, 0.0  # Of a `Rescaling` before.
     for layer in all_layers(keras_model):
+        if isinstance(layer, keras.layers.Rescaling):
+            scale, offset = layer.scale, layer.offset
         if isinstance(layer, keras.layers.Normalization):
             mean = ops.convert_to_numpy(layer.mean).ravel().astype(float)
             std = ops.convert_to_numpy(layer.variance).ravel().astype(float)
+            mean, std = (mean - offset) / scale, np.sqrt(std) / scale
             # What float32 has added.
-            return {"mean": mean.round(4), "std": np.sqrt(std).round(4)}
+            return {"mean": mean.round(4), "std": std.round(4)}
     return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 

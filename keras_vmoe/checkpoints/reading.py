@@ -93,7 +93,7 @@ def reader_of(path):
         return read_orbax
     if path.is_file():
         _check_no_pickle(path)
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return read_safetensors
     is_zip = path.suffix != ".keras" and zipfile.is_zipfile(path)
     if path.suffix == ".npz" or is_zip:

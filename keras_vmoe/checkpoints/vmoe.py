@@ -1,6 +1,5 @@
 """Weights of the reference program (google-research/vmoe) into a `ViTMoE`."""
 
-import dataclasses
 import os
 from collections.abc import Mapping
 
@@ -11,6 +10,7 @@ from keras_vmoe.checkpoints.assignment import check_model
 from keras_vmoe.checkpoints.assignment import fit_head
 from keras_vmoe.checkpoints.assignment import fit_positions
 from keras_vmoe.checkpoints.assignment import kernel_bias
+from keras_vmoe.checkpoints.assignment import known_to
 from keras_vmoe.checkpoints.assignment import scale_bias
 from keras_vmoe.checkpoints.assignment import with_head
 from keras_vmoe.checkpoints.sharded import read_vmoe
@@ -63,22 +63,32 @@ def load_vmoe(model, arrays, grid=None):
             "`arrays` must be the prefix of a checkpoint or a dict from the "
             f"reference's names to arrays. Received: arrays={arrays!r}."
         )
-    known = {"mean": 127.5, "std": 127.5}
+    known, options = {"mean": 127.5, "std": 127.5}, {}
     if isinstance(arrays, TorchArrays):
-        _check_arguments(model, arrays.arguments)
+        _check_arguments(model, arrays)
         known |= arrays.preprocessing
+        options = {"of_class": arrays.of_class, "interpolation": "bicubic"}
         arrays = with_head(arrays.with_heads(model.num_heads), model)
+    preprocessing = known_to(model, known)
     weights = vmoe_weights(model)
     arrays = fit_head(dict(arrays), model)
     if model.position_embedding == "learned" and POSITIONS in arrays:
-        arrays[POSITIONS] = fit_positions(arrays[POSITIONS], model, grid)
+        arrays[POSITIONS] = fit_positions(
+            arrays[POSITIONS], model, grid, **options
+        )
     assign(model, weights, arrays)
-    model.preprocessing = dataclasses.replace(model.preprocessing, **known)
+    model.preprocessing = preprocessing
     return model
 
 
-def _check_arguments(model, arguments):
-    """Raises for an activation other than that of the training."""
+def _check_arguments(model, arrays):
+    """Raises for an activation other than that of the training, and SwiGLU."""
+    arguments = arrays.arguments
+    if arrays.is_gated:
+        raise ValueError(
+            "MLPs must be of two products. Received: those of SwiGLU, such as "
+            "DINOv2's giant has, which a ViTMoE has not."
+        )
     if model.activation != arguments["activation"]:
         raise ValueError(
             "The model must have the activation of the checkpoint, "

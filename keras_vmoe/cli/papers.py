@@ -11,6 +11,7 @@ import keras
 from keras_vmoe import checkpoints
 from keras_vmoe import models
 from keras_vmoe._checks import check_sizes
+from keras_vmoe.checkpoints.architecture import made_of
 from keras_vmoe.models.presets import find_preset
 
 COSTS = pathlib.Path(models.__file__).with_name("preset_costs.csv")
@@ -38,7 +39,7 @@ def presets(
         costs = {row["preset"]: row for row in csv.DictReader(file)}
     rows = [_row(find_preset(name), costs[name]) for name in names]
     if format == "json":
-        print(json.dumps(rows, indent=2))
+        print(json.dumps([_numbers(row) for row in rows], indent=2))
         return
     if format == "csv":
         writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
@@ -80,6 +81,17 @@ def _row(preset, cost):
     }
 
 
+def _numbers(row):
+    """A row whose figures are numbers, but for accuracies with a star."""
+    found = {}
+    for name, value in row.items():
+        try:
+            found[name] = float(value)
+        except (TypeError, ValueError):
+            found[name] = value
+    return found
+
+
 LINE = "{:<27} {:>7} {:>8} {:>8} {:>8} {:>7} {:>7} {:>7} {:>8} {:>8}"
 COLUMNS = (
     "preset", "classes", "params", "(paper)", "active", "(paper)", "GMACs",
@@ -97,7 +109,7 @@ def convert(
     """Convert pretrained weights to a .keras file.
 
     Args:
-        checkpoint: V-MoE prefix (no .index), Orbax folder, .npz.
+        checkpoint: V-MoE prefix (no .index), Orbax folder, .npz, .safetensors.
         output: New .keras file.
         image_size: Side of the images; positions are resized.
         num_selected_experts: K, which no checkpoint holds; default: 2.
@@ -125,14 +137,6 @@ def convert(
         bar.update(done)
 
     arrays = checkpoints.read(checkpoint, progress)
-    config = checkpoints.vmoe_config(arrays, image_size)
-    if num_selected_experts is not None:
-        if config["moe"] is None:
-            raise ValueError(
-                "A dense model selects no experts. Received: "
-                f"--num_selected_experts {num_selected_experts}. Leave it out."
-            )
-        config["moe"]["num_selected_experts"] = num_selected_experts
-    model = checkpoints.load_vmoe(models.ViTMoE(**config), arrays)
+    model = made_of(arrays, image_size, num_selected_experts)
     models.save(model, path)
     print(f"model: {output}, {model.count_params():,} parameters")

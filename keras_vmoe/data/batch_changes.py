@@ -26,13 +26,10 @@ def split(augmentation):
     Raises:
         ValueError: If it is nothing that `load` takes.
     """
-    several = isinstance(augmentation, (list, tuple))
-    parts = list(augmentation) if several else [augmentation]
-    parts = [part for part in parts if part is not None]
+    parts = _flat(augmentation)
     ours = Augmentation()
     if parts and isinstance(parts[0], Augmentation):
         ours, *parts = parts
-    parts = [x for part in parts for x in _flat(part)]
     for part in parts:
         is_layer = isinstance(part, keras.layers.Layer)
         good = _is_of_images(part) if is_layer else callable(part)
@@ -59,28 +56,36 @@ class BatchChange:
         self.mixes = any(map(_mixes, parts))
 
     def try_out(self, shape, num_classes, one_hot):
-        """Raises if a part changes the shape `(H, W, channels)` of images."""
+        """Raises if a part changes the shape of images or labels, or fails."""
         images, labels = tf.zeros((2, *shape)), tf.zeros(2, tf.int32)
         if one_hot:
             labels = tf.one_hot(labels, num_classes)
         dataset = tf.data.Dataset.from_tensors((images, labels))
         for part in self.parts:
-            dataset = dataset.map(functools.partial(_changed, part))
-            found = tuple(dataset.element_spec[0].shape)
-            sizes = zip(found, (2, *shape), strict=False)
-            if len(found) != 4 or any(x not in (y, None) for x, y in sizes):
+            dataset = _tried(dataset, part)
+            specs = dataset.element_spec
+            found, theirs = (tuple(getattr(x, "shape", ())) for x in specs)
+            if not _fits(found, (2, *shape)):
                 raise ValueError(
                     "`augmentation` must keep the shape of the images, "
                     f"(B, {', '.join(map(str, shape))}). Received: "
                     f"{_name(part)!r}, which makes {found} of a batch of 2. "
                     "Set its size to `image_size`, or `image_size` to its own."
                 )
+            if not _fits(theirs, labels.shape):
+                raise ValueError(
+                    "`augmentation` must keep the shape of the labels, "
+                    f"{tuple(labels.shape)} of a batch of 2. Received: "
+                    f"{_name(part)!r}, which makes {theirs} of them. Return "
+                    "them as they are, or mixed as one-hot ones."
+                )
 
     def __call__(self, images, labels):
-        shape = images.shape
+        shapes = images.shape, labels.shape
         for part in self.parts:
             images, labels = _changed(part, images, labels)
-        return tf.ensure_shape(images, shape), labels
+        pairs = zip((images, labels), shapes, strict=True)
+        return tuple(tf.ensure_shape(*pair) for pair in pairs)
 
 
 def _changed(part, images, labels):
@@ -90,20 +95,44 @@ def _changed(part, images, labels):
         return tf.cast(images, tf.float32), labels
     low, high = _value_range(part)
     scale = (high - low) / 255
-    batch = {"images": images * scale + low}
+    images = images * scale + low
     if _mixes(part):
-        batch["labels"] = labels
-    batch = part(batch, training=True)
-    images = (tf.cast(batch["images"], tf.float32) - low) / scale
-    return images, batch.get("labels", labels)
+        batch = part({"images": images, "labels": labels}, training=True)
+        images, labels = batch["images"], batch["labels"]
+    else:
+        images = part(images, training=True)
+    return (tf.cast(images, tf.float32) - low) / scale, labels
+
+
+def _tried(dataset, part):
+    """A dataset after one layer or function; what fails says which."""
+    try:
+        changed = dataset.map(functools.partial(_changed, part))
+        if isinstance(changed.element_spec, tuple):
+            return changed
+        raise TypeError(f"it returns {changed.element_spec}")
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            "`augmentation` must change batches of images "
+            "(B, H, W, channels) in [0, 255] and labels, in TensorFlow, and "
+            f"return both. Received: {_name(part)!r}, which fails: "
+            f"{str(error).strip().splitlines()[-1]}"
+        ) from error
+
+
+def _fits(found, wanted):
+    """Whether a shape is that, as far as it is known."""
+    sizes = zip(found, wanted, strict=False)
+    return len(found) == len(wanted) and all(x in (y, None) for x, y in sizes)
 
 
 def _flat(part):
-    """The layers of one that applies all of its own in turn."""
-    in_turn = (keras.Sequential, keras.layers.Pipeline)
-    if isinstance(part, in_turn):
-        return [x for inner in part.layers for x in _flat(inner)]
-    return [part]
+    """The layers of lists, and of one that applies all of its own in turn."""
+    if isinstance(part, (keras.Sequential, keras.layers.Pipeline)):
+        part = part.layers
+    if isinstance(part, (list, tuple)):
+        return [x for inner in part for x in _flat(inner)]
+    return [] if part is None else [part]
 
 
 def _inside(layer):
@@ -115,21 +144,18 @@ def _inside(layer):
 
 def _is_of_images(layer):
     """Whether a layer works on images in `tf.data` under every backend."""
-    of_cv = type(layer).__module__.partition(".")[0] == "keras_cv"
-    return of_cv or hasattr(layer, "transform_images")
+    bases = {x.__module__.partition(".")[0] for x in type(layer).__mro__}
+    return "keras_cv" in bases or hasattr(layer, "transform_images")
 
 
 def _mixes(part):
-    return any(type(x).__name__ in MIXERS for x in _inside(part))
+    bases = {kind.__name__ for x in _inside(part) for kind in type(x).__mro__}
+    return not bases.isdisjoint(MIXERS)
 
 
 def _value_range(layer):
     """The pixels that a layer wants; [0, 255] if it does not say."""
-    found = {
-        tuple(map(float, x.value_range))
-        for x in _inside(layer)
-        if getattr(x, "value_range", None) is not None
-    }
+    found = _ranges(layer)
     if len(found) > 1:
         raise ValueError(
             "The layers of one augmentation must have one `value_range`. "
@@ -137,6 +163,16 @@ def _value_range(layer):
             "set all to (0, 255)."
         )
     return found.pop() if found else PIXELS
+
+
+def _ranges(layer):
+    """The pixels that a layer says it wants, or those inside."""
+    for name in ("value_range", "_value_range"):  # Keras-CV's Posterization.
+        own = getattr(layer, name, None)
+        if own is not None:  # What those inside get is its own affair.
+            return {tuple(map(float, own))}
+    layers = getattr(layer, "layers", None) or ()
+    return {x for inner in layers for x in _ranges(inner)}
 
 
 def _name(part):

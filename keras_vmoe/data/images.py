@@ -122,12 +122,12 @@ def read_images(
     return wanted.normalized(tf.stack(images)).numpy()
 
 
-def _read_image(path, *settings):
+def _read_image(path, size, wanted):
     content = b""
     try:
         with open(path, "rb") as file:
             content = file.read()
-        return decoded(content, *settings)
+        return decoded(content, size, wanted)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"An image file must exist. Received: path={path!r}."
@@ -137,6 +137,8 @@ def _read_image(path, *settings):
         if content.startswith(STARTS):
             reason = "its image is truncated or damaged"
             mend = "Replace the file, or leave it out."
+            if wanted.channels == 4:
+                reason += ", or has no fourth channel, which the model wants"
         reason = getattr(error, "strerror", None) or reason
         raise OSError(
             f"{WANTED}Received: path={path!r} ({reason}). {mend}"

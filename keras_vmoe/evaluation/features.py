@@ -6,6 +6,7 @@ import numpy as np
 from keras_vmoe._checks import counted
 from keras_vmoe.evaluation._passes import predictions
 from keras_vmoe.models.base import MoEModel
+from keras_vmoe.models.base import check_preprocessing
 
 SHOWN = 5  # Images that a message names.
 
@@ -28,7 +29,7 @@ def extract_features(model, dataset, verbose=0):
 
     Raises:
         ValueError: If the features are not `(B, D)`, some are not finite, or
-            the dataset is empty.
+            the dataset is empty or made for a model of another preprocessing.
 
     Example:
 
@@ -38,6 +39,7 @@ def extract_features(model, dataset, verbose=0):
     >>> features.shape, labels.shape
     ((5, 2), (5,))
     """
+    check_preprocessing(model, dataset)
     pairs = list(predictions(_backbone(model), dataset, verbose))
     features = np.concatenate([x for x, _ in pairs]).astype("float32")
     labels = np.concatenate([y for _, y in pairs]).astype("int64")

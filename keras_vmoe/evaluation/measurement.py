@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_vmoe.evaluation._passes import predictions
+from keras_vmoe.models.base import check_preprocessing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,8 @@ def measure(model, dataset, verbose=0, routing=True):
         A `Measurement`.
 
     Raises:
-        ValueError: If the dataset is empty.
+        ValueError: If the dataset is empty, or was made for a model of another
+            preprocessing.
 
     Example:
 
@@ -62,6 +64,7 @@ def measure(model, dataset, verbose=0, routing=True):
     >>> measure(model, [batch]).accuracy
     1.0
     """
+    check_preprocessing(model, dataset)
     layers = [x for x in model.layers if routing and hasattr(x, "router")]
     # The routers' tokens, from the same pass as the logits.
     outputs = [model.outputs[0], *(layer.input for layer in layers)]

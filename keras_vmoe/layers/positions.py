@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_vmoe._checks import check_choice
 from keras_vmoe._checks import is_integer
 from keras_vmoe.layers.weights import mark
 
@@ -173,11 +174,12 @@ def sincos2d(rows, columns, features):
     return np.concatenate(table, axis=-1).astype("float32")
 
 
-def resize_positions(embedding, grid, new_grid, num_extra=None):
+def resize_positions(
+    embedding, grid, new_grid, num_extra=None, interpolation="bilinear"
+):
     """Resizes learned positions to another grid of patches.
 
-    Bilinear, with fixed corners. Tokens before the patches, such as a class
-    token or registers, keep theirs.
+    Tokens before the patches, such as a class token or registers, keep theirs.
 
     Args:
         embedding: `(1, P + rows * columns, D)` array: P tokens before the
@@ -186,6 +188,8 @@ def resize_positions(embedding, grid, new_grid, num_extra=None):
         new_grid: That of the result.
         num_extra: P. None takes what the grid leaves, at most a class token:
             more would rather be patches of another grid.
+        interpolation: `"bilinear"`, with fixed corners, as V-MoE and ViT do, or
+            `"bicubic"` with antialiasing, as timm does.
 
     Returns:
         Array `(1, P + new rows * new columns, D)`.
@@ -202,6 +206,7 @@ def resize_positions(embedding, grid, new_grid, num_extra=None):
         [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929), section
         3.2.
     """
+    check_choice("interpolation", interpolation, ("bilinear", "bicubic"))
     grid, new_grid = pair("grid", grid), pair("new_grid", new_grid)
     (rows, columns), shape = grid, np.shape(embedding)
     prefix = shape[1] - rows * columns if len(shape) == 3 else -1
@@ -216,7 +221,9 @@ def resize_positions(embedding, grid, new_grid, num_extra=None):
     if grid == new_grid:
         return embedding
     embedding = np.asarray(embedding[0], "float32")
-    table = zoom(embedding[prefix:].reshape(rows, columns, -1), new_grid)
+    weights = _hats if interpolation == "bilinear" else _cubics
+    table = embedding[prefix:].reshape(rows, columns, -1)
+    table = zoom(table, new_grid, weights)
     table = table.reshape(-1, table.shape[-1])
     return np.concatenate([embedding[:prefix], table])[None]
 
@@ -233,8 +240,28 @@ def pair(name, grid):
     return tuple(pair)
 
 
-def zoom(image, size):
-    """Bilinear zoom of `(rows, columns, features)` with fixed corners.
+def _hats(old, new):
+    """The weights of linear interpolation, `(new, old)`."""
+    points = np.linspace(0, old - 1, new)[:, None]
+    return np.maximum(0, 1 - np.abs(points - np.arange(old)))
+
+
+def _cubics(old, new):
+    """The weights of cubic interpolation with antialiasing, `(new, old)`.
+
+    Keys's kernel with a = -1/2, widened where the grid becomes smaller.
+    """
+    scale = old / new
+    centers = (np.arange(new)[:, None] + 0.5) * scale - 0.5
+    x = np.abs(centers - np.arange(old)) / max(scale, 1.0)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((2.5 - 0.5 * x) * x - 4) * x + 2
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def zoom(image, size, weights=_hats):
+    """Zoom of `(rows, columns, features)`, bilinear with fixed corners.
 
     Example:
 
@@ -247,12 +274,6 @@ def zoom(image, size):
         [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929), section
         3.2; the authors' program calls `scipy.ndimage.zoom` of order 1.
     """
-    rows, columns = map(_hats, image.shape[:2], size)
+    rows, columns = map(weights, image.shape[:2], size)
     zoomed = np.einsum("ir,jc,rcd->ijd", rows, columns, image)
     return zoomed.astype(image.dtype)
-
-
-def _hats(old, new):
-    """The weights of linear interpolation, `(new, old)`."""
-    points = np.linspace(0, old - 1, new)[:, None]
-    return np.maximum(0, 1 - np.abs(points - np.arange(old)))

@@ -19,9 +19,10 @@ def features(model, layers=None):
 
     Args:
         model: A `ViTMoE` or `ConvNeXtMoE`.
-        layers: Names of blocks (`"block_3"`, or 3, or -1 for the last) and, of
-            a ConvNeXt, stages (`"stage_0"`, what its last block gives). None
-            means all blocks of a ViT and all stages of a ConvNeXt.
+        layers: One or several: names of blocks (`"block_3"`, or 3, or -1 for
+            the last) and, of a ConvNeXt, stages (`"stage_0"`, what its last
+            block gives). None means all blocks of a ViT and all stages of a
+            ConvNeXt.
 
     Returns:
         A `keras.Model` from images to a dict: `"output"`, what the model gives,
@@ -46,6 +47,8 @@ def features(model, layers=None):
     if layers is None:
         stages = [name for name in ends if name.startswith("stage")]
         layers = stages or list(ends)
+    if isinstance(layers, str) or is_integer(layers):
+        layers = [layers]
     names = [_name_of(x, ends) for x in layers]
     outputs = {name: _map_of(model, ends[name]) for name in names}
     return keras.Model(model.input, {**outputs, "output": model.output})
@@ -75,7 +78,7 @@ def with_head(model, num_classes):
     return _copy(model, num_classes=num_classes)
 
 
-def with_image_size(model, image_size):
+def with_image_size(model, image_size, interpolation="bilinear"):
     """A copy of a model for images of another size.
 
     Learned positions are resized, see `checkpoints.resize_positions`. With a
@@ -85,6 +88,8 @@ def with_image_size(model, image_size):
         model: A `ViTMoE` or `ConvNeXtMoE`.
         image_size: Side of the images in pixels, or `(height, width)`; of a
             ConvNeXt also None, for any.
+        interpolation: Of learned positions: `"bilinear"`, or `"bicubic"` as
+            timm does.
 
     Returns:
         A model with weights of its own.
@@ -99,10 +104,10 @@ def with_image_size(model, image_size):
     >>> with_image_size(model, (32, 64)).input_shape
     (None, 32, 64, 3)
     """
-    return _copy(model, image_size=image_size)
+    return _copy(model, interpolation, image_size=image_size)
 
 
-def _copy(model, **changes):
+def _copy(model, interpolation="bilinear", **changes):
     """A model of other arguments, with the weights of layers as they are."""
     _check(model)
     config = {**model.get_config(), **changes}
@@ -118,7 +123,9 @@ def _copy(model, **changes):
         if isinstance(layer, LearnedPositions):
             extra = int(model.pooling == "token")
             grids = _grid_of(model), _grid_of(made)
-            weights = [resize_positions(weights[0], *grids, extra)]
+            weights = [
+                resize_positions(weights[0], *grids, extra, interpolation)
+            ]
         layer.set_weights(weights)
     return made
 

@@ -125,7 +125,7 @@ class MoEModel(keras.Model):
 
     def fit(self, x=None, *args, **kwargs):
         self._check_pixels(x)
-        self._check_preprocessing(kwargs.get("validation_data"))
+        check_preprocessing(self, kwargs.get("validation_data"))
         is_tensorflow = keras.backend.backend() == "tensorflow"
         if is_tensorflow and self.optimizer and not self.optimizer.built:
             # A first step that makes variables is traced twice.
@@ -159,30 +159,13 @@ class MoEModel(keras.Model):
             self._looks_at_batches = False
             self._check_pixels(x)
 
-    def _check_preprocessing(self, dataset):
-        """Raises for a dataset of `data.load` made for other models."""
-        theirs = getattr(dataset, "preprocessing", None)
-        if not isinstance(theirs, Preprocessing):  # Others may have one, too.
-            return
-        found = {
-            name: (getattr(theirs, name), getattr(self.preprocessing, name))
-            for name in ("mean", "std", "exif_orientation")
-        }
-        wrong = [f"{k}={x} for {y}" for k, (x, y) in found.items() if x != y]
-        if wrong:
-            raise ValueError(
-                "A dataset must be preprocessed as the model wants it. "
-                f"Received: a dataset of {', '.join(wrong)}. Pass "
-                "`preprocessing=model.preprocessing` to `data.load`."
-            )
-
     def _check_pixels(self, x):
         """Raises or warns of images that are not normalized as the model's.
 
         Floats of datasets, generators and loaders pass: their first batch could
         be read only for a second time, or by every compiled step.
         """
-        self._check_preprocessing(x)
+        check_preprocessing(self, x)
         images = next(iter(keras.tree.flatten(x)), None)
         is_array = "float" in str(getattr(images, "dtype", None))
         if self._warns_of_pixels and is_array:
@@ -351,6 +334,24 @@ def classifier(x, settings, kernel_initializer):
         dtype="float32",
         name="head",
     )(x)
+
+
+def check_preprocessing(model, dataset):
+    """Raises for a dataset of `data.load` that was made for other models."""
+    ours, theirs = (getattr(x, "preprocessing", None) for x in (model, dataset))
+    if not all(isinstance(x, Preprocessing) for x in (ours, theirs)):
+        return  # Others may have an attribute of this name, too.
+    found = {
+        name: (getattr(theirs, name), getattr(ours, name))
+        for name in ("mean", "std", "exif_orientation")
+    }
+    wrong = [f"{k}={x} for {y}" for k, (x, y) in found.items() if x != y]
+    if wrong:
+        raise ValueError(
+            "A dataset must be preprocessed as the model wants it. "
+            f"Received: a dataset of {', '.join(wrong)}. Pass "
+            "`preprocessing=model.preprocessing` to `data.load`."
+        )
 
 
 def check_positive(**values):

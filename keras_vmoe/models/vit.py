@@ -5,6 +5,7 @@ from typing import Unpack
 import keras
 
 from keras_vmoe._checks import check_choice
+from keras_vmoe._checks import check_flags
 from keras_vmoe._checks import check_rates
 from keras_vmoe._checks import check_sizes
 from keras_vmoe.layers import _blocks
@@ -175,6 +176,7 @@ def _check(settings):
             f"{settings.pooling!r}. Set pooling='token'."
         )
     check_rates(dropout=settings.dropout)
+    check_flags(qk_norm=settings.qk_norm)
 
 
 def _positions(x, settings, grid):

@@ -55,7 +55,7 @@ def resolved(config):
     if found["moe"] is not None:
         found["moe"] = given(models.MoEConfig.from_dict(found["moe"]))
     if not is_vit and found["patch_size"] is None:
-        found["patch_size"] = 16 if found["isotropic"] else 4
+        found["patch_size"] = _patch_size(found)
     names = VIT_SIZES if is_vit else CONVNEXT_SIZES
     if start is not None:
         others = found.keys() & {**VIT_SIZES, **CONVNEXT_SIZES}
@@ -73,6 +73,11 @@ def resolved(config):
         convnext=None if is_vit else ConvNeXtConfig(**sizes),
         moe=None if moe is None else MoESettings(**moe),
     )
+
+
+def _patch_size(sizes):
+    """Of a ConvNeXt that names none, as `ConvNeXtMoE` has it."""
+    return 16 if sizes["isotropic"] else 4
 
 
 def from_scratch(config):
@@ -140,9 +145,12 @@ def _architecture_of(path):
         path = path / MODEL
     if path.suffix != ".keras":
         arrays = checkpoints.read(path)
+        known = {"preprocessing": getattr(arrays, "preprocessing", {})}
+        if getattr(arrays, "is_convnext", False):
+            known |= {**CONVNEXT_SIZES, "moe": None}
+            return {**known, **checkpoints.convnext_config(arrays)}
         below = {**VIT_SIZES, "pooling": "token"}
-        below["preprocessing"] = getattr(arrays, "preprocessing", {})
-        return {**below, **checkpoints.vmoe_config(arrays)}
+        return {**below, **known, **checkpoints.vmoe_config(arrays)}
     model = models.load(path, compile=False)
     if not isinstance(model, MoEModel):
         raise ValueError(
@@ -150,6 +158,8 @@ def _architecture_of(path):
             f"Received: init={str(path)!r}, a {type(model).__name__}."
         )
     sizes = model.get_config()
+    if sizes.get("patch_size", 0) is None:
+        sizes["patch_size"] = _patch_size(sizes)
     if sizes["moe"] is not None:
         moe = {k: x for k, x in sizes["moe"].items() if x is not None}
         sizes["moe"] = moe

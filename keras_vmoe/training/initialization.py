@@ -10,6 +10,7 @@ from keras_vmoe import checkpoints
 from keras_vmoe import layers
 from keras_vmoe import models
 from keras_vmoe._warnings import warn
+from keras_vmoe.checkpoints.architecture import made_of
 from keras_vmoe.checkpoints.assignment import fit_positions
 from keras_vmoe.checkpoints.assignment import grid_of
 from keras_vmoe.training import recipes
@@ -104,9 +105,7 @@ def initialize(model, path, class_names=(), moe=None):
         checkpoints.load(model, path)
         return
     else:
-        arrays = checkpoints.read(path)
-        source = models.ViTMoE(**checkpoints.vmoe_config(arrays))
-        checkpoints.load_vmoe(source, arrays)
+        source = made_of(checkpoints.read(path))
     if moe is not None:
         source = models.upcycle(source, moe)
     copy_weights(source, model, _same_classes(run_dir, class_names))

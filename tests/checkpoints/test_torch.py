@@ -28,10 +28,13 @@ from keras_vmoe import models  # noqa: E402
 from keras_vmoe import training  # noqa: E402
 from keras_vmoe.models.costs import without_weights  # noqa: E402
 from keras_vmoe.training import initialization  # noqa: E402
+from tests.commands import run  # noqa: E402
 
 once = pytest.mark.backends("torch")
+# Plain ViTs, which have no `config.json` beside them here.
+pytestmark = pytest.mark.filterwarnings("ignore:.*how images are normalised")
 SMALL = {"depth": 2, "embed_dim": 128, "num_heads": 2, "img_size": 56}
-BLOCKS = {"depths": (1, 1, 2, 1), "dims": (16, 16, 32, 32)}
+BLOCKS = {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 48)}
 IMAGENET = data.Preprocessing.imagenet()
 
 
@@ -67,6 +70,17 @@ MODELS = {
     "deit3": lambda: timm.create_model(
         "deit3_small_patch16_224", num_classes=10, **{**SMALL, "img_size": 48}
     ),
+    # 2 x 4 patches and a class token: as many as 3 x 3 patches.
+    "vit, wide": lambda: timm.create_model(
+        "vit_small_patch16_224",
+        num_classes=10,
+        **{**SMALL, "img_size": (32, 64)},
+    ),
+    "deit3, wide": lambda: timm.create_model(
+        "deit3_small_patch16_224",
+        num_classes=10,
+        **{**SMALL, "img_size": (32, 96)},
+    ),
     "dinov2": lambda: timm.create_model("vit_small_patch14_dinov2", **SMALL),
     "dinov2 with registers": lambda: timm.create_model(
         "vit_small_patch14_reg4_dinov2", **SMALL
@@ -99,12 +113,12 @@ def written(name, folder, **more):
 
 def twin(name, file):
     """The model of ours for a file."""
-    if "convnext" not in name:
-        return models.ViTMoE(**checkpoints.vmoe_config(file))
-    sizes = (1, 2, 1), (16, 32, 48)
-    if "torchvision" not in name:
-        sizes = BLOCKS.values()
-    return models.ConvNeXtMoE(*sizes, num_classes=10, image_size=64)
+    if "convnext" in name:
+        config = checkpoints.convnext_config(file, image_size=64)
+        return models.ConvNeXtMoE(**config)
+    sizes = {"vit, wide": (32, 64), "deit3, wide": (32, 96)}
+    config = checkpoints.vmoe_config(file, sizes.get(name))
+    return models.ViTMoE(**config)
 
 
 @pytest.mark.slow
@@ -120,8 +134,107 @@ def test_the_logits_are_theirs(name, tmp_path):
     scale = np.abs(expected).max()
     got = ours.predict(images, verbose=0)
     np.testing.assert_allclose(got / scale, expected / scale, atol=1e-4)
-    wanted = data.Preprocessing() if name == "vit" else IMAGENET
+    wanted = data.Preprocessing() if name[:3] == "vit" else IMAGENET
     assert ours.preprocessing == wanted
+
+
+@once
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_positions_are_resized_as_timm_resizes_them(name, tmp_path):
+    """Bicubic with antialiasing, to fewer and to more patches."""
+    theirs, file = written(name, tmp_path)
+    patch = theirs.patch_embed.patch_size[0]
+    for rows, columns in ((2, 3), (7, 5), (3, 3)):
+        size = (rows * patch, columns * patch)
+        ours = models.ViTMoE(**checkpoints.vmoe_config(file, size))
+        checkpoints.load(ours, file)
+        expected = timm.layers.resample_abs_pos_embed(
+            theirs.pos_embed.data, (rows, columns)
+        )
+        found = ours.get_layer("positions").embedding
+        np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
+
+
+@once
+def test_positions_that_are_no_square(tmp_path):
+    _, file = written("vit, wide", tmp_path)
+    with pytest.raises(ValueError, match=r"Set `image_size=\(height, width\)`"):
+        checkpoints.vmoe_config(file)
+    config = checkpoints.vmoe_config(file, 64)
+    ours = models.ViTMoE(**config)
+    with pytest.raises(
+        ValueError, match=r"or their grid be given. Received: 9"
+    ):
+        checkpoints.load(ours, file)
+    checkpoints.load(ours, file, grid=(2, 4))
+    assert ours.get_layer("positions").embedding.shape == (1, 17, 128)
+
+
+@once
+@pytest.mark.parametrize("name", ["deit3", "convnext of timm"])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels(name, channels, tmp_path):
+    """The model keeps its mean: that of the weights is of three channels."""
+    kind, sizes = "deit3_small_patch16_224", {**SMALL, "img_size": 48}
+    if name != "deit3":
+        kind, sizes = "convnext_tiny", BLOCKS
+    theirs = timm.create_model(kind, in_chans=channels, **sizes)
+    file = tmp_path / "model.safetensors"
+    save_file(theirs.state_dict(), file)
+    if name == "deit3":
+        ours = models.ViTMoE(**checkpoints.vmoe_config(file))
+    else:
+        ours = models.ConvNeXtMoE(**checkpoints.convnext_config(file, 64))
+    with pytest.warns(UserWarning, match=f"not those of {channels} channel"):
+        checkpoints.load(ours, file)
+    assert ours.preprocessing == data.Preprocessing(channels=channels)
+
+
+@once
+def test_models_that_ours_are_not(tmp_path):
+    state = randomize(MODELS["vit"]()).state_dict()
+    file = tmp_path / "model.safetensors"
+    rotary = {k: x for k, x in state.items() if k != "pos_embed"}
+    save_file(rotary, file)
+    with pytest.raises(checkpoints.CheckpointError, match="rotary"):
+        checkpoints.read(file)
+    wide = {"stem.0.weight": torch.zeros(384, 3, 4, 4)}
+    save_file(wide, file)
+    with pytest.raises(checkpoints.CheckpointError, match="another epsilon"):
+        checkpoints.read(file)
+    gated = {k: x.clone() for k, x in state.items()}
+    for i in (0, 1):
+        gated[f"blocks.{i}.mlp.fc1.weight"] = torch.zeros(1024, 128)
+        gated[f"blocks.{i}.mlp.fc1.bias"] = torch.zeros(1024)
+    save_file(gated, file)
+    ours = models.ViTMoE(**checkpoints.vmoe_config(file))
+    with pytest.raises(ValueError, match="SwiGLU"):
+        checkpoints.load(ours, file)
+    save_file({f"model.{k}": x for k, x in state.items()}, file)
+    with pytest.warns(UserWarning, match="mean and std 127.5 are assumed"):
+        assert "embedding/kernel" in checkpoints.read(file)
+
+
+@once
+def test_a_convnext_from_the_command(tmp_path):
+    _, file = written("convnext of timm", tmp_path)
+    output = tmp_path / "model.keras"
+    done = run("convert", file, output, "--image_size=64")
+    assert done.returncode == 0, done.stderr
+    found = models.load(output)
+    assert found.input_shape == (None, 64, 64, 3) and found.moe is None
+    assert found.preprocessing == IMAGENET
+    # Of a file, and of one of Keras whose patch size is the default.
+    keras_file = tmp_path / "default.keras"
+    default = models.ConvNeXtMoE((1, 1), (8, 16), 10, image_size=32)
+    models.save(default, keras_file)
+    for start in (file, keras_file):
+        done = run(
+            "train", f"--init={start}", "--upcycle", "--moe.num_experts=2",
+            "--image_size=32", "--dry_run",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "patch_size: 4" in done.stdout
 
 
 @once
@@ -225,6 +338,17 @@ def test_what_lies_beside_a_file_may_be_anything(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     found = checkpoints.read(file).preprocessing
     assert data.Preprocessing.of(found) == IMAGENET
+
+
+@once
+def test_one_value_beside_a_file_that_is_not_ours(tmp_path):
+    _, file = written("vit", tmp_path)
+    config = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "lanczos"}
+    text = json.dumps({"pretrained_cfg": config})
+    (tmp_path / "config.json").write_text(text)
+    with pytest.warns(UserWarning, match="interpolation='lanczos' is not"):
+        found = checkpoints.read(file).preprocessing
+    assert data.Preprocessing.of(found) == data.Preprocessing(127.5, 63.75)
 
 
 @once

@@ -18,6 +18,14 @@ def batch_of(augmentation, training=True, **options):
     return next(iter(dataset.as_numpy_iterator()))
 
 
+class Darker(CV.BaseImageAugmentationLayer):
+    def augment_image(self, image, **kwargs):
+        return image * 0.7
+
+    def augment_label(self, label, **kwargs):
+        return label
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -26,6 +34,9 @@ def batch_of(augmentation, training=True, **options):
         lambda: keras.Sequential([KERAS.Pipeline([KERAS.RandomRotation(0.2)])]),
         lambda: [data.Augmentation(crop_padding=1), KERAS.RandomFlip()],
         lambda: CV.RandAugment(value_range=(0, 255)),
+        lambda: [[CV.RandAugment(value_range=(0, 1))]],
+        lambda: CV.Posterization(bits=4, value_range=(0, 1)),
+        lambda: Darker(),
         lambda: CV.RandomCropAndResize((8, 8), (0.5, 0.9), (0.75, 1.33)),
         lambda: CV.RandomAugmentationPipeline(
             [CV.RandomFlip(), CV.RandomBrightness(0.2)], 2
@@ -47,10 +58,15 @@ def test_images_change_and_stay_images(make):
     np.testing.assert_array_equal(evaluated, plain)
 
 
+class MyMixUp(KERAS.MixUp):
+    pass
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda: KERAS.MixUp(),
+        lambda: MyMixUp(),
         lambda: [KERAS.RandomFlip(), KERAS.CutMix()],
         lambda: CV.MixUp(),
         lambda: CV.RandomChoice([CV.MixUp(), CV.CutMix()], batchwise=True),
@@ -76,6 +92,13 @@ def test_a_function_gets_pixels_and_labels_as_asked():
     assert labels.shape == (32, 10)
 
 
+def test_grey_images():
+    """Of a layer that takes no dict; digits are grey before."""
+    images, _ = batch_of(KERAS.RandomGrayscale(1.0), epoch=0)
+    plain, _ = batch_of(None, epoch=0)
+    np.testing.assert_allclose(images, plain, atol=1e-2)
+
+
 def test_pixels_of_another_range_come_back():
     still = KERAS.RandomBrightness(0.0, value_range=(-1, 1))
     images, _ = batch_of(still, class_weights=None)
@@ -92,6 +115,11 @@ def test_pixels_of_another_range_come_back():
     [
         (lambda: KERAS.RandomCrop(4, 4), r"'random_crop.*', .* \(2, 4, 4, 3\)"),
         (lambda: lambda x, y: (x[:, :5], y), r"<lambda>.*\(2, 5, 8, 3\)"),
+        (lambda: lambda x, y: (x, y[:1]), r"shape of the labels, \(2,\) of"),
+        (lambda: lambda x, y: (x, None), r"which fails|shape of the labels"),
+        (lambda: lambda x, y: x, "return both. Received: '<lambda>', which f"),
+        (lambda: lambda x: x, "which fails: .*takes 1 positional argument"),
+        (lambda: lambda x, y: None, "return both. Received: '<lambda>'"),
         (lambda: KERAS.Dropout(0.5), "belong into the model"),
         (lambda: KERAS.RandomFlip, "an Augmentation first. Received"),
         (lambda: "flip", "Received: augmentation='flip'"),

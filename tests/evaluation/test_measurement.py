@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_vmoe import data
 from keras_vmoe import evaluation
 from tests.harness import randomize
 from tests.models.definitions import images_of
@@ -44,6 +45,16 @@ def test_a_recount(capsys):
     assert "top-5" in text
     few = dataclasses.replace(found, confusion=np.eye(5, dtype=int))
     assert "top-5" not in evaluation.report(few, "abcde")  # It is 1.
+
+
+@pytest.mark.backends("torch")
+def test_a_dataset_made_for_another_model():
+    model = tiny(preprocessing=data.Preprocessing.imagenet())
+    images = data.load("digits", "test[:8]", 8, 8, training=False)
+    words = "dataset of mean=127.5 for .*Pass `preprocessing=model.preproc"
+    for function in (evaluation.measure, evaluation.extract_features):
+        with pytest.raises(ValueError, match=words):
+            function(model, images)
 
 
 def test_some_of_the_classes():
