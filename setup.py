@@ -28,7 +28,7 @@ EXTRAS = {
         "orbax-checkpoint>=0.12,<0.13",
         "safetensors>=0.5,<1",
     ],
-    "plots": ["matplotlib>=3.9,<4"],
+    "plots": ["matplotlib>=3.9,<4", "Jinja2>=3.1,<4"],
     "cli": ["jsonargparse[signatures]>=4.40,<5"],
     "serving": [TENSORFLOW, "tensorflow-serving-api>=2.20,<2.21"],
     "onnx": [TENSORFLOW, "tf2onnx>=1.17,<1.18", "onnxruntime>=1.23,<2"],
@@ -66,6 +66,7 @@ setup(
     packages=find_packages(include=["keras_vmoe", "keras_vmoe.*"]),
     package_data={
         "keras_vmoe.evaluation": ["*.csv", "*.json"],
+        "keras_vmoe.inspection": ["*.html"],
         "keras_vmoe.models": ["*.csv"],
         "keras_vmoe.training.recipes": ["*.yaml"],
     },

@@ -20,6 +20,7 @@ from keras_vmoe.cli.evaluating import probe
 from keras_vmoe.cli.evaluating import robustness
 from keras_vmoe.cli.evaluating import sweep
 from keras_vmoe.cli.exporting import export_model
+from keras_vmoe.cli.inspecting import inspect
 from keras_vmoe.cli.opening import restart
 from keras_vmoe.cli.papers import convert
 from keras_vmoe.cli.papers import presets
@@ -40,6 +41,7 @@ COMMANDS = {
     "robustness": robustness,
     "sweep": sweep,
     "compare": compare,
+    "inspect": inspect,
     "export": export_model,
     "convert": convert,
     "presets": presets,

@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 
 from keras_vmoe import _files
-from keras_vmoe import data
 from keras_vmoe import evaluation
 from keras_vmoe._extras import require
+from keras_vmoe.cli.opening import load_images
 from keras_vmoe.cli.opening import numbers
 from keras_vmoe.cli.opening import open_model
 from keras_vmoe.cli.opening import setting_of_run
@@ -258,7 +258,7 @@ def sweep(
     if plot:
         require("matplotlib", "plots")  # Before it is measured, not after.
     opened, _ = open_model(model)
-    images = _load(opened, dataset, split, data_dir, batch_size)
+    images = load_images(opened, dataset, split, data_dir, batch_size)
     with _corruption.named_corruption(dataset, [split], data_dir):
         rows = evaluation.sweep_routing(
             opened, images, sys.stdout.isatty(), **settings
@@ -304,25 +304,12 @@ def _features(model, name, splits, data_dir, batch_size):
         SETS.get(name, default), splits, strict=True
     ):
         split = given or split
-        images = _load(model, dataset, split, data_dir, batch_size)
+        images = load_images(model, dataset, split, data_dir, batch_size)
         with _corruption.named_corruption(dataset, [split], data_dir):
             found.append(
                 evaluation.extract_features(model, images, sys.stdout.isatty())
             )
     return found
-
-
-def _load(model, dataset, split, data_dir, batch_size):
-    """Images as the model wants them."""
-    return data.load(
-        dataset,
-        split,
-        image_size=model.input_shape[1:3],
-        batch_size=batch_size,
-        training=False,
-        data_dir=data_dir,
-        preprocessing=model.preprocessing,
-    )
 
 
 def _write_csv(path, rows):

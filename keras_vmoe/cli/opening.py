@@ -68,6 +68,32 @@ def setting_of_run(model, name):
     return value
 
 
+def of_run(model, dataset=None, split=None, data_dir=None):
+    """Dataset, split and folder: those given, else those the run was tested on.
+
+    The dataset is None if it is neither given nor of a run.
+    """
+    there = setting_of_run(model, "data.dataset")
+    folder = setting_of_run(model, "data.data_dir")
+    if dataset in (None, there) and data_dir in (None, folder):
+        dataset, data_dir = there, folder
+        split = split or setting_of_run(model, "data.test_split")
+    return dataset or there, split or "test", data_dir
+
+
+def load_images(model, dataset, split, data_dir, batch_size):
+    """Images of a split as the model wants them, in order."""
+    return data.load(
+        dataset,
+        split,
+        image_size=model.input_shape[1:3],
+        batch_size=batch_size,
+        training=False,
+        data_dir=data_dir,
+        preprocessing=model.preprocessing,
+    )
+
+
 def numbers(num_classes):
     """Names for classes without names."""
     return [f"class {i}" for i in range(num_classes)]

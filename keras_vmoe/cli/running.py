@@ -15,8 +15,8 @@ from keras_vmoe import distribution
 from keras_vmoe import evaluation
 from keras_vmoe import training
 from keras_vmoe.cli.opening import numbers
+from keras_vmoe.cli.opening import of_run
 from keras_vmoe.cli.opening import open_model
-from keras_vmoe.cli.opening import setting_of_run
 from keras_vmoe.data import _corruption
 from keras_vmoe.data import schema
 from keras_vmoe.data.images import WANTED
@@ -219,19 +219,13 @@ def evaluate(
     dials = {name: given[name] for name in DIALS}
     opened, names = open_model(model, classes, **dials)
     wanted = data.Preprocessing.of(opened.preprocessing, test_crop=test_crop)
-    of_run = setting_of_run(model, "data.dataset")
-    dir_of_run = setting_of_run(model, "data.data_dir")
-    if dataset in (None, of_run) and data_dir in (None, dir_of_run):
-        dataset, data_dir = of_run, dir_of_run
-        split = split or setting_of_run(model, "data.test_split")
-    dataset = dataset or of_run
+    dataset, split, data_dir = of_run(model, dataset, split, data_dir)
     if dataset is None:
         raise ValueError(
             "`dataset` must be given for a model that is not from a run. "
             f"Received: {model}. Write, say: keras-vmoe evaluate "
             f"{shlex.quote(model)} digits"
         )
-    split = split or "test"
     reads = {"split": split, "data_dir": data_dir, "batch_size": batch_size}
     reads["skip_corrupt"] = skip_corrupt
     count, notes = None, []

@@ -10,6 +10,40 @@ from keras_vmoe._keras import all_layers
 from keras_vmoe.distribution._replicas import num_replicas
 
 
+def predictions(model, dataset, verbose=0):
+    """What a model makes of each batch of a dataset, as `predict`.
+
+    Args:
+        model: As of `predict`.
+        dataset: Iterable of batches of `(images, labels)`, or of images; with
+            several processes the same in each.
+        verbose: Whether to show a progress bar.
+
+    Yields:
+        `(outputs, images, labels)` as NumPy arrays, several outputs as a list;
+        labels are None without any.
+
+    Raises:
+        ValueError: If the dataset is empty.
+    """
+    try:
+        length = len(dataset)
+    except TypeError:
+        length = None
+    bar = keras.utils.Progbar(length, verbose=int(verbose))
+    images = None
+    for batch in dataset:
+        pair = batch if isinstance(batch, (tuple, list)) else (batch, None)
+        images, labels = (None if x is None else np.asarray(x) for x in pair)
+        yield predict(model, images), images, labels
+        bar.add(1)
+    if images is None:
+        raise ValueError(
+            "There must be at least one batch to measure. Received: an empty "
+            "dataset."
+        )
+
+
 def predict(model, images):
     """The outputs of a model for a batch of images, as on one device.
 

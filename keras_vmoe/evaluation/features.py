@@ -4,7 +4,7 @@ import keras
 import numpy as np
 
 from keras_vmoe._checks import counted
-from keras_vmoe.evaluation._passes import predictions
+from keras_vmoe.distribution.prediction import predictions
 from keras_vmoe.models.base import MoEModel
 from keras_vmoe.models.base import check_preprocessing
 
@@ -40,7 +40,8 @@ def extract_features(model, dataset, verbose=0):
     ((5, 2), (5,))
     """
     check_preprocessing(model, dataset)
-    pairs = list(predictions(_backbone(model), dataset, verbose))
+    found = predictions(_backbone(model), dataset, verbose)
+    pairs = [(x, y) for x, _, y in found]
     features = np.concatenate([x for x, _ in pairs]).astype("float32")
     labels = np.concatenate([y for _, y in pairs]).astype("int64")
     check_finite(features)

@@ -11,8 +11,8 @@ from keras_vmoe import data
 from keras_vmoe.data import schema
 from keras_vmoe.data.sources import prepared_datasets
 from keras_vmoe.data.tensorflow_runtime import tfds
+from keras_vmoe.distribution.prediction import predictions
 from keras_vmoe.evaluation import imagenet
-from keras_vmoe.evaluation._passes import predictions
 
 REAL = "ReaL"
 SETS = {
@@ -182,7 +182,7 @@ def _score(model, name, columns, reads, verbose):
     dataset, split = SETS[name]
     images = data.load(dataset, split, **reads, label=_label_of(name))
     found, truths = {}, []
-    for logits, labels in predictions(model, images, verbose):
+    for logits, _, labels in predictions(model, images, verbose):
         ranks = imagenet.ranked(logits, CLASSES.get(name), columns)
         for rule, predicted in ranks.items():
             found.setdefault(rule, []).extend(predicted)

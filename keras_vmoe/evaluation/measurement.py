@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_vmoe.evaluation._passes import predictions
+from keras_vmoe.distribution.prediction import predictions
 from keras_vmoe.models.base import check_preprocessing
 
 
@@ -71,7 +71,7 @@ def measure(model, dataset, verbose=0, routing=True):
     probe = keras.Model(model.inputs[0], outputs)  # Keras warns of a list.
     watches = [_RouterWatch(layer) for layer in layers]
     logits, labels = [], []
-    for found, batch_labels in predictions(probe, dataset, verbose):
+    for found, _, batch_labels in predictions(probe, dataset, verbose):
         found, *tokens = found if layers else [found]
         logits.append(found)
         labels.append(batch_labels)

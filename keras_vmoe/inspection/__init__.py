@@ -1,6 +1,9 @@
 """What the experts do: statistics of the routers, and plots of them."""
 
 from keras_vmoe.inspection._plots import plot_history
+from keras_vmoe.inspection.gathering import LayerInspection
+from keras_vmoe.inspection.inspecting import Inspection
+from keras_vmoe.inspection.inspecting import inspect
 from keras_vmoe.inspection.patches import class_counts
 from keras_vmoe.inspection.patches import class_weight
 from keras_vmoe.inspection.patches import experts_per_image
@@ -13,9 +16,12 @@ from keras_vmoe.inspection.statistics import reset_routing_statistics
 from keras_vmoe.inspection.statistics import routing_statistics
 
 __all__ = [
+    "Inspection",
+    "LayerInspection",
     "class_counts",
     "class_weight",
     "experts_per_image",
+    "inspect",
     "patch_counts",
     "patches_cdf",
     "plot_history",

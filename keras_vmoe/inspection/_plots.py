@@ -60,12 +60,18 @@ def load_heatmap(name, epochs):
     Returns:
         `(height, width, 3)` uint8 array.
     """
-    figure = _figure(6, 4)
+    figure = load_figure(name, epochs)
     canvas = require("matplotlib.backends.backend_agg", "plots")
     canvas = canvas.FigureCanvasAgg(figure)
-    _load(figure, figure.subplots(), name, epochs)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def load_figure(name, epochs):
+    """The figure of `load_heatmap`."""
+    figure = _figure(6, 4)
+    _load(figure, figure.subplots(), name, epochs)
+    return figure
 
 
 def _figure(width, height):

@@ -113,20 +113,26 @@ def similarity(counts):
     Reference:
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), appendix E.
     """
-    counts = np.asarray(counts, "float64")
-    # Twice the smaller one, which is 0 unless both occur.
-    shared = np.zeros((counts.shape[1],) * 2)
-    for column in range(counts.shape[1]):
-        smaller = np.minimum(counts, counts[:, column : column + 1])
-        shared[column] = 2 * smaller.sum(axis=0)
-    totals = counts.sum(axis=0)
-    # Where neither occurs both counts are 0, and so is their sum.
+    counts = np.asarray(counts)
+    return similarity_of(shared_counts(counts), counts.sum(axis=0))
+
+
+def shared_counts(counts):
+    """`(E, E)` sums over images of the smaller count of two experts."""
+    counts = np.asarray(counts)
+    found = np.empty((counts.shape[1],) * 2, "int64")
+    for expert in range(len(found)):
+        smaller = np.minimum(counts, counts[:, expert : expert + 1])
+        found[expert] = smaller.sum(axis=0)
+    return found
+
+
+def similarity_of(shared, totals):
+    """`similarity` from `shared_counts` and the experts' counts `(E,)`."""
+    # `c_i + c_j - |c_i - c_j|` is twice the smaller one: 0 unless both occur.
     sums = totals[:, None] + totals
-    unused = (totals[:, None] == 0) | (totals == 0)
-    with np.errstate(invalid="ignore"):
-        found = shared / sums
+    found = 2 * shared / np.maximum(sums, 1)
     # One that is used has nothing in common with one that is not.
-    found[unused] = 0.0
     found[np.diag_indices_from(found)] = np.where(totals > 0, 1.0, np.nan)
     return found
 
@@ -175,13 +181,17 @@ def class_weight(gates, top, labels, num_classes):
     Reference:
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 5.
     """
-    gates, top = np.asarray(gates, "float64"), np.asarray(top)
-    chosen = (top[..., None] == np.arange(gates.shape[-1])).any(axis=-2)
-    weight = np.where(chosen, gates, 0.0).mean(axis=1)
     images = np.bincount(labels, minlength=num_classes)
-    total = class_counts(weight, labels, num_classes)
+    total = class_counts(mean_weight(gates, top), labels, num_classes)
     with np.errstate(invalid="ignore"):
         return total / images[:, None]
+
+
+def mean_weight(gates, top):
+    """`(B, E)`: the mean weight that an image's patches give to each expert."""
+    gates, top = np.asarray(gates, "float64"), np.asarray(top)
+    chosen = (top[..., None] == np.arange(gates.shape[-1])).any(axis=-2)
+    return np.where(chosen, gates, 0.0).mean(axis=1)
 
 
 def patches_cdf(counts, num_patches):
@@ -200,12 +210,22 @@ def patches_cdf(counts, num_patches):
     >>> patches_cdf(np.array([[1], [2], [0]]), num_patches=2).tolist()
     [[0.0, 0.5, 1.0]]
     """
+    return cdf_of(images_by_count(counts, num_patches))
+
+
+def images_by_count(counts, num_patches):
+    """`(E, N + 1)`: the images of which each expert has so many patches."""
     counts = np.asarray(counts)
-    upto = counts[..., None] <= np.arange(num_patches + 1)
-    found = (upto & (counts > 0)[..., None]).sum(axis=0)
-    images = (counts > 0).sum(axis=0)[:, None]
+    return (counts[..., None] == np.arange(num_patches + 1)).sum(axis=0)
+
+
+def cdf_of(images):
+    """`patches_cdf` from `images_by_count`."""
+    images = images.copy()
+    images[:, 0] = 0
+    upto = images.cumsum(axis=-1)
     with np.errstate(invalid="ignore"):
-        return found / images
+        return upto / upto[:, -1:]
 
 
 def spatial_share(top, num_experts, grid=None):

@@ -1,0 +1,87 @@
+"""`inspect`: a report of what the experts do."""
+
+import pathlib
+import shlex
+import sys
+
+import numpy as np
+
+from keras_vmoe import data
+from keras_vmoe import inspection
+from keras_vmoe._extras import require
+from keras_vmoe.cli.opening import load_images
+from keras_vmoe.cli.opening import of_run
+from keras_vmoe.cli.opening import open_model
+from keras_vmoe.cli.opening import run_dir_of
+from keras_vmoe.data import _corruption
+
+
+def inspect(
+    model: str,
+    dataset: str | None = None,
+    *,
+    output: str = "report",
+    images: list[str] = (),
+    split: str | None = None,
+    data_dir: str | None = None,
+    layers: list[str] = (),
+    max_images: int | None = None,
+    examples: int = 8,
+    classes: str | None = None,
+    batch_size: int = 64,
+):
+    """Write a report of what the experts do with images.
+
+    One page with pictures, and tables of all numbers: which expert sees what,
+    classes, places, load, what is dropped.
+
+    Args:
+        model: Run folder or .keras file.
+        dataset: TFDS name, digits or image_folder; default: the run's.
+        output: Folder of the report.
+        images: Files to look at, in the place of a dataset.
+        split: TFDS split; default: what the run was tested on, or test.
+        data_dir: Folder of the dataset or images; default: the run's.
+        layers: Names of MoE layers; default: all.
+        max_images: Images at most; default: all.
+        examples: Images whose maps are shown, the first ones.
+        classes: JSON list of names; default: the run's.
+        batch_size: Images per step.
+
+    Example:
+        keras-vmoe inspect runs/digits --output report
+        keras-vmoe inspect model.keras --images a.jpg b.jpg
+    """
+    require("matplotlib", "plots")
+    require("jinja2", "plots")  # Before the images are read, not after.
+    opened, names = open_model(model, classes)
+    options = {"layers": list(layers) or None, "max_images": max_images}
+    options |= {"num_examples": examples, "class_names": names}
+    options["verbose"] = sys.stdout.isatty()
+    if images:
+        size = opened.input_shape[1:3]
+        pixels = data.read_images(
+            list(images), size, preprocessing=opened.preprocessing
+        )
+        options["num_examples"] = max(examples, len(images))
+        batches = np.array_split(pixels, -(-len(pixels) // batch_size))
+        found = inspection.inspect(opened, batches, **options)
+    else:
+        dataset, split, data_dir = of_run(model, dataset, split, data_dir)
+        if dataset is None:
+            raise ValueError(
+                "`dataset` or `images` must be given for a model that is "
+                f"not from a run. Received: {model}. Write, say: keras-vmoe "
+                f"inspect {shlex.quote(model)} digits"
+            )
+        batches = load_images(opened, dataset, split, data_dir, batch_size)
+        with _corruption.named_corruption(dataset, [split], data_dir):
+            found = inspection.inspect(opened, batches, **options)
+    history = run_dir_of(model) / "history.csv"
+    page = found.save(
+        pathlib.Path(output), history if history.exists() else None
+    )
+    for name, lines in found.sentences().items():
+        print(f"{name}:")
+        print(*(f"  {line}" for line in lines), sep="\n")
+    print(f"report: {page}")

@@ -1,0 +1,302 @@
+"""Pictures of an `Inspection`, as matplotlib figures."""
+
+import numpy as np
+
+from keras_vmoe._extras import require
+
+MOST_CLASSES = 40  # Rows of a heat map that can be read.
+NONE = (0.0, 0.0, 0.0)  # Of a patch without an expert.
+
+
+def _figure(width, height):
+    figure = require("matplotlib.figure", "plots").Figure
+    return figure(figsize=(width, height), layout="constrained")
+
+
+def colors(num_experts):
+    """`(E, 3)` colours that differ from one expert to the next."""
+    palette = require("matplotlib", "plots").colormaps
+    if num_experts <= 10:
+        return np.array(palette["tab10"].colors[:num_experts])
+    if num_experts <= 20:
+        return np.array(palette["tab20"].colors[:num_experts])
+    return palette["hsv"](np.linspace(0, 1, num_experts, endpoint=False))[:, :3]
+
+
+def expert_maps(found):
+    """Example images, and over each the first expert of its patches by layer.
+
+    Args:
+        found: An `Inspection`.
+    """
+    layers = list(found.layers.values())
+    count = len(found.images)
+    figure = _figure(1.6 * (1 + len(layers)) + 1.2, 1.7 * count + 0.4)
+    axes = figure.subplots(count, 1 + len(layers), squeeze=False)
+    for row, image in enumerate(found.images):
+        _show(axes[row, 0], image)
+        axes[row, 0].set_ylabel(_class_of(found, row), fontsize=8)
+        for axis, layer in zip(axes[row, 1:], layers, strict=True):
+            experts = layer.examples[row]
+            palette = np.concatenate([colors(layer.num_experts), [NONE]])
+            _show(axis, _blended(image, palette[experts]))
+    axes[0, 0].set_title("image", fontsize=9)
+    for axis, layer in zip(axes[0, 1:], layers, strict=True):
+        axis.set_title(layer.name, fontsize=9)
+    _legend(figure, max(layer.num_experts for layer in layers))
+    return figure
+
+
+def drop_maps(found, name):
+    """Which patches of the example images are served at several capacities.
+
+    Args:
+        found: An `Inspection`.
+        name: Of a layer in which tokens choose.
+    """
+    layer = found.layers[name]
+    count = len(found.images)
+    figure = _figure(1.5 * (2 + len(layer.served)), 1.6 * count + 0.6)
+    axes = figure.subplots(count, 2 + len(layer.served), squeeze=False)
+    for row, image in enumerate(found.images):
+        _show(axes[row, 0], image)
+        axes[row, 1].imshow(layer.priority[row], cmap="viridis", vmin=0, vmax=1)
+        _bare(axes[row, 1])
+        for axis, served in zip(
+            axes[row, 2:], layer.served.values(), strict=True
+        ):
+            shade = np.where(served[row][..., None], 1.0, 0.15)
+            _show(axis, image / 255 * _enlarged(shade, image))
+    axes[0, 0].set_title("image", fontsize=9)
+    axes[0, 1].set_title("priority", fontsize=9)
+    for axis, (capacity, priority) in zip(
+        axes[0, 2:], layer.served, strict=True
+    ):
+        kind = "BPR" if priority else "vanilla"
+        axis.set_title(f"{kind}\ncapacity {capacity:g}", fontsize=9)
+    return figure
+
+
+def best_patches(layer):
+    """The patches with an expert's largest gates, a row for each expert.
+
+    Args:
+        layer: A `LayerInspection`.
+    """
+    experts, count = layer.best_images.shape
+    figure = _figure(0.75 * count + 0.6, 0.8 * experts + 0.4)
+    axes = figure.subplots(experts, count, squeeze=False)
+    for e in range(experts):
+        for i, axis in enumerate(axes[e]):
+            _bare(axis)
+            if layer.best_images[e, i] < 0:
+                axis.set_visible(i == 0)  # Of which the label is.
+                axis.imshow(np.ones((1, 1, 3)))
+                continue
+            _show(axis, layer.best_patches[e, i])
+        axes[e, 0].set_ylabel(f"expert {e}", fontsize=8)
+    return figure
+
+
+def class_heatmap(layer, class_names):
+    """Share of each class's patches by expert: in their order, and clustered.
+
+    More classes than can be read are grouped, in their order.
+
+    Args:
+        layer: A `LayerInspection`.
+        class_names: One name per class.
+    """
+    counts, names = grouped_classes(layer.class_counts, class_names)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    height = max(3.0, 0.17 * len(names) + 1.2)
+    figure = _figure(11, height)
+    panels = figure.subplots(1, 2)
+    order = np.lexsort((-share.max(axis=1), share.argmax(axis=1)))
+    for axis, rows, title in (
+        (panels[0], np.arange(len(names)), "in the order of the labels"),
+        (panels[1], order, "by their largest expert"),
+    ):
+        image = axis.imshow(share[rows], aspect="auto", cmap="viridis", vmin=0)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("expert")
+        axis.set_yticks(range(len(names)), [names[i] for i in rows], fontsize=7)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=panels, label="share of the class's patches")
+    return figure
+
+
+def grouped_classes(counts, names):
+    """Rows of classes, several in one where there are too many for a picture.
+
+    Returns:
+        `(rows, E)` sums and their names.
+    """
+    size = -(-len(names) // MOST_CLASSES)
+    if size == 1:
+        return counts, list(names)
+    starts = range(0, len(names), size)
+    rows = np.stack([counts[i : i + size].sum(axis=0) for i in starts])
+    ends = [min(i + size, len(names)) - 1 for i in starts]
+    return rows, [
+        f"{names[a]} … {names[b]}" for a, b in zip(starts, ends, strict=True)
+    ]
+
+
+def similarity_matrix(layer):
+    """How alike the images of two experts are.
+
+    Args:
+        layer: A `LayerInspection`.
+    """
+    figure = _figure(5, 4.2)
+    axis = figure.subplots()
+    image = axis.imshow(layer.similarity, cmap="magma", vmin=0, vmax=1)
+    axis.set_xlabel("expert")
+    axis.set_ylabel("expert")
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=axis, label="similarity")
+    return figure
+
+
+def distributions(layer):
+    """Experts per image, and the CDF of an expert's patches per image.
+
+    Args:
+        layer: A `LayerInspection`.
+    """
+    figure = _figure(11, 4)
+    left, right = figure.subplots(1, 2)
+    numbers = np.arange(layer.num_experts + 1)
+    for found, label, shift in (
+        (layer.experts_per_image, "first choice", -0.2),
+        (layer.experts_per_image_of_all_choices, "all choices", 0.2),
+    ):
+        left.bar(numbers + shift, found / found.sum(), 0.4, label=label)
+    left.set_xlabel("experts per image")
+    left.set_ylabel("share of the images")
+    left.xaxis.get_major_locator().set_params(integer=True)
+    left.legend()
+    palette = colors(layer.num_experts)
+    for e, cdf in enumerate(layer.patches_cdf):
+        right.plot(cdf, color=palette[e], label=str(e), linewidth=1.2)
+    right.set_xlabel("patches of an image that an expert has, at most")
+    right.set_ylabel("share of the images that it has any of")
+    if layer.num_experts <= 16:
+        right.legend(title="expert", fontsize=7, ncols=2)
+    return figure
+
+
+def spatial_maps(layer):
+    """Where in the image each expert has its patches.
+
+    Args:
+        layer: A `LayerInspection`.
+    """
+    experts = layer.num_experts
+    columns = min(8, experts)
+    rows = -(-experts // columns)
+    figure = _figure(1.5 * columns + 0.8, 1.6 * rows + 0.3)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    top = max(float(layer.spatial_share.max()), 1e-9)
+    for e, axis in enumerate(axes.ravel()):
+        _bare(axis)
+        if e >= experts:
+            axis.set_visible(False)
+            continue
+        image = axis.imshow(
+            layer.spatial_share[e], cmap="viridis", vmin=0, vmax=top
+        )
+        axis.set_title(f"expert {e}", fontsize=8)
+    figure.colorbar(image, ax=axes, label="share of the images")
+    return figure
+
+
+def load_bars(layer):
+    """The load of each expert, by first and by all choices.
+
+    Args:
+        layer: A `LayerInspection`.
+    """
+    figure = _figure(7, 3)
+    axis = figure.subplots()
+    numbers = np.arange(layer.num_experts)
+    axis.bar(numbers - 0.2, layer.load, 0.4, label="first choice")
+    axis.bar(numbers + 0.2, layer.load_of_all_choices, 0.4, label="all choices")
+    axis.axhline(1 / layer.num_experts, color="grey", linewidth=0.8)
+    axis.set_xlabel("expert")
+    axis.set_ylabel("share of the patches")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend()
+    return figure
+
+
+def between_layers(table, names):
+    """How first choices in one layer go on in the next.
+
+    Args:
+        table: `(E, E)` patches by their experts in both.
+        names: Names of the two layers.
+    """
+    figure = _figure(5, 4.2)
+    axis = figure.subplots()
+    share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+    image = axis.imshow(share, cmap="viridis", vmin=0)
+    axis.set_ylabel(f"expert of {names[0]}")
+    axis.set_xlabel(f"expert of {names[1]}")
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=axis, label="share of the row's patches")
+    return figure
+
+
+def _class_of(found, row):
+    """The name of an example's class, if there are classes."""
+    if found.labels is None:
+        return ""
+    return found.class_names[found.labels[row]]
+
+
+def _enlarged(cells, image):
+    """Cells of a grid as large as the image."""
+    height, width = image.shape[:2]
+    rows = np.arange(height) * len(cells) // height
+    columns = np.arange(width) * cells.shape[1] // width
+    return cells[rows[:, None], columns]
+
+
+def _blended(image, cells):
+    """A picture under the colours of its patches."""
+    grey = image.mean(axis=-1, keepdims=True) / 255
+    return 0.45 * grey + 0.55 * _enlarged(cells, image)
+
+
+def _show(axis, image):
+    """An image of any number of channels, without axes."""
+    if image.shape[-1] not in (1, 3):  # What is seen of it.
+        image = image[..., :3] if image.shape[-1] > 3 else image[..., :1]
+    grey = image.shape[-1] == 1
+    most = 255 if image.dtype == np.uint8 else 1
+    image = image[..., 0] if grey else image
+    axis.imshow(image, cmap="gray", vmin=0, vmax=most)
+    _bare(axis)
+
+
+def _bare(axis):
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for side in axis.spines.values():
+        side.set_visible(False)
+
+
+def _legend(figure, num_experts):
+    """Which colour is which expert."""
+    patch = require("matplotlib.patches", "plots").Patch
+    handles = [
+        patch(color=color, label=str(e))
+        for e, color in enumerate(colors(num_experts))
+    ]
+    figure.legend(
+        handles=handles, title="expert", loc="outside right upper", fontsize=8
+    )

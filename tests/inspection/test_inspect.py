@@ -1,0 +1,296 @@
+"""`inspect` against the plain functions on everything at once."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_vmoe import data
+from keras_vmoe import inspection
+from keras_vmoe import models
+from keras_vmoe.inspection import decisions
+from keras_vmoe.inspection import pictures
+from tests.commands import run
+from tests.harness import randomize
+from tests.models.definitions import images_of
+from tests.models.definitions import tiny
+
+LABELS = np.arange(10) % 3
+ROUTERS = {
+    "top_k": {"num_selected_experts": 2, "capacity_factor": 0.5},
+    "dropless": {"capacity_factor": "dropless"},
+    "expert_choice": {"router": "expert_choice", "capacity_factor": 1.0},
+    "soft": {"router": "soft", "images_per_group": None, "num_slots": 2},
+}
+
+
+def model_of(router):
+    return randomize(tiny(moe={"images_per_group": 2, **ROUTERS[router]}))
+
+
+def batches(labels=True, sizes=(6, 4)):
+    images, start, found = images_of(10), 0, []
+    for size in sizes:
+        part = slice(start, start + size)
+        pair = (images[part], LABELS[part])
+        found.append(pair if labels else images[part])
+        start += size
+    return found
+
+
+def tokens_of(model, name, images):
+    layer = model.get_layer(name)
+    probe = keras.Model(model.input, layer.input)
+    return layer, probe.predict(images, verbose=0)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_number(router):
+    model = model_of(router)
+    found = inspection.inspect(model, batches())
+    assert list(found.layers) == ["block_1_moe", "block_3_moe"]
+    for name, seen in found.layers.items():
+        layer, tokens = tokens_of(model, name, images_of(10))
+        decided = decisions.decide(layer, tokens)
+        top = decided.top[:, 1:]  # Without the class token.
+        first = top[..., 0]
+        counts = inspection.patch_counts(first, 4)
+        expected = {
+            "load": counts.sum(axis=0) / counts.sum(),
+            "experts_per_image": np.bincount(
+                inspection.experts_per_image(counts), minlength=5
+            ),
+            "similarity": inspection.similarity(counts),
+            "class_counts": inspection.class_counts(counts, LABELS, 10),
+            "class_weight": inspection.class_weight(
+                decided.gates[:, 1:], top, LABELS, 10
+            ),
+            "patches_cdf": inspection.patches_cdf(counts, 4),
+            "spatial_share": inspection.spatial_share(first, 4),
+            "extra_tokens": np.bincount(
+                decided.top[:, 0, 0][decided.top[:, 0, 0] >= 0], minlength=4
+            ),
+            "examples": first[:8].reshape(-1, 2, 2),
+            "priority": decided.gates[:8, 1:].max(-1).reshape(-1, 2, 2),
+        }
+        for key, value in expected.items():
+            np.testing.assert_allclose(
+                getattr(seen, key), value, atol=1e-6, err_msg=f"{name}/{key}"
+            )
+        assert seen.served_share == decided.served[:, 1:].mean()
+        gates = decided.gates[:, 1:].astype("float64")
+        entropy = -(gates * np.log(gates)).sum(-1).mean()
+        assert seen.entropy == pytest.approx(entropy, rel=1e-4)
+        assert bool(seen.served) == (router in ("top_k", "dropless"))
+    table = found.between["block_1_moe", "block_3_moe"]
+    assert table.sum() <= 40 and table.shape == (4, 4)
+    np.testing.assert_array_equal(found.labels, LABELS[:8])
+    assert found.class_names == tuple("0123456789")
+
+
+def test_what_routers_decide():
+    """Token choice by the gates alone, expert choice by its plan."""
+    for router in ROUTERS:
+        model = model_of(router)
+        layer, tokens = tokens_of(model, "block_3_moe", images_of(4))
+        decided = decisions.decide(layer, tokens)
+        np.testing.assert_allclose(decided.gates.sum(-1), 1, atol=1e-5)
+        best = decided.gates.argmax(axis=-1)
+        if router in ("top_k", "dropless", "soft"):
+            np.testing.assert_array_equal(decided.top[..., 0], best)
+        if router == "expert_choice":
+            plan = layer.plan(ops.convert_to_tensor(tokens))
+            chosen = ops.convert_to_numpy(plan.token)  # (2, 4, C) of 10.
+            for e in range(4):
+                has = (decided.top == e).any(axis=-1).reshape(2, 10)
+                for group in range(2):
+                    expected = np.zeros(11, bool)
+                    expected[chosen[group, e]] = True
+                    np.testing.assert_array_equal(has[group], expected[:10])
+            number = (decided.top >= 0).sum(axis=-1)
+            np.testing.assert_array_equal(decided.served, number > 0)
+        if router in ("dropless", "soft"):
+            assert decided.served.all()
+
+
+def served_slowly(gates, num_selected, places, priority):
+    """Which tokens are served: all first choices before all second ones."""
+    order = np.arange(len(gates))
+    if priority:
+        order = np.argsort(-gates.max(axis=-1), kind="stable")
+    ranked = np.argsort(-gates, axis=-1, kind="stable")
+    taken = np.zeros(gates.shape[-1], int)
+    served = np.zeros(len(gates), bool)
+    for k in range(num_selected):
+        for token in order:
+            expert = ranked[token, k]
+            if taken[expert] < places:
+                taken[expert] += 1
+                served[token] = True
+    return served
+
+
+@pytest.mark.backends("torch")
+def test_drop_maps_are_those_of_a_slow_loop():
+    model = randomize(
+        tiny(
+            image_size=16,
+            moe={"images_per_group": 2, "num_selected_experts": 1},
+        )
+    )
+    images = images_of(4).repeat(2, axis=1).repeat(2, axis=2)
+    found = inspection.inspect(model, [(images, LABELS[:4])])
+    for name, seen in found.layers.items():
+        layer, tokens = tokens_of(model, name, images)
+        gates = decisions.decide(layer, tokens).gates
+        for (capacity, priority), served in seen.served.items():
+            # 34 tokens of two images, 4 experts, in multiples of 4.
+            places = -(-(-(-34 * capacity // 4)) // 4) * 4
+            expected = np.concatenate(
+                [
+                    served_slowly(
+                        gates[i : i + 2].reshape(34, 4), 1, places, priority
+                    )
+                    for i in (0, 2)
+                ]
+            ).reshape(4, 17)[:, 1:]
+            np.testing.assert_array_equal(served.reshape(4, 16), expected)
+    assert not seen.served[0.25, False].all()
+
+
+@pytest.mark.backends("torch")
+def test_the_best_patches_are_cut_from_their_images():
+    model = model_of("top_k")
+    images = images_of(10)
+    found = inspection.inspect(model, batches(), layers=["block_3_moe"])
+    (seen,) = found.layers.values()
+    layer, tokens = tokens_of(model, "block_3_moe", images)
+    decided = decisions.decide(layer, tokens)
+    gates, first = decided.gates[:, 1:], decided.top[:, 1:, 0]
+    pixels = np.clip(np.round(images * 127.5 + 127.5), 0, 255)
+    for e in range(4):
+        mine = np.where(first == e, gates[..., e], 0)
+        order = np.argsort(-mine.max(axis=1), kind="stable")
+        order = [i for i in order if mine[i].max() > 0]
+        assert list(seen.best_images[e][: len(order)]) == order
+        assert (seen.best_images[e][len(order) :] == -1).all()
+        for slot, i in enumerate(order):
+            row, column = divmod(int(mine[i].argmax()), 2)
+            patch = pixels[i, 4 * row : 4 * row + 4, 4 * column :][:, :4]
+            np.testing.assert_array_equal(seen.best_patches[e, slot], patch)
+
+
+@pytest.mark.backends("torch")
+def test_images_without_labels_and_some_of_them():
+    model = model_of("top_k")
+    found = inspection.inspect(
+        model, batches(labels=False), max_images=7, num_examples=3
+    )
+    layer = found.layers["block_1_moe"]
+    assert layer.num_images == 7 and len(found.images) == 3
+    assert layer.class_counts is None and found.class_names is None
+    whole = inspection.inspect(model, batches(sizes=(6, 1)))
+    np.testing.assert_array_equal(layer.load, whole.layers["block_1_moe"].load)
+    assert not any("class" in x for x in found.sentences()["block_1_moe"])
+
+
+@pytest.mark.backends("torch")
+def test_a_convnext_and_a_model_of_ones_own():
+    model = randomize(
+        models.ConvNeXtMoE(
+            (1, 1), (8, 16), 10, image_size=32, patch_size=4,
+            moe={"layers": [0, 1], "num_experts": 4},
+        )
+    )  # fmt: skip
+    images = np.random.default_rng(0).normal(size=(4, 32, 32, 3))
+    found = inspection.inspect(model, [(images.astype("f4"), LABELS[:4])])
+    grids = [layer.grid for layer in found.layers.values()]
+    assert grids == [(8, 8), (4, 4)] and not found.between
+    clone = keras.Model(model.input, model.output)
+    again = inspection.inspect(clone, [(images.astype("f4"), LABELS[:4])])
+    np.testing.assert_array_equal(
+        again.layers["block_1_moe"].load, found.layers["block_1_moe"].load
+    )
+
+
+@pytest.mark.backends("torch")
+def test_what_cannot_be_looked_at():
+    with pytest.raises(ValueError, match="`models.upcycle` makes experts"):
+        inspection.inspect(tiny(moe=None), batches())
+    words = "Received: 'block_2_moe'. Did you mean 'block_[13]_moe'"
+    with pytest.raises(ValueError, match=words):
+        inspection.inspect(tiny(), batches(), layers=["block_2_moe"])
+    with pytest.raises(ValueError, match="an empty dataset"):
+        inspection.inspect(tiny(), [])
+    model = tiny(preprocessing=data.Preprocessing.imagenet())
+    wrong = data.load("digits", "test[:8]", 8, 8, training=False)
+    with pytest.raises(ValueError, match="Pass `preprocessing=model"):
+        inspection.inspect(model, wrong)
+
+
+@pytest.mark.backends("torch")
+def test_a_plan_in_which_no_token_chooses():
+    layer = model_of("soft").get_layer("block_1_moe")
+    plan = layer.plan(ops.ones((1, 5, 32)))
+    with pytest.raises(TypeError, match="Received: a SoftPlan"):
+        inspection.top_experts(plan)
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("router", ROUTERS)
+def test_the_report(router, tmp_path):
+    model = model_of(router)
+    found = inspection.inspect(model, batches())
+    page = found.save(tmp_path / "report")
+    names = {"index.html", "experts.csv", "classes.csv", "numbers.npz"}
+    assert {x.name for x in page.parent.iterdir()} == names
+    text = page.read_text()
+    assert "http" not in text.replace("http-equiv", ""), "no network"
+    assert text.count("data:image/png;base64,") >= 13
+    for name in found.layers:
+        for sentence in found.sentences()[name]:
+            assert sentence.replace("'", "&#39;") in text
+    with np.load(page.parent / "numbers.npz") as numbers:
+        for key in ("load", "similarity", "class_counts", "examples"):
+            value = getattr(found.layers["block_3_moe"], key)
+            np.testing.assert_array_equal(numbers[f"block_3_moe/{key}"], value)
+    rows = (page.parent / "classes.csv").read_text().split("\n")
+    assert len(rows) == 2 + 2 * 10 * 4
+    found.save(tmp_path / "report")  # In the place of the one before.
+    (tmp_path / "report" / "mine.txt").write_text("")
+    with pytest.raises(FileExistsError, match=r"which holds .'mine.txt'."):
+        found.save(tmp_path / "report")
+
+
+@pytest.mark.backends("torch")
+def test_many_classes_are_grouped():
+    counts = np.arange(100 * 2).reshape(100, 2)
+    rows, names = pictures.grouped_classes(
+        counts, [f"c{i}" for i in range(100)]
+    )
+    assert (
+        len(names) == 34 and names[0] == "c0 … c2" and names[-1] == "c99 … c99"
+    )
+    assert rows.sum() == counts.sum()
+
+
+@pytest.mark.backends("torch")
+def test_the_command(trained, tmp_path):
+    run_dir, _ = trained
+    done = run("inspect", run_dir, f"--output={tmp_path / 'a'}")
+    assert done.returncode == 0, done.stderr
+    assert f"report: {tmp_path / 'a' / 'index.html'}" in done.stdout
+    assert "of 4 experts are the first choice" in done.stdout
+    page = (tmp_path / "a" / "index.html").read_text()
+    assert "32 images" in page and "while it was trained" in page
+    path = tmp_path / "one.png"
+    keras.utils.save_img(path, np.zeros((9, 9, 3)))
+    done = run(
+        "inspect", run_dir, "--images", path, path,
+        f"--output={tmp_path / 'b'}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "b" / "index.html").read_text()
+    assert "The images have no labels" in page
+    done = run("inspect", tmp_path / "none.keras")
+    assert done.returncode == 1
