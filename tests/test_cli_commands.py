@@ -385,7 +385,7 @@ def test_what_images_a_model_wants_is_the_models(tmp_path):
     assert "mean:\n  - 90" in done.stdout and "std: 64" in done.stdout
     assert "test_crop: 0.8" in done.stdout and "bicubic" in done.stdout
     for flag, words in (
-        ("--std=0", "`std` must be numbers above 0"),
+        ("--std=0", "`std` must be numbers from 1 on"),
         ("--mean=[1,2]", "mean=(1.0, 2.0) for images of 3 channels"),
     ):
         done = run(*again, flag)
