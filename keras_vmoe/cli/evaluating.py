@@ -91,7 +91,7 @@ def fewshot(
     }
     print(f"accuracy of {seeds} draws, mean and standard deviation; penalty "
           f"{words.get(penalty, 'fixed')}")  # fmt: skip
-    _write_csv(
+    write_csv(
         csv,
         [
             {
@@ -168,7 +168,7 @@ def probe(
             row["held_out_accuracy"] = accuracy
             best = value == found.chosen
             rows.append({**row, "accuracy": found.accuracy if best else ""})
-    _write_csv(csv, rows)
+    write_csv(csv, rows)
 
 
 def robustness(
@@ -205,7 +205,7 @@ def robustness(
     )
     print(imagenet_sets.robustness_table(found, preset))
     rows = [{"set": x, **vars(score)} for x, score in found.scores.items()]
-    _write_csv(csv, rows)
+    write_csv(csv, rows)
 
 
 def sweep(
@@ -265,7 +265,7 @@ def sweep(
         )
     print(f"data: {dataset}, {split}")
     print(sweeping.sweep_table(rows))
-    _write_csv(csv, rows)
+    write_csv(csv, rows)
     _write_figure(plot, lambda: sweeping.sweep_figure(rows))
 
 
@@ -292,7 +292,7 @@ def compare(
     """
     found = evaluation.compare(runs, seed)
     print(comparison.comparison_table(found))
-    _write_csv(csv, found.rows)
+    write_csv(csv, found.rows)
     _write_figure(plot, lambda: comparison.curves_figure(found))
 
 
@@ -312,7 +312,7 @@ def _features(model, name, splits, data_dir, batch_size):
     return found
 
 
-def _write_csv(path, rows):
+def write_csv(path, rows):
     """Writes dicts as CSV, if there is a path."""
     if path is None:
         return

@@ -7,13 +7,17 @@ import sys
 import numpy as np
 
 from keras_vmoe import data
+from keras_vmoe import evaluation
 from keras_vmoe import inspection
 from keras_vmoe._extras import require
+from keras_vmoe.cli.evaluating import write_csv
 from keras_vmoe.cli.opening import load_images
 from keras_vmoe.cli.opening import of_run
 from keras_vmoe.cli.opening import open_model
 from keras_vmoe.cli.opening import run_dir_of
 from keras_vmoe.data import _corruption
+from keras_vmoe.evaluation.ablation import ablation_table
+from keras_vmoe.inspection.report import ABLATIONS
 
 
 def inspect(
@@ -29,6 +33,7 @@ def inspect(
     examples: int = 8,
     classes: str | None = None,
     batch_size: int = 64,
+    ablations: bool = False,
 ):
     """Write a report of what the experts do with images.
 
@@ -47,6 +52,7 @@ def inspect(
         examples: Images whose maps are shown, the first ones.
         classes: JSON list of names; default: the run's.
         batch_size: Images per step.
+        ablations: Measure without each expert, with random routers, and by K.
 
     Example:
         keras-vmoe inspect runs/digits --output report
@@ -55,6 +61,11 @@ def inspect(
     require("matplotlib", "plots")
     require("jinja2", "plots")  # Before the images are read, not after.
     opened, names = open_model(model, classes)
+    if images and ablations:
+        raise ValueError(
+            "Accuracy needs labels. Received: --ablations with --images. Name "
+            "a dataset, or leave one of them out."
+        )
     options = {"layers": list(layers) or None, "max_images": max_images}
     options |= {"num_examples": examples, "class_names": names}
     options["verbose"] = sys.stdout.isatty()
@@ -84,4 +95,8 @@ def inspect(
     for name, lines in found.sentences().items():
         print(f"{name}:")
         print(*(f"  {line}" for line in lines), sep="\n")
+    if ablations:
+        rows = evaluation.ablate(opened, batches)
+        print(ablation_table(rows))
+        write_csv(page.with_name(ABLATIONS), rows)
     print(f"report: {page}")

@@ -1,5 +1,6 @@
 """Predictions of a trained model, and how often they are right."""
 
+from keras_vmoe.evaluation.ablation import ablate
 from keras_vmoe.evaluation.comparison import Comparison
 from keras_vmoe.evaluation.comparison import compare
 from keras_vmoe.evaluation.features import extract_features
@@ -26,6 +27,7 @@ __all__ = [
     "LinearProbe",
     "Measurement",
     "Robustness",
+    "ablate",
     "choose_l2",
     "classify",
     "compare",

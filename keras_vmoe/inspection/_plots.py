@@ -60,7 +60,11 @@ def load_heatmap(name, epochs):
     Returns:
         `(height, width, 3)` uint8 array.
     """
-    figure = load_figure(name, epochs)
+    return pixels_of(load_figure(name, epochs))
+
+
+def pixels_of(figure):
+    """A figure as a `(height, width, 3)` uint8 array."""
     canvas = require("matplotlib.backends.backend_agg", "plots")
     canvas = canvas.FigureCanvasAgg(figure)
     canvas.draw()

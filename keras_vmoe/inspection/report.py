@@ -15,7 +15,8 @@ from keras_vmoe.inspection import pictures
 
 PAGE, NUMBERS = "index.html", "numbers.npz"
 TABLES = ("experts.csv", "classes.csv")
-OURS = {PAGE, NUMBERS, *TABLES}
+ABLATIONS = "ablations.csv"
+OURS = {PAGE, NUMBERS, ABLATIONS, *TABLES}
 PER_LAYER = (
     "load", "load_of_all_choices", "experts_per_image",
     "experts_per_image_of_all_choices", "similarity", "class_counts",

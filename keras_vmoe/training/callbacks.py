@@ -18,6 +18,7 @@ from keras_vmoe._extras import require
 from keras_vmoe._warnings import warn
 from keras_vmoe.distribution import _processes
 from keras_vmoe.inspection import _plots
+from keras_vmoe.inspection import pictures
 
 
 class _RoutingCallback(keras.callbacks.Callback):
@@ -208,6 +209,59 @@ class RoutingTensorBoard(_RoutingCallback):
     def on_train_end(self, logs=None):
         if self.writer is not None:
             self.writer.close()
+
+
+class ExpertMaps(keras.callbacks.Callback):
+    """Writes which expert sees what of some images for TensorBoard.
+
+    A picture of all MoE layers after every n-th epoch, as in the report of
+    `inspection.inspect`. Needs TensorFlow and matplotlib.
+
+    Args:
+        images: `(images, H, W, channels)` array, normalised as the model wants.
+        log_dir: Folder of the event files, as in `keras.callbacks.TensorBoard`.
+        every: Epochs between two pictures.
+
+    Raises:
+        ImportError: If TensorFlow or matplotlib is missing.
+        ValueError: If `every` is not an integer of at least 1.
+
+    Example:
+
+    >>> maps = ExpertMaps(images[:4], "logs", every=5)  # doctest: +SKIP
+    >>> model.fit(x, y, callbacks=[maps])  # doctest: +SKIP
+    """
+
+    def __init__(self, images, log_dir, every=1):
+        super().__init__()
+        check_sizes(every=every)
+        require("matplotlib", "plots")
+        self.tensorflow = require("tensorflow", "tensorflow")
+        self.images, self.log_dir, self.every = images, str(log_dir), every
+        self.writer = None
+
+    def on_epoch_end(self, epoch, logs=None):
+        if (epoch + 1) % self.every or not _processes.is_first_process():
+            return
+        if self.writer is None:
+            path = pathlib.Path(self.log_dir) / "experts"
+            summary = self.tensorflow.summary
+            self.writer = summary.create_file_writer(str(path))
+        found = inspection.inspect(
+            self.model,
+            [self.images],
+            num_examples=len(self.images),
+            capacities=(),
+        )
+        picture = _plots.pixels_of(pictures.expert_maps(found))
+        with self.writer.as_default(step=epoch):
+            self.tensorflow.summary.image("experts", picture[None])
+        self.writer.flush()
+
+    def on_train_end(self, logs=None):
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
 
 
 class FewShotEvaluation(keras.callbacks.Callback):

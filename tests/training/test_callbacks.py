@@ -5,11 +5,14 @@ import warnings
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from keras_vmoe import evaluation
 from keras_vmoe import inspection
 from keras_vmoe import layers
 from keras_vmoe.training import callbacks
+from tests.models.definitions import images_of
+from tests.models.definitions import tiny
 
 
 def moe_model(learning_rate=1e-3, noise_std=1.0):
@@ -334,3 +337,20 @@ def test_the_time_of_a_step(monkeypatch):
             time.on_train_batch_end(batch)
         found.append(time.seconds_per_step)
     assert found == [5, 3, 3.5, 3], "of the first epoch, then of the others"
+
+
+@pytest.mark.backends("torch")
+def test_maps_of_experts_for_tensorboard(tmp_path):
+    model = tiny()
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(True))
+    x, y = images_of(6), np.arange(6)
+    maps = callbacks.ExpertMaps(x[:2], tmp_path, every=2)
+    model.fit(x, y, epochs=5, verbose=0, callbacks=[maps])
+    (path,) = (tmp_path / "experts").iterdir()
+    events = tf.compat.v1.train.summary_iterator(str(path))
+    values = [(e.step, v) for e in events for v in e.summary.value]
+    assert [step for step, _ in values] == [1, 3]
+    image = tf.make_ndarray(values[0][1].tensor)[2]
+    assert tf.io.decode_png(image).shape[-1] == 3
+    with pytest.raises(ValueError, match="`every` must be"):
+        callbacks.ExpertMaps(x, tmp_path, every=0)

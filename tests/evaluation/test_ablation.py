@@ -1,0 +1,85 @@
+"""`ablate`: each change by hand, and the weights are put back."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_vmoe import evaluation
+from keras_vmoe import models
+from tests.commands import run
+from tests.harness import randomize
+from tests.models.definitions import images_of
+from tests.models.definitions import tiny
+
+IMAGES, LABELS = images_of(24), np.arange(24) % 10
+
+
+def accuracy_of(model):
+    return evaluation.measure(model, [(IMAGES, LABELS)]).accuracy
+
+
+def test_every_change():
+    model = randomize(tiny(moe={"num_selected_experts": 2}))
+    before = [ops.convert_to_numpy(w).copy() for w in model.weights]
+    rows = evaluation.ablate(model, [(IMAGES, LABELS)])
+    for old, weight in zip(before, model.weights, strict=True):
+        np.testing.assert_array_equal(old, ops.convert_to_numpy(weight))
+    names = [(row["layer"], row["change"]) for row in rows]
+    assert names[0] == ("", "as it is")
+    assert names[1:5] == [
+        ("block_1_moe", f"without expert {e}") for e in range(4)
+    ]
+    assert names[5] == ("block_1_moe", "random router")
+    assert names[-4:] == [("", f"K={k}") for k in (1, 2, 3, 4)]
+    assert len(rows) == 1 + 2 * 5 + 4
+    first = rows[0]["accuracy"]
+    assert first == accuracy_of(model)
+    assert rows[-3]["accuracy"] == first, "K is 2"
+    k = models.set_routing(model, num_selected_experts=1)
+    assert rows[-4]["accuracy"] == accuracy_of(k)
+    for row in rows:
+        assert row["difference"] == pytest.approx(row["accuracy"] - first)
+    bank = model.get_layer("block_3_moe").experts
+    for weight in (bank.output_kernel, bank.output_bias):
+        array = ops.convert_to_numpy(weight).copy()
+        array[2] = 0
+        weight.assign(array)
+    expected = accuracy_of(model)
+    (row,) = [x for x in rows if x["layer"] == "block_3_moe"
+              and x["change"] == "without expert 2"]  # fmt: skip
+    assert row["accuracy"] == expected
+
+
+@pytest.mark.backends("torch")
+def test_a_dense_model():
+    with pytest.raises(ValueError, match="without any"):
+        evaluation.ablate(tiny(moe=None), [])
+
+
+@pytest.mark.backends("torch")
+def test_weights_are_put_back_after_an_error():
+    model = randomize(tiny())
+    before = [ops.convert_to_numpy(w).copy() for w in model.weights]
+    images = iter([[(IMAGES, LABELS)], [(IMAGES, LABELS)]])
+
+    class Once:
+        def __iter__(self):
+            return iter(next(images))
+
+    with pytest.raises(Exception, match=".*"):  # noqa: B017, PT011
+        evaluation.ablate(model, Once())
+    for old, weight in zip(before, model.weights, strict=True):
+        np.testing.assert_array_equal(old, ops.convert_to_numpy(weight))
+
+
+@pytest.mark.backends("torch")
+def test_the_command(trained, tmp_path):
+    run_dir, _ = trained
+    output = tmp_path / "report"
+    done = run("inspect", run_dir, "--ablations", f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    assert "block_0_moe  without expert 3" in done.stdout
+    lines = (output / "ablations.csv").read_text().split("\n")
+    assert len(lines) == 2 + 1 + 5 + 4
+    done = run("inspect", run_dir, "--ablations", "--images", "a.png")
+    assert done.returncode == 1 and "Accuracy needs labels" in done.stderr
