@@ -16,10 +16,14 @@ from keras_vmoe.cli.opening import numbers
 from keras_vmoe.cli.opening import open_model
 from keras_vmoe.cli.opening import setting_of_run
 from keras_vmoe.data import _corruption
+from keras_vmoe.data import schema
 from keras_vmoe.evaluation import comparison
 from keras_vmoe.evaluation import imagenet_sets
 from keras_vmoe.evaluation import sweeping
 from keras_vmoe.evaluation.fewshot import SETS
+from keras_vmoe.evaluation.fewshot import check_rule
+from keras_vmoe.evaluation.fewshot import l2_regs_for
+from keras_vmoe.models.presets import find_preset
 
 SHOTS = (1, 5, 10, 25)
 
@@ -48,11 +52,11 @@ def fewshot(
         datasets: TFDS names, digits, or those above.
         shots: Examples per class; default: 1 5 10 25.
         seeds: Draws of examples.
-        penalty: One for all datasets, chosen on images of the training split
-            that are not drawn, or on the test images (as the reference does),
-            or fixed (big_vision: 1024).
-        train_split: Split to draw from; default: the paper's, or train.
-        test_split: Split to test on; default: the paper's, or test.
+        penalty: One for all datasets, chosen of 2^-10 to 2^19 on images of the
+            training split that are not drawn, or on the test images (as the
+            reference does), or fixed (big_vision: 1024).
+        train_split: To draw from, of all datasets; default: the paper's.
+        test_split: To test on, of all datasets; default: the paper's.
         data_dir: Folder of the datasets.
         batch_size: Images per step.
         csv: File to write every accuracy to.
@@ -61,14 +65,17 @@ def fewshot(
         keras-vmoe fewshot runs/digits digits --shots 1 5
         keras-vmoe fewshot model.keras birds pets --data_dir datasets
     """
+    check_rule(penalty)
     opened, _ = open_model(model)
     shots = tuple(shots) or SHOTS
+    splits = (train_split, test_split)
+    _check_splits(datasets, splits, data_dir)
     results = {}
     for name in datasets:
-        sets = _features(
-            opened, name, (train_split, test_split), data_dir, batch_size
+        sets = _features(opened, name, splits, data_dir, batch_size)
+        results[name] = evaluation.few_shot(
+            *sets, shots, l2_regs_for(penalty), range(seeds)
         )
-        results[name] = evaluation.few_shot(*sets, shots, seeds=range(seeds))
     chosen = evaluation.choose_l2(list(results.values()), penalty)
     width = max(map(len, ("dataset", *results)))
     print(
@@ -149,12 +156,12 @@ def probe(
         keras-vmoe probe model.keras cifar10 --solver sgd --sweep 0.01 0.1
     """
     opened, _ = open_model(model)
+    splits = (train_split, test_split)
+    _check_splits(datasets, splits, data_dir)
     what = "penalty" if solver == "lbfgs" else "learning rate"
     rows = []
     for name in datasets:
-        sets = _features(
-            opened, name, (train_split, test_split), data_dir, batch_size
-        )
+        sets = _features(opened, name, splits, data_dir, batch_size)
         found = evaluation.linear_probe(
             *sets, solver, sweep or None, held_out, epochs, seed=seed
         )
@@ -199,7 +206,10 @@ def robustness(
     opened, names = open_model(model, classes)
     if names == numbers(len(names)):
         names = None
-    preset = preset or setting_of_run(model, "model.preset") or opened.name
+    if preset is None:
+        preset = setting_of_run(model, "model.preset") or opened.name
+    else:
+        find_preset(preset)  # Raises, with the nearest names.
     found = evaluation.robustness(
         opened, data_dir, batch_size, names, sys.stdout.isatty()
     )
@@ -296,14 +306,24 @@ def compare(
     _write_figure(plot, lambda: comparison.curves_figure(found))
 
 
+def _splits_of(name, splits):
+    """`(dataset, split)` to train on and to test on."""
+    default = ((name, "train"), (name, "test"))
+    pairs = zip(SETS.get(name, default), splits, strict=True)
+    return [(dataset, given or split) for (dataset, split), given in pairs]
+
+
+def _check_splits(datasets, splits, data_dir):
+    """Raises for a dataset or split that is not there, before any is read."""
+    for name in datasets:
+        for dataset, split in _splits_of(name, splits):
+            schema.num_images(dataset, split, data_dir)
+
+
 def _features(model, name, splits, data_dir, batch_size):
     """Features and labels of the two splits of a dataset."""
-    default = ((name, "train"), (name, "test"))
     found = []
-    for (dataset, split), given in zip(
-        SETS.get(name, default), splits, strict=True
-    ):
-        split = given or split
+    for dataset, split in _splits_of(name, splits):
         images = load_images(model, dataset, split, data_dir, batch_size)
         with _corruption.named_corruption(dataset, [split], data_dir):
             found.append(

@@ -99,6 +99,13 @@ def numbers(num_classes):
     return [f"class {i}" for i in range(num_classes)]
 
 
+def _brief(names):
+    """What a file of names holds, in a few words."""
+    if isinstance(names, list):
+        return f"{len(names)} names, such as {names[:3]}"
+    return str(names)[:200]
+
+
 def _class_names(path, run_dir, num_classes):
     """Names from a file, else from the run folder, else numbers."""
     if path is None:
@@ -113,6 +120,6 @@ def _class_names(path, run_dir, num_classes):
         raise ValueError(
             f"The file of class names must hold a JSON list of {num_classes} "
             f'names, such as ["cat", "dog"]. Received: --classes {path} '
-            f"({names})."
+            f"({_brief(names)})."
         )
     return [str(name) for name in names]

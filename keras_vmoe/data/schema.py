@@ -155,6 +155,12 @@ def num_images(name, split, data_dir=None):
     return count_examples(name, open_builder(name, data_dir), split)
 
 
+def _sizes(splits):
+    """Names of splits and their numbers of images."""
+    sizes = {k: getattr(splits[k], "num_examples", splits[k]) for k in splits}
+    return ", ".join(f"{name} ({size})" for name, size in sorted(sizes.items()))
+
+
 def count_examples(name, builder, split):
     """How many examples a split has; raises a ValueError if there is none."""
     splits = builder.info.splits
@@ -167,8 +173,8 @@ def count_examples(name, builder, split):
         NotImplementedError,
     ) as error:
         raise ValueError(
-            f"`split` must be made of the splits {sorted(splits)}, with "
-            'slices and sums such as "train[:90%]" or "train+test". '
+            f"`split` must be made of the splits {_sizes(splits)}, with slices "
+            'and sums such as "train[:90%]" or "train+test". '
             f"Received: split={split!r} of name={name!r}."
             f"{nearest(split, splits)}"
         ) from error

@@ -87,6 +87,8 @@ def compare(runs, seed=0):
 
     >>> compare(["runs/dense", "runs/moe"]).rows  # doctest: +SKIP
     """
+    if isinstance(runs, (str, pathlib.Path)):
+        runs = [runs]
     groups = [_read_group(path) for path in runs]
     if not groups:
         raise ValueError("There must be a run to compare. Received: none.")
@@ -135,8 +137,13 @@ def _read_run(path):
     if missing:
         raise FileNotFoundError(
             "Runs that are compared must be finished, by this version of "
-            f"keras_vmoe. Received: {str(path)!r} without {missing}. Train it "
-            f"to its end: keras-vmoe train --config {path / 'config.yaml'}"
+            f"keras_vmoe. Received: {str(path)!r} without {missing}. "
+            + (
+                "Name the folder of a run, or of runs of seeds."
+                if "config.yaml" in missing
+                else "Train it to its end: keras-vmoe train --config "
+                f"{path / 'config.yaml'}"
+            )
         )
     yaml = require("yaml", "cli")
     settings = yaml.safe_load((path / "config.yaml").read_text())
@@ -232,7 +239,7 @@ def _differing(groups):
 
 def comparison_table(found):
     """A `Comparison` as text."""
-    titles = ("run", "seeds", "Mparams", "active", "MMACs", "accuracy")
+    titles = ("run", "seeds", "params", "active", "MACs", "accuracy")
     titles += ("difference to the first", "ms/step", "dropped", "load")
     table = [titles]
     for row in found.rows:
@@ -245,9 +252,9 @@ def comparison_table(found):
             (
                 row["run"],
                 str(row["seeds"]),
-                f"{row['params'] / 1e6:.2f}",
-                f"{row['active_params'] / 1e6:.2f}",
-                f"{row['macs'] / 1e6:,.1f}",
+                amount(row["params"]),
+                amount(row["active_params"]),
+                amount(row["macs"]),
                 f"{row['accuracy']:.4f}"
                 + (f" ± {spread:.4f}" if row["seeds"] > 1 else ""),
                 "" if row is found.rows[0] else difference.format(**row),
@@ -263,11 +270,27 @@ def comparison_table(found):
         "  ".join(x.ljust(n) for x, n in zip(row, widths, strict=True)).rstrip()
         for row in table
     ]
-    if found.settings:
-        lines += ["", "settings that differ:"]
+    if len(table) > 2:
+        lines += ["", WARNING.format(min(row["seeds"] for row in found.rows))]
+        lines += ["settings that differ:" if found.settings else SAME]
     for name, values in found.settings.items():
         lines.append(f"  {name}: {' | '.join(values)}")
     return "\n".join(lines)
+
+
+WARNING = (
+    "intervals: 95%, test images and seeds drawn again; with {} seed(s) on a "
+    "side, the noise of the training is not in them, or too little of it"
+)
+SAME = "no setting differs but the seed"
+
+
+def amount(number):
+    """A large number in few digits: 12.1 k, 3.45 M, 1.2 G."""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
 
 
 def curves_figure(found):
@@ -294,8 +317,10 @@ def curves_figure(found):
             alpha=0.2,
             linewidth=0,
         )
+    axis.set_title("mean, and range of the seeds", fontsize=10)
     axis.set_xlabel("epoch")
     axis.set_ylabel("validation accuracy")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     axis.legend()
     return figure

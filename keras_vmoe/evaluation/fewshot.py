@@ -69,11 +69,19 @@ class FewShot:
         """Accuracies at one penalty per shot.
 
         Args:
-            l2: `(H,)` of `l2_regs`, such as from `choose_l2`.
+            l2: `(H,)` of `l2_regs`, such as from `choose_l2`, or one for all.
 
         Returns:
             `(seeds, H)` array.
         """
+        l2 = np.broadcast_to(l2, len(self.shots)).tolist()
+        wrong = [x for x in l2 if x not in self.l2_regs]
+        if wrong:
+            raise ValueError(
+                "Penalties must be among those that were tried, "
+                f"{self.l2_regs}. Received: {wrong}. Pass them to `few_shot` "
+                "as `l2_regs`."
+            )
         places = [self.l2_regs.index(x) for x in l2]
         return self.accuracy[:, np.arange(len(self.shots)), places]
 
@@ -99,7 +107,7 @@ def few_shot(
         train: Pair `(features, labels)` to draw examples from, such as from
             `extract_features`.
         test: Pair `(features, labels)` of the test images.
-        shots: Numbers of examples per class.
+        shots: Numbers of examples per class, or one.
         l2_regs: Penalties of the squared weights; default: 2^-10 to 2^19.
         seeds: Integers; each draws other examples.
         seed_offset: Integer, the first of the two numbers from which the draw
@@ -122,7 +130,7 @@ def few_shot(
     Reference:
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 3.3.
     """
-    shots, l2_regs, seeds = tuple(shots), tuple(l2_regs), tuple(seeds)
+    shots, l2_regs, seeds = map(_several, (shots, l2_regs, seeds))
     _check_settings(shots, l2_regs, seeds)
     train, test, num_classes = checked(train, test)
     _warn_of_few(train[1], num_classes, max(shots))
@@ -147,8 +155,8 @@ def choose_l2(results, rule="held_out"):
     """One penalty per shot, for all data sets and seeds together.
 
     Args:
-        results: List of `FewShot`s of the same shots and penalties, one per
-            data set.
+        results: `FewShot`, or a list of those of several data sets, of the same
+            shots and penalties.
         rule: `"held_out"`: the penalty whose accuracies on held-out training
             images rank best, on average over data sets and seeds. `"test"`:
             the same on the test images, as the reference program does; their
@@ -168,12 +176,15 @@ def choose_l2(results, rule="held_out"):
     >>> choose_l2([result], 2.0)
     [2.0, 2.0]
     """
+    results = _several(results)
     l2_regs = results[0].l2_regs
+    check_rule(rule)
     if rule not in RULES:
         if rule not in l2_regs:
             raise ValueError(
-                f"The penalty must be chosen by one of {RULES}, or be one of "
-                f"those that were tried. Received: rule={rule!r}."
+                "A fixed penalty must be among those that were tried, "
+                f"{l2_regs}. Received: rule={rule!r}. Pass it to `few_shot` as "
+                "`l2_regs`."
             )
         return [rule] * len(results[0].shots)
     name = "accuracy" if rule == "test" else "held_out_accuracy"
@@ -187,6 +198,26 @@ def choose_l2(results, rule="held_out"):
     ranks = found.argsort(axis=-1, kind="stable")
     ranks = ranks.argsort(axis=-1, kind="stable").mean(axis=0)
     return [l2_regs[i] for i in ranks.argmax(axis=-1)]
+
+
+def check_rule(rule):
+    """Raises unless this is a way to choose a penalty."""
+    if rule not in RULES and not (is_number(rule) and rule > 0):
+        raise ValueError(
+            f"The penalty must be chosen by one of {RULES}, or be a number "
+            f"above 0. Received: {rule!r}."
+        )
+
+
+def l2_regs_for(rule):
+    """The penalties to try for a way to choose one: all, or the fixed one."""
+    return L2_REGS if rule in RULES else (float(rule),)
+
+
+def _several(values):
+    """A tuple of several values, or of one."""
+    one = isinstance(values, (int, float, FewShot))
+    return (values,) if one else tuple(values)
 
 
 def _order(labels, num_classes, seed_offset, seed):

@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 
 from keras_vmoe import data
+from keras_vmoe._warnings import warn
 from keras_vmoe.data import schema
 from keras_vmoe.data.sources import prepared_datasets
 from keras_vmoe.data.tensorflow_runtime import tfds
@@ -191,6 +192,16 @@ def _score(model, name, columns, reads, verbose):
         truths = schema.read_values(
             dataset, split, "real_label", reads["data_dir"]
         )
+    others = (
+        [x for x in map(int, truths) if x not in CLASSES[name]]
+        if (name in CLASSES)
+        else []
+    )
+    if others:
+        warn(
+            f"{dataset} has {len(others)} images of classes that are not among "
+            f"its 200, such as {others[0]}: none of them can be right."
+        )
     rates = {rule: imagenet.accuracy(x, truths) for rule, x in found.items()}
     return Score(
         num_images=sum(np.size(x) > 0 for x in truths),
@@ -219,16 +230,28 @@ def robustness_table(found, preset=None):
         String of several lines.
     """
     papers = papers_rows(preset)
+    rows = _with_corruptions(found)
+    columns = {"top-1": "accuracy", "of 1000": "all_classes"}
+    columns |= {"full head": "full_head"}
+    columns = {
+        title: [getattr(score, key) for score in rows.values()]
+        for title, key in columns.items()
+    }
+    columns = {
+        title: [_percent(x) for x in values]
+        for title, values in columns.items()
+        if any(x is not None for x in values)
+    }
+    columns = {"images": [str(x.num_images) for x in rows.values()], **columns}
     heads = {"none": "paper", "in21k": "paper, 21k"}
-    columns = ["images", "top-1", "1000 classes", "full head"]
-    columns += [heads[x] for x in papers]
-    lines = [f"{'set':<24}" + "".join(f"{x:>14}" for x in columns)]
-    for name, score in _with_corruptions(found).items():
-        shares = [score.accuracy, score.all_classes, score.full_head]
-        cells = [str(score.num_images), *map(_percent, shares)]
-        cells += [row.get(name, "") for row in papers.values()]
-        line = f"{name:<24}" + "".join(f"{x:>14}" for x in cells)
+    for pretraining, row in papers.items():
+        columns[heads[pretraining]] = [row.get(name, "") for name in rows]
+    lines = [f"{'set':<28}" + "".join(f"{x:>12}" for x in columns)]
+    for name, *cells in zip(rows, *columns.values(), strict=True):
+        line = f"{name:<28}" + "".join(f"{x:>12}" for x in cells)
         lines.append(line.rstrip())
+    if papers:
+        lines.append("paper, 21k: pretrained on ImageNet-21k, then fine-tuned")
     if found.corruption_error is not None:
         error = f"{100 * found.corruption_error:.1f}"
         lines.append(f"mean corruption error of C, AlexNet's is 100: {error}")
@@ -249,6 +272,10 @@ def _with_corruptions(found):
     for name, score in found.scores.items():
         kind = name.rpartition(" ")[0] if name.startswith("C ") else name
         rows.setdefault(kind, []).append(score)
+    rows = {
+        f"{name}, {len(scores)} of 5" if name.startswith("C ") else name: scores
+        for name, scores in rows.items()
+    }
     return {
         name: dataclasses.replace(
             scores[0],

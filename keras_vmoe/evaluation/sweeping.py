@@ -9,6 +9,7 @@ import numpy as np
 from keras_vmoe import distribution
 from keras_vmoe import models
 from keras_vmoe._extras import require
+from keras_vmoe.evaluation.comparison import amount
 from keras_vmoe.evaluation.measurement import measure
 
 ROUNDS = 5  # Of the speed, over all positions in turn.
@@ -44,6 +45,10 @@ def sweep_routing(model, dataset, verbose=0, **settings):
         and figure 7.
     """
     # All are made before hours are spent on the first.
+    settings = {
+        name: list(x) if isinstance(x, (list, tuple)) else [x]
+        for name, x in settings.items()
+    }
     positions = [
         dict(zip(settings, values, strict=True))
         for values in itertools.product(*settings.values())
@@ -107,7 +112,7 @@ def sweep_table(rows):
 _FORMATS = {
     "accuracy": ("accuracy", "{:.4f}".format),
     "loss": ("loss", "{:.4f}".format),
-    "macs": ("MMACs", lambda x: f"{x / 1e6:,.1f}"),
+    "macs": ("MACs", amount),
     "dropped_share": ("dropped", "{:.1%}".format),
     "images_per_s": ("images/s", "{:,.0f}".format),
 }
@@ -128,11 +133,20 @@ def sweep_figure(rows):
             if k not in _FORMATS and k != "capacity_factor"
         }
         lines.setdefault(words_of(named), []).append(
-            (row["macs"] / 1e6, row["accuracy"])
+            (row["macs"], row["accuracy"], row.get("capacity_factor"))
         )
     for words, points in lines.items():
-        axis.plot(*zip(*sorted(points), strict=True), marker="o", label=words)
-    axis.set_xlabel("million multiply-adds per image")
+        points = sorted(points, key=lambda x: x[0])
+        x, y, factors = zip(*points, strict=True)
+        axis.plot(x, y, marker="o", label=words)
+        for place in zip(x, y, factors, strict=True):
+            if place[2] is not None:
+                axis.annotate(
+                    place[2], place[:2], xytext=(4, -9),
+                    textcoords="offset points", fontsize=7,
+                )  # fmt: skip
+    axis.set_title("the numbers are capacity factors", fontsize=10)
+    axis.set_xlabel("multiply-adds per image")
     axis.set_ylabel("accuracy")
     axis.grid(alpha=0.3)
     if any(lines):

@@ -17,6 +17,8 @@ from keras_vmoe._checks import is_number
 from keras_vmoe._extras import require
 from keras_vmoe._warnings import warn
 from keras_vmoe.distribution import _processes
+from keras_vmoe.evaluation.fewshot import check_rule
+from keras_vmoe.evaluation.fewshot import l2_regs_for
 from keras_vmoe.inspection import _plots
 from keras_vmoe.inspection import pictures
 
@@ -268,7 +270,7 @@ class FewShotEvaluation(keras.callbacks.Callback):
     """Adds few-shot accuracies to the logs of every n-th epoch.
 
     The logs are `"<shot>_shot"`: see `evaluation.few_shot`. Other callbacks see
-    them as metrics; put this callback before those.
+    them as metrics, NaN in the epochs between; put this callback before those.
 
     Args:
         train: Batches of `(images, labels)` to draw examples from, such as
@@ -300,22 +302,29 @@ class FewShotEvaluation(keras.callbacks.Callback):
     ):
         super().__init__()
         check_sizes(every=every)
+        check_rule(penalty)
         self.train, self.test, self.every = train, test, every
         self.shots, self.penalty, self.seeds = shots, penalty, seeds
 
     def on_epoch_end(self, epoch, logs=None):
+        if logs is None:
+            return
         if (epoch + 1) % self.every:
+            logs.update(dict.fromkeys(self._names(), float("nan")))
             return
         sets = [
             evaluation.extract_features(self.model, dataset)
             for dataset in (self.train, self.test)
         ]
-        found = evaluation.few_shot(*sets, self.shots, seeds=self.seeds)
+        found = evaluation.few_shot(
+            *sets, self.shots, l2_regs_for(self.penalty), self.seeds
+        )
         chosen = evaluation.choose_l2([found], self.penalty)
         accuracy = found.accuracy_at(chosen).mean(axis=0)
-        if logs is not None:
-            for shot, value in zip(self.shots, accuracy, strict=True):
-                logs[f"{shot}_shot"] = float(value)
+        logs.update(zip(self._names(), map(float, accuracy), strict=True))
+
+    def _names(self):
+        return [f"{shot}_shot" for shot in self.shots]
 
 
 class NonFiniteLossError(RuntimeError):

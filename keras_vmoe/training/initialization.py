@@ -13,6 +13,7 @@ from keras_vmoe._warnings import warn
 from keras_vmoe.checkpoints.architecture import made_of
 from keras_vmoe.checkpoints.assignment import fit_positions
 from keras_vmoe.checkpoints.assignment import grid_of
+from keras_vmoe.evaluation.comparison import SEED
 from keras_vmoe.training import recipes
 from keras_vmoe.training.architecture import from_scratch
 from keras_vmoe.training.architecture import resolved
@@ -66,6 +67,13 @@ def restore(run_dir):
     if not kept.epochs():
         if (run_dir / MODEL).exists():
             return models.load(run_dir / MODEL, compile=False)
+        seeds = sorted(run_dir.glob(f"{SEED}*"))
+        if seeds:
+            raise FileNotFoundError(
+                f"A run must be named by its own folder. Received: "
+                f"{str(run_dir)!r}, which holds the runs of "
+                f"{len(seeds)} seeds. Name one of them, such as {seeds[0]}."
+            )
         raise FileNotFoundError(
             f"A run folder must hold {MODEL} or a checkpoint. Received: "
             f"{str(run_dir)!r}, which has neither. To continue a stopped run: "

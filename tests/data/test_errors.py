@@ -91,7 +91,7 @@ def test_version_that_is_not_prepared(data_dir):
 )
 def test_unknown_split(data_dir, split):
     text = message_of(ValueError, load, data_dir, split=split)
-    assert "must be made of the splits ['test', 'train']" in text
+    assert "must be made of the splits test (12), train (36)" in text
     assert f"Received: split={split!r} of name='grey'" in text
 
 

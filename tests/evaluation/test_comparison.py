@@ -88,6 +88,8 @@ def test_runs_that_cannot_be_compared(tmp_path):
     words = r"finished.*fewer' without .'predictions.npz'.*keras-vmoe train"
     with pytest.raises(FileNotFoundError, match=words):
         evaluation.compare([good, fewer])
+    with pytest.raises(FileNotFoundError, match="Name the folder of a run"):
+        evaluation.compare(tmp_path)
     with pytest.raises(ValueError, match="Received: none"):
         evaluation.compare([])
 
@@ -122,9 +124,12 @@ def test_seeds_from_training_to_the_table(tmp_path):
     assert f"{mean:.4f} ± {std:.4f}" in done.stdout
     difference = accuracies[2] - mean
     assert f"{difference:+.4f} [" in done.stdout
-    assert "settings that differ" not in done.stdout
+    assert "no setting differs but the seed" in done.stdout
+    assert "with 1 seed(s) on a side" in done.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert table.read_text().count("\n") == 3
+    done = run("evaluate", folder)
+    assert "3 seeds. Name one of them, such as" in done.stderr
     done = run(
         "train", *SMALL, f"--run_dir={folder}", "--seeds", 0, "--epochs=3"
     )
@@ -135,3 +140,11 @@ def test_seeds_from_training_to_the_table(tmp_path):
 def test_how_a_run_of_seeds_goes_on():
     words = cli._how_to_resume(config=object(), seeds=[1, 2])
     assert words == ". Repeat the command to go on"
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(950, "950"), (12058, "12.1 k"), (3.4e6, "3.4 M"), (1.25e9, "1.25 G")],
+)
+def test_amounts(number, words):
+    assert comparison.amount(number) == words

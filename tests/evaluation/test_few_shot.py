@@ -11,7 +11,7 @@ from keras_vmoe.evaluation import fewshot
 from tests.commands import run
 
 pytestmark = pytest.mark.backends("torch")  # None takes part.
-RULES = "must be chosen by one of .'held_out', 'test'., or be one of those"
+RULES = "must be chosen by one of .'held_out', 'test'., or be a number"
 
 
 def clusters(per_class, seed=0, num_classes=3, noise=1.0):
@@ -66,8 +66,18 @@ def test_few_examples():
     assert len(evaluation.choose_l2([found], "test")) == 2
     with pytest.raises(ValueError, match=RULES):
         evaluation.choose_l2([found], "best")
-    with pytest.raises(ValueError, match="Received: rule=3.0"):
+    with pytest.raises(ValueError, match="Received: rule=3.0. Pass it to"):
         evaluation.choose_l2([found], 3.0)
+    with pytest.raises(ValueError, match=r"that were tried, .*Received: .3.0"):
+        found.accuracy_at(3.0)
+
+
+def test_one_shot_one_seed_one_penalty():
+    train, test = clusters(9), clusters(5, seed=1)
+    found = evaluation.few_shot(train, test, shots=2, l2_regs=7, seeds=3)
+    assert found.accuracy.shape == (1, 1, 1)
+    assert evaluation.choose_l2(found, 7) == [7]
+    assert found.accuracy_at(7) == found.accuracy[..., 0]
 
 
 def replaced(pair, features=None, labels=None):
@@ -129,10 +139,16 @@ def test_the_command(trained, tmp_path):
         f"{x:.4f}" for x in accuracy
     ]
     rows = table.read_text().split("\n")
-    assert len(rows) == 2 + 2 * 2 * 30, "each seed, shot and penalty"
+    assert len(rows) == 2 + 2 * 2, "each seed and shot"
     for penalty in ("test", "held_out"):
         done = run(*arguments, f"--penalty={penalty}")
         assert done.returncode == 0 and "chosen on t" in done.stdout
+    done = run(*arguments, "--penalty=1000")
+    assert done.returncode == 0 and "penalty fixed" in done.stdout
+    done = run(*arguments, "--penalty=-1")
+    assert done.returncode == 1 and "above 0. Received: -1.0" in done.stderr
+    done = run("fewshot", run_dir, "digits", "--train_split=train[:9999]")
+    assert "test (364), train (1254)" in done.stderr
     done = run(*arguments, "--penalty=best")
     assert "`penalty` must be" in done.stderr
 

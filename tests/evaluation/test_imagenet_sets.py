@@ -143,7 +143,8 @@ def test_mean_corruption_error_of_all_sets(tmp_path, model):
     assert found.corruption_error == pytest.approx(expected)
     table = imagenet_sets.robustness_table(found)
     assert f"{100 * expected:.1f}" in table
-    assert "C gaussian_noise                    10           0.0" in table
+    assert "C gaussian_noise, 5 of 5              10         0.0" in table
+    assert "of 1000" not in table and "full head" not in table
 
 
 def test_labels_that_are_not_imagenets(tmp_path, model):
@@ -167,7 +168,16 @@ def test_the_command(folder, tmp_path, capsys):
     models.save(model, path)
     table = tmp_path / "table.csv"
     arguments = ["robustness", str(path), f"--data_dir={folder}"]
+    assert cli.main([*arguments, "--preset=vit_b17"]) == 1
+    assert "The nearest names: vit_b16" in capsys.readouterr().err
     arguments += ["--preset=vit_b16", f"--csv={table}"]
     assert cli.main(arguments) == 0
     assert "56.0" in capsys.readouterr().out, "ImageNet-A in the paper"
     assert table.read_text().count("\n") == 4
+
+
+def test_images_that_are_of_no_class_of_their_set(tmp_path, model):
+    write(tmp_path, "imagenet_a", "test", [(image_of(0), 0), (image_of(6), 6)])
+    with pytest.warns(UserWarning, match="1 images of classes .* such as 0"):
+        found = evaluation.robustness(model, tmp_path)
+    assert found.scores["A"].accuracy == 0.5

@@ -32,7 +32,7 @@ def test_every_position():
     assert rows[0]["dropped_share"] > rows[1]["dropped_share"]
     table = sweeping.sweep_table(rows).split("\n")
     assert len(table) == 5 and table[0].split() == [
-        "batch_priority", "capacity_factor", "accuracy", "loss", "MMACs",
+        "batch_priority", "capacity_factor", "accuracy", "loss", "MACs",
         "dropped", "images/s",
     ]  # fmt: skip
     (axis,) = sweeping.sweep_figure(rows).axes
