@@ -11,6 +11,7 @@ import numpy as np
 from keras_vmoe import _files
 from keras_vmoe import evaluation
 from keras_vmoe._extras import require
+from keras_vmoe.cli.opening import check_classes
 from keras_vmoe.cli.opening import load_images
 from keras_vmoe.cli.opening import numbers
 from keras_vmoe.cli.opening import open_model
@@ -22,7 +23,9 @@ from keras_vmoe.evaluation import imagenet_sets
 from keras_vmoe.evaluation import sweeping
 from keras_vmoe.evaluation.fewshot import SETS
 from keras_vmoe.evaluation.fewshot import check_rule
+from keras_vmoe.evaluation.fewshot import check_settings
 from keras_vmoe.evaluation.fewshot import l2_regs_for
+from keras_vmoe.evaluation.probing import check_probe
 from keras_vmoe.models.presets import find_preset
 
 SHOTS = (1, 5, 10, 25)
@@ -66,6 +69,8 @@ def fewshot(
         keras-vmoe fewshot model.keras birds pets --data_dir datasets
     """
     check_rule(penalty)
+    check_settings(tuple(shots) or SHOTS, l2_regs_for(penalty), range(seeds))
+    check_writable(csv)
     opened, _ = open_model(model)
     shots = tuple(shots) or SHOTS
     splits = (train_split, test_split)
@@ -76,7 +81,11 @@ def fewshot(
         results[name] = evaluation.few_shot(
             *sets, shots, l2_regs_for(penalty), range(seeds)
         )
-    chosen = evaluation.choose_l2(list(results.values()), penalty)
+    try:
+        chosen = evaluation.choose_l2(list(results.values()), penalty)
+    except ValueError:  # What was measured is not lost.
+        write_csv(csv, _accuracies(results))
+        raise
     width = max(map(len, ("dataset", *results)))
     print(
         f"{'dataset':<{width}}"
@@ -98,24 +107,26 @@ def fewshot(
     }
     print(f"accuracy of {seeds} draws, mean and standard deviation; penalty "
           f"{words.get(penalty, 'fixed')}")  # fmt: skip
-    write_csv(
-        csv,
-        [
-            {
-                "dataset": name,
-                "seed": seed,
-                "shots": shot,
-                "penalty": l2,
-                "chosen": l2 == chosen[j],
-                "accuracy": found.accuracy[i, j, k],
-                "held_out_accuracy": found.held_out_accuracy[i, j, k],
-            }
-            for name, found in results.items()
-            for i, seed in enumerate(found.seeds)
-            for j, shot in enumerate(shots)
-            for k, l2 in enumerate(found.l2_regs)
-        ],
-    )
+    write_csv(csv, _accuracies(results, chosen))
+
+
+def _accuracies(results, chosen=None):
+    """One row for each data set, draw, number of shots and penalty."""
+    return [
+        {
+            "dataset": name,
+            "seed": seed,
+            "shots": shot,
+            "penalty": l2,
+            "chosen": "" if chosen is None else l2 == chosen[j],
+            "accuracy": found.accuracy[i, j, k],
+            "held_out_accuracy": found.held_out_accuracy[i, j, k],
+        }
+        for name, found in results.items()
+        for i, seed in enumerate(found.seeds)
+        for j, shot in enumerate(found.shots)
+        for k, l2 in enumerate(found.l2_regs)
+    ]
 
 
 def probe(
@@ -155,6 +166,10 @@ def probe(
         keras-vmoe probe runs/digits digits
         keras-vmoe probe model.keras cifar10 --solver sgd --sweep 0.01 0.1
     """
+    check_writable(csv)
+    check_probe(solver, sweep or None, held_out, epochs)
+    if solver == "lbfgs":
+        require("scipy", "data")
     opened, _ = open_model(model)
     splits = (train_split, test_split)
     _check_splits(datasets, splits, data_dir)
@@ -203,6 +218,7 @@ def robustness(
     Example:
         keras-vmoe robustness runs/in1k --data_dir datasets
     """
+    check_writable(csv)
     opened, names = open_model(model, classes)
     if names == numbers(len(names)):
         names = None
@@ -210,11 +226,16 @@ def robustness(
         preset = setting_of_run(model, "model.preset") or opened.name
     else:
         find_preset(preset)  # Raises, with the nearest names.
+    rows = []
+
+    def keep(name, score):
+        rows.append({"set": name, **vars(score)})
+        write_csv(csv, rows, announced=False)
+
     found = evaluation.robustness(
-        opened, data_dir, batch_size, names, sys.stdout.isatty()
+        opened, data_dir, batch_size, names, sys.stdout.isatty(), keep
     )
     print(imagenet_sets.robustness_table(found, preset))
-    rows = [{"set": x, **vars(score)} for x, score in found.scores.items()]
     write_csv(csv, rows)
 
 
@@ -265,9 +286,12 @@ def sweep(
             "There must be values to combine. Received: none. Write, say: "
             "--capacity_factor 0.25 0.5 1 --batch_priority false true"
         )
+    check_writable(csv)
+    check_writable(plot)
     if plot:
         require("matplotlib", "plots")  # Before it is measured, not after.
-    opened, _ = open_model(model)
+    opened, names = open_model(model)
+    check_classes(model, opened, names, dataset, data_dir)
     images = load_images(opened, dataset, split, data_dir, batch_size)
     with _corruption.named_corruption(dataset, [split], data_dir):
         rows = evaluation.sweep_routing(
@@ -300,6 +324,10 @@ def compare(
     Example:
         keras-vmoe compare runs/dense runs/moe --plot curves.png
     """
+    check_writable(csv)
+    check_writable(plot)
+    if plot:
+        require("matplotlib", "plots")
     found = evaluation.compare(runs, seed)
     print(comparison.comparison_table(found))
     write_csv(csv, found.rows)
@@ -332,7 +360,19 @@ def _features(model, name, splits, data_dir, batch_size):
     return found
 
 
-def write_csv(path, rows):
+def check_writable(path):
+    """Raises for a file that could not be written after an hour of work."""
+    if path is None:
+        return
+    path = pathlib.Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(
+            "A table or plot must be a file in a folder that exists. Received: "
+            f"{str(path)!r}. Make the folder, or name another file."
+        )
+
+
+def write_csv(path, rows, announced=True):
     """Writes dicts as CSV, if there is a path."""
     if path is None:
         return
@@ -344,7 +384,8 @@ def write_csv(path, rows):
                  for k, x in row.items()}  # fmt: skip
         writer.writerow(plain)
     _files.write_text(pathlib.Path(path), text.getvalue())
-    print(f"table: {path}")
+    if announced:
+        print(f"table: {path}")
 
 
 def _write_figure(path, make):

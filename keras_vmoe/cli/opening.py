@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shlex
 import sys
 
 from keras_vmoe import data
@@ -123,3 +124,25 @@ def _class_names(path, run_dir, num_classes):
             f"({_brief(names)})."
         )
     return [str(name) for name in names]
+
+
+def check_classes(path, model, names, dataset, data_dir):
+    """Raises for a dataset of more or fewer classes; warns of other names."""
+    classes, info = model.output_shape[-1], data.info(dataset, data_dir)
+    if info.num_classes not in (None, classes):
+        command = ["keras-vmoe", "train", "--init", path, "--freeze=backbone"]
+        command += ["--dataset", dataset, "--run_dir=runs/tuned"]
+        command += [f"--data_dir={data_dir}"] if data_dir else []
+        raise ValueError(
+            "The model must have the classes of the dataset. Received: a model "
+            f"of {classes} classes for the {info.num_classes} of {dataset!r}. "
+            f"Train its head on them: {shlex.join(command)}"
+        )
+    given = names != numbers(classes)
+    if given and info.class_names and list(info.class_names) != names:
+        print(
+            f"keras-vmoe: warning: the classes of {dataset!r} have other names "
+            "than those of the training: the accuracy is meaningful only if "
+            "they are the same classes in the same order.",
+            file=sys.stderr,
+        )

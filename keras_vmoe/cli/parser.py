@@ -208,7 +208,7 @@ def _argument(parameter, kind):
         options = {"action": "store_true"}
     elif typing.get_origin(kind) is list:
         (kind,) = typing.get_args(kind)
-        options |= {"type": kind, "nargs": "*" if is_optional else "+"}
+        options |= {"type": kind, "nargs": "+"}
         if is_optional and kind is str:  # Given twice, a flag adds up.
             options |= {"action": "extend", "default": []}
     elif is_optional and not is_flag:

@@ -14,7 +14,7 @@ from keras_vmoe import data
 from keras_vmoe import distribution
 from keras_vmoe import evaluation
 from keras_vmoe import training
-from keras_vmoe.cli.opening import numbers
+from keras_vmoe.cli.opening import check_classes
 from keras_vmoe.cli.opening import of_run
 from keras_vmoe.cli.opening import open_model
 from keras_vmoe.data import _corruption
@@ -230,7 +230,7 @@ def evaluate(
     reads["skip_corrupt"] = skip_corrupt
     count, notes = None, []
     try:
-        _check_classes(model, opened, names, dataset, data_dir)
+        check_classes(model, opened, names, dataset, data_dir)
         count = schema.num_images(dataset, split, data_dir)
     except (OSError, ValueError) as error:
         if not dry_run:
@@ -257,25 +257,3 @@ def evaluate(
     folder = f" in {data_dir}" if data_dir else ""
     print(f"data: {dataset}, {split}{folder}")
     print(evaluation.report(measured, names))
-
-
-def _check_classes(path, model, names, dataset, data_dir):
-    """Raises for a dataset of more or fewer classes; warns of other names."""
-    classes, info = model.output_shape[-1], data.info(dataset, data_dir)
-    if info.num_classes not in (None, classes):
-        command = ["keras-vmoe", "train", "--init", path, "--freeze=backbone"]
-        command += ["--dataset", dataset, "--run_dir=runs/tuned"]
-        command += [f"--data_dir={data_dir}"] if data_dir else []
-        raise ValueError(
-            "The model must have the classes of the dataset. Received: a model "
-            f"of {classes} classes for the {info.num_classes} of {dataset!r}. "
-            f"Train its head on them: {shlex.join(command)}"
-        )
-    given = names != numbers(classes)
-    if given and info.class_names and list(info.class_names) != names:
-        print(
-            f"keras-vmoe: warning: the classes of {dataset!r} have other names "
-            "than those of the training: the accuracy is meaningful only if "
-            "they are the same classes in the same order.",
-            file=sys.stderr,
-        )

@@ -13,7 +13,8 @@ import numpy as np
 from keras_vmoe._extras import require
 
 SEED = "seed_"  # Prefix of the folders of a run with several seeds.
-PREDICTIONS, RESULT = "predictions.npz", "result.json"
+CLASSES, PREDICTIONS = "classes.json", "predictions.npz"
+RESULT = "result.json"
 RESAMPLES = 2000
 LEVEL = 0.95
 # Settings that say nothing of the model or its training.
@@ -29,6 +30,7 @@ class Run:
         settings: Dict of settings by dotted names.
         result: Dict of test accuracy, cost and time per step.
         history: List with the metrics of each epoch, a dict each.
+        class_names: Names of the classes.
         labels: `(images,)` classes of the test images.
         predicted: `(images,)` predicted classes.
     """
@@ -37,6 +39,7 @@ class Run:
     settings: dict
     result: dict
     history: list
+    class_names: list
     labels: np.ndarray
     predicted: np.ndarray
 
@@ -53,7 +56,7 @@ class Comparison:
             `difference_high`, `seconds_per_step`, `dropped_share`,
             `min_expert_load` and `max_expert_load` of the last epoch (None of
             dense models, the time also of runs that were resumed when all was
-            done but their test).
+            done but their test), and `settings`, those that differ.
         settings: Dict from the name of a setting that differs to its values,
             one per row.
         groups: List of lists of `Run`s, one per row.
@@ -112,7 +115,10 @@ def compare(runs, seed=0):
                 "difference_high": high,
             }
         )
-    return Comparison(rows, _differing(groups), groups)
+    settings = _differing(groups)
+    for i, row in enumerate(rows):
+        row["settings"] = "; ".join(f"{k}={x[i]}" for k, x in settings.items())
+    return Comparison(rows, settings, groups)
 
 
 def _name_of(path):
@@ -132,7 +138,7 @@ def _read_group(path):
 
 
 def _read_run(path):
-    needed = ("config.yaml", "history.csv", RESULT, PREDICTIONS)
+    needed = ("config.yaml", CLASSES, "history.csv", RESULT, PREDICTIONS)
     missing = [name for name in needed if not (path / name).exists()]
     if missing:
         raise FileNotFoundError(
@@ -155,7 +161,8 @@ def _read_run(path):
     with np.load(path / PREDICTIONS) as arrays:
         labels, predicted = arrays["labels"], arrays["predicted"]
     result = json.loads((path / RESULT).read_text())
-    return Run(path, flat(settings), result, history, labels, predicted)
+    names = json.loads((path / CLASSES).read_text())
+    return Run(path, flat(settings), result, history, names, labels, predicted)
 
 
 def flat(settings, prefix=""):
@@ -171,11 +178,10 @@ def flat(settings, prefix=""):
 
 def _check_same_images(groups):
     """Raises unless all runs were tested on the same images."""
-    names = ("data.dataset", "data.test_split")
     first = groups[0][0]
     for run in (run for group in groups for run in group):
-        there = [x.settings.get(name) for x in (first, run) for name in names]
-        same = there[:2] == there[2:]
+        there = [x for one in (first, run) for x in _data_of(one)]
+        same = there[:2] == there[2:] and run.class_names == first.class_names
         if not same or not np.array_equal(run.labels, first.labels):
             raise ValueError(
                 "Runs that are compared must have been tested on the same "
@@ -183,6 +189,14 @@ def _check_same_images(groups):
                 f"({len(first.labels)} images) and {run.path} on {there[2]}, "
                 f"{there[3]} ({len(run.labels)} images)."
             )
+
+
+def _data_of(run):
+    """The data set of a run, a folder of images by its path, and the split."""
+    dataset = run.settings.get("data.dataset")
+    if dataset == "image_folder":
+        dataset = f"{dataset} {run.settings.get('data.data_dir')}"
+    return dataset, run.settings.get("data.test_split")
 
 
 def _hits(group):

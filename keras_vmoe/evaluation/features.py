@@ -1,5 +1,7 @@
 """Features of images: what the head of a model gets."""
 
+import weakref
+
 import keras
 import numpy as np
 
@@ -43,19 +45,25 @@ def extract_features(model, dataset, verbose=0):
     found = predictions(_backbone(model), dataset, verbose)
     pairs = [(x, y) for x, _, y in found]
     features = np.concatenate([x for x, _ in pairs]).astype("float32")
-    labels = np.concatenate([y for _, y in pairs]).astype("int64")
+    labels = np.concatenate([y for _, y in pairs])
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(
+            "Labels must be integers, one per image. Received: labels of "
+            f"dtype {labels.dtype} and shape {labels.shape}. Leave `one_hot` "
+            "out."
+        )
     check_finite(features)
-    return features, labels
+    return features, labels.astype("int64")
 
 
-def check_finite(features):
-    """Raises for features that are NaN or infinite, and names the images."""
+def check_finite(features, what="Features"):
+    """Raises for rows that are NaN or infinite, and names the images."""
     wrong = np.flatnonzero(~np.isfinite(features).all(axis=-1))
     if wrong.size:
         first = ", ".join(map(str, wrong[:SHOWN]))
         first += ", ..." if len(wrong) > SHOWN else ""
         raise ValueError(
-            "Features must be finite. Received: NaN or infinite ones of "
+            f"{what} must be finite. Received: NaN or infinite ones of "
             f"{counted(len(wrong), 'image')} (counted from 0: {first}). Look "
             "at those images and at the weights of the model."
         )
@@ -69,19 +77,20 @@ def checked(train, test):
         test: The same.
 
     Returns:
-        `(train, test, num_classes)`.
+        `(train, test, num_classes)`, where labels count the classes that are
+        among the training examples.
 
     Raises:
         ValueError: If they are no such pairs, or do not belong together.
     """
-    train, test = _pair(train, "train"), _pair(test, "test")
-    sizes = [features.shape[1] for features, _ in (train, test)]
+    (x, y), (test_x, test_y) = _pair(train, "train"), _pair(test, "test")
+    sizes = [x.shape[1], test_x.shape[1]]
     if len(set(sizes)) > 1:
         raise ValueError(
             "Both sets must have the features of one model. Received: "
             f"{sizes[0]} and {sizes[1]} features."
         )
-    missing = sorted(map(int, set(test[1]) - set(train[1])))
+    missing = sorted(map(int, set(test_y) - set(y)))
     if missing:
         raise ValueError(
             "Every class of the test images must have a training example. "
@@ -89,7 +98,9 @@ def checked(train, test):
             f"{', ...' if missing[SHOWN:] else ''}. Take another split, or "
             "leave those classes out."
         )
-    return train, test, int(train[1].max()) + 1
+    # Classes that are not there take no place.
+    classes, y = np.unique(y, return_inverse=True)
+    return (x, y), (test_x, np.searchsorted(classes, test_y)), len(classes)
 
 
 def _pair(pair, name):
@@ -112,7 +123,16 @@ def _pair(pair, name):
 
 
 def _backbone(model):
-    """A model without its head, if it has one."""
+    """A model without its head, if it has one; compiled once for each."""
+    if model not in _BACKBONES:
+        _BACKBONES[model] = _without_head(model)
+    return _BACKBONES[model]
+
+
+_BACKBONES = weakref.WeakKeyDictionary()
+
+
+def _without_head(model):
     head, output = model.layers[-1], model.outputs[0]
     has_head = isinstance(head, keras.layers.Dense)
     if isinstance(model, MoEModel):  # It may end in `pre_logits`.

@@ -109,6 +109,11 @@ def columns_of(class_names, imagenet):
         ValueError: If the model has none of ImageNet's classes.
     """
     places = {name: i for i, name in enumerate(class_names)}
+    if len(places) < len(class_names):
+        raise ValueError(
+            "Each class must have a WordNet id of its own. Received: "
+            f"{len(class_names)} names, {len(places)} of them different."
+        )
     columns = np.array([places.get(name, -1) for name in imagenet])
     if (columns < 0).all():
         raise ValueError(

@@ -9,11 +9,14 @@ import numpy as np
 
 from keras_vmoe import data
 from keras_vmoe._warnings import warn
+from keras_vmoe.data import _corruption
 from keras_vmoe.data import schema
 from keras_vmoe.data.sources import prepared_datasets
 from keras_vmoe.data.tensorflow_runtime import tfds
 from keras_vmoe.distribution.prediction import predictions
 from keras_vmoe.evaluation import imagenet
+from keras_vmoe.evaluation.measurement import check_logits
+from keras_vmoe.models.base import MoEModel
 
 REAL = "ReaL"
 SETS = {
@@ -71,7 +74,12 @@ class Robustness:
 
 
 def robustness(
-    model, data_dir=None, batch_size=64, class_names=None, verbose=0
+    model,
+    data_dir=None,
+    batch_size=64,
+    class_names=None,
+    verbose=0,
+    on_score=None,
 ):
     """Measures a model on ImageNet, ReaL, V2, A, R, Sketch and C.
 
@@ -87,6 +95,8 @@ def robustness(
         class_names: WordNet ids of the classes of a model that has other ones
             than ImageNet's 1000.
         verbose: Whether to show a progress bar per set.
+        on_score: Optional function of a set's name and `Score`, called when it
+            is measured.
 
     Returns:
         A `Robustness`.
@@ -125,7 +135,11 @@ def robustness(
     for name in names:
         if verbose:
             print(name, flush=True)
-        scores[name] = _score(model, name, columns, reads, verbose)
+        dataset, split = SETS[name]
+        with _corruption.named_corruption(dataset, [split], data_dir):
+            scores[name] = _score(model, name, columns, reads, verbose)
+        if on_score is not None:
+            on_score(name, scores[name])
     errors = {
         x: [1 - scores[f"C {x} {i}"].accuracy for i in range(1, 6)]
         for x in imagenet.ALEXNET_ERROR
@@ -164,6 +178,12 @@ def _check_labels(name, data_dir):
 
 def _columns(model, class_names):
     """Where ImageNet's classes are among the model's; None: they are them."""
+    if isinstance(model, MoEModel) and model.num_classes is None:
+        raise ValueError(
+            "The model must have a head. Received: model="
+            f"{model.name!r} with num_classes=None. Give it one, "
+            "models.with_head(model, 1000), and train it on ImageNet."
+        )
     count = model.output_shape[-1]
     names = list(class_names or ())
     if count == imagenet.NUM_CLASSES and names in ([], wordnet_ids()):
@@ -175,7 +195,14 @@ def _columns(model, class_names):
             "them, or give the model a head of 1000 classes: "
             "models.with_head(model, 1000), trained on ImageNet."
         )
-    return imagenet.columns_of(names, wordnet_ids())
+    columns = imagenet.columns_of(names, wordnet_ids())
+    missing = [x for x, i in zip(wordnet_ids(), columns, strict=True) if i < 0]
+    if missing:
+        warn(
+            f"The model lacks {len(missing)} of ImageNet's 1000 classes, such "
+            f"as {missing[0]}: their images cannot be right."
+        )
+    return columns
 
 
 def _score(model, name, columns, reads, verbose):
@@ -184,6 +211,7 @@ def _score(model, name, columns, reads, verbose):
     images = data.load(dataset, split, **reads, label=_label_of(name))
     found, truths = {}, []
     for logits, _, labels in predictions(model, images, verbose):
+        check_logits(logits)
         ranks = imagenet.ranked(logits, CLASSES.get(name), columns)
         for rule, predicted in ranks.items():
             found.setdefault(rule, []).extend(predicted)

@@ -7,6 +7,8 @@ import numpy as np
 from keras import ops
 
 from keras_vmoe.distribution.prediction import predictions
+from keras_vmoe.evaluation.features import check_finite
+from keras_vmoe.models.base import MoEModel
 from keras_vmoe.models.base import check_preprocessing
 
 
@@ -54,8 +56,9 @@ def measure(model, dataset, verbose=0, routing=True):
         A `Measurement`.
 
     Raises:
-        ValueError: If the dataset is empty, or was made for a model of another
-            preprocessing.
+        ValueError: If the dataset is empty, was made for a model of another
+            preprocessing or has other classes; if the model has no head, or
+            gives NaN.
 
     Example:
 
@@ -65,6 +68,13 @@ def measure(model, dataset, verbose=0, routing=True):
     1.0
     """
     check_preprocessing(model, dataset)
+    if isinstance(model, MoEModel) and model.num_classes is None:
+        raise ValueError(
+            "The model must have a head to be measured. Received: model="
+            f"{model.name!r} with num_classes=None. Give it one, "
+            "`models.with_head(model, num_classes)`, and train it; "
+            "`evaluation.few_shot` and `linear_probe` measure features."
+        )
     layers = [x for x in model.layers if routing and hasattr(x, "router")]
     # The routers' tokens, from the same pass as the logits.
     outputs = [model.outputs[0], *(layer.input for layer in layers)]
@@ -83,8 +93,25 @@ def measure(model, dataset, verbose=0, routing=True):
     )
 
 
+def check_logits(logits):
+    """Raises for logits that are NaN or infinite, and names the images."""
+    check_finite(logits, "Logits")
+
+
 def _scores(logits, labels):
     """The fields of a `Measurement` computed from logits and labels."""
+    check_logits(logits)
+    classes = logits.shape[-1]
+    is_integer = labels.ndim == 1 and labels.dtype.kind in "iu"
+    if not is_integer or labels.min() < 0 or labels.max() >= classes:
+        found = f"labels of dtype {labels.dtype} and shape {labels.shape}"
+        if is_integer:
+            found = f"labels from {labels.min()} to {labels.max()}"
+        raise ValueError(
+            f"Labels must be integers below the {classes} classes of the "
+            f"model. Received: {found}. Take a dataset of these classes, or "
+            "`models.with_head`, and train the head."
+        )
     order = np.argsort(-logits, axis=-1, kind="stable")
     confusion = np.zeros((logits.shape[-1],) * 2, int)
     np.add.at(confusion, (labels, order[:, 0]), 1)

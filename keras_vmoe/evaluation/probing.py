@@ -10,6 +10,7 @@ from keras_vmoe._checks import check_choice
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_number
 from keras_vmoe._extras import require
+from keras_vmoe._warnings import warn
 from keras_vmoe.evaluation.features import checked
 
 SOLVERS = ("sgd", "lbfgs")
@@ -85,19 +86,16 @@ def linear_probe(
     Reference:
         [Videau et al., 2024](https://arxiv.org/abs/2411.18322), table 8.
     """
-    check_choice("solver", solver, SOLVERS)
-    check_sizes(epochs=epochs, batch_size=batch_size)
-    values = LEARNING_RATES if solver == "sgd" else PENALTIES
-    values = tuple(values if sweep is None else sweep)
+    check_sizes(batch_size=batch_size)
+    values = check_probe(solver, sweep, held_out, epochs)
     (x, y), test, num_classes = checked(train, test)
     mean, std = x.mean(axis=0), x.std(axis=0) + 1e-5
     x = (x - mean) / std
-    num_held = int(held_out * len(y)) if 0 < held_out < 1 else 0
-    if not num_held or not values or not all(map(_is_positive, values)):
+    num_held = int(held_out * len(y))
+    if not num_held:
         raise ValueError(
-            "`held_out` must leave images on both sides, and `sweep` hold "
-            f"numbers above 0. Received: held_out={held_out} of {len(y)} "
-            f"images, sweep={values}."
+            "`held_out` must leave images on both sides. Received: held_out="
+            f"{held_out} of {len(y)} images."
         )
     order = np.random.default_rng(seed).permutation(len(y))
     held, rest = order[:num_held], order[num_held:]
@@ -124,6 +122,24 @@ def linear_probe(
         kernel=kernel.astype("float32"),
         bias=bias.astype("float32"),
     )
+
+
+def check_probe(solver, sweep, held_out, epochs):
+    """The values to choose from; raises for settings out of range."""
+    check_choice("solver", solver, SOLVERS)
+    check_sizes(epochs=epochs)
+    values = LEARNING_RATES if solver == "sgd" else PENALTIES
+    values = tuple(values if sweep is None else sweep)
+    if not 0 < held_out < 1:
+        raise ValueError(
+            "`held_out` must be a share between 0 and 1. Received: held_out="
+            f"{held_out}."
+        )
+    if not values or not all(map(_is_positive, values)):
+        raise ValueError(
+            f"`sweep` must hold numbers above 0. Received: sweep={values}."
+        )
+    return values
 
 
 def _is_positive(value):
@@ -159,6 +175,11 @@ def _lbfgs(x, y, num_classes, penalty, iterations):
         method="L-BFGS-B",
         options={"maxiter": iterations},
     )
+    if not found.success:
+        warn(
+            f"L-BFGS stopped after {found.nit} iterations at penalty {penalty} "
+            "before it had converged. More `epochs` let it go on."
+        )
     kernel, bias = np.split(found.x.reshape(shape), [-1])
     return kernel, bias[0]
 

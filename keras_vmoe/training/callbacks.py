@@ -17,7 +17,9 @@ from keras_vmoe._checks import is_number
 from keras_vmoe._extras import require
 from keras_vmoe._warnings import warn
 from keras_vmoe.distribution import _processes
+from keras_vmoe.evaluation.fewshot import L2_REGS
 from keras_vmoe.evaluation.fewshot import check_rule
+from keras_vmoe.evaluation.fewshot import check_settings
 from keras_vmoe.evaluation.fewshot import l2_regs_for
 from keras_vmoe.inspection import _plots
 from keras_vmoe.inspection import pictures
@@ -303,6 +305,7 @@ class FewShotEvaluation(keras.callbacks.Callback):
         super().__init__()
         check_sizes(every=every)
         check_rule(penalty)
+        check_settings(tuple(shots), L2_REGS, tuple(seeds))
         self.train, self.test, self.every = train, test, every
         self.shots, self.penalty, self.seeds = shots, penalty, seeds
 

@@ -15,12 +15,14 @@ from tests.commands import run
 pytestmark = pytest.mark.backends("torch")  # Files alone are compared.
 
 
-def write(folder, hits, labels=None, dataset="digits", **settings):
+def write(folder, hits, labels=None, data=None, names="abc", **settings):
     """The folder of a finished run; `hits` says which images are right."""
     hits = np.array(hits, bool)
     labels = np.arange(len(hits)) % 3 if labels is None else labels
     folder.mkdir(parents=True)
-    config = {"data": {"dataset": dataset, "test_split": "test"}, **settings}
+    data = {"dataset": "digits", "test_split": "test", **(data or {})}
+    config = {"data": data, **settings}
+    (folder / "classes.json").write_text(json.dumps(list(names)))
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     result = {"accuracy": float(hits.mean()), "params": 3e6, "macs": 2e6}
     result |= {"active_params": 1e6, "seconds_per_step": 0.5}
@@ -51,6 +53,7 @@ def test_means_and_differences(tmp_path):
     assert rows[1]["dropped_share"] == 0.125
     assert rows[1]["min_expert_load"] is None
     assert found.settings == {"epochs": ["2", "3"]}
+    assert [row["settings"] for row in rows] == ["epochs=2", "epochs=3"]
     text = comparison.comparison_table(found)
     assert "0.8750 ± 0.1768" in text and "+0.3750 [" in text
     assert "epochs: 2 | 3" in text and "500" in text and "12.5%" in text
@@ -77,10 +80,21 @@ def test_the_interval_is_of_pairs(tmp_path):
 
 def test_runs_that_cannot_be_compared(tmp_path):
     good = write(tmp_path / "good", [1, 0])
-    other = write(tmp_path / "other", [1, 0], dataset="cifar10")
+    other = write(tmp_path / "other", [1, 0], data={"dataset": "cifar10"})
     words = r"good on digits, test \(2 images\) and .*other on cifar10, test"
     with pytest.raises(ValueError, match=words):
         evaluation.compare([good, other])
+    with pytest.raises(ValueError, match="tested on the same"):
+        evaluation.compare([good, write(tmp_path / "x", [1, 0], names="xyz")])
+    folders = [
+        write(
+            tmp_path / name, [1, 0],
+            data={"dataset": "image_folder", "data_dir": name},
+        )
+        for name in ("f", "g")
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="on image_folder f, test"):
+        evaluation.compare(folders)
     fewer = write(tmp_path / "fewer", [1, 0, 1])
     with pytest.raises(ValueError, match=r"\(3 images\)"):
         evaluation.compare([good, fewer])

@@ -72,6 +72,26 @@ def test_few_examples():
         found.accuracy_at(3.0)
 
 
+def test_labels_need_not_be_dense():
+    train, test = clusters(9), clusters(5, seed=1)
+    expected = evaluation.few_shot(train, test, shots=(2,)).accuracy
+    sparse = [(x, y * 10**6) for x, y in (train, test)]
+    found = evaluation.few_shot(*sparse, shots=(2,)).accuracy
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_results_of_other_kinds():
+    train, test = clusters(9), clusters(5, seed=1)
+    found = [
+        evaluation.few_shot(train, test, shots=(2,), l2_regs=l2_regs)
+        for l2_regs in ((1.0, 2.0), (4.0, 2.0))
+    ]
+    with pytest.raises(ValueError, match="Received: 2 of 2 kinds"):
+        evaluation.choose_l2(found)
+    with pytest.raises(ValueError, match="Received: 0 of 0 kinds"):
+        evaluation.choose_l2([])
+
+
 def test_one_shot_one_seed_one_penalty():
     train, test = clusters(9), clusters(5, seed=1)
     found = evaluation.few_shot(train, test, shots=2, l2_regs=7, seeds=3)
@@ -149,6 +169,12 @@ def test_the_command(trained, tmp_path):
     assert done.returncode == 1 and "above 0. Received: -1.0" in done.stderr
     done = run("fewshot", run_dir, "digits", "--train_split=train[:9999]")
     assert "test (364), train (1254)" in done.stderr
+    table.unlink()  # What was measured is kept, too.
+    words = "fewer examples than shots"
+    with pytest.warns(UserWarning, match=words):
+        done = run(*arguments[:3], "--shots", 1, 500, f"--csv={table}")
+    assert "must be left to choose a penalty" in done.stderr
+    assert table.read_text().count("\n") == 1 + 3 * 2 * 30
     done = run(*arguments, "--penalty=best")
     assert "`penalty` must be" in done.stderr
 

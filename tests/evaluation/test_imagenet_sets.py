@@ -119,7 +119,10 @@ def test_a_head_of_more_classes(folder, model):
     parts = [other, x[:, :300], x[:, 301:]]
     wide = keras.Model(model.input, ops.concatenate(parts, axis=-1))
     wide.preprocessing = model.preprocessing
-    found = evaluation.robustness(wide, folder, class_names=names)
+    with pytest.warns(UserWarning, match="lacks 1 of ImageNet's 1000 classes"):
+        found = evaluation.robustness(wide, folder, class_names=names)
+    with pytest.raises(ValueError, match="1000 names, 1 of them different"):
+        evaluation.robustness(wide, folder, class_names=names[:1] * 1000)
     assert found.scores["V2"].accuracy == 0, "300 cannot be predicted"
     a = found.scores["A"]
     assert a.accuracy == pytest.approx(2 / 3)
@@ -145,6 +148,21 @@ def test_mean_corruption_error_of_all_sets(tmp_path, model):
     assert f"{100 * expected:.1f}" in table
     assert "C gaussian_noise, 5 of 5              10         0.0" in table
     assert "of 1000" not in table and "full head" not in table
+
+
+def test_what_is_measured_is_kept(folder, model):
+    """A model that gives NaN for the last set."""
+    x = model.output
+    spoiled = keras.Model(
+        model.input, x + ops.where(x[:, 11:12] > 1, float("nan"), 0.0)
+    )
+    spoiled.preprocessing = model.preprocessing
+    seen = []
+    with pytest.raises(ValueError, match="Logits must be finite"):
+        evaluation.robustness(
+            spoiled, folder, on_score=lambda name, score: seen.append(name)
+        )
+    assert seen == ["ReaL", "V2"]
 
 
 def test_labels_that_are_not_imagenets(tmp_path, model):

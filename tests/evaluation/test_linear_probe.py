@@ -49,15 +49,22 @@ def test_both_solvers():
     ("options", "words"),
     [
         ({"solver": "adam"}, "`solver` must be one of"),
-        ({"held_out": 1.0}, "Received: held_out=1.0 of 600 images"),
-        ({"sweep": ()}, "`sweep` hold numbers above 0"),
-        ({"sweep": (0.0,)}, "`sweep` hold numbers above 0"),
+        ({"held_out": 1.0}, "between 0 and 1. Received: held_out=1.0"),
+        ({"held_out": 0.001}, "both sides. Received: held_out=0.001 of 600"),
+        ({"sweep": ()}, "`sweep` must hold numbers above 0"),
+        ({"sweep": (0.0,)}, "`sweep` must hold numbers above 0"),
         ({"epochs": 0}, "`epochs` must be"),
     ],
 )
 def test_bad_input(options, words):
     with pytest.raises(ValueError, match=words):
         evaluation.linear_probe(TRAIN, TEST, **options)
+
+
+@pytest.mark.backends("torch")
+def test_iterations_that_do_not_suffice():
+    with pytest.warns(UserWarning, match="L-BFGS stopped after 2 iterations"):
+        evaluation.linear_probe(TRAIN, TEST, sweep=(1e-6,), epochs=2)
 
 
 @pytest.mark.backends("torch")
@@ -73,5 +80,9 @@ def test_the_command(trained, tmp_path):
         "  penalty 0.01", "  penalty 1",
     ]  # fmt: skip
     assert table.read_text().count("\n") == 3
+    done = run(*arguments, "--held_out=2")
+    assert done.returncode == 1 and "held_out=2.0" in done.stderr
+    done = run(*arguments, f"--csv={tmp_path / 'none' / 'a.csv'}")
+    assert "in a folder that exists" in done.stderr
     done = run(*arguments, "--solver=sgd", "--epochs=1")
     assert "learning rate 0.003" in done.stdout

@@ -57,6 +57,24 @@ def test_a_dataset_made_for_another_model():
             function(model, images)
 
 
+@pytest.mark.backends("torch")
+def test_labels_and_logits_that_do_not_fit():
+    model, images = tiny(), images_of(4)
+    for labels, words in (
+        (np.array([0, 3, 10, 1]), "labels from 0 to 10. Take a dataset of"),
+        (np.array([0, -1, 2, 1]), "labels from -1 to 2"),
+        (np.eye(10)[:4], r"labels of dtype float64 and shape \(4, 10\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            evaluation.measure(model, [(images, labels)])
+    with pytest.raises(ValueError, match="num_classes=None. Give it one"):
+        evaluation.measure(tiny(num_classes=None), [(images, labels)])
+    images[2] = np.nan
+    words = r"Logits must be finite.*images? \(counted from 0"
+    with pytest.raises(ValueError, match=words):
+        evaluation.measure(model, [(images, np.arange(4))])
+
+
 def test_some_of_the_classes():
     """A mask behind the model."""
     model = randomize(tiny(moe={"capacity_factor": 0.5}))

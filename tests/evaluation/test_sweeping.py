@@ -7,6 +7,7 @@ from keras_vmoe import evaluation
 from keras_vmoe import models
 from keras_vmoe.evaluation import sweeping
 from tests.commands import run
+from tests.commands import write_folder
 from tests.harness import randomize
 from tests.models.definitions import images_of
 from tests.models.definitions import tiny
@@ -68,6 +69,9 @@ def test_the_command(trained, tmp_path):
     factors = ("--capacity_factor", 0.5, "dropless", "--split=test[:8]")
     done = run("sweep", run_dir, "digits", *factors)
     assert done.stdout.split("\n")[3].split()[0] == "dropless"
+    three = write_folder(tmp_path / "images", "abc", ("test",), 2)
+    done = run("sweep", run_dir, "image_folder", three, "--capacity_factor=1")
+    assert "a model of 10 classes for the 3" in done.stderr
     done = run("sweep", run_dir, "digits")
     assert done.returncode == 1
     assert "There must be values to combine" in done.stderr
