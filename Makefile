@@ -3,7 +3,7 @@ BACKEND ?= jax
 VENV := .venv
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/digits_$(BACKEND)
-SOURCES := keras_vmoe tests benchmarks examples setup.py
+SOURCES := keras_vmoe tests benchmarks examples docs setup.py
 
 # Quickstart installs what its backend needs; everything else installs all.
 $(VENV)/bin/python:
@@ -75,4 +75,4 @@ examples: $(VENV)/.test  ## Run the examples, in a short form.
 	$(BIN)/python examples/augmentations.py build/augmentations.jpg
 	rm -rf build/notebooks && mkdir -p build/notebooks
 	cp examples/*.ipynb build/notebooks
-	cd build/notebooks && ../../$(BIN)/jupyter execute *.ipynb
+	cd build/notebooks && EPOCHS=3 ../../$(BIN)/jupyter execute *.ipynb
