@@ -1,0 +1,132 @@
+"""Callbacks that evaluate a model, or look at its experts, while it trains."""
+
+import pathlib
+
+import keras
+
+from keras_vmoe import evaluation
+from keras_vmoe import inspection
+from keras_vmoe._checks import check_sizes
+from keras_vmoe._extras import require
+from keras_vmoe.distribution import _processes
+from keras_vmoe.evaluation.fewshot import L2_REGS
+from keras_vmoe.evaluation.fewshot import check_rule
+from keras_vmoe.evaluation.fewshot import check_settings
+from keras_vmoe.evaluation.fewshot import l2_regs_for
+from keras_vmoe.inspection import _plots
+from keras_vmoe.inspection import pictures
+
+
+class ExpertMaps(keras.callbacks.Callback):
+    """Writes which expert sees what of some images for TensorBoard.
+
+    A picture of all MoE layers after every n-th epoch, as in the report of
+    `inspection.inspect`. Needs TensorFlow and matplotlib.
+
+    Args:
+        images: `(images, H, W, channels)` array, normalised as the model wants.
+        log_dir: Folder of the event files, as in `keras.callbacks.TensorBoard`.
+        every: Epochs between two pictures.
+
+    Raises:
+        ImportError: If TensorFlow or matplotlib is missing.
+        ValueError: If `every` is not an integer of at least 1.
+
+    Example:
+
+    >>> maps = ExpertMaps(images[:4], "logs", every=5)  # doctest: +SKIP
+    >>> model.fit(x, y, callbacks=[maps])  # doctest: +SKIP
+    """
+
+    def __init__(self, images, log_dir, every=1):
+        super().__init__()
+        check_sizes(every=every)
+        require("matplotlib", "plots")
+        self.tensorflow = require("tensorflow", "tensorflow")
+        self.images, self.log_dir, self.every = images, str(log_dir), every
+        self.writer = None
+
+    def on_epoch_end(self, epoch, logs=None):
+        if (epoch + 1) % self.every or not _processes.is_first_process():
+            return
+        if self.writer is None:
+            path = pathlib.Path(self.log_dir) / "experts"
+            summary = self.tensorflow.summary
+            self.writer = summary.create_file_writer(str(path))
+        found = inspection.inspect(
+            self.model,
+            [self.images],
+            num_examples=len(self.images),
+            capacities=(),
+        )
+        picture = _plots.pixels_of(pictures.expert_maps(found))
+        with self.writer.as_default(step=epoch):
+            self.tensorflow.summary.image("experts", picture[None])
+        self.writer.flush()
+
+    def on_train_end(self, logs=None):
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+
+class FewShotEvaluation(keras.callbacks.Callback):
+    """Adds few-shot accuracies to the logs of every n-th epoch.
+
+    The logs are `"<shot>_shot"`: see `evaluation.few_shot`. Other callbacks see
+    them as metrics, NaN in the epochs between; put this callback before those.
+
+    Args:
+        train: Batches of `(images, labels)` to draw examples from, such as
+            `data.load(..., training=False)`; read at every evaluation.
+        test: Batches of the test images.
+        every: Epochs between two evaluations.
+        shots: Numbers of examples per class.
+        penalty: `"held_out"`, `"test"` or a number; see
+            `evaluation.choose_l2`.
+        seeds: Seeds of the choice of examples, whose accuracies are averaged.
+
+    Raises:
+        ValueError: If `every` is not an integer of at least 1.
+
+    Example:
+
+    >>> few_shot = FewShotEvaluation(train, test, every=5)  # doctest: +SKIP
+    >>> model.fit(x, y, callbacks=[few_shot])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        train,
+        test,
+        every=1,
+        shots=(1, 5, 10, 25),
+        penalty="held_out",
+        seeds=(0, 1, 2),
+    ):
+        super().__init__()
+        check_sizes(every=every)
+        check_rule(penalty)
+        check_settings(tuple(shots), L2_REGS, tuple(seeds))
+        self.train, self.test, self.every = train, test, every
+        self.shots, self.penalty, self.seeds = shots, penalty, seeds
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs is None:
+            return
+        if (epoch + 1) % self.every:
+            logs.update(dict.fromkeys(self._names(), float("nan")))
+            return
+        sets = [
+            evaluation.extract_features(self.model, dataset)
+            for dataset in (self.train, self.test)
+        ]
+        found = evaluation.few_shot(
+            *sets, self.shots, l2_regs_for(self.penalty), self.seeds
+        )
+        chosen = evaluation.choose_l2([found], self.penalty)
+        accuracy = found.accuracy_at(chosen).mean(axis=0)
+        logs.update(zip(self._names(), map(float, accuracy), strict=True))
+
+    def _names(self):
+        return [f"{shot}_shot" for shot in self.shots]
