@@ -278,8 +278,13 @@ def robustness_table(found, preset=None):
     for name, *cells in zip(rows, *columns.values(), strict=True):
         line = f"{name:<28}" + "".join(f"{x:>12}" for x in cells)
         lines.append(line.rstrip())
-    if papers:
-        lines.append("paper, 21k: pretrained on ImageNet-21k, then fine-tuned")
+    if "in21k" in papers:
+        row = papers["in21k"]
+        lines.append(
+            "paper, 21k: pretrained on ImageNet-21k, then fine-tuned; before "
+            f"that, on ImageNet: linear probe {row['linear probe']}, full head "
+            f"(0-shot) {row['0-shot']}"
+        )
     if found.corruption_error is not None:
         error = f"{100 * found.corruption_error:.1f}"
         lines.append(f"mean corruption error of C, AlexNet's is 100: {error}")

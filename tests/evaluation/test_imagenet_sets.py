@@ -105,6 +105,7 @@ def test_scores_by_hand(folder, model):
     assert {"ImageNet", "R", "C fog 1"} <= set(found.absent)
     table = imagenet_sets.robustness_table(found, "vit_s16")
     assert "paper, 21k" in table and "19.8" in table and "38.9" in table
+    assert "linear probe 81.7, full head (0-shot) 44.2" in table
     assert "66.7" in table and "33.3" in table
     assert "not prepared: ImageNet, V2 threshold" in table
     assert "75 of C's 75" in table
