@@ -34,8 +34,8 @@ def stages(tmp_path_factory, cache):
     """What a kill would leave of a run, whenever a file gets its name.
 
     Two files at the start, then three an epoch: history, weights, state; then
-    the model, the curves and the result. Number n is what is there before the
-    n-th of them; the last is the whole run.
+    the model, the curves, predictions and the result. Number n is what is there
+    before the n-th of them; the last is the whole run.
     """
     root, numbers = tmp_path_factory.mktemp("stages"), itertools.count(1)
     replace, folders = pathlib.Path.replace, [None]
@@ -48,7 +48,7 @@ def stages(tmp_path_factory, cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pathlib.Path, "replace", copying)
         whole = training.train(config_of(root / "whole", cache))
-    assert len(folders) == 1 + 2 + 3 * 3 + 3
+    assert len(folders) == 1 + 2 + 3 * 3 + 4
     return [*folders, whole]
 
 
