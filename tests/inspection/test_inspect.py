@@ -293,3 +293,19 @@ def test_the_command(trained, tmp_path):
     assert "The images have no labels" in page
     done = run("inspect", tmp_path / "none.keras")
     assert done.returncode == 1
+
+
+@pytest.mark.backends("jax")
+def test_on_several_devices():
+    """The images are spread, in whole groups; a partial one is not."""
+    expected = inspection.inspect(model_of("top_k"), batches(sizes=(9, 1)))
+    devices = keras.distribution.list_devices()[:4]
+    with keras.distribution.DataParallel(devices=devices).scope():
+        model = model_of("top_k")
+        found = inspection.inspect(model, batches(sizes=(9, 1)))
+    for name, layer in expected.layers.items():
+        for key in ("load", "class_counts", "patches_cdf", "examples"):
+            np.testing.assert_array_equal(
+                getattr(found.layers[name], key), getattr(layer, key)
+            )
+        assert found.layers[name].entropy == pytest.approx(layer.entropy)
