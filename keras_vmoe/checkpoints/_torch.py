@@ -108,8 +108,7 @@ XXLARGE = 384  # Features of the first stage of a ConvNeXt-XXL.
 # -g, -G and giants. `load` takes the model's.
 HEAD_DIM = 64
 OTHER_HEAD_DIMS = {1152: 72, 1280: 80, 1408: 88, 1664: 104}
-
-
+# Of timm's `config.json`, and ours.
 BESIDE = {"interpolation": "interpolation", "crop_pct": "test_crop"}
 
 
@@ -222,12 +221,11 @@ def by_our_names(arrays, path, preprocessing=None):
     arguments = {"activation": "gelu"}
     if scale:
         arguments["layer_scale_init_value"] = 1e-5
-    # Of DINOv2 without registers, whose patches are of 14 pixels, but not of
-    # DeiT III, of whose models only ViT-H has such.
+    # Not with registers, nor in DeiT III; DINOv2, which has a layer scale, too,
+    # has patches of 14 pixels, as of DeiT III's models only ViT-H.
     shape = np.shape(ours.get("embedding/kernel"))
     of_dinov2 = shape[:1] == (14,) and shape[-1] != 1280
-    of_dinov2 = of_dinov2 and "registers" not in ours
-    of_class = of_dinov2 or not scale
+    of_class = (of_dinov2 or not scale) and "registers" not in ours
     return TorchArrays(ours, arguments, {**known, **preprocessing}, of_class)
 
 

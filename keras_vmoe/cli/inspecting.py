@@ -1,7 +1,6 @@
 """`inspect`: a report of what the experts do."""
 
 import pathlib
-import shlex
 import sys
 
 import numpy as np
@@ -78,13 +77,8 @@ def inspect(
         batches = np.array_split(pixels, -(-len(pixels) // batch_size))
         found = inspection.inspect(opened, batches, **options)
     else:
-        dataset, split, data_dir = of_run(model, dataset, split, data_dir)
-        if dataset is None:
-            raise ValueError(
-                "`dataset` or `images` must be given for a model that is "
-                f"not from a run. Received: {model}. Write, say: keras-vmoe "
-                f"inspect {shlex.quote(model)} digits"
-            )
+        given = of_run(model, "inspect", dataset, split, data_dir)
+        dataset, split, data_dir = given
         batches = load_images(opened, dataset, split, data_dir, batch_size)
         with _corruption.named_corruption(dataset, [split], data_dir):
             found = inspection.inspect(opened, batches, **options)

@@ -69,17 +69,30 @@ def setting_of_run(model, name):
     return value
 
 
-def of_run(model, dataset=None, split=None, data_dir=None):
+def of_run(model, command, dataset=None, split=None, data_dir=None):
     """Dataset, split and folder: those given, else those the run was tested on.
 
-    The dataset is None if it is neither given nor of a run.
+    Args:
+        model: Path.
+        command: Name of the command, for the message.
+        dataset, split, data_dir: What is given.
+
+    Raises:
+        ValueError: If a dataset is neither given nor of a run.
     """
     there = setting_of_run(model, "data.dataset")
     folder = setting_of_run(model, "data.data_dir")
     if dataset in (None, there) and data_dir in (None, folder):
         dataset, data_dir = there, folder
         split = split or setting_of_run(model, "data.test_split")
-    return dataset or there, split or "test", data_dir
+    dataset = dataset or there
+    if dataset is None:
+        raise ValueError(
+            "`dataset` must be given for a model that is not from a run. "
+            f"Received: {model}. Write, say: keras-vmoe {command} "
+            f"{shlex.quote(model)} digits"
+        )
+    return dataset, split or "test", data_dir
 
 
 def load_images(model, dataset, split, data_dir, batch_size):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import shlex
 import signal
 import sys
 from typing import Literal
@@ -219,13 +218,8 @@ def evaluate(
     dials = {name: given[name] for name in DIALS}
     opened, names = open_model(model, classes, **dials)
     wanted = data.Preprocessing.of(opened.preprocessing, test_crop=test_crop)
-    dataset, split, data_dir = of_run(model, dataset, split, data_dir)
-    if dataset is None:
-        raise ValueError(
-            "`dataset` must be given for a model that is not from a run. "
-            f"Received: {model}. Write, say: keras-vmoe evaluate "
-            f"{shlex.quote(model)} digits"
-        )
+    found = of_run(model, "evaluate", dataset, split, data_dir)
+    dataset, split, data_dir = found
     reads = {"split": split, "data_dir": data_dir, "batch_size": batch_size}
     reads["skip_corrupt"] = skip_corrupt
     count, notes = None, []

@@ -28,7 +28,8 @@ class LinearProbe:
         chosen: The learning rate or penalty whose held-out accuracy is best.
         held_out_accuracy: Dict from every value that was tried to the share of
             the held-out training images that are classified correctly.
-        kernel: `(D, classes)` float32 array, of features as they are.
+        kernel: `(D, classes)` float32 array, of features as they are, for the
+            classes of the training labels in their order.
         bias: `(classes,)` float32 array.
     """
 
@@ -84,7 +85,7 @@ def linear_probe(
     1.0
 
     Reference:
-        [Videau et al., 2024](https://arxiv.org/abs/2411.18322), table 8.
+        [Videau et al., 2024](https://arxiv.org/abs/2411.18322), table 2.
     """
     check_sizes(batch_size=batch_size)
     values = check_probe(solver, sweep, held_out, epochs)

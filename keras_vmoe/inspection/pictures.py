@@ -149,15 +149,8 @@ def similarity_matrix(layer):
     Args:
         layer: A `LayerInspection`.
     """
-    figure = _figure(5, 4.2)
-    axis = figure.subplots()
-    image = axis.imshow(layer.similarity, cmap="magma", vmin=0, vmax=1)
-    axis.set_xlabel("expert")
-    axis.set_ylabel("expert")
-    for ticks in (axis.xaxis, axis.yaxis):
-        ticks.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=axis, label="similarity")
-    return figure
+    names = ("expert", "expert")
+    return _matrix(layer.similarity, names, "similarity", cmap="magma", vmax=1)
 
 
 def distributions(layer):
@@ -239,15 +232,21 @@ def between_layers(table, names):
         table: `(E, E)` patches by their experts in both.
         names: Names of the two layers.
     """
+    share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+    names = [f"expert of {name}" for name in names]
+    return _matrix(share, names, "share of the row's patches")
+
+
+def _matrix(values, names, label, cmap="viridis", vmax=None):
+    """A table of experts by experts; names of its rows and columns."""
     figure = _figure(5, 4.2)
     axis = figure.subplots()
-    share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
-    image = axis.imshow(share, cmap="viridis", vmin=0)
-    axis.set_ylabel(f"expert of {names[0]}")
-    axis.set_xlabel(f"expert of {names[1]}")
+    image = axis.imshow(values, cmap=cmap, vmin=0, vmax=vmax)
+    axis.set_ylabel(names[0])
+    axis.set_xlabel(names[1])
     for ticks in (axis.xaxis, axis.yaxis):
         ticks.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=axis, label="share of the row's patches")
+    figure.colorbar(image, ax=axis, label=label)
     return figure
 
 

@@ -145,12 +145,16 @@ def _architecture_of(path):
         path = path / MODEL
     if path.suffix != ".keras":
         arrays = checkpoints.read(path)
-        known = {"preprocessing": getattr(arrays, "preprocessing", {})}
+        known = {**VIT_SIZES, "pooling": "token"}
         if getattr(arrays, "is_convnext", False):
-            known |= {**CONVNEXT_SIZES, "moe": None}
-            return {**known, **checkpoints.convnext_config(arrays)}
-        below = {**VIT_SIZES, "pooling": "token"}
-        return {**below, **known, **checkpoints.vmoe_config(arrays)}
+            known = {**CONVNEXT_SIZES, "moe": None}
+            known |= checkpoints.convnext_config(arrays)
+        else:
+            known |= checkpoints.vmoe_config(arrays)
+        wanted = getattr(arrays, "preprocessing", {})
+        if "channels" in known:  # Not three, of which the mean is.
+            wanted = {"channels": known["channels"]}
+        return {**known, "preprocessing": wanted}
     model = models.load(path, compile=False)
     if not isinstance(model, MoEModel):
         raise ValueError(

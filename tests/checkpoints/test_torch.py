@@ -188,6 +188,10 @@ def test_other_channels(name, channels, tmp_path):
     with pytest.warns(UserWarning, match=f"not those of {channels} channel"):
         checkpoints.load(ours, file)
     assert ours.preprocessing == data.Preprocessing(channels=channels)
+    start = training.ModelConfig(init=str(file))
+    start = training.TrainConfig(model=start, moe=None)
+    found = training.architecture.resolved(start).data
+    assert (found.channels, found.mean) == (channels, 127.5)
 
 
 @once
