@@ -1,11 +1,14 @@
 """`ablate`: each change by hand, and the weights are put back."""
 
+import types
+
 import numpy as np
 import pytest
 from keras import ops
 
 from keras_vmoe import evaluation
 from keras_vmoe import models
+from keras_vmoe.evaluation import ablation
 from tests.commands import run
 from tests.harness import randomize
 from tests.models.definitions import images_of
@@ -83,3 +86,23 @@ def test_the_command(trained, tmp_path):
     assert len(lines) == 2 + 1 + 5 + 4
     done = run("inspect", run_dir, "--ablations", "--images", "a.png")
     assert done.returncode == 1 and "Accuracy needs labels" in done.stderr
+
+
+@pytest.mark.backends("torch")
+def test_a_removed_expert_gives_nothing_at_all(monkeypatch):
+    """Neither kernel nor bias of it is left while it is measured."""
+    model, seen = randomize(tiny()), []
+
+    def look(changed, *_, **__):
+        bank = changed.get_layer("block_1_moe").experts
+        weights = map(
+            ops.convert_to_numpy, (bank.output_kernel, bank.output_bias)
+        )
+        left = [np.abs(w).reshape(4, -1).max(axis=1) > 0 for w in weights]
+        seen.append(np.stack(left).any(axis=0).tolist())
+        return types.SimpleNamespace(accuracy=0.0)
+
+    monkeypatch.setattr(ablation, "measure", look)
+    evaluation.ablate(model, [])
+    assert seen[0] == [True] * 4
+    assert seen[1:5] == [[e != i for i in range(4)] for e in range(4)]
