@@ -33,7 +33,8 @@ check-quickstart:  ## The quickstart, and that it reaches its accuracy.
 
 # A process per core; files stay together, in the order of tests/conftest.py.
 # What belongs to one backend, or to none, the others leave out.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+	--ignore=tests/browser
 
 .PHONY: test
 test: $(VENV)/.test  ## The fast tests, on all three backends.
@@ -52,6 +53,15 @@ KILLS ?= 60
 test-kills: $(VENV)/.test  ## Kills a run as often as KILLS says; CI: 3 times.
 	KERAS_BACKEND=jax KILLS=$(KILLS) $(BIN)/python -m pytest -q \
 		tests/training/test_kills.py
+
+.PHONY: browser
+browser:  ## Chromium, where there is none (Debian's package, as root).
+	command -v chromium || command -v google-chrome || \
+		{ apt-get update -qq && apt-get install -y -qq chromium; }
+
+.PHONY: test-browser
+test-browser: $(VENV)/.test browser  ## The pages that we write, in Chromium.
+	KERAS_BACKEND=torch $(BIN)/python -m pytest -q tests/browser
 
 .PHONY: lint
 lint: $(VENV)/.test  ## Style, and that every file compiles.

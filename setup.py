@@ -47,6 +47,8 @@ EXTRAS = {
         # Whose weights are read; torchvision is the one for torch above.
         "timm>=1.0.20,<1.1",
         "torchvision==0.28.0",
+        # What drives the Chromium of `make test-browser`.
+        "playwright>=1.55,<2",
         # The notebooks of examples/.
         "nbclient>=0.10,<0.12",
         "ipykernel>=6.29,<8",

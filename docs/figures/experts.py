@@ -26,7 +26,7 @@ def main(run_dir):
     first, last = found.layers.values()
     figures = {
         "expert_maps": pictures.expert_maps(found),
-        "best_patches": pictures.best_patches(first),
+        "best_patches": pictures.best_patches(first, found.class_names),
         "classes": pictures.class_heatmap(last, found.class_names),
     }
     for name, figure in figures.items():

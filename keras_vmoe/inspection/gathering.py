@@ -38,6 +38,7 @@ class LayerInspection:
         best_gates: `(E, 12)` largest gates of an image's patches, the largest
             first; 0 where there are fewer images.
         best_images: `(E, 12)` numbers of these images, -1 where there is none.
+        best_labels: `(E, 12)` their classes; None without labels.
         best_patches: `(E, 12, height, width, channels)` uint8, the patches.
         examples: `(images, rows, columns)` first choice of each patch of the
             example images.
@@ -65,6 +66,7 @@ class LayerInspection:
     extra_tokens: np.ndarray
     best_gates: np.ndarray
     best_images: np.ndarray
+    best_labels: np.ndarray | None
     best_patches: np.ndarray
     examples: np.ndarray
     priority: np.ndarray
@@ -103,7 +105,7 @@ class LayerSums:
             self.weights = np.zeros((num_classes, experts))
             self.class_images = np.zeros(num_classes, "int64")
         self.best = np.zeros((experts, BEST))
-        self.best_images = np.full((experts, BEST), -1)
+        self.best_images, self.best_labels = np.full((2, experts, BEST), -1)
         self.best_patches = None
         self.examples = []
 
@@ -134,10 +136,13 @@ class LayerSums:
             weights = patches.mean_weight(gates, top)
             self.weights += patches.class_counts(weights, labels, classes)
             self.class_images += np.bincount(labels, minlength=classes)
-        self._add_best(gates, first, images)
+        numbers = np.arange(len(images)) + self.num_images
+        if labels is None:
+            labels = np.full(len(images), -1)
+        self._add_best(gates, first, images, numbers, labels)
         self.num_images += len(images)
 
-    def _add_best(self, gates, first, images):
+    def _add_best(self, gates, first, images, numbers, labels):
         """Keeps the patches with the largest gates, at most one per image."""
         experts = np.arange(self.num_experts)
         mine = np.where(first[..., None] == experts, gates, 0.0)  # (B, N, E)
@@ -151,8 +156,6 @@ class LayerSums:
         for e in experts:
             found = np.concatenate([self.best[e], values[:, e]])
             order = np.argsort(-found, kind="stable")[:BEST]
-            numbers = np.arange(len(values)) + self.num_images
-            numbers = np.concatenate([self.best_images[e], numbers])[order]
             crops = self.best_patches[e].copy()
             for slot, i in enumerate(order):
                 if i < BEST:
@@ -165,7 +168,12 @@ class LayerSums:
                         column * width : (column + 1) * width,
                     ]
             self.best[e], self.best_patches[e] = found[order], crops
-            self.best_images[e] = np.where(self.best[e] > 0, numbers, -1)
+            for kept, new in (
+                (self.best_images[e], numbers),
+                (self.best_labels[e], labels),
+            ):
+                of_image = np.concatenate([kept, new])[order]
+                kept[:] = np.where(self.best[e] > 0, of_image, -1)
 
     def add_examples(self, decisions, served):
         """Keeps the maps of example images, and which are `served` where."""
@@ -202,6 +210,7 @@ class LayerSums:
             extra_tokens=self.extra,
             best_gates=self.best,
             best_images=self.best_images,
+            best_labels=None if classes is None else self.best_labels,
             best_patches=self.best_patches,
             **maps,
         )

@@ -77,14 +77,15 @@ def drop_maps(found, name):
     return figure
 
 
-def best_patches(layer):
+def best_patches(layer, class_names=None):
     """The patches with an expert's largest gates, a row for each expert.
 
     Args:
         layer: A `LayerInspection`.
+        class_names: One name per class: each patch has its image's above it.
     """
     experts, count = layer.best_images.shape
-    figure = _figure(0.75 * count + 0.6, 0.8 * experts + 0.4)
+    figure = _figure(0.8 * count + 0.6, 0.9 * experts + 0.4)
     axes = figure.subplots(experts, count, squeeze=False)
     for e in range(experts):
         for i, axis in enumerate(axes[e]):
@@ -94,6 +95,9 @@ def best_patches(layer):
                 axis.imshow(np.ones((1, 1, 3)))
                 continue
             _show(axis, layer.best_patches[e, i])
+            if class_names is not None and layer.best_labels is not None:
+                name = _short(class_names[layer.best_labels[e, i]], 14)
+                axis.set_title(name, fontsize=6, pad=2)
         axes[e, 0].set_ylabel(f"expert {e}", fontsize=8)
     return figure
 
@@ -134,7 +138,8 @@ def grouped_classes(counts, names):
     """
     size = -(-len(names) // MOST_CLASSES)
     if size == 1:
-        return counts, list(names)
+        return counts, [_short(name, 32) for name in names]
+    names = [_short(name, 16) for name in names]
     starts = range(0, len(names), size)
     rows = np.stack([counts[i : i + size].sum(axis=0) for i in starts])
     ends = [min(i + size, len(names)) - 1 for i in starts]
@@ -254,7 +259,13 @@ def _class_of(found, row):
     """The name of an example's class, if there are classes."""
     if found.labels is None:
         return ""
-    return found.class_names[found.labels[row]]
+    return _short(found.class_names[found.labels[row]], 20)
+
+
+def _short(name, most):
+    """The beginning of a name that is too long for a picture."""
+    name = str(name)
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _enlarged(cells, image):

@@ -21,7 +21,8 @@ PER_LAYER = (
     "load", "load_of_all_choices", "experts_per_image",
     "experts_per_image_of_all_choices", "similarity", "class_counts",
     "class_weight", "patches_cdf", "spatial_share", "extra_tokens",
-    "best_gates", "best_images", "best_patches", "examples", "priority",
+    "best_gates", "best_images", "best_labels", "best_patches", "examples",
+    "priority",
 )  # fmt: skip
 
 
@@ -174,7 +175,7 @@ def _pictures(found, name):
             pictures.load_bars(layer)
         ),
         "The patches with the largest gates, at most one per image.": lambda: (
-            pictures.best_patches(layer)
+            pictures.best_patches(layer, found.class_names)
         ),
         "Where in the image an expert has its patches.": lambda: (
             pictures.spatial_maps(layer)

@@ -176,6 +176,7 @@ def test_the_best_patches_are_cut_from_their_images():
         order = [i for i in order if mine[i].max() > 0]
         assert list(seen.best_images[e][: len(order)]) == order
         assert (seen.best_images[e][len(order) :] == -1).all()
+        assert list(seen.best_labels[e][: len(order)]) == list(LABELS[order])
         for slot, i in enumerate(order):
             row, column = divmod(int(mine[i].argmax()), 2)
             patch = pixels[i, 4 * row : 4 * row + 4, 4 * column :][:, :4]
