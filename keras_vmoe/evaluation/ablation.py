@@ -60,8 +60,10 @@ def ablate(model, dataset, verbose=0, seed=0):
     add("", "as it is")
     for layer in found:
         bank = layer.experts
+        output = [bank.output_kernel, bank.output_bias]
+        output = [weight for weight in output if weight is not None]
         for e in range(layer.num_experts):
-            with _changed([bank.output_kernel, bank.output_bias], _without(e)):
+            with _changed(output, _without(e)):
                 add(layer.name, f"without expert {e}")
         gate = layer.router.gate_layer.trainable_weights
         with _changed(gate, generator.permuted):

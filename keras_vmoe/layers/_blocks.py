@@ -1,4 +1,4 @@
-"""Blocks of a ViT and of a ConvNeXt around any MLP, as pieces of graph.
+"""Blocks of a ViT, Swin and ConvNeXt around any MLP, as pieces of graph.
 
 Functions and not layers, so that every part is a layer of the model that calls
 them, with a name: `summary()` shows it, `get_layer` finds it and its output can
@@ -7,53 +7,55 @@ be taken as a feature.
 
 import keras
 
-from keras_vmoe.layers.attention import SelfAttention
 from keras_vmoe.layers.normalization import LayerNormalization
 from keras_vmoe.layers.stochastic import DropPath
 from keras_vmoe.layers.stochastic import LayerScale
 from keras_vmoe.layers.stochastic import SeededDropout
+from keras_vmoe.layers.weights import small_normal
 
 
 def encoder_block(
-    x, mlp, num_heads, name, dropout=0.0, qk_norm=False, **branches
+    x, attention, mlp, name, dropout=0.0, epsilon=1e-6, **branches
 ):
-    """A pre-norm transformer block around any MLP.
+    """A pre-norm transformer block around any attention and any MLP.
 
     Args:
-        x: `(B, N, D)` symbolic tensor.
-        mlp: Layer from `(B, N, D)` to the same shape, such as `layers.MLP` or
+        x: `(B, ..., D)` symbolic tensor.
+        attention: Layer from `(B, ..., D)` to the same shape, such as
+            `layers.attention.SelfAttention`, named `<name>_attention`.
+        mlp: Layer from `(B, ..., D)` to the same shape, such as `layers.MLP` or
             `layers.MoEMLP`.
-        num_heads: Heads of the attention; must divide D.
         name: Prefix of the layers' names.
         dropout: Dropout rate after the attention.
-        qk_norm: Whether to normalize queries and keys; see `SelfAttention`.
+        epsilon: Of the norms.
         **branches: `drop_path_rate` and `layer_scale_init_value` of both
             residual branches; see `residual`.
 
     Returns:
-        `(B, N, D)` symbolic tensor.
-
-    Raises:
-        ValueError: If the heads do not divide D.
+        Symbolic tensor of the shape of `x`.
 
     Example:
 
     >>> x = keras.Input((4, 8))
-    >>> encoder_block(x, MLP(16), num_heads=2, name="block_0").shape
+    >>> attention = SelfAttention(num_heads=2, name="block_0_attention")
+    >>> encoder_block(x, attention, MLP(16), name="block_0").shape
     (None, 4, 8)
 
     Reference:
         [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929), equations
         2 and 3.
     """
-    dtype, attention = mlp.dtype_policy.name, f"{name}_attention"
-    y = LayerNormalization(dtype=dtype, name=f"{attention}_norm")(x)
-    y = SelfAttention(num_heads, qk_norm, dtype=dtype, name=attention)(y)
+    dtype = mlp.dtype_policy.name
+    first, second = f"{name}_attention", f"{name}_mlp"
+    norms = [
+        LayerNormalization(epsilon, dtype=dtype, name=f"{branch}_norm")
+        for branch in (first, second)
+    ]
+    y = attention(norms[0](x))
     if dropout:
-        y = SeededDropout(dropout, dtype=dtype, name=f"{attention}_dropout")(y)
-    x = residual(x, y, attention, dtype, **branches)
-    y = mlp(LayerNormalization(dtype=dtype, name=f"{name}_mlp_norm")(x))
-    return residual(x, y, f"{name}_mlp", dtype, **branches)
+        y = SeededDropout(dropout, dtype=dtype, name=f"{first}_dropout")(y)
+    x = residual(x, y, first, dtype, **branches)
+    return residual(x, mlp(norms[1](x)), second, dtype, **branches)
 
 
 def convnext_block(x, mlp, name, **branch):
@@ -86,7 +88,7 @@ def convnext_block(x, mlp, name, **branch):
         7,
         padding="same",
         data_format="channels_last",
-        depthwise_initializer=convnext_initializer(),
+        depthwise_initializer=small_normal(),
         dtype=dtype,
         name=f"{name}_conv",
     )(x)
@@ -118,8 +120,3 @@ def residual(
     if drop_path_rate:
         y = DropPath(drop_path_rate, dtype=dtype, name=f"{name}_drop")(y)
     return keras.layers.Add(dtype=dtype, name=f"{name}_add")([x, y])
-
-
-def convnext_initializer():
-    """The initializer of ConvNeXt's convolutions and head."""
-    return keras.initializers.TruncatedNormal(stddev=0.02)

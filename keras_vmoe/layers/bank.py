@@ -12,6 +12,7 @@ BANK = {
     "bias_regularizer",
     "kernel_constraint",
     "bias_constraint",
+    "use_output_bias",
     "seed",
 }
 

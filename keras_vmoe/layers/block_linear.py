@@ -12,7 +12,7 @@ def block_linear(x, kernel, bias, blocks=()):
     Args:
         x: `(M, T, D)` tensor, M blocks of T rows.
         kernel: `(E, D, F)` tensor.
-        bias: `(E, F)` tensor.
+        bias: `(E, F)` tensor, or None.
         blocks: `expert`, an ascending `(M,)` int32 tensor, and `count`, an
             int32 scalar, the number of blocks in use; they come first. Empty
             means one block for each expert, in their order.
@@ -23,12 +23,16 @@ def block_linear(x, kernel, bias, blocks=()):
     if not blocks:
         return _batched(x, kernel, bias)
     expert, count = blocks
-    bias = ops.take(bias, expert, axis=0)[:, None]
-    return _matmul(x, kernel, expert, count) + bias
+    product = _matmul(x, kernel, expert, count)
+    if bias is None:
+        return product
+    return product + ops.take(bias, expert, axis=0)[:, None]
 
 
 def _batched(x, kernel, bias):
     """One block for each expert."""
+    if bias is None:
+        return ops.matmul(x, kernel)
     if keras.backend.backend() == "torch":
         import torch
 
@@ -54,6 +58,8 @@ def fuses_by_expert(x):
 
 def expert_linear(x, kernel, bias):
     """`x @ kernel + bias` of one expert, as TensorFlow fuses it."""
+    if bias is None:
+        return x @ kernel
     import tensorflow as tf
 
     return tf.nn.bias_add(x @ kernel, bias)

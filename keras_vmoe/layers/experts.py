@@ -36,8 +36,9 @@ class MLPExperts(TwoLayers):
         hidden_dim: F, hidden features of one expert.
         activation: Activation between the layers.
         dropout: Dropout rate after each of the two layers, in `[0, 1]`.
-        **kwargs: Initializers, regularizers, constraints and `seed`, as of
-            `MLP`; that of a kernel is called with the shape of one expert.
+        **kwargs: Initializers, regularizers, constraints, `use_output_bias` and
+            `seed`, as of `MLP`; the initializer of a kernel is called with the
+            shape of one expert.
 
     Call arguments:
         buffers: `(G, E, C, D)` float tensor, or the blocks of
@@ -80,9 +81,11 @@ class MLPExperts(TwoLayers):
         features = input_shape[-1]
         # The indices of an `MLP` are 0 and 1: it may be beside, with one seed.
         self._add_layer("hidden", features, self.hidden_dim, 2)
-        self._add_layer("output", self.hidden_dim, features, 3)
+        self._add_layer(
+            "output", self.hidden_dim, features, 3, self.use_output_bias
+        )
 
-    def _add_layer(self, name, fan_in, fan_out, index):
+    def _add_layer(self, name, fan_in, fan_out, index, use_bias=True):
         shape = (self.num_experts, fan_in, fan_out)
         if self.quantization_mode is None:
             kernel = self.add_weight(
@@ -94,11 +97,13 @@ class MLPExperts(TwoLayers):
             setattr(self, f"{name}_kernel", kernel)
         else:
             self._add_int8(name, shape)
-        bias = self.add_weight(
-            name=f"{name}_bias",
-            shape=(self.num_experts, fan_out),
-            **for_each_expert(**get_options(self, "bias", index)),
-        )
+        bias = None
+        if use_bias:
+            bias = self.add_weight(
+                name=f"{name}_bias",
+                shape=(self.num_experts, fan_out),
+                **for_each_expert(**get_options(self, "bias", index)),
+            )
         setattr(self, f"{name}_bias", bias)
 
     def _add_int8(self, name, shape):
@@ -158,16 +163,23 @@ class MLPExperts(TwoLayers):
 
     def _mlps(self, x, blocks, training):
         """One MLP for each block of rows; see `block_linear`."""
-        weights = [
-            ops.convert_to_tensor(weight)
-            for name in ("hidden", "output")
-            for weight in (self._kernel(name), getattr(self, f"{name}_bias"))
-        ]
+        weights = []
+        for name in ("hidden", "output"):
+            bias = getattr(self, f"{name}_bias")
+            weights += [
+                self._kernel(name),
+                None if bias is None else ops.convert_to_tensor(bias),
+            ]
         if blocks or not fuses_by_expert(x):
             linear = functools.partial(block_linear, blocks=blocks)
             return self._mlp(linear, x, *weights, training)
         # The hidden features of all experts are never one tensor.
-        parts = (ops.unstack(y, self.num_experts) for y in (x, *weights))
+        parts = (
+            [None] * self.num_experts
+            if y is None
+            else ops.unstack(y, self.num_experts)
+            for y in (x, *weights)
+        )
         each = zip(*parts, strict=True)
         return ops.stack([self._mlp(expert_linear, *y, training) for y in each])
 

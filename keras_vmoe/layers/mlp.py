@@ -3,6 +3,7 @@
 import keras
 
 from keras_vmoe._checks import check_dropout
+from keras_vmoe._checks import check_flags
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import plain
 from keras_vmoe.layers.activations import get_activation
@@ -31,12 +32,15 @@ class TwoLayers(SavesSeedState, KeepsParts, keras.layers.Layer):
         bias_regularizer=None,
         kernel_constraint=None,
         bias_constraint=None,
+        use_output_bias=True,
         seed=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
         check_sizes(hidden_dim=hidden_dim)
         check_dropout(dropout=dropout)
+        check_flags(use_output_bias=use_output_bias)
+        self.use_output_bias = use_output_bias
         self.hidden_dim = int(hidden_dim)
         self.activation = get_activation(activation)
         self.dropout = dropout
@@ -65,6 +69,7 @@ class TwoLayers(SavesSeedState, KeepsParts, keras.layers.Layer):
             "activation": serialize_activation(self.activation),
             "dropout": self.dropout,
             **options_config(self, "kernel", "bias"),
+            "use_output_bias": self.use_output_bias,
             "seed": self.seed,
         }
 
@@ -85,6 +90,7 @@ class MLP(TwoLayers):
         bias_regularizer: Optional regularizer of the biases.
         kernel_constraint: Optional constraint on the kernels.
         bias_constraint: Optional constraint on the biases.
+        use_output_bias: Whether the second layer has a bias.
         seed: Optional integer seed of the dropout.
 
     Call arguments:
@@ -107,17 +113,23 @@ class MLP(TwoLayers):
     def build(self, input_shape):
         features = input_shape[-1]
         self.hidden_dense = self._dense("hidden", features, self.hidden_dim, 0)
-        self.output_dense = self._dense("output", self.hidden_dim, features, 1)
+        self.output_dense = self._dense(
+            "output", self.hidden_dim, features, 1, self.use_output_bias
+        )
         self.set_up_parts()
 
-    def _dense(self, name, fan_in, fan_out, index):
+    def _dense(self, name, fan_in, fan_out, index, use_bias=True):
         options = {
             f"{prefix}_{kind}": value
             for prefix in ("kernel", "bias")
             for kind, value in get_options(self, prefix, index).items()
         }
         dense = keras.layers.Dense(
-            fan_out, **options, dtype=self.dtype_policy, name=name
+            fan_out,
+            use_bias=use_bias,
+            **options,
+            dtype=self.dtype_policy,
+            name=name,
         )
         dense.build((None, fan_in))
         return dense

@@ -80,8 +80,8 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
         **kwargs: Further arguments of `MLPExperts` for the default bank
             (`activation`, `dropout`, `kernel_initializer`, `bias_initializer`,
             `kernel_regularizer`, `bias_regularizer`, `kernel_constraint`,
-            `bias_constraint`, and the `seed` of its dropout; the router has
-            one of its own), and of `keras.layers.Layer`.
+            `bias_constraint`, `use_output_bias`, and the `seed` of its dropout;
+            the router has one of its own), and of `keras.layers.Layer`.
 
     Call arguments:
         inputs: `(B, ..., D)` float tensor with at least one axis of tokens.

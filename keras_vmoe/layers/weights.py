@@ -89,6 +89,11 @@ def options_config(layer, *prefixes):
     }
 
 
+def small_normal():
+    """The initializer of ConvNeXt's convolutions and of Swin's attention."""
+    return init.TruncatedNormal(stddev=0.02)
+
+
 def for_each_expert(initializer, regularizer, constraint):
     """The same for stacked weights `(E, ...)`: each expert as if it were alone.
 

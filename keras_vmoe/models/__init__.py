@@ -12,6 +12,7 @@ from keras_vmoe.models.presets import presets
 from keras_vmoe.models.routing_dial import set_routing
 from keras_vmoe.models.saving import load
 from keras_vmoe.models.saving import save
+from keras_vmoe.models.swin import SwinMoE
 from keras_vmoe.models.upcycling import upcycle
 from keras_vmoe.models.vit import ViTMoE
 
@@ -19,6 +20,7 @@ __all__ = [
     "ConvNeXtMoE",
     "Cost",
     "MoEConfig",
+    "SwinMoE",
     "ViTMoE",
     "cost",
     "features",

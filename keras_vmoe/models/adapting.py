@@ -1,5 +1,8 @@
 """A model for other work: its feature maps, another head, other images."""
 
+import itertools
+import re
+
 import keras
 
 from keras_vmoe._checks import is_integer
@@ -8,7 +11,6 @@ from keras_vmoe.layers.patches import patch_grid
 from keras_vmoe.layers.positions import LearnedPositions
 from keras_vmoe.layers.positions import resize_positions
 from keras_vmoe.models.base import MoEModel
-from keras_vmoe.models.vit import ViTMoE
 
 
 def features(model, layers=None):
@@ -18,11 +20,11 @@ def features(model, layers=None):
     maps.
 
     Args:
-        model: A `ViTMoE` or `ConvNeXtMoE`.
+        model: A `ViTMoE`, `ConvNeXtMoE` or `SwinMoE`.
         layers: One or several: names of blocks (`"block_3"`, or 3, or -1 for
-            the last) and, of a ConvNeXt, stages (`"stage_0"`, what its last
-            block gives). None means all blocks of a ViT and all stages of a
-            ConvNeXt.
+            the last) and, but for a ViT, stages (`"stage_0"`, what its last
+            block gives). None means all blocks of a ViT, and all stages of
+            others.
 
     Returns:
         A `keras.Model` from images to a dict: `"output"`, what the model gives,
@@ -58,7 +60,7 @@ def with_head(model, num_classes):
     """A copy of a model for other classes, with a new head.
 
     Args:
-        model: A `ViTMoE` or `ConvNeXtMoE`.
+        model: A `ViTMoE`, `ConvNeXtMoE` or `SwinMoE`.
         num_classes: Classes; None leaves the head out, and the copy returns
             features `(B, D)`.
 
@@ -85,7 +87,7 @@ def with_image_size(model, image_size, interpolation="bilinear"):
     `capacity_factor` the buffers of the experts fit the new number of tokens.
 
     Args:
-        model: A `ViTMoE` or `ConvNeXtMoE`.
+        model: A `ViTMoE`, `ConvNeXtMoE` or `SwinMoE`.
         image_size: Side of the images in pixels, or `(height, width)`; of a
             ConvNeXt also None, for any.
         interpolation: Of learned positions: `"bilinear"`, or `"bicubic"` as
@@ -133,7 +135,7 @@ def _copy(model, interpolation="bilinear", **changes):
 def _check(model):
     if not isinstance(model, MoEModel):
         raise TypeError(
-            "`model` must be a ViTMoE or a ConvNeXtMoE. Received: "
+            "`model` must be a ViTMoE, a ConvNeXtMoE or a SwinMoE. Received: "
             f"model={model!r} of type {type(model).__name__} (a clone is a "
             "plain model)."
         )
@@ -141,17 +143,16 @@ def _check(model):
 
 def _ends(model):
     """The layers that blocks and stages end with, by their names."""
-    names = [layer.name for layer in model.layers]
-    suffix = "_mlp_add" if isinstance(model, ViTMoE) else "_add"
-    ends, stage = {}, 0
-    for name in names:
-        block = name.removesuffix(suffix)
-        if name.startswith("downsample") and not name.endswith("_norm"):
-            stage += 1
-        elif block != name and block.startswith("block_"):
-            ends[block] = name
-            if not isinstance(model, ViTMoE):
-                ends[f"stage_{stage}"] = name
+    ends = {}
+    for layer in model.layers:
+        match = re.fullmatch(r"(block_\d+)(_\w+)?_add", layer.name)
+        if match:  # The last one of a block counts.
+            ends[match[1]] = layer.name
+    if hasattr(model, "depths"):
+        depths = model.depths  # Of an isotropic ConvNeXt, perhaps a number.
+        depths = depths if isinstance(depths, (list, tuple)) else [depths]
+        for stage, end in enumerate(itertools.accumulate(depths)):
+            ends[f"stage_{stage}"] = ends[f"block_{end - 1}"]
     return ends
 
 
@@ -171,7 +172,7 @@ def _name_of(layer, ends):
 def _map_of(model, name):
     """The output of a layer as `(B, H, W, D)`."""
     x = model.get_layer(name).output
-    if not isinstance(model, ViTMoE):
+    if len(x.shape) == 4:
         return x
     rows, columns = _grid_of(model)
     x = x[:, x.shape[1] - rows * columns :]

@@ -10,6 +10,7 @@ from keras_vmoe._checks import is_integer
 from keras_vmoe.layers import _blocks
 from keras_vmoe.layers.normalization import LayerNormalization
 from keras_vmoe.layers.patches import patch_conv
+from keras_vmoe.layers.weights import small_normal
 from keras_vmoe.models import base
 from keras_vmoe.models.placement import stage_blocks
 
@@ -135,7 +136,7 @@ class ConvNeXtMoE(base.MoEModel):
             data_format="channels_last", dtype=settings.dtype, name="pooling"
         )(x)
         x = LayerNormalization(dtype=settings.dtype, name="norm")(x)
-        x = base.classifier(x, settings, _blocks.convnext_initializer())
+        x = base.classifier(x, settings, small_normal())
         super().__init__(images, x, vars(settings))
 
 
@@ -164,7 +165,7 @@ def _convolution(features, patch_size, name, settings):
     return patch_conv(
         features,
         patch_size,
-        kernel_initializer=_blocks.convnext_initializer(),
+        kernel_initializer=small_normal(),
         dtype=settings.dtype,
         name=name,
     )

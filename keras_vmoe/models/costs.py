@@ -15,6 +15,7 @@ from keras_vmoe.layers import patches
 from keras_vmoe.layers import positions
 from keras_vmoe.layers.attention import SelfAttention
 from keras_vmoe.layers.pooling import AttentionPooling
+from keras_vmoe.layers.windows import WindowAttention
 from keras_vmoe.models.cloning import is_graph
 
 
@@ -189,6 +190,14 @@ def _(layer, inputs, outputs):
 @work.register(SelfAttention)
 def _(layer, inputs, outputs):
     return _attention_work(layer, inputs.shape[1], inputs)
+
+
+@work.register(WindowAttention)
+def _(layer, inputs, outputs):
+    window = keras.KerasTensor((1, layer.windows.side**2, inputs.shape[-1]))
+    found = _attention_work(layer, window.shape[1], window)
+    count = layer.windows.count
+    return Work(count * found.macs, count * found.values)  # And a little bias.
 
 
 @work.register(AttentionPooling)

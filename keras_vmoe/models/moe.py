@@ -37,6 +37,7 @@ class MoEConfig:
         mlp_ratio: F / D of an expert, instead of `hidden_dim`.
         shared_hidden_dim: Hidden features of an expert that sees every token;
             None for no such expert. See `layers.SharedExpertMoEMLP`.
+        dropout: Dropout rate inside the experts; None means the dense MLPs'.
         num_selected_experts: K of a top-K router.
         capacity_factor: Room of the experts relative to an even load, or
             `"dropless"`.
@@ -62,6 +63,7 @@ class MoEConfig:
     hidden_dim: int | None = None
     mlp_ratio: float | None = None
     shared_hidden_dim: int | None = None
+    dropout: float | None = None
     num_selected_experts: int | None = None
     capacity_factor: float | Literal["dropless"] | None = None
     batch_priority: bool | None = None
@@ -203,6 +205,8 @@ class MoEConfig:
             "name": name,
             **kwargs,
         }
+        if self.dropout is not None:
+            arguments["dropout"] = self.dropout
         if self.shared_hidden_dim is None:
             return moe_layers.MoEMLP(**arguments)
         return moe_layers.SharedExpertMoEMLP(

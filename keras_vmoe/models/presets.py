@@ -6,18 +6,21 @@ import re
 
 from keras_vmoe.models.base import MoEModel
 from keras_vmoe.models.convnext import ConvNeXtMoE
+from keras_vmoe.models.swin import SwinMoE
 from keras_vmoe.models.vit import ViTMoE
 
 V_MOE = "Riquelme et al., 2021, arXiv:2106.05974, table of model sizes"
 VIT = "Touvron et al., 2022 (DeiT III), arXiv:2204.07118, table 1"
 CONVNEXT = "Liu et al., 2022, arXiv:2201.03545, table 1 and section 3.3"
 SWEET_SPOT = "Videau et al., 2024, arXiv:2411.18322"
+SWIN_MOE = "Hwang et al., 2022 (Tutel), arXiv:2206.03382, section 5.3"
 SOFT_MOE = "Puigcerver et al., 2023, arXiv:2308.00951, table of model sizes"
 
 IMAGENET_21K = 21_843  # Classes of the released V-MoE models.
 JFT = 18_291  # Classes of the models that the V-MoE paper counts.
 JFT_4B = 29_593  # Of its largest model, and of Soft MoE's.
 IMAGENET_1K = 1_000
+SWIN_CLASSES = 21_841  # Of the released Swin-MoE models.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +120,30 @@ CONVNEXT_SIZES = {
         "the sizes give 87.1; 82.4 is the active count of its MoE",
     ),
 }  # fmt: skip
+# Name: features and heads of the first stage; experts, millions of parameters
+# and accuracy of table 14 of the Sweet Spot paper, after ImageNet-21k at 192
+# pixels; a note.
+SWIN_SIZES = {
+    "swin_s": (
+        96, 3, (None, "65.8", "83.5*"), (8, "173.3", "84.5*"),
+        (16, "296.1", "84.9*"),
+        (32, "296.1", "84.7*", "the sizes give 541.8; table 14 repeats a row"),
+    ),
+    "swin_b": (
+        128, 4, (None, "109.3", "85.1*"), (8, "300.3", "85.3*"),
+        (16, "518.7", "85.5*"), (32, "955.3", "85.5*"),
+    ),
+}  # fmt: skip
+# Image size: side of the windows, and those of the pretraining by stage.
+SWIN_WINDOWS = {192: (12, None), 224: (14, (12, 12, 12, 6))}
+SWIN_EXPERTS = {
+    # Every second block of the third stage, and the last of the fourth.
+    "layers": [*range(5, 22, 2), 23],
+    "num_selected_experts": 1,
+    "capacity_factor": 1.25,
+    "batch_priority": True,
+    "dropout": 0.1,
+}
 # Dense model, experts, placement, mlp_ratio of the experts (None: that of the
 # dense MLP); as printed, where it is: millions of parameters and of active
 # ones, giga multiply-adds, images per second, accuracy; a note. (The totals
@@ -268,6 +295,40 @@ def _sweet_spot():
         yield _sparse(twin, *row)
 
 
+def _swin():
+    for name, (dim, heads, *rows) in SWIN_SIZES.items():
+        for image_size, (window_size, pretrained) in SWIN_WINDOWS.items():
+            dense = Preset(
+                f"{name}_{image_size}",
+                SwinMoE,
+                {
+                    "depths": (2, 2, 18, 2),
+                    "dims": tuple(dim * 2**i for i in range(4)),
+                    "num_heads": tuple(heads * 2**i for i in range(4)),
+                    "window_size": window_size,
+                    "pretrained_window_sizes": pretrained,
+                    "image_size": image_size,
+                },
+                SWIN_MOE,
+                paper_classes=SWIN_CLASSES,
+                num_classes=IMAGENET_1K if pretrained else SWIN_CLASSES,
+            )
+            active = rows[0][1]
+            for experts, params, accuracy, *note in rows:
+                row = dense
+                if experts is not None:
+                    moe = {**SWIN_EXPERTS, "num_experts": experts}
+                    row = dataclasses.replace(
+                        dense, name=f"{dense.name}_e{experts}", moe=moe
+                    )
+                if not pretrained:  # What is printed.
+                    row = dataclasses.replace(
+                        row, paper_params=params, paper_active=active,
+                        paper_accuracy=accuracy, note=note[0] if note else None,
+                    )  # fmt: skip
+                yield row
+
+
 def _vit(sizes, **more):
     names = ("hidden_dim", "num_layers", "num_heads", "mlp_dim", "patch_size")
     return {"image_size": 224, **dict(zip(names, sizes, strict=True)), **more}
@@ -292,7 +353,8 @@ PRINTED = (
     "paper_accuracy",
 )
 PRESETS = {
-    preset.name: preset for preset in (*_v_moe(), *_largest(), *_sweet_spot())
+    preset.name: preset
+    for preset in (*_v_moe(), *_largest(), *_sweet_spot(), *_swin())
 }
 
 
@@ -328,7 +390,7 @@ def from_preset(name, load_weights=False, **overrides) -> MoEModel:
             only the settings that it names; None takes the experts out.
 
     Returns:
-        A `ViTMoE` or `ConvNeXtMoE`.
+        A `ViTMoE`, `ConvNeXtMoE` or `SwinMoE`.
 
     Raises:
         ValueError: If the preset is unknown; the message lists the nearest

@@ -164,6 +164,8 @@ def _copy_experts(source, layer, noise_std, generator):
             for kind in ("kernel", "bias"):
                 value = getattr(getattr(source, f"{part}_dense"), kind)
                 weight = getattr(layer.experts, f"{part}_{kind}")
+                if value is None:
+                    continue
                 value = keras.ops.convert_to_numpy(value)
                 weight.assign(np.broadcast_to(value, weight.shape))
     if noise_std:

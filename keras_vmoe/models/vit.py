@@ -12,6 +12,7 @@ from keras_vmoe.layers import _blocks
 from keras_vmoe.layers import patches
 from keras_vmoe.layers import pooling as poolings
 from keras_vmoe.layers import positions
+from keras_vmoe.layers.attention import SelfAttention
 from keras_vmoe.layers.normalization import LayerNormalization
 from keras_vmoe.layers.stochastic import SeededDropout
 from keras_vmoe.models import base
@@ -207,14 +208,14 @@ def _encoder(x, settings):
         dropout=settings.dropout,
     )
     for i, (mlp, branches) in enumerate(blocks):
-        x = _blocks.encoder_block(
-            x,
-            mlp,
+        attention = SelfAttention(
             settings.num_heads,
-            f"block_{i}",
-            settings.dropout,
             settings.qk_norm,
-            **branches,
+            dtype=settings.dtype,
+            name=f"block_{i}_attention",
+        )
+        x = _blocks.encoder_block(
+            x, attention, mlp, f"block_{i}", settings.dropout, **branches
         )
     return LayerNormalization(dtype=settings.dtype, name="norm")(x)
 

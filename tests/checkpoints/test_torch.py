@@ -10,13 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-# PyPI's torchvision is built for another PyTorch; timm needs its Python alone,
-# which looks for these at import.
-OPERATORS = torch.library.Library("torchvision", "DEF")
-for operator in ("nms", "qnms"):
-    OPERATORS.define(
-        f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor"
-    )
+from tests.torchvision_operators import OPERATORS
+
+assert OPERATORS  # Before timm is imported.
 
 import timm  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402

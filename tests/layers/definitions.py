@@ -30,8 +30,10 @@ def gelu_tanh(x):
     return 0.5 * x * (1 + np.tanh(inner))
 
 
-def mlp_slowly(x, hidden_kernel, hidden_bias, output_kernel, output_bias, act):
-    return act(x @ hidden_kernel + hidden_bias) @ output_kernel + output_bias
+def mlp_slowly(x, hidden_kernel, hidden_bias, output_kernel, *rest):
+    """Then the bias of the output, if there is one, and the activation."""
+    *bias, act = rest
+    return act(x @ hidden_kernel + hidden_bias) @ output_kernel + sum(bias)
 
 
 def moe_slowly(
@@ -186,7 +188,7 @@ def experts_of(layer):
         experts.hidden_kernel,
         experts.hidden_bias,
         experts.output_kernel,
-        experts.output_bias,
+        *([] if experts.output_bias is None else [experts.output_bias]),
     )
     return [float64(array) for array in arrays]
 

@@ -13,6 +13,7 @@ from keras_vmoe.layers import patches
 from keras_vmoe.layers import pooling
 from keras_vmoe.layers import positions
 from keras_vmoe.layers import stochastic
+from keras_vmoe.layers.attention import SelfAttention
 from keras_vmoe.layers.positions import sincos2d
 from tests.gradients import compiled
 from tests.harness import randomize
@@ -335,7 +336,9 @@ def test_seeds_repeat_and_travel_with_the_weights(make, tmp_path):
 def test_encoder_block_is_pre_norm():
     x = keras.Input((5, 8))
     mlp = layers.MLP(12, name="block_mlp")
-    model = keras.Model(x, _blocks.encoder_block(x, mlp, 2, name="block"))
+    attention = SelfAttention(2, name="block_attention")
+    y = _blocks.encoder_block(x, attention, mlp, name="block")
+    model = keras.Model(x, y)
     tokens = random(2, 5, 8)
     out = run(model, tokens)
 

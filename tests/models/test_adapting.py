@@ -94,7 +94,7 @@ def test_blocks_that_are_not_there():
         lambda x: models.with_head(x, 3),
         lambda x: models.with_image_size(x, 8),
     ):
-        with pytest.raises(TypeError, match="must be a ViTMoE or a ConvNeXt"):
+        with pytest.raises(TypeError, match="must be a ViTMoE, a ConvNeXt"):
             change(keras.models.clone_model(tiny()))
 
 
