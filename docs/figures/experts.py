@@ -1,7 +1,9 @@
-"""The pictures of docs/inspection.md, of a run on the embedded digits.
+"""The pictures of docs/inspection.md, of runs on digits and on CIFAR-10.
 
 keras-vmoe train --run_dir runs/digits
-python docs/figures/experts.py runs/digits
+keras-vmoe train --recipe cifar10_small --data_dir DIR --run_dir runs/cifar10
+python docs/figures/experts.py runs/digits digits
+python docs/figures/experts.py runs/cifar10 cifar10 DIR
 """
 
 import pathlib
@@ -15,23 +17,28 @@ from keras_vmoe.inspection import pictures
 FOLDER = pathlib.Path(__file__).parent
 
 
-def main(run_dir):
-    """Draws three pictures beside this file."""
+def main(run_dir, dataset, data_dir=None):
+    """Draws pictures beside this file."""
     model = training.restore(run_dir)
     test = data.load(
-        "digits", "test", model.input_shape[1:3], 64, training=False,
-        preprocessing=model.preprocessing,
+        dataset, "test", model.input_shape[1:3], 64, training=False,
+        data_dir=data_dir, preprocessing=model.preprocessing,
     )  # fmt: skip
-    found = inspection.inspect(model, test, num_examples=5)
-    first, last = found.layers.values()
+    names = data.info(dataset, data_dir).class_names
+    found = inspection.inspect(
+        model, test, max_images=2000, class_names=names, num_examples=5
+    )
+    *_, last = found.layers.values()
     figures = {
         "expert_maps": pictures.expert_maps(found),
-        "best_patches": pictures.best_patches(first, found.class_names),
-        "classes": pictures.class_heatmap(last, found.class_names),
+        "best_patches": pictures.best_patches(last, names),
+        "dropped": pictures.drop_maps(found, last.name),
+        "classes": pictures.class_heatmap(last, names),
     }
-    for name, figure in figures.items():
-        figure.savefig(FOLDER / f"{name}.png", dpi=80)
+    kept = {"digits": ("expert_maps", "classes")}
+    for name in kept.get(dataset, ("best_patches", "dropped")):
+        figures[name].savefig(FOLDER / f"{dataset}_{name}.png", dpi=80)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

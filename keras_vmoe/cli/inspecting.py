@@ -9,14 +9,16 @@ from keras_vmoe import data
 from keras_vmoe import evaluation
 from keras_vmoe import inspection
 from keras_vmoe._extras import require
-from keras_vmoe.cli.evaluating import write_csv
+from keras_vmoe.cli.opening import check_classes
 from keras_vmoe.cli.opening import load_images
 from keras_vmoe.cli.opening import of_run
 from keras_vmoe.cli.opening import open_model
 from keras_vmoe.cli.opening import run_dir_of
 from keras_vmoe.data import _corruption
 from keras_vmoe.evaluation.ablation import ablation_table
-from keras_vmoe.inspection.report import ABLATIONS
+from keras_vmoe.inspection.report import check_folder
+
+EXAMPLES, MOST_EXAMPLES = 8, 24  # Of a dataset, and of files.
 
 
 def inspect(
@@ -29,7 +31,7 @@ def inspect(
     data_dir: str | None = None,
     layers: list[str] = (),
     max_images: int | None = None,
-    examples: int = 8,
+    examples: int | None = None,
     classes: str | None = None,
     batch_size: int = 64,
     ablations: bool = False,
@@ -48,7 +50,7 @@ def inspect(
         data_dir: Folder of the dataset or images; default: the run's.
         layers: Names of MoE layers; default: all.
         max_images: Images at most; default: all.
-        examples: Images whose maps are shown, the first ones.
+        examples: Maps of so many images; default: 8, of files up to 24.
         classes: JSON list of names; default: the run's.
         batch_size: Images per step.
         ablations: Measure without each expert, with random routers, and by K.
@@ -58,39 +60,49 @@ def inspect(
         keras-vmoe inspect model.keras --images a.jpg b.jpg
     """
     require("matplotlib", "plots")
-    require("jinja2", "plots")  # Before the images are read, not after.
-    opened, names = open_model(model, classes)
-    if images and ablations:
+    require("jinja2", "plots")
+    if images and (ablations or dataset is not None):
         raise ValueError(
-            "Accuracy needs labels. Received: --ablations with --images. Name "
-            "a dataset, or leave one of them out."
+            "Files are looked at in the place of a dataset, and without labels."
+            f" Received: --images with {dataset or '--ablations'}. Leave one "
+            "of them out."
         )
+    check_folder(pathlib.Path(output))  # Before images are read, not after.
+    opened, names = open_model(model, classes)
     options = {"layers": list(layers) or None, "max_images": max_images}
-    options |= {"num_examples": examples, "class_names": names}
-    options["verbose"] = sys.stdout.isatty()
+    shown = {**options, "class_names": names, "verbose": sys.stdout.isatty()}
     if images:
+        title = f"{model} on files"
         size = opened.input_shape[1:3]
         pixels = data.read_images(
             list(images), size, preprocessing=opened.preprocessing
         )
-        options["num_examples"] = max(examples, len(images))
         batches = np.array_split(pixels, -(-len(pixels) // batch_size))
-        found = inspection.inspect(opened, batches, **options)
+        shown["image_names"] = [pathlib.Path(x).name for x in images]
+        shown["num_examples"] = examples or min(len(images), MOST_EXAMPLES)
+        found = inspection.inspect(opened, batches, **shown)
     else:
         given = of_run(model, "inspect", dataset, split, data_dir)
         dataset, split, data_dir = given
+        title = f"{model} on {dataset}, {split}"
+        check_classes(model, opened, names, dataset, data_dir)
         batches = load_images(opened, dataset, split, data_dir, batch_size)
+        shown["num_examples"] = examples or EXAMPLES
         with _corruption.named_corruption(dataset, [split], data_dir):
-            found = inspection.inspect(opened, batches, **options)
+            found = inspection.inspect(opened, batches, **shown)
     history = run_dir_of(model) / "history.csv"
-    page = found.save(
-        pathlib.Path(output), history if history.exists() else None
-    )
+    written = {"title": title}
+    written["history"] = history if history.exists() else None
+    page = found.save(output, **written)
     for name, lines in found.sentences().items():
         print(f"{name}:")
         print(*(f"  {line}" for line in lines), sep="\n")
     if ablations:
-        rows = evaluation.ablate(opened, batches)
+        print(f"report: {page}; the ablations follow")
+        with _corruption.named_corruption(dataset, [split], data_dir):
+            rows = evaluation.ablate(
+                opened, batches, verbose=shown["verbose"], **options
+            )
         print(ablation_table(rows))
-        write_csv(page.with_name(ABLATIONS), rows)
+        page = found.save(output, ablations=rows, **written)
     print(f"report: {page}")

@@ -1,16 +1,19 @@
 """What accuracy owes to single experts, to the routers, and to K."""
 
 import contextlib
+import math
 
 import keras
 import numpy as np
 
-from keras_vmoe import layers
 from keras_vmoe import models
 from keras_vmoe.evaluation.measurement import measure
+from keras_vmoe.layers import MLPExperts
+from keras_vmoe.layers import TopKRouter
+from keras_vmoe.models.base import moe_layers
 
 
-def ablate(model, dataset, verbose=0, seed=0):
+def ablate(model, dataset, verbose=0, seed=0, layers=None, max_images=None):
     """Measures a model without single experts, with random routers, and by K.
 
     A token of a removed expert gets nothing from it and no other one. A random
@@ -18,18 +21,21 @@ def ablate(model, dataset, verbose=0, seed=0):
     each measurement and put back: nothing else may use the model meanwhile.
 
     Args:
-        model: A `ViTMoE` or `ConvNeXtMoE` with `layers.MLPExperts`.
+        model: A `ViTMoE`, `ConvNeXtMoE` or `SwinMoE` with `layers.MLPExperts`.
         dataset: Iterable of batches of `(images, labels)` that can be read
             again, such as `data.load(..., training=False)`.
         verbose: Whether to print each measurement.
         seed: Integer, seed of the random routers.
+        layers: Names of MoE layers; None means all. K is that of all.
+        max_images: Images at most; None means all.
 
     Returns:
         List of dicts: `layer`, `change`, `accuracy`, and `difference` from that
         of the model as it is, which comes first.
 
     Raises:
-        ValueError: If the model has no MoE layers, or banks of one's own.
+        ValueError: If the model has no MoE layers, or banks of one's own, or
+            no layer of a name.
 
     Example:
 
@@ -38,15 +44,15 @@ def ablate(model, dataset, verbose=0, seed=0):
     Reference:
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), appendix E.
     """
-    found = [x for x in model.layers if isinstance(x, layers.MoEMLP)]
-    others = [x.name for x in found if type(x.experts) is not layers.MLPExperts]
-    if not found or others:
+    found = moe_layers(model, layers)
+    others = [x.name for x in found if type(x.experts) is not MLPExperts]
+    if others:
         raise ValueError(
-            "The model must have MoE layers, with the bank `MLPExperts`. "
-            f"Received: model={model.name!r}, "
-            f"{f'other banks in {others}' if others else 'without any'}."
+            "The MoE layers must have the bank `MLPExperts`. Received: "
+            f"model={model.name!r}, with other banks in {others}. Name other "
+            "`layers`."
         )
-    rows = []
+    dataset, rows = FirstImages(dataset, max_images), []
     generator = np.random.default_rng(seed)
 
     def add(layer, change, changed=model):
@@ -65,13 +71,31 @@ def ablate(model, dataset, verbose=0, seed=0):
         for e in range(layer.num_experts):
             with _changed(output, _without(e)):
                 add(layer.name, f"without expert {e}")
-        gate = layer.router.gate_layer.trainable_weights
+        gate = layer.router.gate_layer.weights  # Frozen ones, too.
+        gate = [weight for weight in gate if len(weight.shape) > 1]
         with _changed(gate, generator.permuted):
             add(layer.name, "random router")
-    for k in _numbers_selected(found):
+    for k in _numbers_selected(moe_layers(model)):
         dial = models.set_routing(model, num_selected_experts=k)
         add("", f"K={k}", dial)
     return rows
+
+
+class FirstImages:
+    """The first images of a dataset of batches, which can be read again."""
+
+    def __init__(self, dataset, max_images):
+        self.dataset, self.max_images = dataset, max_images
+        self.preprocessing = getattr(dataset, "preprocessing", None)
+
+    def __iter__(self):
+        left = math.inf if self.max_images is None else self.max_images
+        for images, labels in self.dataset:
+            part = slice(0, min(len(images), left))
+            yield images[part], labels[part]
+            left -= len(images)
+            if left <= 0:
+                return
 
 
 def _without(expert):
@@ -98,7 +122,7 @@ def _changed(weights, change):
 
 def _numbers_selected(found):
     """Values of K to try, where tokens choose in all layers."""
-    if not all(isinstance(x.router, layers.TopKRouter) for x in found):
+    if not all(isinstance(x.router, TopKRouter) for x in found):
         return []
     return range(1, 1 + min(4, *(x.num_experts for x in found)))
 

@@ -24,11 +24,20 @@ class Decisions:
             or not there was room for it; -1 behind the last one. With expert
             choice K is E, with Soft MoE 1.
         served: `(B, N)` bool: whether some expert serves the token.
+        taken: `(B, N, E)` float32: what of each token an expert takes. With
+            expert choice the gate of those that it chose, of Soft MoE the
+            dispatch weights of its slots, summed. None where tokens choose.
     """
 
     gates: np.ndarray
     top: np.ndarray
     served: np.ndarray
+    taken: np.ndarray | None = None
+
+    def cut(self, part):
+        """The decisions for a slice of the images."""
+        found = {k: x if x is None else x[part] for k, x in vars(self).items()}
+        return Decisions(**found)
 
 
 def decide(layer, tokens):
@@ -50,7 +59,8 @@ def decide(layer, tokens):
     if isinstance(plan, SoftPlan):
         gates = of_images(plan.combine_weight).sum(axis=-1)
         top = gates.argmax(axis=-1)[..., None]
-        return Decisions(gates, top, np.ones(top.shape[:-1], bool))
+        taken = of_images(plan.dispatch_weight).sum(axis=-1)
+        return Decisions(gates, top, np.ones(top.shape[:-1], bool), taken)
     images = ops.reshape(tokens, (batch, num_tokens, tokens.shape[-1]))
     logits = ops.cast(router.gate_layer(images), "float32")
     gates = router.expert_gates(logits)
@@ -60,7 +70,8 @@ def decide(layer, tokens):
         order = np.where(chosen, gates, -1).argsort(axis=-1, kind="stable")
         order = order[..., ::-1]
         kept = np.take_along_axis(chosen, order, axis=-1)
-        return Decisions(gates, np.where(kept, order, -1), chosen.any(axis=-1))
+        top, taken = np.where(kept, order, -1), np.where(chosen, gates, 0.0)
+        return Decisions(gates, top, chosen.any(axis=-1), taken)
     served = of_images(top_experts(plan)) >= 0
     scores = router.scores(gates) if hasattr(router, "scores") else None
     top, _ = select_experts(gates, served.shape[-1], scores)

@@ -13,8 +13,9 @@ BEST = 12  # Patches that are kept of each expert.
 class LayerInspection:
     """What the experts of one layer do.
 
-    Patches that no expert has do not count anywhere but in `served_share`; a
-    class token and registers have no place in the image, and count apart.
+    A class token and registers have no place in the image, and count apart.
+    With token choice a patch's experts are those that it chooses, whether or
+    not they have room for it; with expert choice those that took it.
 
     Attributes:
         name: Name of the layer.
@@ -43,6 +44,9 @@ class LayerInspection:
         examples: `(images, rows, columns)` first choice of each patch of the
             example images.
         priority: `(images, rows, columns)` largest gate of each such patch.
+        taken: `(images, E, rows, columns)` what each expert takes of such a
+            patch: the gate of what it chose (expert choice), or the dispatch
+            weights of its slots (Soft MoE); None where tokens choose.
         served: Dict from `(capacity_factor, batch_priority)` to `(images, rows,
             columns)` bool: whether such a patch is served there. Empty where
             tokens do not choose.
@@ -70,6 +74,7 @@ class LayerInspection:
     best_patches: np.ndarray
     examples: np.ndarray
     priority: np.ndarray
+    taken: np.ndarray | None
     served: dict
 
     @property
@@ -224,7 +229,13 @@ class LayerSums:
             return found.reshape(-1, *self.grid)
 
         decisions = [x for x, _ in self.examples]
+        taken = None
+        if decisions[0].taken is not None:
+            taken = np.concatenate([x.taken[:, kept] for x in decisions])
+            taken = np.moveaxis(taken, -1, 1)
+            taken = taken.reshape(*taken.shape[:2], *self.grid)
         return {
+            "taken": taken,
             "examples": joined([x.top[..., 0] for x in decisions]),
             "priority": joined([x.gates.max(axis=-1) for x in decisions]),
             "served": {

@@ -4,11 +4,11 @@ import dataclasses
 import math
 import pathlib
 
+import keras
 import numpy as np
 
-from keras_vmoe import layers as moe
 from keras_vmoe._checks import check_sizes
-from keras_vmoe._checks import nearest
+from keras_vmoe._checks import is_number
 from keras_vmoe._preprocessing import Preprocessing
 from keras_vmoe.distribution.prediction import predictions
 from keras_vmoe.inspection.decisions import decide
@@ -16,8 +16,10 @@ from keras_vmoe.inspection.decisions import has_priority
 from keras_vmoe.inspection.decisions import served_at
 from keras_vmoe.inspection.gathering import LayerInspection
 from keras_vmoe.inspection.gathering import LayerSums
+from keras_vmoe.layers.patches import PatchEmbedding
 from keras_vmoe.layers.patches import patch_grid
 from keras_vmoe.models.base import check_preprocessing
+from keras_vmoe.models.base import moe_layers
 
 CAPACITIES = (0.25, 0.5, 1.0)
 
@@ -34,6 +36,7 @@ class Inspection:
         images: `(images, H, W, channels)` uint8, the example images.
         labels: `(images,)` their classes, or None.
         class_names: Names of the classes, or None without labels.
+        image_names: Names of the example images, if they were given some.
     """
 
     layers: dict[str, LayerInspection]
@@ -41,6 +44,7 @@ class Inspection:
     images: np.ndarray
     labels: np.ndarray | None
     class_names: tuple[str, ...] | None
+    image_names: tuple[str, ...] | None = None
 
     def sentences(self):
         """What the numbers say, a list of sentences for each layer."""
@@ -48,13 +52,15 @@ class Inspection:
 
         return {name: sentences(self, name) for name in self.layers}
 
-    def save(self, folder, history=None):
+    def save(self, folder, history=None, title=None, ablations=None):
         """Writes a report: `index.html`, which holds all of it, CSV and NPZ.
 
         Args:
             folder: New folder, or one that an earlier report is in.
             history: Optional `history.csv` of the training, for a picture of
                 the load over the epochs.
+            title: Optional line on what was looked at, for the page.
+            ablations: Optional rows of `evaluation.ablate`, for a table.
 
         Returns:
             `pathlib.Path` of the page.
@@ -65,7 +71,7 @@ class Inspection:
         """
         from keras_vmoe.inspection.report import write
 
-        return write(self, pathlib.Path(folder), history)
+        return write(self, pathlib.Path(folder), history, title, ablations)
 
 
 def inspect(
@@ -76,6 +82,7 @@ def inspect(
     class_names=None,
     num_examples=8,
     capacities=CAPACITIES,
+    image_names=None,
     verbose=0,
 ):
     """Looks at what the experts of a model do with images.
@@ -84,25 +91,31 @@ def inspect(
     distribution the images are spread over its devices.
 
     Args:
-        model: A `ViTMoE`, a `ConvNeXtMoE`, or another functional model with
-            `MoEMLP` layers of its own.
+        model: A `ViTMoE`, `ConvNeXtMoE` or `SwinMoE`, or another functional
+            model with `MoEMLP` layers of its own, of one input. Images of one
+            without a `preprocessing` are taken to be in [-1, 1]; where tokens
+            are no square of patches and no `PatchEmbedding` has made them,
+            they are shown as a row.
         dataset: Iterable of batches of `(images, labels)` with integer labels,
             or of images, such as `data.load(..., training=False,
             preprocessing=model.preprocessing)`.
         max_images: Images at most; None means all.
-        layers: Names of MoE layers; None means all.
+        layers: Names of MoE layers, or one name; None means all.
         class_names: One name per class; None takes numbers.
         num_examples: Images whose maps are kept, the first ones.
         capacities: Capacity factors at which the example images are routed
-            again, with and without Batch Prioritized Routing.
+            again with their batch, with and without Batch Prioritized Routing.
+        image_names: Optional names of the images in their order, such as of
+            files, which pictures then show.
         verbose: Whether to show a progress bar.
 
     Returns:
         An `Inspection`.
 
     Raises:
-        ValueError: If the model is dense, there is no layer of a name, or the
-            dataset is empty or made for a model of another preprocessing.
+        ValueError: If the model is dense, there is no layer of a name, the
+            dataset is empty or made for a model of another preprocessing,
+            labels are no classes of the model, or gates are NaN.
 
     Example:
 
@@ -118,101 +131,184 @@ def inspect(
     check_sizes(0, num_examples=num_examples)
     check_sizes(max_images=1 if max_images is None else max_images)
     check_preprocessing(model, dataset)
-    chosen = _chosen(model, layers)
-    probe = _probe(model, chosen)
-    preprocessing = getattr(model, "preprocessing", None)
-    wanted = preprocessing or Preprocessing(channels=model.input_shape[-1])
-    sums, between, examples = None, {}, []
-    stream = _cut(predictions(probe, dataset, verbose), max_images)
-    for tokens, images, labels in stream:
-        if sums is None:
-            has_labels = labels is not None and labels.ndim == 1
-            num_classes = model.output_shape[-1] if has_labels else None
+    _check_dataset(dataset)
+    chosen = moe_layers(model, layers)
+    num_classes = _num_classes(model, class_names)
+    capacities = _capacities(capacities)
+    probe = keras.Model(model.inputs[0], [layer.input for layer in chosen])
+    gathered, left = None, math.inf if max_images is None else max_images
+    for tokens, images, labels in predictions(probe, dataset, verbose):
+        tokens = tokens if isinstance(tokens, list) else [tokens]
+        if gathered is None:
+            classes = num_classes if labels is not None else None
             grids = [_grid(model, x) for x in tokens]
-            sums = [
-                LayerSums(layer, grid, num_classes)
-                for layer, grid in zip(chosen, grids, strict=True)
-            ]
-        pixels = _pixels(images, wanted)
-        found = [decide(*pair) for pair in zip(chosen, tokens, strict=True)]
-        for one, decisions in zip(sums, found, strict=True):
-            one.add(decisions, pixels, labels if has_labels else None)
-        _add_between(between, sums, found)
-        missing = num_examples - sum(len(x) for x, _ in examples)
-        if missing > 0 or not examples:
-            part = slice(0, max(missing, 0))
-            examples.append((pixels[part], labels[part] if has_labels else []))
-            for one, x, decisions in zip(sums, tokens, found, strict=True):
-                _add_examples(one, x, decisions, part, capacities)
-    names = None
-    if has_labels:
-        names = class_names or [str(i) for i in range(num_classes)]
-    return Inspection(
-        layers={one.layer.name: one.result() for one in sums},
-        between=between,
-        images=np.concatenate([x for x, _ in examples]),
-        labels=(
-            np.concatenate([y for _, y in examples]).astype(int)
-            if has_labels
-            else None
-        ),
-        class_names=None if names is None else tuple(names),
-    )
-
-
-def _chosen(model, names):
-    """The MoE layers of a model, all or those of some names."""
-    found = {x.name: x for x in model.layers if isinstance(x, moe.MoEMLP)}
-    if not found:
-        raise ValueError(
-            "The model must have MoE layers to look at. Received: model="
-            f"{model.name!r} without any of its own. `models.upcycle` makes "
-            "experts of the MLPs of a dense model."
-        )
-    for name in names or ():
-        if name not in found:
-            raise ValueError(
-                f"`layers` must be MoE layers of the model, of {[*found]}. "
-                f"Received: {name!r}.{nearest(name, found)}"
-            )
-    return [x for x in found.values() if names is None or x.name in names]
-
-
-def _probe(model, chosen):
-    """From images to the tokens before each layer, in a list."""
-    import keras
-
-    return keras.Model(model.inputs[0], [layer.input for layer in chosen])
-
-
-def _cut(stream, max_images):
-    """Batches up to a number of images; outputs always in a list."""
-    left = math.inf if max_images is None else max_images
-    for outputs, images, labels in stream:
-        outputs = outputs if isinstance(outputs, list) else [outputs]
+            gathered = _Gathered(chosen, grids, classes, num_examples)
+        labels = _checked(labels, gathered.num_classes, num_classes)
+        # Routed whole, as by the model, and then cut.
         part = slice(0, min(len(images), left))
-        labels = None if labels is None else labels[part]
-        yield [x[part] for x in outputs], images[part], labels
+        pixels = _pixels(images[part], model)
+        gathered.add(tokens, pixels, labels, part, capacities)
         left -= len(images)
         if left <= 0:
-            return
+            break
+    return gathered.result(class_names, image_names)
+
+
+class _Gathered:
+    """What is kept of the batches.
+
+    Args:
+        chosen: The MoE layers.
+        grids: `(rows, columns)` of the patches of each.
+        num_classes: Classes; None without labels.
+        num_examples: Images whose maps are kept.
+    """
+
+    def __init__(self, chosen, grids, num_classes, num_examples):
+        self.num_classes, self.num_examples = num_classes, num_examples
+        self.sums = [
+            LayerSums(layer, grid, num_classes)
+            for layer, grid in zip(chosen, grids, strict=True)
+        ]
+        self.between, self.images, self.labels = {}, [], []
+
+    def add(self, tokens, pixels, labels, part, capacities):
+        """Adds the images of a part of a batch, of which tokens are whole."""
+        decided = []
+        for one, x in zip(self.sums, tokens, strict=True):
+            decisions = decide(one.layer, x).cut(part)
+            _check_finite(decisions.gates, one)
+            decided.append(decisions)
+        missing = self.num_examples - sum(map(len, self.images))
+        few = slice(0, min(max(missing, 0), part.stop))
+        if few.stop or not self.images:
+            self.images.append(pixels[few])
+            for one, x, decisions in zip(
+                self.sums, tokens, decided, strict=True
+            ):
+                served = _served(one.layer, x, few, capacities)
+                one.add_examples(decisions.cut(few), served)
+        if self.num_classes is not None:
+            labels = labels[part]
+            self.labels.append(labels[few])
+        for one, decisions in zip(self.sums, decided, strict=True):
+            one.add(decisions, pixels, labels)
+        _add_between(self.between, self.sums, decided)
+
+    def result(self, class_names, image_names):
+        """The `Inspection`."""
+        labels = None
+        if self.num_classes is None:
+            class_names = None
+        else:
+            labels = np.concatenate(self.labels).astype(int)
+            if class_names is None:
+                class_names = range(self.num_classes)
+            class_names = tuple(str(x) for x in class_names)
+        images = np.concatenate(self.images)
+        if image_names is not None:
+            image_names = tuple(map(str, image_names[: len(images)]))
+        return Inspection(
+            layers={one.layer.name: one.result() for one in self.sums},
+            between=self.between,
+            images=images,
+            labels=labels,
+            class_names=class_names,
+            image_names=image_names,
+        )
+
+
+def _num_classes(model, class_names):
+    """The classes that labels may have; None for a model without a head."""
+    classes = model.output_shape[-1]
+    if getattr(model, "num_classes", classes) is None:
+        classes = None if class_names is None else len(class_names)
+    elif class_names is not None and len(class_names) != classes:
+        raise ValueError(
+            "`class_names` must name each class of the model. Received: "
+            f"{len(class_names)} names for {classes} classes."
+        )
+    return classes
+
+
+def _capacities(capacities):
+    """Capacity factors in a tuple, checked."""
+    if not isinstance(capacities, (list, tuple)):
+        capacities = (capacities,)
+    for factor in capacities:
+        if not is_number(factor) or factor <= 0:
+            raise ValueError(
+                f"`capacities` must be numbers above 0. Received: {factor!r}."
+            )
+    return tuple(capacities)
+
+
+def _checked(labels, expected, num_classes):
+    """The labels of a batch, as the first batch had some or none."""
+    if expected is None and num_classes is None:
+        return None  # Of a model without classes.
+    if (labels is None) != (expected is None):
+        raise ValueError(
+            "All batches must have labels, or none. Received: a batch "
+            f"{'without' if labels is None else 'with'} labels after the first "
+            "one."
+        )
+    if labels is None:
+        return None
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(
+            "Labels must be integers of shape (B,). Received: labels of shape "
+            f"{labels.shape} and dtype {labels.dtype}. Of one-hot labels take "
+            "the argmax; without labels yield the images alone."
+        )
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if len(wrong):
+        raise ValueError(
+            f"Labels must be from 0 to {num_classes - 1}, the classes of the "
+            f"model. Received: {wrong[0]}. Is it the data set of this model?"
+        )
+    return labels
+
+
+def _check_finite(gates, one):
+    """Raises for images whose gates are NaN, which no expert is right for."""
+    wrong = np.flatnonzero(~np.isfinite(gates).all(axis=(1, 2)))
+    if len(wrong):
+        raise ValueError(
+            "The router's gates must be finite. Received: NaN in "
+            f"{one.layer.name!r} for image {one.num_images + wrong[0]} (counted"
+            " from 0). Look at that image and at the weights of the model."
+        )
+
+
+def _check_dataset(dataset):
+    if hasattr(dataset, "shape"):
+        raise ValueError(
+            "`dataset` must be an iterable of batches. Received: one array of "
+            f"shape {tuple(dataset.shape)}. Put it into a list."
+        )
 
 
 def _grid(model, tokens):
     """`(rows, columns)` of the patches, the last ones of the tokens."""
     if tokens.ndim == 4:
         return tokens.shape[1:3]
-    patch_size = getattr(model, "patch_size", None)
-    if patch_size is not None:
-        return patch_grid(model.input_shape[1:3], patch_size)
+    embeddings = [x for x in model.layers if isinstance(x, PatchEmbedding)]
+    if embeddings:
+        return patch_grid(model.input_shape[1:3], embeddings[0].patch_size)
     side = math.isqrt(tokens.shape[1])
     return (side, side) if side**2 == tokens.shape[1] else (1, tokens.shape[1])
 
 
-def _pixels(images, preprocessing):
+def _pixels(images, model):
     """Images as they look, uint8."""
+    preprocessing = getattr(model, "preprocessing", None)
+    if preprocessing is None:
+        preprocessing = Preprocessing(channels=images.shape[-1])
     pixels = images * np.asarray(preprocessing.std) + preprocessing.mean
-    return np.clip(np.round(pixels), 0, 255).astype("uint8")
+    pixels = np.nan_to_num(np.round(pixels))
+    return np.clip(pixels, 0, 255).astype("uint8")
 
 
 def _add_between(between, sums, found):
@@ -230,18 +326,12 @@ def _add_between(between, sums, found):
         np.add.at(table, (a[good], b[good]), 1)
 
 
-def _add_examples(one, tokens, decisions, part, capacities):
-    """Keeps the maps of some images, routed again at other capacities."""
-    few = dataclasses.replace(
-        decisions, **{k: x[part] for k, x in vars(decisions).items()}
-    )
-    served = {}
-    if has_priority(one.layer) and len(tokens[part]):
-        served = {
-            (capacity, priority): served_at(
-                one.layer, tokens, capacity, priority
-            )[part]
-            for capacity in capacities
-            for priority in (False, True)
-        }
-    one.add_examples(few, served)
+def _served(layer, tokens, part, capacities):
+    """Which tokens of some images are served at other capacities."""
+    if not has_priority(layer) or not part.stop:
+        return {}
+    return {
+        (capacity, priority): served_at(layer, tokens, capacity, priority)[part]
+        for capacity in capacities
+        for priority in (False, True)
+    }

@@ -62,6 +62,9 @@ def patch_counts(top, num_experts):
     Returns:
         `(B, E)` int64 array.
 
+    Raises:
+        ValueError: If an expert is not below E.
+
     Example:
 
     >>> patch_counts(np.array([[0, 2, 2], [1, 1, -1]]), num_experts=3).tolist()
@@ -69,6 +72,7 @@ def patch_counts(top, num_experts):
     """
     top = np.asarray(top)
     top = top.reshape(len(top), -1)
+    _check_below("top", top, num_experts, "num_experts")
     images = np.arange(len(top))[:, None] * (num_experts + 1)
     places = images + np.where(top < 0, num_experts, top)
     counts = np.bincount(places.ravel(), minlength=len(top) * (num_experts + 1))
@@ -102,8 +106,8 @@ def similarity(counts):
         counts: `(B, E)` array of `patch_counts`.
 
     Returns:
-        `(E, E)` float64 array, 1 on its diagonal; NaN for an expert without a
-        patch.
+        `(E, E)` float64 array, 1 on its diagonal. An expert without a patch has
+        NaN there and with others without, and 0 with those that have some.
 
     Example:
 
@@ -131,10 +135,8 @@ def similarity_of(shared, totals):
     """`similarity` from `shared_counts` and the experts' counts `(E,)`."""
     # `c_i + c_j - |c_i - c_j|` is twice the smaller one: 0 unless both occur.
     sums = totals[:, None] + totals
-    found = 2 * shared / np.maximum(sums, 1)
     # One that is used has nothing in common with one that is not.
-    found[np.diag_indices_from(found)] = np.where(totals > 0, 1.0, np.nan)
-    return found
+    return np.where(sums > 0, 2 * shared / np.maximum(sums, 1), np.nan)
 
 
 def class_counts(counts, labels, num_classes):
@@ -148,14 +150,18 @@ def class_counts(counts, labels, num_classes):
     Returns:
         `(num_classes, E)` array.
 
+    Raises:
+        ValueError: If a label is not one of the classes.
+
     Example:
 
     >>> class_counts(np.array([[1, 0], [0, 2], [3, 0]]), [1, 0, 1], 2).tolist()
     [[0, 2], [4, 0]]
     """
-    counts = np.asarray(counts)
+    counts, labels = np.asarray(counts), np.asarray(labels)
+    _check_below("labels", labels, num_classes, "num_classes", least=0)
     found = np.zeros((num_classes, counts.shape[1]), counts.dtype)
-    np.add.at(found, np.asarray(labels), counts)
+    np.add.at(found, labels, counts)
     return found
 
 
@@ -205,6 +211,9 @@ def patches_cdf(counts, num_patches):
         `(E, N + 1)` float64 array: at n the share of those images of which it
         has at most n patches; NaN for an expert without a patch.
 
+    Raises:
+        ValueError: If an expert has more patches of an image than there are.
+
     Example:
 
     >>> patches_cdf(np.array([[1], [2], [0]]), num_patches=2).tolist()
@@ -216,6 +225,7 @@ def patches_cdf(counts, num_patches):
 def images_by_count(counts, num_patches):
     """`(E, N + 1)`: the images of which each expert has so many patches."""
     counts = np.asarray(counts)
+    _check_below("counts", counts, num_patches + 1, "num_patches + 1", least=0)
     return (counts[..., None] == np.arange(num_patches + 1)).sum(axis=0)
 
 
@@ -260,6 +270,16 @@ def spatial_share(top, num_experts, grid=None):
         )
     share = (top == np.arange(num_experts)[:, None, None]).mean(axis=1)
     return share.reshape(num_experts, rows, columns)
+
+
+def _check_below(name, values, end, words, least=-1):
+    """Raises unless all values are from `least` to below `end`."""
+    wrong = values[(values < least) | (values >= end)]
+    if wrong.size:
+        raise ValueError(
+            f"`{name}` must be at least {least} and below {words}={end}. "
+            f"Received: {wrong[0]}."
+        )
 
 
 def _array(x):

@@ -5,7 +5,14 @@ import numpy as np
 from keras_vmoe._extras import require
 
 MOST_CLASSES = 40  # Rows of a heat map that can be read.
+MOST_EXPERTS = 16  # Columns of heat maps.
 NONE = (0.0, 0.0, 0.0)  # Of a patch without an expert.
+DROPPED = (0.85, 0.15, 0.55)  # Seen on dark pictures and on bright ones.
+# No grey, black or brown, which a picture below makes of others.
+PALETTE = (
+    "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#7ac943", "#f0e442",
+    "#7a3fb0",
+)  # fmt: skip
 
 
 def _figure(width, height):
@@ -15,12 +22,14 @@ def _figure(width, height):
 
 def colors(num_experts):
     """`(E, 3)` colours that differ from one expert to the next."""
-    palette = require("matplotlib", "plots").colormaps
-    if num_experts <= 10:
-        return np.array(palette["tab10"].colors[:num_experts])
-    if num_experts <= 20:
-        return np.array(palette["tab20"].colors[:num_experts])
-    return palette["hsv"](np.linspace(0, 1, num_experts, endpoint=False))[:, :3]
+    tools = require("matplotlib.colors", "plots")
+    numbers = np.arange(num_experts)
+    if num_experts <= len(PALETTE):
+        return np.array([tools.to_rgb(PALETTE[i]) for i in numbers])
+    hue = numbers * 0.618 % 1  # Neighbours are far apart.
+    value = np.where(numbers % 2, 0.75, 0.95)
+    saturation = np.where(numbers // 2 % 2, 0.55, 0.9)
+    return tools.hsv_to_rgb(np.stack([hue, saturation, value], axis=-1))
 
 
 def expert_maps(found):
@@ -31,19 +40,23 @@ def expert_maps(found):
     """
     layers = list(found.layers.values())
     count = len(found.images)
-    figure = _figure(1.6 * (1 + len(layers)) + 1.2, 1.7 * count + 0.4)
+    num_experts = max(layer.num_experts for layer in layers)
+    palette = np.concatenate([colors(num_experts), [NONE]])
+    height = 1.7 * count + 0.4
+    figure = _figure(1.6 * (1 + len(layers)) + 1.2, height)
     axes = figure.subplots(count, 1 + len(layers), squeeze=False)
     for row, image in enumerate(found.images):
         _show(axes[row, 0], image)
-        axes[row, 0].set_ylabel(_class_of(found, row), fontsize=8)
+        axes[row, 0].set_ylabel(_name_of(found, row), fontsize=8)
         for axis, layer in zip(axes[row, 1:], layers, strict=True):
-            experts = layer.examples[row]
-            palette = np.concatenate([colors(layer.num_experts), [NONE]])
-            _show(axis, _blended(image, palette[experts]))
+            _show(axis, _blended(image, palette[layer.examples[row]]))
     axes[0, 0].set_title("image", fontsize=9)
     for axis, layer in zip(axes[0, 1:], layers, strict=True):
         axis.set_title(layer.name, fontsize=9)
-    _legend(figure, max(layer.num_experts for layer in layers))
+    names = dict(enumerate(palette[:-1]))
+    if any((layer.examples < 0).any() for layer in layers):
+        names["none"] = NONE
+    _legend(figure, names, height)
     return figure
 
 
@@ -65,15 +78,39 @@ def drop_maps(found, name):
         for axis, served in zip(
             axes[row, 2:], layer.served.values(), strict=True
         ):
-            shade = np.where(served[row][..., None], 1.0, 0.15)
-            _show(axis, image / 255 * _enlarged(shade, image))
+            _show(axis, _veiled(image, served[row]))
+        axes[row, 0].set_ylabel(_name_of(found, row), fontsize=8)
     axes[0, 0].set_title("image", fontsize=9)
     axes[0, 1].set_title("priority", fontsize=9)
-    for axis, (capacity, priority) in zip(
-        axes[0, 2:], layer.served, strict=True
+    for axis, ((capacity, priority), served) in zip(
+        axes[0, 2:], layer.served.items(), strict=True
     ):
         kind = "BPR" if priority else "vanilla"
-        axis.set_title(f"{kind}\ncapacity {capacity:g}", fontsize=9)
+        words = f"{kind}\ncapacity {capacity:g}\n{served.mean():.0%} served"
+        axis.set_title(words, fontsize=8)
+    return figure
+
+
+def taken_maps(found, name):
+    """What each expert takes of the example images, as heat maps.
+
+    Args:
+        found: An `Inspection`.
+        name: Of a layer in which experts or slots choose.
+    """
+    layer = found.layers[name]
+    count, shown = len(found.images), min(layer.num_experts, MOST_EXPERTS)
+    figure = _figure(1.1 * (1 + shown) + 0.3, 1.2 * count + 0.5)
+    axes = figure.subplots(count, 1 + shown, squeeze=False)
+    for row, image in enumerate(found.images):
+        _show(axes[row, 0], image)
+        most = max(float(layer.taken[row].max()), 1e-9)
+        for axis, taken in zip(axes[row, 1:], layer.taken[row], strict=False):
+            axis.imshow(taken, cmap="magma", vmin=0, vmax=most)
+            _bare(axis)
+    axes[0, 0].set_title("image", fontsize=8)
+    for e, axis in enumerate(axes[0, 1:]):
+        axis.set_title(f"expert {e}", fontsize=8)
     return figure
 
 
@@ -112,13 +149,20 @@ def class_heatmap(layer, class_names):
         class_names: One name per class.
     """
     counts, names = grouped_classes(layer.class_counts, class_names)
-    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    totals = counts.sum(axis=1, keepdims=True)
+    # Blank where there is nothing to share.
+    share = np.where(totals > 0, counts / np.maximum(totals, 1), np.nan)
     height = max(3.0, 0.17 * len(names) + 1.2)
     figure = _figure(11, height)
     panels = figure.subplots(1, 2)
-    order = np.lexsort((-share.max(axis=1), share.argmax(axis=1)))
+    known = np.nan_to_num(share, nan=-1)
+    order = np.lexsort(
+        (-known.max(axis=1), known.argmax(axis=1), totals[:, 0] == 0)
+    )
+    together = -(-len(class_names) // len(names))
+    more = f", {together} in a row" if together > 1 else ""
     for axis, rows, title in (
-        (panels[0], np.arange(len(names)), "in the order of the labels"),
+        (panels[0], np.arange(len(names)), f"in the order of the labels{more}"),
         (panels[1], order, "by their largest expert"),
     ):
         image = axis.imshow(share[rows], aspect="auto", cmap="viridis", vmin=0)
@@ -255,17 +299,22 @@ def _matrix(values, names, label, cmap="viridis", vmax=None):
     return figure
 
 
-def _class_of(found, row):
-    """The name of an example's class, if there are classes."""
+def _name_of(found, row):
+    """The name of an example image, or else of its class."""
+    if found.image_names is not None:
+        return _short(found.image_names[row], 20)
     if found.labels is None:
         return ""
     return _short(found.class_names[found.labels[row]], 20)
 
 
 def _short(name, most):
-    """The beginning of a name that is too long for a picture."""
+    """A name for a picture: both ends of a long one, no mathematics."""
     name = str(name)
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+    if len(name) > most:
+        end = most // 3
+        name = f"{name[: most - end - 1]}…{name[-end:]}"
+    return name.replace("$", r"\$")
 
 
 def _enlarged(cells, image):
@@ -279,7 +328,17 @@ def _enlarged(cells, image):
 def _blended(image, cells):
     """A picture under the colours of its patches."""
     grey = image.mean(axis=-1, keepdims=True) / 255
-    return 0.45 * grey + 0.55 * _enlarged(cells, image)
+    # Bright, or an orange on black would be another expert's brown.
+    return 0.4 * (0.35 + 0.65 * grey) + 0.6 * _enlarged(cells, image)
+
+
+def _veiled(image, served):
+    """A picture, with a veil over the patches that nobody serves."""
+    picture = image[..., :3] / 255
+    if image.shape[-1] not in (3, 4):
+        picture = np.repeat(image[..., :1] / 255, 3, axis=-1)
+    veil = 0.25 * picture + 0.75 * np.array(DROPPED)
+    return np.where(_enlarged(served[..., None], image), picture, veil)
 
 
 def _show(axis, image):
@@ -300,13 +359,18 @@ def _bare(axis):
         side.set_visible(False)
 
 
-def _legend(figure, num_experts):
-    """Which colour is which expert."""
+def _legend(figure, names, height):
+    """Which colour is which expert, in columns of the figure's height."""
     patch = require("matplotlib.patches", "plots").Patch
-    handles = [
-        patch(color=color, label=str(e))
-        for e, color in enumerate(colors(num_experts))
-    ]
+    handles = [patch(color=color, label=str(e)) for e, color in names.items()]
+    rows = max(4, int(4.5 * height) - 2)
+    columns = -(-len(handles) // rows)
+    width = figure.get_figwidth() + 0.6 * (columns - 1)
+    figure.set_figwidth(width)
     figure.legend(
-        handles=handles, title="expert", loc="outside right upper", fontsize=8
+        handles=handles,
+        title="expert",
+        loc="outside right upper",
+        fontsize=8,
+        ncols=columns,
     )

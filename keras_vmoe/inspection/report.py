@@ -10,11 +10,12 @@ import numpy as np
 from keras_vmoe import _files
 from keras_vmoe._checks import counted
 from keras_vmoe._extras import require
+from keras_vmoe._warnings import warn
 from keras_vmoe.inspection import _plots
 from keras_vmoe.inspection import pictures
 
 PAGE, NUMBERS = "index.html", "numbers.npz"
-TABLES = ("experts.csv", "classes.csv")
+TABLES = ("layers.csv", "experts.csv", "classes.csv")
 ABLATIONS = "ablations.csv"
 OURS = {PAGE, NUMBERS, ABLATIONS, *TABLES}
 PER_LAYER = (
@@ -22,7 +23,7 @@ PER_LAYER = (
     "experts_per_image_of_all_choices", "similarity", "class_counts",
     "class_weight", "patches_cdf", "spatial_share", "extra_tokens",
     "best_gates", "best_images", "best_labels", "best_patches", "examples",
-    "priority",
+    "priority", "taken", "entropy", "served_share", "grid",
 )  # fmt: skip
 
 
@@ -35,22 +36,32 @@ def sentences(found, name):
     """
     layer = found.layers[name]
     experts = layer.num_experts
+    first, every = (
+        f"{_mean(numbers):.1f}"
+        for numbers in (
+            layer.experts_per_image,
+            layer.experts_per_image_of_all_choices,
+        )
+    )
+    more = "" if every == first else f", {every} with all choices"
     said = [
-        f"{_mean(layer.experts_per_image):.1f} of {experts} experts are the "
-        "first choice of a patch of an image, "
-        f"{_mean(layer.experts_per_image_of_all_choices):.1f} with all choices."
+        f"{first} of {experts} experts are the first choice of a patch of an "
+        f"image{more}.",
+        f"The entropy of a patch's gates is {layer.entropy:.2f} nats, of at "
+        f"most {np.log(experts):.2f}.",
     ]
     unused = np.flatnonzero(layer.load == 0)
     most = int(layer.load.argmax())
     said.append(
-        f"Expert {most} is the first choice of {layer.load[most]:.0%} of the "
-        f"patches, {layer.load[most] * experts:.1f} times an even load"
+        f"Expert {most} is the first choice of {_percent(layer.load[most])} of "
+        "the patches, "
+        f"{layer.load[most] * experts:.1f} times an even load"
         + (f"; {_experts(unused)} of none." if len(unused) else ".")
     )
     if layer.served_share < 0.9995:
         said.append(
             f"{1 - layer.served_share:.1%} of the patches are served by no "
-            "expert."
+            "expert: there is no room for them."
         )
     if layer.class_counts is not None:
         said += _of_classes(layer, found.class_names)
@@ -58,8 +69,8 @@ def sentences(found, name):
     if pair is not None:
         a, b = pair
         said.append(
-            f"Experts {a} and {b} look at the most similar images "
-            f"({layer.similarity[a, b]:.2f})."
+            f"Experts {a} and {b} look at the most similar images: similarity "
+            f"{layer.similarity[a, b]:.2f}, where 1 is the same."
         )
     return said
 
@@ -73,9 +84,18 @@ def _of_classes(layer, names):
     excess = np.where(totals[:, None] > 0, share - layer.load, -1)
     c, e = np.unravel_index(excess.argmax(), excess.shape)
     return [
-        f"Expert {e} takes {share[c, e]:.0%} of class '{names[c]}', "
-        f"{layer.load[e]:.0%} of all."
+        f"Expert {e} is the first choice of {_percent(share[c, e])} of the "
+        f"patches of class '{names[c]}', and of {_percent(layer.load[e])} of "
+        "all patches."
     ]
+
+
+def _percent(share):
+    """A share in percent; 0 and 100 only if it is that."""
+    words = f"{share:.0%}"
+    if words == "100%" and share < 1:
+        return "over 99%"
+    return "under 1%" if words == "0%" and share > 0 else words
 
 
 def _experts(numbers):
@@ -84,7 +104,8 @@ def _experts(numbers):
         return f"expert {numbers[0]}"
     if len(numbers) > 3:
         return f"{len(numbers)} experts"
-    return "experts " + " and ".join(map(str, numbers))
+    *others, last = map(str, numbers)
+    return f"experts {', '.join(others)} and {last}"
 
 
 def _mean(histogram):
@@ -101,55 +122,87 @@ def _most_alike(similarity):
     return tuple(map(int, np.unravel_index(upper.argmax(), upper.shape)))
 
 
-def write(found, folder, history=None):
+def check_folder(folder):
+    """Raises unless a report can be written there."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(
+            "The folder of a report must be new. Received: "
+            f"{str(folder)!r}, which is a file. Name another one."
+        )
+    others = set()
+    if folder.exists():
+        others = {x.name for x in folder.iterdir()} - OURS
+    others = {x for x in others if not x.startswith(_files.PARTIAL)}
+    if others:
+        raise FileExistsError(
+            "The folder of a report must be new, or hold nothing but an "
+            f"earlier one. Received: {str(folder)!r}, which holds "
+            f"{sorted(others)[:5]}. Name another folder."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(
+            "The folder must be one that can be made. Received: "
+            f"{str(folder)!r} ({error.strerror}). Choose another one."
+        ) from error
+
+
+def write(found, folder, history=None, title=None, ablations=None):
     """See `Inspection.save`."""
     require("matplotlib", "plots")
     jinja2 = require("jinja2", "plots")
-    if folder.exists():
-        others = {x.name for x in folder.iterdir()} - OURS
-        others = {x for x in others if not x.startswith(_files.PARTIAL)}
-        if others:
-            raise FileExistsError(
-                "The folder of a report must be new, or hold nothing but an "
-                f"earlier one. Received: {str(folder)!r}, which holds "
-                f"{sorted(others)[:5]}. Name another folder."
-            )
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder)
+    tables = {"layers.csv": _layers_csv(found)}
+    tables["experts.csv"] = _experts_csv(found)
+    if found.class_names is not None:
+        tables["classes.csv"] = _classes_csv(found)
+    if ablations:
+        tables[ABLATIONS] = _csv(
+            list(ablations[0]), [list(row.values()) for row in ablations]
+        )
     template = pathlib.Path(__file__).with_name("report.html").read_text()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     page = environment.from_string(template).render(
+        title=title,
         layers=_sections(found),
-        overview=_images(
-            {
-                "Which expert sees what: the first choice of each patch.": (
-                    lambda: pictures.expert_maps(found)
-                )
-            }
-            if len(found.images)
-            else {}
-        )
-        + _images(_of_training(history, found)),
-        between=_images(
-            {
-                f"From {names[0]} to {names[1]}.": (
-                    lambda names=names, table=table: pictures.between_layers(
-                        table, names
-                    )
-                )
-                for names, table in found.between.items()
-            }
-        ),
+        overview=_overview(found, history),
+        between=_images(_between(found)),
         num_images=next(iter(found.layers.values())).num_images,
         has_classes=found.class_names is not None,
-        tables=[*TABLES[: 2 if found.class_names else 1], NUMBERS],
+        tables=[*tables, NUMBERS],
+        ablations=ablations,
     )
+    # First away with what an earlier report says of other images.
+    for name in (PAGE, *sorted(OURS - {PAGE, NUMBERS, *tables})):
+        (folder / name).unlink(missing_ok=True)
     with _files.replacing(folder / NUMBERS) as partial:
         np.savez(partial, **_numbers(found))
-    _files.write_text(folder / TABLES[0], _experts_csv(found))
-    if found.class_names is not None:
-        _files.write_text(folder / TABLES[1], _classes_csv(found))
+    for name, text in tables.items():
+        _files.write_text(folder / name, text)
     _files.write_text(folder / PAGE, page)
     return folder / PAGE
+
+
+def _overview(found, history):
+    """The pictures before those of single layers."""
+    figures = {}
+    if len(found.images):
+        figures["Which expert sees what: the first choice of each patch."] = (
+            lambda: pictures.expert_maps(found)
+        )
+    return _images({**figures, **_of_training(history, found)})
+
+
+def _between(found):
+    """Captions and pictures of how choices go on from layer to layer."""
+    return {
+        f"Which experts of {names[1]} the patches of each expert of {names[0]} "
+        "go on to.": lambda names=names, table=table: pictures.between_layers(
+            table, names
+        )
+        for names, table in found.between.items()
+    }
 
 
 def _sections(found):
@@ -174,26 +227,35 @@ def _pictures(found, name):
         "Load of the experts; the line is an even load.": lambda: (
             pictures.load_bars(layer)
         ),
-        "The patches with the largest gates, at most one per image.": lambda: (
-            pictures.best_patches(layer, found.class_names)
+        "The patches with an expert's largest gates, at most one per image, "
+        "under the classes of their images.": lambda: pictures.best_patches(
+            layer, found.class_names
         ),
         "Where in the image an expert has its patches.": lambda: (
             pictures.spatial_maps(layer)
         ),
-        "How many experts an image meets, and how many of its patches an "
-        "expert has.": lambda: pictures.distributions(layer),
-        "How alike the images of two experts are.": lambda: (
+        "Left: how many experts an image meets. Right: of the images that an "
+        "expert has patches of, the share of which it has at most so "
+        "many.": lambda: pictures.distributions(layer),
+        "How alike the images of two experts are: the patches that they share "
+        "out in the same images, relative to all of theirs.": lambda: (
             pictures.similarity_matrix(layer)
         ),
     }
     if layer.class_counts is not None:
-        figures["Which expert takes which class."] = lambda: (
-            pictures.class_heatmap(layer, found.class_names)
-        )
+        figures[
+            "The share of each class's patches whose first choice an expert is."
+        ] = lambda: pictures.class_heatmap(layer, found.class_names)
+    if layer.taken is not None and len(found.images):
+        figures[
+            "What each expert takes of an image: the dispatch weights of its "
+            "slots (Soft MoE), or the gates of the patches that it chose."
+        ] = lambda: pictures.taken_maps(found, name)
     if layer.served:
         figures[
-            "Patches that are served (bright) as capacity shrinks, without and "
-            "with Batch Prioritized Routing."
+            "What is served as capacity shrinks, without and with Batch "
+            "Prioritized Routing: nobody has room for the patches under a "
+            "veil. Images that are routed together share the room."
         ] = lambda: pictures.drop_maps(found, name)
     return figures
 
@@ -202,20 +264,26 @@ def _of_training(history, found):
     """The load over the epochs, of a `history.csv`."""
     if history is None:
         return {}
-    with open(history, newline="") as file:
-        rows = list(csv.DictReader(file))
     figures = {}
-    for name, layer in found.layers.items():
-        columns = [f"{name}/load_{e}" for e in range(layer.num_experts)]
-        if not rows or any(column not in rows[0] for column in columns):
-            continue
-        epochs = [
-            {"load_share": [float(row[column]) for column in columns]}
-            for row in rows
-        ]
-        figures[f"Load of {name} while it was trained."] = (
-            lambda name=name, epochs=epochs: _plots.load_figure(name, epochs)
-        )
+    try:
+        with open(history, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for name, layer in found.layers.items():
+            columns = [f"{name}/load_{e}" for e in range(layer.num_experts)]
+            theirs = [x for x in rows[0] if x.startswith(f"{name}/load_")]
+            if sorted(theirs) != sorted(columns):
+                continue  # Of a model with other experts.
+            epochs = [
+                {"load_share": [float(row[column]) for column in columns]}
+                for row in rows
+            ]
+            figures[f"Load of {name} while it was trained."] = (
+                lambda name=name, epochs=epochs: _plots.load_figure(
+                    name, epochs
+                )
+            )
+    except (OSError, ValueError, TypeError, LookupError, csv.Error) as error:
+        warn(f"{history} is left out of the report: {error}")
     return figures
 
 
@@ -224,9 +292,11 @@ def _images(figures):
     found = []
     for caption, draw in figures.items():
         content = io.BytesIO()
-        draw().savefig(content, format="png", dpi=90)
+        figure = draw()
+        figure.savefig(content, format="png", dpi=90)
         code = base64.b64encode(content.getvalue()).decode()
-        found.append({"caption": caption, "source": code})
+        width = figure.get_figwidth()
+        found.append({"caption": caption, "source": code, "wide": width > 6})
     return found
 
 
@@ -235,6 +305,7 @@ def _numbers(found):
     numbers = {"images": found.images}
     if found.labels is not None:
         numbers["labels"] = found.labels
+        numbers["class_names"] = np.array(found.class_names)
     for name, layer in found.layers.items():
         for key in PER_LAYER:
             value = getattr(layer, key)
@@ -246,6 +317,19 @@ def _numbers(found):
     for (first, second), table in found.between.items():
         numbers[f"{first}/to/{second}"] = table
     return numbers
+
+
+def _layers_csv(found):
+    rows = [
+        [name, layer.router, layer.num_experts, *layer.grid, layer.num_images,
+         layer.served_share, layer.entropy, _mean(layer.experts_per_image),
+         _mean(layer.experts_per_image_of_all_choices)]
+        for name, layer in found.layers.items()
+    ]  # fmt: skip
+    head = ["layer", "router", "experts", "rows", "columns", "images",
+            "served_share", "entropy", "experts_per_image",
+            "experts_per_image_of_all_choices"]  # fmt: skip
+    return _csv(head, rows)
 
 
 def _experts_csv(found):

@@ -50,11 +50,8 @@ def test_the_page(browser, report, width, scheme):
     assert {x.split(":", 1)[0] for x in asked} <= {"file", "data"}
     wide = page.evaluate("document.documentElement.scrollWidth")
     assert wide <= width
-    images = page.evaluate(
-        "[...document.images].map(x => [x.naturalWidth, x.width])"
-    )
-    assert len(images) >= 13
-    assert all(natural > 0 and shown <= width for natural, shown in images)
+    images = page.evaluate("[...document.images].map(x => x.naturalWidth)")
+    assert len(images) >= 13 and all(images)
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
     page.close()

@@ -54,6 +54,45 @@ def test_every_change():
 
 
 @pytest.mark.backends("torch")
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"router": "soft", "images_per_group": None, "num_slots": 1},
+        {"gate": "cosine"},
+        {"gate": "l2"},
+    ],
+)
+def test_gates_with_a_scale(moe):
+    model = randomize(tiny(moe=moe))
+    rows = evaluation.ablate(
+        model, [(IMAGES, LABELS)], layers="block_3_moe", max_images=2
+    )
+    assert {row["layer"] for row in rows} == {"", "block_3_moe"}
+    assert all((2 * row["accuracy"]) % 1 == 0 for row in rows), "two images"
+
+
+@pytest.mark.backends("torch")
+def test_a_frozen_router_is_random_too(monkeypatch):
+    model = randomize(tiny())
+    model.trainable = False
+    kernel = model.get_layer("block_3_moe").router.gate_layer.kernel
+    seen = []
+
+    def measure(*args, **kwargs):
+        seen.append(ops.convert_to_numpy(kernel).copy())
+        return types.SimpleNamespace(accuracy=0.0)
+
+    monkeypatch.setattr(ablation, "measure", measure)
+    rows = evaluation.ablate(model, [], layers="block_3_moe")
+    at = [row["change"] for row in rows].index("random router")
+    assert (seen[at] != seen[0]).any()
+    np.testing.assert_array_equal(
+        np.sort(seen[at].ravel()), np.sort(seen[0].ravel())
+    )
+    np.testing.assert_array_equal(seen[-1], seen[0])
+
+
+@pytest.mark.backends("torch")
 def test_a_dense_model():
     with pytest.raises(ValueError, match="without any"):
         evaluation.ablate(tiny(moe=None), [])
@@ -85,7 +124,7 @@ def test_the_command(trained, tmp_path):
     lines = (output / "ablations.csv").read_text().split("\n")
     assert len(lines) == 2 + 1 + 5 + 4
     done = run("inspect", run_dir, "--ablations", "--images", "a.png")
-    assert done.returncode == 1 and "Accuracy needs labels" in done.stderr
+    assert done.returncode == 1 and "--images with --ablations" in done.stderr
 
 
 @pytest.mark.backends("torch")

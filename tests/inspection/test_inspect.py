@@ -1,6 +1,7 @@
 """`inspect` against the plain functions on everything at once."""
 
 import math
+import re
 
 import keras
 import numpy as np
@@ -75,6 +76,16 @@ def test_every_number(router):
             "examples": first[:8].reshape(-1, 2, 2),
             "priority": decided.gates[:8, 1:].max(-1).reshape(-1, 2, 2),
         }
+        every = inspection.patch_counts(top, 4)
+        expected["load_of_all_choices"] = every.sum(axis=0) / every.sum()
+        expected["experts_per_image_of_all_choices"] = np.bincount(
+            inspection.experts_per_image(every), minlength=5
+        )
+        if decided.taken is None:
+            assert seen.taken is None and router in ("top_k", "dropless")
+        else:
+            taken = decided.taken[:8, 1:].swapaxes(1, 2)
+            expected["taken"] = taken.reshape(-1, 4, 2, 2)
         for key, value in expected.items():
             np.testing.assert_allclose(
                 getattr(seen, key), value, atol=1e-6, err_msg=f"{name}/{key}"
@@ -85,7 +96,15 @@ def test_every_number(router):
         assert seen.entropy == pytest.approx(entropy, rel=1e-4)
         assert bool(seen.served) == (router in ("top_k", "dropless"))
     table = found.between["block_1_moe", "block_3_moe"]
-    assert table.sum() <= 40 and table.shape == (4, 4)
+    choices = []
+    for name in found.layers:
+        layer, tokens = tokens_of(model, name, images_of(10))
+        choices.append(decisions.decide(layer, tokens).top[:, 1:, 0])
+    pairs = np.zeros((4, 4))
+    for a, b in zip(*(x.ravel() for x in choices), strict=True):
+        if a >= 0 and b >= 0:
+            pairs[a, b] += 1
+    np.testing.assert_array_equal(table, pairs)
     np.testing.assert_array_equal(found.labels, LABELS[:8])
     assert found.class_names == tuple("0123456789")
 
@@ -245,24 +264,178 @@ def test_the_report(router, tmp_path):
     model = model_of(router)
     found = inspection.inspect(model, batches())
     page = found.save(tmp_path / "report")
-    names = {"index.html", "experts.csv", "classes.csv", "numbers.npz"}
+    names = {"index.html", "layers.csv", "experts.csv", "classes.csv",
+             "numbers.npz"}  # fmt: skip
     assert {x.name for x in page.parent.iterdir()} == names
     text = page.read_text()
-    assert "http" not in text.replace("http-equiv", ""), "no network"
+    assert "http" not in re.sub(r"base64,[^\"]*", "", text), "no network"
     assert text.count("data:image/png;base64,") >= 13
     for name in found.layers:
         for sentence in found.sentences()[name]:
             assert sentence.replace("'", "&#39;") in text
     with np.load(page.parent / "numbers.npz") as numbers:
-        for key in ("load", "similarity", "class_counts", "examples"):
+        for key in ("load", "similarity", "class_counts", "examples",
+                    "entropy", "served_share"):  # fmt: skip
             value = getattr(found.layers["block_3_moe"], key)
             np.testing.assert_array_equal(numbers[f"block_3_moe/{key}"], value)
     rows = (page.parent / "classes.csv").read_text().split("\n")
     assert len(rows) == 2 + 2 * 10 * 4
-    found.save(tmp_path / "report")  # In the place of the one before.
+    # In the place of the one before, of which nothing is left.
+    few = inspection.inspect(model, batches(labels=False), num_examples=1)
+    few.save(tmp_path / "report", title="<some> images")
+    assert "&lt;some&gt; images" in page.read_text()
+    assert {x.name for x in page.parent.iterdir()} == names - {"classes.csv"}
     (tmp_path / "report" / "mine.txt").write_text("")
     with pytest.raises(FileExistsError, match=r"which holds .'mine.txt'."):
         found.save(tmp_path / "report")
+    with pytest.raises(FileExistsError, match="which is a file"):
+        found.save(tmp_path / "report" / "mine.txt")
+
+
+@pytest.mark.backends("torch")
+def test_images_that_are_left_out_were_routed_with_the_others():
+    moe = {**ROUTERS["expert_choice"], "images_per_group": 8}
+    model = randomize(tiny(moe=moe))
+    every = inspection.inspect(model, batches(sizes=(10,)))
+    few = inspection.inspect(model, batches(sizes=(10,)), max_images=3)
+    for name, layer in few.layers.items():
+        np.testing.assert_array_equal(
+            layer.examples, every.layers[name].examples[:3]
+        )
+    for key in ("images", "labels"):
+        np.testing.assert_array_equal(
+            getattr(few, key), getattr(every, key)[:3]
+        )
+
+
+@pytest.mark.backends("torch")
+def test_what_the_pictures_show():
+    model = model_of("top_k")
+    found = inspection.inspect(
+        model, batches(), num_examples=2, image_names=["a.jpg", "$b$.jpg", "c"]
+    )
+    layer = found.layers["block_3_moe"]
+    palette = pictures.colors(4)
+    axes = np.array(pictures.expert_maps(found).axes).reshape(2, 3)
+    assert axes[1, 0].get_ylabel() == r"\$b\$.jpg"
+    for row, image in enumerate(found.images):
+        shown = axes[row, 2].get_images()[0].get_array()
+        grey = image.mean(axis=-1, keepdims=True) / 255
+        colors = (shown - 0.4 * (0.35 + 0.65 * grey)) / 0.6
+        places = np.array(layer.examples[row]).repeat(4, 0).repeat(4, 1)
+        np.testing.assert_allclose(colors, palette[places], atol=1e-6)
+    figure = pictures.drop_maps(found, layer.name)
+    axes = np.array(figure.axes).reshape(2, 8)
+    for axis, served in zip(axes[0, 2:], layer.served.values(), strict=True):
+        assert f"{served.mean():.0%} served" in axis.get_title()
+        shown = axis.get_images()[0].get_array()
+        picture = found.images[0] / 255
+        same = np.isclose(shown, picture).all(axis=-1)
+        np.testing.assert_array_equal(same, served[0].repeat(4, 0).repeat(4, 1))
+    left, right = pictures.class_heatmap(layer, found.class_names).axes[:2]
+    counts = layer.class_counts[:3]
+    share = left.get_images()[0].get_array()
+    np.testing.assert_allclose(
+        share[:3], counts / counts.sum(axis=1, keepdims=True)
+    )
+    assert np.isnan(np.asarray(share[3:].filled(np.nan))).all()
+    last = [x.get_text() for x in right.get_yticklabels()][3:]
+    assert set(last) == set("3456789")
+    table = found.between["block_1_moe", "block_3_moe"]
+    figure = pictures.between_layers(table, ("a", "b"))
+    shown = figure.axes[0].get_images()[0].get_array()
+    rows = np.maximum(table.sum(axis=1, keepdims=True), 1)
+    np.testing.assert_allclose(shown, table / rows)
+
+
+@pytest.mark.backends("torch")
+def test_a_functional_model_keeps_its_class_token_apart():
+    model = model_of("top_k")
+    plain = keras.Model(model.input, model.output)
+    found = inspection.inspect(plain, batches())
+    layer = found.layers["block_3_moe"]
+    assert layer.grid == (2, 2) and layer.extra_tokens.sum() == 10
+
+
+@pytest.mark.backends("torch")
+def test_a_history_of_another_model_is_left_out(tmp_path):
+    found = inspection.inspect(model_of("top_k"), batches(), num_examples=0)
+    names = [f"block_1_moe/load_{e}" for e in range(8)]
+    path = tmp_path / "history.csv"
+    path.write_text(",".join(names) + "\n" + ",".join(["0.1"] * 8) + "\n")
+    page = found.save(tmp_path / "report", history=path)
+    assert "while it was trained" not in page.read_text()
+    path.write_text(",".join(names[:4]) + "\n0.1,,0.2,0.3\n")
+    with pytest.warns(UserWarning, match="history.csv is left out"):
+        found.save(tmp_path / "report", history=path)
+
+
+BAD_LABELS = [
+    (np.eye(10)[LABELS], r"shape .6, 10."),
+    (LABELS[:, None], r"shape .6, 1."),
+    (LABELS.astype("float32"), "dtype float32"),
+    (LABELS + 8, "from 0 to 9, .* Received: 10"),
+    (LABELS - 1, "Received: -1"),
+]
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize(("labels", "words"), BAD_LABELS)
+def test_labels_that_are_no_classes(labels, words):
+    batch = images_of(10)[:6], labels[:6]
+    with pytest.raises(ValueError, match=words):
+        inspection.inspect(model_of("top_k"), [batch])
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"class_names": ["a"]}, "1 names for 10 classes"),
+        ({"layers": []}, "must be MoE layers of the model.*Received: None"),
+        ({"capacities": ("dropless",)}, "`capacities` must be numbers"),
+        ({"capacities": 0}, "Received: 0"),
+    ],
+)
+def test_bad_options(options, words):
+    with pytest.raises(ValueError, match=words):
+        inspection.inspect(model_of("top_k"), batches(), **options)
+
+
+@pytest.mark.backends("torch")
+def test_bad_batches():
+    model, (first, second) = model_of("top_k"), batches()
+    with pytest.raises(ValueError, match="a batch without labels after"):
+        inspection.inspect(model, [first, second[0]])
+    with pytest.raises(ValueError, match="Put it into a list"):
+        inspection.inspect(model, first[0])
+    second[0][2] = np.nan
+    with pytest.raises(ValueError, match="for image 8 .counted from 0"):
+        inspection.inspect(tiny(moe={"images_per_group": 1}), [first, second])
+    inner = keras.Sequential([keras.Input((8, 8, 3)), model])
+    with pytest.raises(ValueError, match="Take the model inside, `model.get_"):
+        inspection.inspect(inner, batches())
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: inspection.patch_counts(np.array([[0, 7]]), 4), "top.*: 7"),
+        (lambda: inspection.class_counts([[1]], [-1], 3), "labels.*: -1"),
+        (lambda: inspection.patches_cdf([[5]], 3), "counts.*: 5"),
+    ],
+)
+def test_decisions_that_are_out_of_range(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+@pytest.mark.backends("torch")
+def test_experts_that_nobody_uses_are_like_nobody():
+    found = inspection.similarity([[2, 0, 0], [1, 0, 0]])
+    expected = [[1, 0, 0], [0, np.nan, np.nan], [0, np.nan, np.nan]]
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.backends("torch")
@@ -292,8 +465,15 @@ def test_the_command(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "b" / "index.html").read_text()
     assert "The images have no labels" in page
-    done = run("inspect", tmp_path / "none.keras")
-    assert done.returncode == 1
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "mine.txt").write_text("")
+    for more, words in (
+        ([tmp_path / "none.keras"], "none.keras"),
+        ([run_dir, "digits", "--images", path], "in the place of a dataset"),
+        ([run_dir, f"--output={tmp_path / 'c'}"], "which holds ['mine.txt']"),
+    ):
+        done = run("inspect", *more)
+        assert done.returncode == 1 and words in done.stderr
 
 
 @pytest.mark.backends("jax")
