@@ -58,6 +58,16 @@ def check_not_negative(**settings):
             )
 
 
+def check_positive(**values):
+    """Raises unless all of these are finite numbers above 0."""
+    for name, value in values.items():
+        if not is_number(value) or value <= 0:
+            raise ValueError(
+                f"`{name}` must be a number above 0. "
+                f"Received: {name}={value!r}."
+            )
+
+
 def check_rates(**rates):
     """Raises unless all of these are probabilities below 1."""
     for name, rate in rates.items():

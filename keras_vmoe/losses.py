@@ -11,8 +11,16 @@ import math
 from keras import ops
 
 from keras_vmoe._checks import check_mask
+from keras_vmoe._checks import check_positive
 
-__all__ = ["gshard_loss", "importance_loss", "load_loss", "router_z_loss"]
+__all__ = [
+    "global_entropy_loss",
+    "gshard_loss",
+    "importance_loss",
+    "load_loss",
+    "local_entropy_loss",
+    "router_z_loss",
+]
 
 
 def importance_loss(gates, mask=None):
@@ -139,6 +147,75 @@ def router_z_loss(logits, mask=None):
     """
     size = ops.square(ops.logsumexp(logits, axis=-1))
     return ops.squeeze(_mean_tokens(size[..., None], mask), axis=-1)
+
+
+def local_entropy_loss(gates, mask=None):
+    """Mean entropy of a token's gates: low where the router is sure.
+
+    Args:
+        gates: `(G, S, E)` float tensor, sum 1 over E.
+        mask: Optional `(G, S)` bool tensor, False for tokens to ignore.
+
+    Returns:
+        `(G,)` float tensor, in nats, from 0 to `log(E)`.
+
+    Example:
+
+    >>> gates = keras.ops.convert_to_tensor([[[0.5, 0.5], [1.0, 0.0]]])
+    >>> round(float(local_entropy_loss(gates)[0]), 4)
+    0.3466
+
+    Reference:
+        [Mustafa et al., 2022](https://arxiv.org/abs/2206.02770) (LIMoE),
+        section 2.2. The loss only: there is no training on images and text
+        here, for which the paper has one for each modality.
+    """
+    entropy = _entropy(gates)[..., None]
+    return ops.squeeze(_mean_tokens(entropy, mask), axis=-1)
+
+
+def global_entropy_loss(gates, min_experts=None, mask=None):
+    """What the entropy of the mean gates lacks: low where many are used.
+
+    `max(0, log(min_experts) - H(mean gates))`: nothing where the mean gates are
+    as spread as over `min_experts` experts of equal use.
+
+    Args:
+        gates: `(G, S, E)` float tensor, sum 1 over E.
+        min_experts: Experts that are to be used, at least and about, above 0;
+            None means E, with which the loss is 0 for an even use alone.
+        mask: Optional `(G, S)` bool tensor, False for tokens to ignore.
+
+    Returns:
+        `(G,)` float tensor, in nats.
+
+    Raises:
+        ValueError: If `min_experts` is not positive.
+
+    Example:
+
+    >>> gates = keras.ops.convert_to_tensor([[[1.0, 0.0], [1.0, 0.0]]])
+    >>> round(float(global_entropy_loss(gates, min_experts=2)[0]), 4)
+    0.6931
+
+    Reference:
+        [Mustafa et al., 2022](https://arxiv.org/abs/2206.02770) (LIMoE),
+        section 2.2 and its threshold. The loss only, as `local_entropy_loss`.
+    """
+    min_experts = gates.shape[-1] if min_experts is None else min_experts
+    check_positive(min_experts=min_experts)
+    entropy = _entropy(_mean_tokens(gates, mask))
+    lacking = ops.maximum(math.log(min_experts) - entropy, 0.0)
+    if mask is None:
+        return lacking
+    some = ops.any(ops.cast(mask, "bool"), axis=1)
+    return ops.where(some, lacking, ops.zeros_like(lacking))
+
+
+def _entropy(gates):
+    """Of the last axis; a gate of 0 adds nothing, nor to the gradient."""
+    safe = ops.where(gates > 0, gates, ops.ones_like(gates))
+    return -ops.sum(gates * ops.log(safe), axis=-1)
 
 
 def _kth_largest(values, k):

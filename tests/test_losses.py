@@ -1,6 +1,7 @@
 """Each auxiliary loss against its definition in loops, with its gradient."""
 
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -22,13 +23,41 @@ def all_losses(num_selected_experts, noise_std):
         "importance": losses.importance_loss,
         "gshard": losses.gshard_loss,
         "z": losses.router_z_loss,
+        "local entropy": losses.local_entropy_loss,
+        "global entropy": lambda gates, mask=None: losses.global_entropy_loss(
+            gates, 2.5, mask
+        ),
         "load": lambda logits, noisy_logits, mask=None: losses.load_loss(
             logits, noisy_logits, noise_std, num_selected_experts, mask
         ),
     }
 
 
+def entropy_slowly(shares):
+    return -sum(p * math.log(p) for p in shares if p > 0)
+
+
+def local_entropy_slowly(gates, mask=None):
+    """The mean over the tokens of each group."""
+    mask = np.ones(gates.shape[:2], bool) if mask is None else mask
+    return np.array([
+        np.mean([entropy_slowly(token) for token in group[kept]])
+        for group, kept in zip(gates, mask, strict=True)
+    ])  # fmt: skip
+
+
+def global_entropy_slowly(gates, mask=None):
+    """What the mean gates of each group lack of log(2.5)."""
+    mask = np.ones(gates.shape[:2], bool) if mask is None else mask
+    return np.array([
+        max(0, math.log(2.5) - entropy_slowly(group[kept].mean(axis=0)))
+        for group, kept in zip(gates, mask, strict=True)
+    ])  # fmt: skip
+
+
 SLOWLY = {
+    "local entropy": local_entropy_slowly,
+    "global entropy": global_entropy_slowly,
     "importance": importance_slowly,
     "gshard": gshard_slowly,
     "z": z_slowly,

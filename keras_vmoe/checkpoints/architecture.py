@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from keras_vmoe.checkpoints.assignment import GATE
 from keras_vmoe.checkpoints.assignment import POSITIONS
 from keras_vmoe.checkpoints.assignment import num_class_positions
 from keras_vmoe.checkpoints.keras_applications import load_convnext
@@ -105,11 +106,18 @@ def _config(shapes, image_size, of_class):
         "pooling": pooling,
         "num_registers": shapes.get("registers", (1, None))[1],
         "qk_norm": f"{attention}/query_ln/scale" in shapes,
+        "ensemble_size": _ensemble_size(shapes),
         "representation_size": shapes.get("pre_logits/bias", (None,))[0],
         "position_embedding": "learned" if POSITIONS in shapes else "sincos2d",
         "moe": moe,
         **({} if kernel[2] == 3 else {"channels": kernel[2]}),
     }
+
+
+def _ensemble_size(shapes):
+    """M of a gate `(D, M, E / M)`; None where gates are no ensemble's."""
+    gates = [x for name, x in shapes.items() if name.endswith(GATE)]
+    return gates[0][1] if gates and len(gates[0]) == 3 else None
 
 
 def _image_size(shapes, pooling, patch_size, of_class):

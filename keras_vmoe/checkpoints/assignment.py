@@ -15,6 +15,7 @@ from keras_vmoe.layers.positions import resize_positions
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 HEAD = ("head/kernel", "head/bias")
+GATE = "/Moe/Router/dense/kernel"  # The end of its name.
 POSITIONS = "Encoder/posembed_input/pos_embedding"
 
 

@@ -3,7 +3,10 @@
 import os
 from collections.abc import Mapping
 
+import numpy as np
+
 from keras_vmoe.checkpoints._torch import TorchArrays
+from keras_vmoe.checkpoints.assignment import GATE
 from keras_vmoe.checkpoints.assignment import POSITIONS
 from keras_vmoe.checkpoints.assignment import assign
 from keras_vmoe.checkpoints.assignment import check_model
@@ -72,6 +75,16 @@ def load_vmoe(model, arrays, grid=None):
     preprocessing = known_to(model, known)
     weights = vmoe_weights(model)
     arrays = fit_head(dict(arrays), model)
+    for name, x in arrays.items():  # (D, M, E / M) of an ensemble's gate.
+        if name.endswith(GATE) and np.ndim(x) == 3:
+            if np.shape(x)[1] != model.ensemble_size:
+                raise ValueError(
+                    "The ensemble must have the members of the checkpoint. "
+                    f"Received: ensemble_size={model.ensemble_size} for "
+                    f"{name} {np.shape(x)}. Set ensemble_size="
+                    f"{np.shape(x)[1]}."
+                )
+            arrays[name] = np.reshape(x, (len(x), -1))
     if model.position_embedding == "learned" and POSITIONS in arrays:
         arrays[POSITIONS] = fit_positions(
             arrays[POSITIONS], model, grid, **options

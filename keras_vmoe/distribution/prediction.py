@@ -80,7 +80,11 @@ def predict(model, images):
         padding = [(0, missing)] + [(0, 0)] * (images.ndim - 1)
         filled = np.pad(images[:whole], padding)
         outputs = _on_all(model, filled, parallel)
-        parts.append(keras.tree.map_structure(lambda x: x[:whole], outputs))
+
+        def kept(x):  # Several rows of an image, where an ensemble has copies.
+            return x[: whole * (len(x) // len(filled))]
+
+        parts.append(keras.tree.map_structure(kept, outputs))
     if whole < len(images):
         parts.append(_on_one(model, images[whole:], parallel))
     return keras.tree.map_structure(lambda *x: np.concatenate(x), *parts)

@@ -137,8 +137,11 @@ def _without_head(model):
     has_head = isinstance(head, keras.layers.Dense)
     if isinstance(model, MoEModel):  # It may end in `pre_logits`.
         has_head = model.num_classes is not None
+        head = model.get_layer("head") if has_head else head
     if has_head:
         output = head.input
+    if has_head and len(output.shape) == 3:  # Of the members of an ensemble.
+        output = keras.layers.Flatten()(output)
     if len(model.outputs) != 1 or len(output.shape) != 2:
         raise ValueError(
             "The model must end in one vector of features per image, `(B, D)`, "

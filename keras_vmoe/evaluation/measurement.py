@@ -11,6 +11,8 @@ from keras_vmoe.evaluation.features import check_finite
 from keras_vmoe.models.base import MoEModel
 from keras_vmoe.models.base import check_preprocessing
 
+BINS = 15  # Of the calibration error.
+
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
@@ -20,7 +22,9 @@ class Measurement:
         num_images: Images.
         accuracy: Share of the images whose class has the largest logit.
         top5: Share of the images whose class has one of the five largest.
-        loss: Mean cross-entropy.
+        loss: Mean cross-entropy, the negative log-likelihood in nats.
+        calibration_error: Expected calibration error: how far apart confidence
+            and accuracy are, on average over 15 bins of equal width.
         confusion: `(classes, classes)` int array: images by true class (rows)
             and predicted class (columns).
         routing: Dict from the name of each MoE layer to the `load_share` and
@@ -33,6 +37,7 @@ class Measurement:
     accuracy: float
     top5: float
     loss: float
+    calibration_error: float
     confusion: np.ndarray
     routing: dict
     labels: np.ndarray
@@ -123,10 +128,44 @@ def _scores(logits, labels):
         "accuracy": float((order[:, 0] == labels).mean()),
         "top5": float((order[:, :5] == labels[:, None]).any(axis=-1).mean()),
         "loss": float(ops.mean(losses)),
+        "calibration_error": calibration_error(logits, labels),
         "confusion": confusion,
         "labels": labels,
         "predicted": order[:, 0],
     }
+
+
+def calibration_error(logits, labels):
+    """How far apart confidence and accuracy are, from 0 to 1.
+
+    Images are sorted into 15 bins of equal width by the probability of the
+    class that is predicted; each bin counts by its images.
+
+    Args:
+        logits: `(images, classes)` float array.
+        labels: `(images,)` int array.
+
+    Returns:
+        A float.
+
+    Example:
+
+    >>> logits = np.log([[0.8, 0.2], [0.8, 0.2]])
+    >>> round(calibration_error(logits, np.array([0, 1])), 4)
+    0.3
+
+    Reference:
+        [Guo et al., 2017](https://arxiv.org/abs/1706.04599), section 2.
+    """
+    logits = np.asarray(logits, "float64")
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    shares = np.exp(shifted)
+    confidence = (shares / shares.sum(axis=-1, keepdims=True)).max(axis=-1)
+    right = logits.argmax(axis=-1) == labels
+    # Bins are open at their lower end, as in the paper.
+    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    gap = np.bincount(bins, weights=confidence - right, minlength=BINS)
+    return float(np.abs(gap).sum() / len(labels))
 
 
 class _RouterWatch:
@@ -168,6 +207,7 @@ def report(measurement, class_names):
         f"accuracy: {measurement.accuracy:.4f}",
         *top5,
         f"cross-entropy: {measurement.loss:.4f}",
+        f"calibration error: {measurement.calibration_error:.4f}",
         "",
         f"{'class':<24} {'images':>7} {'correct':>8}  most confused with",
     ]

@@ -133,6 +133,7 @@ def inspect(
     check_preprocessing(model, dataset)
     _check_dataset(dataset)
     chosen = moe_layers(model, layers)
+    _check_no_copies(chosen)
     num_classes = _num_classes(model, class_names)
     capacities = _capacities(capacities)
     probe = keras.Model(model.inputs[0], [layer.input for layer in chosen])
@@ -215,6 +216,17 @@ class _Gathered:
             labels=labels,
             class_names=class_names,
             image_names=image_names,
+        )
+
+
+def _check_no_copies(chosen):
+    """Raises for an ensemble, whose members see an image each."""
+    copies = max(getattr(layer.router, "copies", 1) for layer in chosen)
+    if copies > 1:
+        raise ValueError(
+            "Each image must be routed once. Received: an ensemble of "
+            f"{copies} members, which route it each. `MoEMLP.plan` and the "
+            "functions of `inspection` take their decisions."
         )
 
 

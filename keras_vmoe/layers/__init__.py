@@ -3,6 +3,7 @@
 The parts of the models are in the modules of this package.
 """
 
+from keras_vmoe.layers.ensemble_router import EnsembleRouter
 from keras_vmoe.layers.expert_choice_router import ExpertChoiceRouter
 from keras_vmoe.layers.experts import MLPExperts
 from keras_vmoe.layers.gates import CosineGate
@@ -20,6 +21,7 @@ from keras_vmoe.layers.top_k_router import TopKRouter
 __all__ = [
     "BiasBalancedRouter",
     "CosineGate",
+    "EnsembleRouter",
     "ExpertChoiceRouter",
     "L2Gate",
     "LinearGate",

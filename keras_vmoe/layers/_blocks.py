@@ -36,6 +36,7 @@ def encoder_block(
 
     Example:
 
+    >>> from keras_vmoe.layers.attention import SelfAttention
     >>> x = keras.Input((4, 8))
     >>> attention = SelfAttention(num_heads=2, name="block_0_attention")
     >>> encoder_block(x, attention, MLP(16), name="block_0").shape

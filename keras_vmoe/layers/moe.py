@@ -76,7 +76,8 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
             shared. Dropless routing needs a bank with `takes_blocks = True`.
         images_per_group: Images that are routed together; None means 8, and
             `"batch"` the whole batch as one group. 1 makes images independent,
-            which a `SoftRouter` always does.
+            which a `SoftRouter` always does. The copies of an image that an
+            `EnsembleRouter` is given count as one.
         **kwargs: Further arguments of `MLPExperts` for the default bank
             (`activation`, `dropout`, `kernel_initializer`, `bias_initializer`,
             `kernel_regularizer`, `bias_regularizer`, `kernel_constraint`,
@@ -164,6 +165,13 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
         """F of an expert; None where the bank does not say it."""
         return getattr(self.experts, "hidden_dim", None)
 
+    @property
+    def _rows_per_group(self):
+        """Rows of the batch in a group, the copies of an ensemble counted."""
+        if self.images_per_group == "batch":
+            return "batch"
+        return self.images_per_group * getattr(self.router, "copies", 1)
+
     def build(self, input_shape):
         self._check_rank(input_shape)
         features = input_shape[-1]
@@ -194,7 +202,7 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
 
     def _group_size(self, input_shape):
         """S of a full group, None where it is not known."""
-        sizes = (self.images_per_group, *input_shape[1:-1])
+        sizes = (self._rows_per_group, *input_shape[1:-1])
         is_open = None in sizes or "batch" in sizes
         return None if is_open else math.prod(sizes)
 
@@ -206,8 +214,8 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
         if inputs.shape[0] == 0:
             return inputs
         if training:
-            _replicas.check_groups(inputs.shape[0], self.images_per_group)
-        groups = group_tokens(inputs, self.images_per_group, mask)
+            _replicas.check_groups(inputs.shape[0], self._rows_per_group)
+        groups = group_tokens(inputs, self._rows_per_group, mask)
         plan = self._plan(groups, training)
         buffers = plan.dispatch(groups.tokens)  # (G, E, C, D)
         buffers = self._run(buffers, training)
@@ -263,7 +271,7 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
         Returns:
             The router's plan.
         """
-        groups = group_tokens(inputs, self.images_per_group, mask)
+        groups = group_tokens(inputs, self._rows_per_group, mask)
         return self._plan(groups, training=False)
 
     def _plan(self, groups, training):

@@ -36,6 +36,8 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
 
     # Images of a group, where the router's mathematics fixes them.
     images_per_group = None
+    # Copies of an image that follow each other in a batch, as of an ensemble.
+    copies = 1
 
     def __init__(
         self, num_experts, noise_std=1.0, gate="linear", seed=None, **kwargs
@@ -126,6 +128,7 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
     ):
         # A gate of the user's own may work in lower precision.
         logits = ops.cast(self.gate_layer(tokens), "float32")  # (G, S, E)
+        logits = self.restrict(logits, images_per_group)
         noisy_logits = self._add_noise(logits) if training else logits
         if group_size is None:
             group_size = ops.shape(tokens)[1]
@@ -139,6 +142,15 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
             self.statistics.update(plan, loss, gates, mask, images_per_group)
             self.after_step(plan)
         return plan
+
+    def restrict(self, logits, images_per_group):
+        """The logits of the experts that a token may go to; all of them."""
+        return logits
+
+    @property
+    def noise(self):
+        """Standard deviation of the noise in the logits."""
+        return self.noise_std / self.num_experts
 
     def make_plan(self, logits, mask, group_size):
         """Turns logits into a routing plan.
@@ -180,7 +192,7 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
         noise = keras.random.normal(
             ops.shape(logits), dtype="float32", seed=self.seed_generator
         )
-        return logits + self.noise_std / self.num_experts * noise
+        return logits + self.noise * noise
 
     def compute_output_spec(self, tokens, *args, **kwargs):
         raise ValueError(
@@ -282,9 +294,13 @@ def slots_per_expert(
 OWNERS = {
     "batch_priority": "TopKRouter",
     "gate": "TopKRouter or an ExpertChoiceRouter",
+    "ensemble_size": "EnsembleRouter",
+    "global_entropy_loss_weight": "TopKRouter",
     "gshard_loss_weight": "TopKRouter",
     "importance_loss_weight": "TopKRouter",
     "load_loss_weight": "TopKRouter",
+    "local_entropy_loss_weight": "TopKRouter",
+    "min_experts": "TopKRouter",
     "num_selected_experts": "TopKRouter",
     "num_slots": "SoftRouter",
     "renormalize": "TopKRouter",

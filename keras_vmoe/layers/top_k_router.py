@@ -7,6 +7,7 @@ from keras_vmoe import losses
 from keras_vmoe import routing
 from keras_vmoe._checks import check_flags
 from keras_vmoe._checks import check_not_negative
+from keras_vmoe._checks import check_positive
 from keras_vmoe._checks import plain
 from keras_vmoe.layers.routers import Router
 from keras_vmoe.layers.routers import slots_per_expert
@@ -51,6 +52,11 @@ class TopKRouter(Router):
         gshard_loss_weight: Weight of GShard's loss, of the gates with noise.
         z_loss_weight: Weight of the router z-loss, of the logits without
             noise.
+        local_entropy_loss_weight: Weight of LIMoE's local entropy loss, of the
+            gates without noise.
+        global_entropy_loss_weight: Weight of LIMoE's global entropy loss.
+        min_experts: Experts that the global entropy loss asks to be used, at
+            least and about; None means E.
         seed: Optional integer seed of the noise.
 
     Call arguments:
@@ -94,6 +100,9 @@ class TopKRouter(Router):
         load_loss_weight=0.005,
         gshard_loss_weight=0.0,
         z_loss_weight=0.0,
+        local_entropy_loss_weight=0.0,
+        global_entropy_loss_weight=0.0,
+        min_experts=None,
         seed=None,
         **kwargs,
     ):
@@ -104,7 +113,10 @@ class TopKRouter(Router):
             load_loss_weight=load_loss_weight,
             gshard_loss_weight=gshard_loss_weight,
             z_loss_weight=z_loss_weight,
+            local_entropy_loss_weight=local_entropy_loss_weight,
+            global_entropy_loss_weight=global_entropy_loss_weight,
         )
+        check_positive(min_experts=min_experts or 1)
         check_flags(batch_priority=batch_priority, renormalize=renormalize)
         if capacity_factor is None:
             capacity_factor = CAPACITY_FACTOR
@@ -126,6 +138,9 @@ class TopKRouter(Router):
         self.load_loss_weight = load_loss_weight
         self.gshard_loss_weight = gshard_loss_weight
         self.z_loss_weight = z_loss_weight
+        self.local_entropy_loss_weight = local_entropy_loss_weight
+        self.global_entropy_loss_weight = global_entropy_loss_weight
+        self.min_experts = min_experts
 
     @classmethod
     def from_config(cls, config):
@@ -174,7 +189,7 @@ class TopKRouter(Router):
             loss = losses.load_loss(
                 logits,
                 noisy_logits,
-                self.noise_std / self.num_experts,
+                self.noise,
                 self.num_selected_experts,
                 mask,
             )
@@ -185,6 +200,14 @@ class TopKRouter(Router):
         if self.z_loss_weight:
             loss = losses.router_z_loss(logits, mask)
             weighted.append(self.z_loss_weight * loss)
+        if self.local_entropy_loss_weight:
+            loss = losses.local_entropy_loss(softmax(logits), mask)
+            weighted.append(self.local_entropy_loss_weight * loss)
+        if self.global_entropy_loss_weight:
+            loss = losses.global_entropy_loss(
+                softmax(logits), self.min_experts, mask
+            )
+            weighted.append(self.global_entropy_loss_weight * loss)
         return weighted
 
     def get_config(self):
@@ -198,6 +221,9 @@ class TopKRouter(Router):
             "load_loss_weight": self.load_loss_weight,
             "gshard_loss_weight": self.gshard_loss_weight,
             "z_loss_weight": self.z_loss_weight,
+            "local_entropy_loss_weight": self.local_entropy_loss_weight,
+            "global_entropy_loss_weight": self.global_entropy_loss_weight,
+            "min_experts": self.min_experts,
         }
 
 

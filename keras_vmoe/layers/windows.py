@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_vmoe._checks import check_flags
 from keras_vmoe._checks import check_sizes
+from keras_vmoe._checks import plain
 from keras_vmoe.layers.parts import KeepsParts
 from keras_vmoe.layers.weights import mark
 from keras_vmoe.layers.weights import small_normal
@@ -78,7 +79,7 @@ class WindowAttention(KeepsParts, keras.layers.Layer):
         self.num_heads = int(num_heads)
         self.window_size = int(window_size)
         self.shift = shift
-        self.pretrained_window_size = pretrained_window_size
+        self.pretrained_window_size = plain(pretrained_window_size)
 
     def build(self, input_shape):
         _, height, width, features = input_shape

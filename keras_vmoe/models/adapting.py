@@ -119,7 +119,8 @@ def _copy(model, interpolation="bilinear", **changes):
         }
     made = type(model).from_config(config)
     for layer in made.layers:
-        if layer.name == "head" and "num_classes" in changes:
+        is_new = layer.name == "head" and "num_classes" in changes
+        if is_new or not layer.weights:
             continue
         weights = model.get_layer(layer.name).get_weights()
         if isinstance(layer, LearnedPositions):

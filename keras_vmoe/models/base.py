@@ -10,10 +10,10 @@ import numpy as np
 
 from keras_vmoe import layers
 from keras_vmoe._checks import check_flags
+from keras_vmoe._checks import check_positive
 from keras_vmoe._checks import check_rates
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
-from keras_vmoe._checks import is_number
 from keras_vmoe._checks import nearest
 from keras_vmoe._checks import plain
 from keras_vmoe._keras import all_layers
@@ -292,7 +292,14 @@ def complete(model_class, arguments, options: Options, **defaults):
     return made
 
 
-def blocks(settings, sizes, sparse, num_selected_experts, **kwargs):
+def blocks(
+    settings,
+    sizes,
+    sparse,
+    num_selected_experts,
+    ensemble_size=None,
+    **kwargs,
+):
     """For each block its MLP or MoE layer and the options of its branches.
 
     `sizes` are `(features, hidden_dim)` of each block, `sparse` the indices of
@@ -307,6 +314,7 @@ def blocks(settings, sizes, sparse, num_selected_experts, **kwargs):
                 hidden_dim,
                 f"block_{i}_moe",
                 num_selected_experts,
+                ensemble_size,
                 **kwargs,
             )
         else:
@@ -391,16 +399,6 @@ def check_preprocessing(model, dataset):
             f"Received: a dataset of {', '.join(wrong)}. Pass "
             "`preprocessing=model.preprocessing` to `data.load`."
         )
-
-
-def check_positive(**values):
-    """Raises unless all of these are finite numbers above 0."""
-    for name, value in values.items():
-        if not is_number(value) or value <= 0:
-            raise ValueError(
-                f"`{name}` must be a number above 0. "
-                f"Received: {name}={value!r}."
-            )
 
 
 def image_pair(size):

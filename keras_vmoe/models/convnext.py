@@ -5,6 +5,7 @@ from typing import Unpack
 
 import keras
 
+from keras_vmoe._checks import check_positive
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
 from keras_vmoe.layers import _blocks
@@ -120,7 +121,7 @@ class ConvNeXtMoE(base.MoEModel):
             name="convnext_moe",
         )
         stages = _stages(settings)
-        base.check_positive(mlp_ratio=mlp_ratio)
+        check_positive(mlp_ratio=mlp_ratio)
         patch_size = settings.patch_size
         if patch_size is None:
             patch_size = 16 if isotropic else 4

@@ -202,11 +202,13 @@ def _(layer, inputs, outputs):
 
 @work.register(AttentionPooling)
 def _(layer, inputs, outputs):
-    return _attention_work(layer, 1, inputs) + _mlp_work(layer.mlp, 1)
+    rows = inputs.shape[0]
+    return _attention_work(layer, 1, inputs) + _mlp_work(layer.mlp, rows)
 
 
 @work.register(layers.MoEMLP)
 def _(layer, inputs, outputs):
+    rows = inputs.shape[0]  # Several, where an ensemble has copies.
     num_tokens, features = math.prod(inputs.shape[1:-1]), inputs.shape[-1]
     slots = slots_of(layer, num_tokens)
     gate = [w for w in layer.router.gate_layer.weights if len(w.shape) > 1]
@@ -223,14 +225,14 @@ def _(layer, inputs, outputs):
         total += Work(mixtures * features, mixtures)
     if isinstance(layer, layers.SharedExpertMoEMLP):
         total += _mlp_work(layer.shared_expert, num_tokens)
-    return total
+    return Work(rows * total.macs, rows * total.values)
 
 
 def _attention_work(layer, num_queries, tokens):
     """Of a number of queries to all tokens."""
-    _, num_tokens, features = tokens.shape
-    projected = 2 * (num_queries + num_tokens) * features
-    scores = num_queries * num_tokens
+    rows, num_tokens, features = tokens.shape
+    projected = rows * 2 * (num_queries + num_tokens) * features
+    scores = rows * num_queries * num_tokens
     return Work(
         projected * features + 2 * scores * features,
         projected + layer.num_heads * scores,
@@ -254,9 +256,10 @@ def slots_of(layer, num_tokens):
         return selected * num_tokens
     if layer.images_per_group == "batch":  # Of a large batch.
         return num_tokens * min(selected * factor, layer.num_experts)
-    group = layer.images_per_group * num_tokens
+    rows = layer.images_per_group * getattr(router, "copies", 1)
+    group = rows * num_tokens
     capacity = routing.capacity(group, layer.num_experts, selected, factor)
-    return layer.num_experts * capacity / layer.images_per_group
+    return layer.num_experts * capacity / rows
 
 
 def _idle_params(layer):

@@ -54,6 +54,9 @@ class MoEConfig:
         load_loss_weight: Weight of the load loss.
         gshard_loss_weight: Weight of GShard's balance loss.
         z_loss_weight: Weight of the router z-loss.
+        local_entropy_loss_weight: Weight of LIMoE's local entropy loss.
+        global_entropy_loss_weight: Weight of LIMoE's global entropy loss.
+        min_experts: Experts that the global entropy loss asks for.
     """
 
     layers: Any = "last_2"
@@ -76,6 +79,9 @@ class MoEConfig:
     load_loss_weight: float | None = None
     gshard_loss_weight: float | None = None
     z_loss_weight: float | None = None
+    local_entropy_loss_weight: float | None = None
+    global_entropy_loss_weight: float | None = None
+    min_experts: float | None = None
 
     def __post_init__(self):
         settings = self.router_settings()
@@ -177,7 +183,14 @@ class MoEConfig:
         return {k: v for k, v in settings.items() if v is not None}
 
     def make_layer(
-        self, block, features, hidden_dim, name, num_selected_experts, **kwargs
+        self,
+        block,
+        features,
+        hidden_dim,
+        name,
+        num_selected_experts,
+        ensemble_size=None,
+        **kwargs,
     ):
         """A new MoE layer.
 
@@ -187,6 +200,7 @@ class MoEConfig:
             hidden_dim: Hidden features of the MLP that the layer stands for.
             name: Name of the layer.
             num_selected_experts: K, where this config leaves it open.
+            ensemble_size: Members of an ensemble; None for no ensemble.
             **kwargs: `activation`, `dropout` and `dtype` of the layer.
 
         Returns:
@@ -200,7 +214,9 @@ class MoEConfig:
         arguments = {
             "num_experts": self.num_experts,
             "hidden_dim": hidden_dim,
-            "router": self.make_router(block, num_selected_experts, dtype),
+            "router": self.make_router(
+                block, num_selected_experts, dtype, ensemble_size
+            ),
             "images_per_group": self.images_per_group,
             "name": name,
             **kwargs,
@@ -213,7 +229,9 @@ class MoEConfig:
             shared_hidden_dim=self.shared_hidden_dim, **arguments
         )
 
-    def make_router(self, block, num_selected_experts, dtype):
+    def make_router(
+        self, block, num_selected_experts, dtype, ensemble_size=None
+    ):
         """A new router for one layer.
 
         Args:
@@ -221,6 +239,7 @@ class MoEConfig:
                 with `seed + block`, so that no two layers draw the same noise.
             num_selected_experts: K, where this config leaves it open.
             dtype: Dtype policy of the layer.
+            ensemble_size: Members of an ensemble; None for no ensemble.
 
         Returns:
             A router.
@@ -228,6 +247,12 @@ class MoEConfig:
         Raises:
             ValueError: If a setting is none of this router's.
         """
+        if ensemble_size is not None and self.router != "top_k":
+            raise ValueError(
+                "The members of an ensemble are routed by a top-K router. "
+                f"Received: ensemble_size={ensemble_size} with router="
+                f"{self.router!r}. Leave one of them out."
+            )
         if isinstance(self.router, keras.layers.Layer):
             config = self.router.get_config()
             if config["seed"] is not None:
@@ -235,6 +260,9 @@ class MoEConfig:
             return type(self.router).from_config(config)
         router = ROUTERS[self.router]
         settings = self.router_settings()
+        if ensemble_size is not None:
+            router = moe_layers.EnsembleRouter
+            settings["ensemble_size"] = ensemble_size
         if isinstance(self.gate, keras.layers.Layer):
             settings["gate"] = type(self.gate).from_config(
                 self.gate.get_config()
@@ -258,6 +286,9 @@ ROUTER_FIELDS = (
     "load_loss_weight",
     "gshard_loss_weight",
     "z_loss_weight",
+    "local_entropy_loss_weight",
+    "global_entropy_loss_weight",
+    "min_experts",
 )
 
 

@@ -62,7 +62,10 @@ class Preset:
     def placement(self):
         """Where the experts are, in words."""
         layers = self.moe["layers"]
-        return layers if isinstance(layers, str) else f"the last {len(layers)}"
+        if isinstance(layers, str):
+            return layers
+        together = layers == list(range(layers[0], layers[-1] + 1))
+        return f"{'the last ' if together else ''}{len(layers)} blocks"
 
     @property
     def description(self):

@@ -4,6 +4,7 @@ from typing import Unpack
 
 import keras
 
+from keras_vmoe._checks import check_positive
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
 from keras_vmoe.layers import _blocks
@@ -226,7 +227,7 @@ def _stages(settings):
             f"{received}. Swin-S has depths=(2, 2, 18, 2), "
             "dims=(96, 192, 384, 768), num_heads=(3, 6, 12, 24)."
         )
-    base.check_positive(mlp_ratio=settings.mlp_ratio)
+    check_positive(mlp_ratio=settings.mlp_ratio)
     check_sizes(
         patch_size=settings.patch_size, window_size=settings.window_size
     )

@@ -3,16 +3,19 @@
 from typing import Unpack
 
 import keras
+from keras import ops
 
 from keras_vmoe._checks import check_choice
 from keras_vmoe._checks import check_flags
 from keras_vmoe._checks import check_rates
 from keras_vmoe._checks import check_sizes
 from keras_vmoe.layers import _blocks
+from keras_vmoe.layers import ensemble
 from keras_vmoe.layers import patches
 from keras_vmoe.layers import pooling as poolings
 from keras_vmoe.layers import positions
 from keras_vmoe.layers.attention import SelfAttention
+from keras_vmoe.layers.ensemble import mean_probability
 from keras_vmoe.layers.normalization import LayerNormalization
 from keras_vmoe.layers.stochastic import SeededDropout
 from keras_vmoe.models import base
@@ -60,6 +63,11 @@ class ViTMoE(base.MoEModel):
             None leaves them out.
         qk_norm: Whether to normalize queries and keys in the attention, as in
             ViT-22B and Soft MoE; see `layers.attention.SelfAttention`.
+        ensemble_size: Members of an efficient ensemble (E3): images are copied
+            that often before the first block with experts, and each member has
+            its own part of the experts. Members are trained one by one, by a
+            softmax cross-entropy or another loss of logits; the model answers
+            with the log of their mean probability. None is no ensemble.
         drop_path_rate: Stochastic depth: probability of dropping a residual
             branch of an image in the last block. It rises linearly from 0 in
             the first block.
@@ -83,7 +91,8 @@ class ViTMoE(base.MoEModel):
         training: Whether to route with noise and add auxiliary losses.
 
     Returns:
-        `(B, num_classes)` float32 logits.
+        `(B, num_classes)` float32 logits; of an ensemble in training
+        `(B, ensemble_size, num_classes)`.
 
     Raises:
         ValueError: If sizes do not divide each other, or if a name is unknown.
@@ -101,7 +110,9 @@ class ViTMoE(base.MoEModel):
 
     Reference:
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 2;
-        [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929).
+        [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929);
+        [Allingham et al., 2021](https://arxiv.org/abs/2110.03360) for
+        ensembles.
     """
 
     def __init__(
@@ -120,6 +131,7 @@ class ViTMoE(base.MoEModel):
         dropout=0.0,
         num_registers=None,
         qk_norm=False,
+        ensemble_size=None,
         **options: Unpack[base.Options],
     ):
         settings = base.complete(
@@ -139,6 +151,7 @@ class ViTMoE(base.MoEModel):
                 "dropout": dropout,
                 "num_registers": num_registers,
                 "qk_norm": qk_norm,
+                "ensemble_size": ensemble_size,
             },
             options,
             activation="gelu_tanh",
@@ -157,6 +170,28 @@ class ViTMoE(base.MoEModel):
         x = _encoder(x, settings)
         x = _pooling(settings)(x)
         super().__init__(images, _head(x, settings), vars(settings))
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        if y is not None and _has_members(y_pred):
+            # The members one by one: the mean over them is that of the batch.
+            size, classes = y_pred.shape[1:]
+            y_pred = ops.reshape(y_pred, (-1, classes))
+            y = ops.repeat(y, size, axis=0)
+            if sample_weight is not None:
+                sample_weight = ops.repeat(sample_weight, size, axis=0)
+        return super().compute_loss(x, y, y_pred, sample_weight, training)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        if _has_members(y_pred):
+            y_pred = mean_probability(y_pred)
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+
+def _has_members(y_pred):
+    """Whether these are the logits of an ensemble in training."""
+    return len(getattr(y_pred, "shape", ())) == 3
 
 
 def _check(settings):
@@ -178,6 +213,12 @@ def _check(settings):
         )
     check_rates(dropout=settings.dropout)
     check_flags(qk_norm=settings.qk_norm)
+    check_sizes(2, ensemble_size=settings.ensemble_size or 2)
+    if settings.ensemble_size is not None and settings.moe is None:
+        raise ValueError(
+            "The members of an ensemble differ by their experts. Received: "
+            f"ensemble_size={settings.ensemble_size} with moe=None. Set `moe`."
+        )
 
 
 def _positions(x, settings, grid):
@@ -200,14 +241,20 @@ def _positions(x, settings, grid):
 def _encoder(x, settings):
     """The encoder blocks and the norm after them."""
     moe, num_layers = settings.moe, settings.num_layers
+    sparse = () if moe is None else moe_blocks(moe.layers, num_layers)
     blocks = base.blocks(
         settings,
         [(settings.hidden_dim, settings.mlp_dim)] * num_layers,
-        () if moe is None else moe_blocks(moe.layers, num_layers),
+        sparse,
         NUM_SELECTED_EXPERTS,
+        settings.ensemble_size,
         dropout=settings.dropout,
     )
     for i, (mlp, branches) in enumerate(blocks):
+        if settings.ensemble_size is not None and i == sparse[0]:
+            x = ensemble.RepeatImages(
+                settings.ensemble_size, dtype=settings.dtype, name="repeat"
+            )(x)
         attention = SelfAttention(
             settings.num_heads,
             settings.qk_norm,
@@ -242,4 +289,11 @@ def _head(x, settings):
             dtype=settings.dtype,
             name="pre_logits",
         )(x)
-    return base.classifier(x, settings, "zeros")
+    size = settings.ensemble_size
+    if size is None:
+        return base.classifier(x, settings, "zeros")
+    x = ensemble.JoinMembers(size, dtype=settings.dtype, name="members")(x)
+    if settings.num_classes is None:
+        return keras.layers.Flatten(dtype=settings.dtype, name="features")(x)
+    x = base.classifier(x, settings, "zeros")
+    return ensemble.MeanProbability(dtype="float32", name="mean")(x)

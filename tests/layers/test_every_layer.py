@@ -9,10 +9,12 @@ from keras import ops
 
 from keras_vmoe import layers
 from keras_vmoe.layers import attention
+from keras_vmoe.layers import ensemble
 from keras_vmoe.layers import patches
 from keras_vmoe.layers import pooling
 from keras_vmoe.layers import positions
 from keras_vmoe.layers import stochastic
+from keras_vmoe.layers import windows
 from keras_vmoe.layers.attention import MultiHeadAttention
 from keras_vmoe.layers.normalization import LayerNormalization
 from keras_vmoe.layers.top_k_router import BalanceBias
@@ -50,6 +52,9 @@ ROUTER_FLAGS = {
     "load_loss_weight": 0.2,
     "gshard_loss_weight": 0.3,
     "z_loss_weight": 0.4,
+    "local_entropy_loss_weight": 0.5,
+    "global_entropy_loss_weight": 0.6,
+    "min_experts": 2.5,
     "seed": 7,
 }
 BIAS_FLAGS = {
@@ -99,7 +104,13 @@ CASES = [
     Case(positions.LearnedPositions, {"grid": (2, 3)}, TOKENS),
     Case(layers.MLP,
          {"hidden_dim": 12, "activation": "gelu_tanh", "dropout": 0.1,
-          **WEIGHT_FLAGS}, TOKENS),
+          "use_output_bias": False, **WEIGHT_FLAGS}, TOKENS),
+    Case(windows.WindowAttention,
+         {"num_heads": 2, "window_size": 2, "shift": True,
+          "pretrained_window_size": 3}, (2, 3, 4, 8)),
+    Case(windows.MergePatches, {}, (2, 4, 6, 8), (2, 2, 3, 32)),
+    Case(ensemble.RepeatImages, {"ensemble_size": 2}, TOKENS, (6, 6, 8)),
+    Case(ensemble.JoinMembers, {"ensemble_size": 2}, (4, 8), (2, 2, 8)),
     Case(patches.PatchEmbedding,
          {"hidden_dim": 8, "patch_size": 2}, (2, 4, 6, 3), (2, 6, 8)),
     Case(attention.SelfAttention, {"num_heads": 4, "qk_norm": True}, TOKENS),
@@ -148,7 +159,7 @@ PARTS = [
     Case(LayerNormalization, {"epsilon": 1e-3}, TOKENS, TOKENS),
     Case(layers.MLPExperts,
          {"num_experts": 3, "hidden_dim": 5, "activation": "gelu_tanh",
-          "dropout": 0.1, **WEIGHT_FLAGS},
+          "dropout": 0.1, "use_output_bias": False, **WEIGHT_FLAGS},
          (2, 3, 4, 8)),
 ]  # fmt: skip
 ROUTERS = [
@@ -166,6 +177,11 @@ ROUTERS = [
     Case(
         layers.BiasBalancedRouter,
         {"num_experts": 3, "balance": BalanceBias(3), **BIAS_FLAGS},
+        TOKENS,
+    ),
+    Case(
+        layers.EnsembleRouter,
+        {"num_experts": 4, "ensemble_size": 2, "num_selected_experts": 2},
         TOKENS,
     ),
     Case(
@@ -205,8 +221,9 @@ def test_no_layer_and_no_argument_is_left_out():
     public = {getattr(layers, name) for name in layers.__all__}
     assert public - ours == {layers.Router}
     cases = CASES + PARTS + ROUTERS
-    # A part of others, a router's own bias.
-    inner = {MultiHeadAttention, BalanceBias}
+    # A part of others, a router's own bias, and what has another shape in
+    # training (see `ViTMoE(ensemble_size=)`).
+    inner = {MultiHeadAttention, BalanceBias, ensemble.MeanProbability}
     assert ours - {case.layer for case in cases} == inner
     for layer in ours - inner:
         for name, default in arguments_of(layer).items():

@@ -1,0 +1,119 @@
+"""Token choice in an efficient ensemble: members have experts of their own."""
+
+import keras
+from keras import ops
+
+from keras_vmoe._checks import check_sizes
+from keras_vmoe._checks import is_integer
+from keras_vmoe.layers.top_k_router import TopKRouter
+
+NEVER = -1e9  # The logit of another member's expert: a gate of exactly 0.
+
+
+@keras.saving.register_keras_serializable("keras_vmoe")
+class EnsembleRouter(TopKRouter):
+    """Top-K routing in which each member of an ensemble has its own experts.
+
+    The E experts are M equal parts. Images come as M copies, one after the
+    other; the tokens of copy m go to experts of part m. Softmax, noise and
+    losses are those of a router of E / M experts, the losses the members' mean.
+    M members are then M routers, each of a slice of the gate's weights, in one
+    layer.
+
+    Args:
+        num_experts: E, of all members.
+        ensemble_size: M; must divide E.
+        num_selected_experts: K of a token, at most E / M.
+        **kwargs: Further arguments of `TopKRouter`. `noise_std` is in units of
+            `M / E`.
+
+    Call arguments:
+        tokens: `(G, S, D)` float tensor, of whole images.
+        images_per_group: Images of a group, copies counted; a multiple of M.
+        Others as in `TopKRouter`.
+
+    Returns:
+        A plan as of `TopKRouter`.
+
+    Raises:
+        ValueError: As `TopKRouter`, or if M does not divide E, K is above
+            E / M, or a group does not hold all copies of its images.
+
+    Example:
+
+    >>> router = EnsembleRouter(num_experts=4, ensemble_size=2)
+    >>> tokens = keras.random.normal((1, 2 * 8, 3))  # An image of 8 tokens.
+    >>> plan = router(tokens, images_per_group=2)
+    >>> plan.dispatch(tokens).shape
+    (1, 4, 8, 3)
+
+    Reference:
+        [Allingham et al., 2021](https://arxiv.org/abs/2110.03360), section 4.
+    """
+
+    def __init__(
+        self, num_experts, ensemble_size, num_selected_experts=1, **kwargs
+    ):
+        super().__init__(num_experts, num_selected_experts, **kwargs)
+        check_sizes(ensemble_size=ensemble_size)
+        self.ensemble_size = int(ensemble_size)
+        if self.num_experts % self.ensemble_size:
+            raise ValueError(
+                "Each member must have as many experts: `ensemble_size` must "
+                f"divide `num_experts`. Received: ensemble_size="
+                f"{ensemble_size}, num_experts={num_experts}."
+            )
+        if self.num_selected_experts > self.experts_per_member:
+            raise ValueError(
+                "A token goes to experts of its member alone. Received: "
+                f"num_selected_experts={num_selected_experts} with "
+                f"{self.experts_per_member} experts per member (num_experts="
+                f"{num_experts}, ensemble_size={ensemble_size}). Take fewer, "
+                "or more experts."
+            )
+
+    @property
+    def experts_per_member(self):
+        """E / M."""
+        return self.num_experts // self.ensemble_size
+
+    @property
+    def copies(self):
+        """M: copies of an image that follow each other."""
+        return self.ensemble_size
+
+    @property
+    def noise(self):
+        return self.noise_std / self.experts_per_member
+
+    def restrict(self, logits, images_per_group):
+        if is_integer(images_per_group) and images_per_group % self.copies:
+            raise ValueError(
+                "A group must hold all copies of its images, "
+                f"{self.copies} of each. Received: images_per_group="
+                f"{images_per_group}. Copy the images, as "
+                "`layers.ensemble.RepeatImages` does."
+            )
+        num_tokens = ops.shape(logits)[1]
+        image = ops.arange(num_tokens) // (num_tokens // images_per_group)
+        member = ops.cast(image % self.copies, "int32")
+        owner = ops.arange(self.num_experts, dtype="int32")
+        owner = owner // self.experts_per_member
+        own = member[:, None] == owner
+        return ops.where(own, logits, ops.full_like(logits, NEVER))
+
+    def auxiliary_losses(self, logits, noisy_logits, mask):
+        size, members = self.experts_per_member, []
+        for start in range(0, self.num_experts, size):
+            part = slice(start, start + size)
+            own = logits[..., start] > NEVER / 2
+            own = own if mask is None else ops.logical_and(own, mask)
+            members.append(
+                super().auxiliary_losses(
+                    logits[..., part], noisy_logits[..., part], own
+                )
+            )
+        return [sum(x) / self.copies for x in zip(*members, strict=True)]
+
+    def get_config(self):
+        return {**super().get_config(), "ensemble_size": self.ensemble_size}
