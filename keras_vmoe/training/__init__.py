@@ -9,6 +9,7 @@ from keras_vmoe.training.config import DataConfig
 from keras_vmoe.training.config import DevicesConfig
 from keras_vmoe.training.config import ModelConfig
 from keras_vmoe.training.config import OptimizerConfig
+from keras_vmoe.training.config import SwinConfig
 from keras_vmoe.training.config import TrainConfig
 from keras_vmoe.training.description import describe
 from keras_vmoe.training.initialization import restore
@@ -23,6 +24,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "RunResult",
+    "SwinConfig",
     "TrainConfig",
     "callbacks",
     "describe",

@@ -12,9 +12,12 @@ from keras_vmoe.models.placement import stage_blocks
 from keras_vmoe.models.presets import find_preset
 from keras_vmoe.training import recipes
 from keras_vmoe.training.config import ConvNeXtConfig
+from keras_vmoe.training.config import SwinConfig
 from keras_vmoe.training.sizes import CONVNEXT_SIZES
+from keras_vmoe.training.sizes import SIZES
 from keras_vmoe.training.sizes import VIT_SIZES
 from keras_vmoe.training.sizes import MoESettings
+from keras_vmoe.training.sizes import family_of
 from keras_vmoe.training.sizes import given
 
 CONFIG, MODEL = "config.yaml", "model.keras"  # In a run folder.
@@ -41,38 +44,44 @@ def resolved(config):
         FileNotFoundError: If there is no such file.
         ValueError: If settings contradict the file.
     """
-    settings, start = config.model, None
-    is_vit = config.family == "vit"
+    settings, start, family = config.model, None, config.family
     below = _preset(settings.preset)
     if settings.init is not None:
         start = _architecture_of(settings.init)
-        is_vit, below = "num_layers" in start, recipes.merge(start, below)
+        family, below = _family_of(start), recipes.merge(start, below)
     elif settings.preset is None:
-        below = {**(VIT_SIZES if is_vit else CONVNEXT_SIZES), "moe": {}}
+        below = {**SIZES[family], "moe": {}}
     found = recipes.merge(below, _set_by(config))
     if settings.upcycle and found["moe"] is None:
         found["moe"] = {}
     if found["moe"] is not None:
         found["moe"] = given(models.MoEConfig.from_dict(found["moe"]))
-    if not is_vit and found["patch_size"] is None:
+    if family == "convnext" and found["patch_size"] is None:
         found["patch_size"] = _patch_size(found)
-    names = VIT_SIZES if is_vit else CONVNEXT_SIZES
     if start is not None:
-        others = found.keys() & {**VIT_SIZES, **CONVNEXT_SIZES}
+        others = found.keys() & {x for names in SIZES.values() for x in names}
         _check_same(settings, start, found, others - {"dropout"})
     wanted = (start or {}).get("preprocessing")
     wanted = Preprocessing.of(wanted, **config.data.preprocessing)
-    sizes = {name: found[name] for name in names}
+    sizes = {name: found[name] for name in SIZES[family]}
     size = settings.image_size or found.get("image_size", config.image_size)
-    model = {"image_size": size, **(sizes if is_vit else {})}
+    model = {"image_size": size, **(sizes if family == "vit" else {})}
     moe = found["moe"]
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, **dataclasses.asdict(wanted)),
         model=dataclasses.replace(settings, **model),
-        convnext=None if is_vit else ConvNeXtConfig(**sizes),
+        convnext=ConvNeXtConfig(**sizes) if family == "convnext" else None,
+        swin=SwinConfig(**sizes) if family == "swin" else None,
         moe=None if moe is None else MoESettings(**moe),
     )
+
+
+def _family_of(sizes):
+    """The family of a model, by the names of its sizes."""
+    if "num_layers" in sizes:
+        return "vit"
+    return "swin" if "window_size" in sizes else "convnext"
 
 
 def _patch_size(sizes):
@@ -108,11 +117,8 @@ def _check_start(path):
 
 def _set_by(config):
     """The sizes that a configuration sets."""
-    if config.convnext is not None:
-        found = given(config.convnext)
-    else:
-        found = given(config.model)
-        found = {x: found[x] for x in VIT_SIZES if x in found}
+    found = given(config.part) if config.part is not None else {}
+    found = {x: found[x] for x in SIZES[config.family] if x in found}
     if config.moe is None:
         return {**found, "moe": None}
     moe = given(config.moe)
@@ -124,10 +130,10 @@ def _preset(name):
     if name is None:
         return {}
     preset = find_preset(name)
-    if preset.model is models.ViTMoE:
-        below = {**VIT_SIZES, "pooling": "token"}
-    else:
-        below = {**CONVNEXT_SIZES, "patch_size": None}
+    family = family_of(preset.model)
+    own = {"vit": {"pooling": "token"}, "convnext": {"patch_size": None},
+           "swin": {"patch_size": 4}}  # fmt: skip
+    below = {**SIZES[family], **own[family]}
     return {**below, **preset.arguments, "moe": preset.moe}
 
 
@@ -139,8 +145,7 @@ def _architecture_of(path):
         config = resolved(from_scratch(recipes.load(path / CONFIG)))
         size = {"image_size": config.image_size, "moe": None}
         size["preprocessing"] = config.data.preprocessing
-        below = VIT_SIZES if config.convnext is None else CONVNEXT_SIZES
-        return {**below, **size, **_set_by(config)}
+        return {**SIZES[config.family], **size, **_set_by(config)}
     if (path / MODEL).exists():
         path = path / MODEL
     if path.suffix != ".keras":
@@ -158,11 +163,12 @@ def _architecture_of(path):
     model = models.load(path, compile=False)
     if not isinstance(model, MoEModel):
         raise ValueError(
-            "The file to start from must hold a ViTMoE or a ConvNeXtMoE. "
+            "The file to start from must hold a ViTMoE, a ConvNeXtMoE or a "
+            "SwinMoE. "
             f"Received: init={str(path)!r}, a {type(model).__name__}."
         )
     sizes = model.get_config()
-    if sizes.get("patch_size", 0) is None:
+    if sizes["patch_size"] is None:
         sizes["patch_size"] = _patch_size(sizes)
     if sizes["moe"] is not None:
         moe = {k: x for k, x in sizes["moe"].items() if x is not None}

@@ -11,8 +11,9 @@ from keras_vmoe.distribution import _processes
 from keras_vmoe.training import optimizers
 from keras_vmoe.training.architecture import resolved
 from keras_vmoe.training.batches import is_one_hot
-from keras_vmoe.training.config import VIT_SIZES
 from keras_vmoe.training.config import given
+from keras_vmoe.training.sizes import MODELS
+from keras_vmoe.training.sizes import SIZES
 
 MOMENTUM = 0.9  # Of SGD.
 
@@ -69,18 +70,15 @@ def _experts_of(config):
 
 
 def make_model(config, num_classes):
-    """A `ViTMoE` or `ConvNeXtMoE` by a `TrainConfig`, newly initialized."""
+    """The model of a `TrainConfig`, newly initialized."""
     config = resolved(config)
     sizes, moe = config.model, config.moe
     if moe is not None:
         moe = given(moe)
         if sizes.capacity_factor is not None:
             moe["capacity_factor"] = sizes.capacity_factor
-    if config.convnext is None:
-        make = models.ViTMoE
-        parts = {name: getattr(sizes, name) for name in VIT_SIZES}
-    else:
-        make, parts = models.ConvNeXtMoE, vars(config.convnext)
+    make = MODELS[config.family]
+    parts = {x: getattr(config.part, x) for x in SIZES[config.family]}
     if sizes.preset is not None:
         parts = {**parts, "name": re.sub(r"\W", "_", sizes.preset)}
     model = make(

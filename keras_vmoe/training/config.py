@@ -11,10 +11,12 @@ from keras_vmoe.training import typed
 from keras_vmoe.training.reading import DataConfig
 from keras_vmoe.training.sizes import VIT_SIZES
 from keras_vmoe.training.sizes import MoESettings
+from keras_vmoe.training.sizes import family_of
 from keras_vmoe.training.sizes import given
 
 DEFAULT_IMAGE_SIZE = 32
 DEFAULT_WARMUP = 1 / 12  # Share of all steps.
+KINDS = {"vit": "ViT", "convnext": "ConvNeXt", "swin": "Swin"}
 WARMUPS = ("warmup", "warmup_epochs", "warmup_steps")
 
 
@@ -46,6 +48,7 @@ class ModelConfig:
         representation_size: Features of a tanh layer before the head.
         num_registers: Tokens behind the class token; default: none.
         qk_norm: Normalize queries and keys.
+        ensemble_size: Members of an ensemble; default: none.
         dropout: Dropout rate.
         layer_scale_init_value: Initial layer scale; default: none.
         activation: Of MLPs and experts.
@@ -54,7 +57,7 @@ class ModelConfig:
     """
 
     preset: str | None = None
-    family: Literal["vit", "convnext"] | None = None
+    family: Literal["vit", "convnext", "swin"] | None = None
     image_size: int | None = None
     init: str | None = None
     needs_init: bool = False
@@ -73,6 +76,7 @@ class ModelConfig:
     representation_size: int | None = None
     num_registers: int | None = None
     qk_norm: bool | None = None
+    ensemble_size: int | None = None
     dropout: float | None = None
     layer_scale_init_value: float | None = None
     activation: str | None = None
@@ -123,6 +127,38 @@ class ConvNeXtConfig:
 
     def __post_init__(self):
         typed.check_types(self, "convnext.")
+
+
+@dataclasses.dataclass(frozen=True)
+class SwinConfig:
+    """The dense part of a `SwinMoE`; attributes are its arguments.
+
+    One that is None is as in `ModelConfig`.
+
+    Attributes:
+        depths: Blocks of each stage.
+        dims: Features of each stage.
+        num_heads: Attention heads of each stage.
+        window_size: Side of a window, in positions.
+        pretrained_window_sizes: Sides that position biases were trained with.
+        patch_size: Side of a patch of the stem, in pixels.
+        mlp_ratio: Hidden features of the MLPs, relative to the stage's.
+        layer_scale_init_value: Initial value of the layer scale.
+        activation: Of MLPs and experts.
+    """
+
+    depths: tuple[int, ...] | None = None
+    dims: tuple[int, ...] | None = None
+    num_heads: tuple[int, ...] | None = None
+    window_size: int | None = None
+    pretrained_window_sizes: tuple[int, ...] | None = None
+    patch_size: int | None = None
+    mlp_ratio: int | None = None
+    layer_scale_init_value: float | None = None
+    activation: str | None = None
+
+    def __post_init__(self):
+        typed.check_types(self, "swin.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +281,7 @@ class TrainConfig:
         data: Images and batches.
         model: The dense part: a preset, or the sizes of a ViT (--model.help).
         convnext: ConvNeXt, not a ViT; see --convnext.help.
+        swin: Swin, not a ViT; see --swin.help.
         moe: MoE layers; null: dense; see --moe.help.
         optimizer: Loss, optimizer and learning rate.
         checkpoint: Checkpoints, from which a stopped run is resumed.
@@ -259,6 +296,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     convnext: ConvNeXtConfig | None = None
+    swin: SwinConfig | None = None
     moe: MoESettings | None = MoESettings()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -284,21 +322,36 @@ class TrainConfig:
         start_is_enough = self.model.init and not self.model.preset
         families = (None, self.family)
         if not start_is_enough and self.model.family not in families:
-            kinds = {"vit": "a ViT", "convnext": "a ConvNeXt"}
             raise ValueError(
-                f"This recipe is for {kinds[self.model.family]}. Received: "
-                f"{kinds[self.family]}. Name a preset of that family "
+                f"This recipe is for a {KINDS[self.model.family]}. Received: "
+                f"a {KINDS[self.family]}. Name a preset of that family "
                 "(`keras-vmoe presets`), or set `convnext.dims` and "
-                "`convnext.depths` for a ConvNeXt."
+                "`convnext.depths` for a ConvNeXt, `swin.dims` for a Swin."
+            )
+        wants_softmax = self.model.ensemble_size is not None
+        if wants_softmax and self.optimizer.loss != "ce":
+            raise ValueError(
+                "An ensemble answers with the log of a mean softmax. Received: "
+                f"loss={self.optimizer.loss!r} with ensemble_size="
+                f"{self.model.ensemble_size}. Set loss='ce'."
             )
 
     @property
     def family(self):
-        """`"vit"` or `"convnext"`."""
+        """`"vit"`, `"convnext"` or `"swin"`."""
         preset = self.model.preset
         if preset is not None:
-            return "convnext" if preset.startswith("convnext") else "vit"
-        return "vit" if self.convnext is None else "convnext"
+            return family_of(find_preset(preset).model)
+        if self.convnext is not None:
+            return "convnext"
+        return "vit" if self.swin is None else "swin"
+
+    @property
+    def part(self):
+        """The settings of the family's sizes."""
+        return {"convnext": self.convnext, "swin": self.swin}.get(
+            self.family, self.model
+        )
 
     @property
     def image_size(self):
@@ -338,12 +391,12 @@ class TrainConfig:
         return min(round(share * steps), steps - 1)
 
     def _check_sizes(self):
-        """Raises if sizes of the other family are set."""
-        if self.family == "vit":
-            kind, other = "ViT", {"convnext": self.convnext}
-        else:
-            kind = "ConvNeXt"
-            other = {f"model.{x}": getattr(self.model, x) for x in VIT_SIZES}
+        """Raises if sizes of another family are set."""
+        kind = KINDS[self.family]
+        sizes = {f"model.{x}": getattr(self.model, x) for x in VIT_SIZES}
+        other = {"convnext": self.convnext, "swin": self.swin}
+        other.pop(self.family, None)
+        other |= {} if self.family == "vit" else sizes
         wrong = [f"{k}={x!r}" for k, x in other.items() if x is not None]
         if wrong:
             preset = self.model.preset

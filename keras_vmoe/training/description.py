@@ -19,6 +19,7 @@ from keras_vmoe.training import run_folder
 from keras_vmoe.training.architecture import check_init
 from keras_vmoe.training.architecture import from_scratch
 from keras_vmoe.training.architecture import resolved
+from keras_vmoe.training.config import KINDS
 from keras_vmoe.training.config import VIT_SIZES
 
 # Arrays of the weights' size: weights, gradients, optimizer slots.
@@ -114,11 +115,14 @@ def _steps(config, length):
 def announcement(config, info, done):
     """What a run is going to do after so many epochs, and how it is stopped."""
     sizes, moe, reads = config.model, config.moe, config.data
-    if config.convnext is None:
+    kind = KINDS[config.family]
+    if config.family == "vit":
         blocks = counted(sizes.num_layers, "block")
-        kind = f"ViT of {blocks}, {sizes.hidden_dim} features"
+        kind = f"{kind} of {blocks}, {sizes.hidden_dim} features"
+        if sizes.ensemble_size is not None:
+            kind = f"{kind}, {sizes.ensemble_size} members"
     else:
-        kind = f"ConvNeXt of {[*config.convnext.depths]} blocks"
+        kind = f"{kind} of {[*config.part.depths]} blocks"
     kind = f"{sizes.preset}, a {kind}" if sizes.preset else kind
     where = moe and (
         moe.layers if isinstance(moe.layers, str) else [*moe.layers]
@@ -148,9 +152,9 @@ def announcement(config, info, done):
 
 
 def _used(config):
-    """The settings, without those that a ConvNeXt sets aside."""
+    """The settings, without those that other families set aside."""
     settings = run_folder.settings_of(config)
-    if config.convnext is not None:
+    if config.family != "vit":
         for name in VIT_SIZES:
             del settings["model"][name]
     return settings

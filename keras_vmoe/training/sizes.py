@@ -4,7 +4,10 @@ import dataclasses
 import typing
 from typing import Any
 
+from keras_vmoe.models import ConvNeXtMoE
 from keras_vmoe.models import MoEConfig
+from keras_vmoe.models import SwinMoE
+from keras_vmoe.models import ViTMoE
 
 # The sizes of a model that are neither set nor those of a preset or a file.
 VIT_SIZES = {
@@ -18,6 +21,7 @@ VIT_SIZES = {
     "representation_size": None,
     "num_registers": None,
     "qk_norm": False,
+    "ensemble_size": None,
     "dropout": 0.0,
     "layer_scale_init_value": None,
     "activation": "gelu_tanh",
@@ -31,6 +35,19 @@ CONVNEXT_SIZES = {
     "layer_scale_init_value": None,
     "activation": "gelu",
 }
+SWIN_SIZES = {
+    "depths": (2, 2),
+    "dims": (32, 64),
+    "num_heads": (2, 4),
+    "window_size": 4,
+    "pretrained_window_sizes": None,
+    "patch_size": 2,
+    "mlp_ratio": 4,
+    "layer_scale_init_value": None,
+    "activation": "gelu",
+}
+SIZES = {"vit": VIT_SIZES, "convnext": CONVNEXT_SIZES, "swin": SWIN_SIZES}
+MODELS = {"vit": ViTMoE, "convnext": ConvNeXtMoE, "swin": SwinMoE}
 # The attributes of a `MoEConfig`; None is what is not set.
 MoESettings = dataclasses.make_dataclass(
     "MoESettings",
@@ -41,6 +58,11 @@ MoESettings = dataclasses.make_dataclass(
     namespace={"__doc__": MoEConfig.__doc__, "__module__": __name__},
     frozen=True,
 )
+
+
+def family_of(model_class):
+    """`"vit"`, `"convnext"` or `"swin"`."""
+    return next(name for name, x in MODELS.items() if x is model_class)
 
 
 def given(settings):

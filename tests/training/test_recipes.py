@@ -34,6 +34,7 @@ TRAINED = {
     "sweet_spot_vit_in21k": VITS,
     "sweet_spot_convnext_in1k": (*CONVNEXT, "convnext_iso_s", "convnext_iso_b"),
     "sweet_spot_convnext_in21k": CONVNEXT,
+    "swin_moe_in21k": ("swin_s_192", "swin_b_192"),
 }
 
 
@@ -41,6 +42,9 @@ def load(name, **settings):
     """A recipe; one for a ConvNeXt has a small one."""
     if name in CONVNEXTS:
         settings.setdefault("convnext", {"depths": [1, 1], "dims": [8, 16]})
+    if name.startswith("swin"):
+        sizes = {"depths": [1, 1], "dims": [8, 16], "num_heads": [2, 2]}
+        settings.setdefault("swin", sizes)
     return recipes.load(name, **settings)
 
 
@@ -59,7 +63,8 @@ def test_a_recipe_makes_its_models(name):
     rates = config.model.drop_path_rate
     assert not rates or set(rates) <= set(PRESETS)
     for preset in list(rates or [])[:1]:
-        made = recipes.load(name, model={"preset": f"{preset}_e8_last2"})
+        sparse = next(x for x in PRESETS if x.startswith(f"{preset}_e8"))
+        made = recipes.load(name, model={"preset": sparse})
         assert made.drop_path_rate == rates[preset]
         with without_weights():
             model = building.make_model(made, 10)
@@ -87,6 +92,8 @@ IN1K, IN21K = 1_281_167, 14_197_122
         ("vmoe_s32_in21k", 300, IN21K, 10_000),
         ("vmoe_h14_in21k", 10, IN21K, 10_000),
         ("vmoe_finetune", 8, IN1K, 0),
+        ("swin_moe_in21k", 90, IN21K, 10 * (IN21K // 4096)),
+        ("e3_finetune", 42, 49_000, 200),
     ],
 )
 @pytest.mark.parametrize("accumulate", [1, 4])
@@ -124,6 +131,21 @@ def test_a_recipe_of_the_other_family():
         recipes.load("sweet_spot_convnext_in1k", model={"preset": "vit_s16"})
     with pytest.raises(ValueError, match="is for a ViT. Received: a ConvNeXt"):
         recipes.load("vmoe_b_in21k", model={"preset": "convnext_t"})
+    with pytest.raises(ValueError, match="is for a ViT. Received: a Swin"):
+        recipes.load("vmoe_b_in21k", model={"preset": "swin_s_192"})
+    with pytest.raises(ValueError, match="A Swin has its own sizes. Received"):
+        training.TrainConfig(
+            swin=training.SwinConfig(),
+            model=training.ModelConfig(hidden_dim=8),
+        )
+
+
+def test_an_ensemble_of_sigmoids():
+    with pytest.raises(ValueError, match="Set loss='ce'"):
+        training.TrainConfig(
+            model=training.ModelConfig(ensemble_size=2),
+            optimizer=training.OptimizerConfig(loss="bce"),
+        )
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -147,7 +169,7 @@ def test_every_recipe_runs(name, tmp_path):
         train_split="train[:16]", validation_split="validation[:8]",
         test_split="test[:8]", dataset="digits", preset=None, needs_init=False,
     )  # fmt: skip
-    if name not in CONVNEXTS:
+    if config.family == "vit":
         config = changed(
             config, patch_size=4, hidden_dim=16, num_layers=1, num_heads=2,
             mlp_dim=32, moe=SMALL.moe,

@@ -54,8 +54,17 @@ def losses_of(config):
             model=training.ModelConfig(image_size=8),
             convnext=training.ConvNeXtConfig((1, 1), (8, 16)),
         ),
+        pytest.param(
+            dict(
+                model=training.ModelConfig(image_size=8),
+                swin=training.SwinConfig((2, 2), (8, 16), (2, 2)),
+            ), marks=once),
+        pytest.param(
+            dict(ensemble_size=2),
+            marks=once),
     ],
-    ids=["lamb-bce", "sgd-smoothing-accumulate", "mixup-dense", "convnext"],
+    ids=["lamb-bce", "sgd-smoothing-accumulate", "mixup-dense", "convnext",
+         "swin", "ensemble"],
 )  # fmt: skip
 def test_other_settings_learn(config, changes):
     """Three epochs end well below the loss of a guess, where they start."""
