@@ -1,4 +1,4 @@
-"""Loading pretrained weights: V-MoE, ViT and `keras.applications`."""
+"""Loading pretrained weights: V-MoE, ViT, ConvNeXt, Swin-MoE."""
 
 from keras_vmoe.checkpoints.architecture import convnext_config
 from keras_vmoe.checkpoints.architecture import vmoe_config
@@ -7,6 +7,7 @@ from keras_vmoe.checkpoints.keras_applications import load_keras_applications
 from keras_vmoe.checkpoints.reading import load
 from keras_vmoe.checkpoints.reading import read
 from keras_vmoe.checkpoints.sharded import read_vmoe
+from keras_vmoe.checkpoints.swin import swin_config
 from keras_vmoe.checkpoints.vmoe import load_vmoe
 from keras_vmoe.layers.positions import resize_positions
 
@@ -19,5 +20,6 @@ __all__ = [
     "read",
     "read_vmoe",
     "resize_positions",
+    "swin_config",
     "vmoe_config",
 ]

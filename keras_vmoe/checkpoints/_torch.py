@@ -127,9 +127,9 @@ class TorchArrays(dict):
         self.of_class = of_class
 
     @property
-    def is_convnext(self):
-        """Whether the arrays are those of a ConvNeXt."""
-        return "stem/kernel" in self
+    def family(self):
+        """`"vit"` or `"convnext"`."""
+        return "convnext" if "stem/kernel" in self else "vit"
 
     @property
     def is_gated(self):

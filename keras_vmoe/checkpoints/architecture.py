@@ -15,9 +15,12 @@ from keras_vmoe.checkpoints.keras_applications import load_convnext
 from keras_vmoe.checkpoints.reading import read
 from keras_vmoe.checkpoints.reading import reader_of
 from keras_vmoe.checkpoints.sharded_index import read_index
+from keras_vmoe.checkpoints.swin import load_swin
+from keras_vmoe.checkpoints.swin import swin_config
 from keras_vmoe.checkpoints.vmoe import load_vmoe
 from keras_vmoe.models.base import image_pair
 from keras_vmoe.models.convnext import ConvNeXtMoE
+from keras_vmoe.models.swin import SwinMoE
 from keras_vmoe.models.vit import ViTMoE
 
 BLOCK = r"Encoder/encoderblock_(\d+)"
@@ -228,14 +231,10 @@ def made_of(arrays, image_size=None, num_selected_experts=None):
         image_size: Side of the images in pixels; None is the weights', or 224.
         num_selected_experts: K; None is V-MoE's 2.
     """
-    if getattr(arrays, "is_convnext", False):
-        config = convnext_config(arrays, image_size or 224)
-        config["moe"] = None
-        assigned = load_convnext
-        kind = ConvNeXtMoE
-    else:
-        config = vmoe_config(arrays, image_size)
-        assigned, kind = load_vmoe, ViTMoE
+    kind, config_of, assigned = FAMILIES[getattr(arrays, "family", "vit")]
+    if kind is ConvNeXtMoE:
+        image_size = image_size or 224
+    config = {"moe": None, **config_of(arrays, image_size)}
     if num_selected_experts is not None:
         if config["moe"] is None:
             raise ValueError(
@@ -244,3 +243,11 @@ def made_of(arrays, image_size=None, num_selected_experts=None):
             )
         config["moe"]["num_selected_experts"] = num_selected_experts
     return assigned(kind(**config), arrays)
+
+
+# Model, what finds its arguments, what assigns arrays to it.
+FAMILIES = {
+    "vit": (ViTMoE, vmoe_config, load_vmoe),
+    "convnext": (ConvNeXtMoE, convnext_config, load_convnext),
+    "swin": (SwinMoE, swin_config, load_swin),
+}

@@ -9,11 +9,13 @@ from keras_vmoe.checkpoints._keras import load_keras
 from keras_vmoe.checkpoints._npz import read_npz
 from keras_vmoe.checkpoints._orbax import holds_orbax
 from keras_vmoe.checkpoints._orbax import read_orbax
-from keras_vmoe.checkpoints._torch import TorchArrays
 from keras_vmoe.checkpoints._torch import read_safetensors
 from keras_vmoe.checkpoints.files import CheckpointError
 from keras_vmoe.checkpoints.keras_applications import load_convnext
 from keras_vmoe.checkpoints.sharded import read_vmoe
+from keras_vmoe.checkpoints.swin import is_swin
+from keras_vmoe.checkpoints.swin import load_swin
+from keras_vmoe.checkpoints.swin import read_swin
 from keras_vmoe.checkpoints.vmoe import load_vmoe
 
 
@@ -23,7 +25,9 @@ def load(model, path, progress=None, grid=None):
     Args:
         model: A `ViTMoE` of the same architecture, which
             `checkpoints.vmoe_config` finds; for a ConvNeXt's weights the dense
-            `ConvNeXtMoE`. `models.upcycle` makes an MoE model of a dense one.
+            `ConvNeXtMoE`, for those of a Swin-MoE the `SwinMoE` of
+            `checkpoints.swin_config`. `models.upcycle` makes an MoE model of a
+            dense one.
         path: As of `read`, or a `.weights.h5` or `.keras` file of a model of
             this architecture, whatever its image size. All but the former
             say how images are preprocessed, which the model then does.
@@ -45,25 +49,29 @@ def load(model, path, progress=None, grid=None):
     if os.fspath(path).endswith(KERAS_FILES):
         return load_keras(model, path, grid)
     arrays = read(path, progress)
-    if isinstance(arrays, TorchArrays) and arrays.is_convnext:
-        return load_convnext(model, arrays)
-    return load_vmoe(model, arrays, grid)
+    family = getattr(arrays, "family", "vit")
+    if family == "vit":
+        return load_vmoe(model, arrays, grid)
+    return {"convnext": load_convnext, "swin": load_swin}[family](model, arrays)
 
 
 def read(path, progress=None):
-    """Reads a checkpoint of a ViT, V-MoE or ConvNeXt in any known format.
+    """Reads a checkpoint of a ViT, V-MoE, ConvNeXt or Swin in any known format.
 
     Args:
         path: Prefix of a sharded checkpoint of V-MoE (`PREFIX.index`), folder
             of an Orbax checkpoint of the same program (one step, or the
             training state in it), `.npz` file of a ViT (augreg), or safetensors
             file of timm's `vit_*`, `deit3_*` and DINOv2, of Transformers'
-            DINOv2, or of a ConvNeXt of timm, torchvision or its authors.
+            DINOv2, or of a ConvNeXt of timm, torchvision or its authors. Of a
+            Swin-MoE `NAME.pth`, with which the names of its files begin
+            (`NAME.pth.rank0`, ..., `NAME.pth.master`).
         progress: Optional function of `(bytes so far, bytes in all)`, called
             while a sharded checkpoint is read.
 
     Returns:
-        Dict from V-MoE's names, or of a ConvNeXt's from ours, to numpy arrays.
+        Dict from V-MoE's names, or of a ConvNeXt's or Swin's from ours, to
+        numpy arrays.
         Of a training state only the parameters are returned.
 
     Raises:
@@ -88,6 +96,8 @@ def reader_of(path):
     if "://" in os.fspath(path):
         return None
     path = pathlib.Path(path)
+    if is_swin(path):
+        return read_swin
     if path.is_dir():
         _check_folder(path)
         return read_orbax

@@ -5,6 +5,7 @@ import pathlib
 
 from keras_vmoe import checkpoints
 from keras_vmoe import models
+from keras_vmoe.checkpoints.architecture import FAMILIES
 from keras_vmoe.data import Preprocessing
 from keras_vmoe.models.base import MoEModel
 from keras_vmoe.models.placement import moe_blocks
@@ -13,9 +14,7 @@ from keras_vmoe.models.presets import find_preset
 from keras_vmoe.training import recipes
 from keras_vmoe.training.config import ConvNeXtConfig
 from keras_vmoe.training.config import SwinConfig
-from keras_vmoe.training.sizes import CONVNEXT_SIZES
 from keras_vmoe.training.sizes import SIZES
-from keras_vmoe.training.sizes import VIT_SIZES
 from keras_vmoe.training.sizes import MoESettings
 from keras_vmoe.training.sizes import family_of
 from keras_vmoe.training.sizes import given
@@ -150,12 +149,9 @@ def _architecture_of(path):
         path = path / MODEL
     if path.suffix != ".keras":
         arrays = checkpoints.read(path)
-        known = {**VIT_SIZES, "pooling": "token"}
-        if getattr(arrays, "is_convnext", False):
-            known = {**CONVNEXT_SIZES, "moe": None}
-            known |= checkpoints.convnext_config(arrays)
-        else:
-            known |= checkpoints.vmoe_config(arrays)
+        family = getattr(arrays, "family", "vit")
+        _, config_of, _ = FAMILIES[family]
+        known = {**SIZES[family], "moe": None, **config_of(arrays)}
         wanted = getattr(arrays, "preprocessing", {})
         if "channels" in known:  # Not three, of which the mean is.
             wanted = {"channels": known["channels"]}
