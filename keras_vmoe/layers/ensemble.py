@@ -1,7 +1,5 @@
 """Members of an efficient ensemble: copies of images, and one answer."""
 
-import math
-
 import keras
 from keras import ops
 
@@ -114,4 +112,6 @@ class MeanProbability(keras.layers.Layer):
 def mean_probability(logits):
     """`(B, M, classes)` logits to the log of the mean probability."""
     log = ops.log_softmax(logits, axis=-1)
-    return ops.logsumexp(log, axis=1) - math.log(logits.shape[1])
+    # Normalized again: the mean is, up to rounding, but an image that is NaN
+    # stays so where a runtime's maximum leaves NaN out.
+    return ops.log_softmax(ops.logsumexp(log, axis=1), axis=-1)

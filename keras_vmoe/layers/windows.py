@@ -204,7 +204,7 @@ class Windows:
             missing = [(0, new - old) for old, new in pairs]
             x = ops.pad(x, [(0, 0), *missing, (0, 0)])
         if self.step:
-            x = ops.roll(x, (-self.step, -self.step), axis=(1, 2))
+            x = _rolled(x, self.step)
         rows, columns = (x // self.side for x in self.padded)
         batch, features = ops.shape(x)[0], x.shape[-1]
         x = ops.reshape(
@@ -223,7 +223,7 @@ class Windows:
         x = ops.transpose(x, (0, 1, 3, 2, 4, 5))
         x = ops.reshape(x, (batch, *self.padded, features))
         if self.step:
-            x = ops.roll(x, (self.step, self.step), axis=(1, 2))
+            x = _rolled(x, -self.step)
         height, width = self.grid
         return x if self.padded == self.grid else x[:, :height, :width]
 
@@ -242,6 +242,12 @@ class Windows:
         region = region.reshape(self.count, -1)
         apart = region[:, :, None] != region[:, None]
         return np.where(apart, APART, 0.0).astype("float32")
+
+
+def _rolled(x, step):
+    """A map rolled up and to the left; LiteRT has no `roll`."""
+    x = ops.concatenate([x[:, step:], x[:, :step]], axis=1)
+    return ops.concatenate([x[:, :, step:], x[:, :, :step]], axis=2)
 
 
 @functools.cache

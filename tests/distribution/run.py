@@ -29,7 +29,7 @@ from tests.layers.test_bank import GatedExperts  # noqa: E402
 BATCH, STEPS, EXPERTS = 16, 5, 8
 
 parser = argparse.ArgumentParser()
-parser.add_argument("family", choices=["vit", "convnext", "banks"])
+parser.add_argument("family", choices=["vit", "convnext", "banks", "swin"])
 parser.add_argument(
     "shards",
     nargs="+",
@@ -66,6 +66,12 @@ def make_model(arguments):
         )  # fmt: skip
     elif arguments.family == "banks":
         model = banks()
+    elif arguments.family == "swin":
+        model = models.SwinMoE(
+            depths=(2,), dims=(8,), num_heads=(2,), num_classes=4,
+            window_size=2, image_size=8, patch_size=2,
+            moe=moe,
+        )  # fmt: skip
     else:
         model = models.ConvNeXtMoE(
             depths=(1, 1), dims=(8, 16), num_classes=4, image_size=8,

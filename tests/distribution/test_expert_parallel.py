@@ -23,6 +23,7 @@ CASES = {
     "vit --router expert_choice": "0 4",
     "vit --router soft": "0 4",
     "banks": "0 4",
+    "swin": "0 4",
 }
 SAVED = ("vit", "convnext --noise")
 each_case = pytest.mark.parametrize("case", CASES)

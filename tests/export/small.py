@@ -36,7 +36,28 @@ def convnext():
     )
 
 
+def swin():
+    """Of maps that are filled up and rolled."""
+    keras.utils.set_random_seed(0)
+    moe = {"layers": "last_2", "num_experts": 4}
+    return wild(
+        models.SwinMoE(
+            [2, 1], [8, 16], [2, 2], 10, 3, 16, patch_size=2, moe=moe
+        )
+    )
+
+
+def ensemble():
+    keras.utils.set_random_seed(0)
+    moe = {"layers": [0], "num_experts": 4}
+    return wild(
+        models.ViTMoE(16, 4, 32, 2, 4, 64, 10, moe=moe, ensemble_size=2)
+    )
+
+
 MODELS = {
+    "swin": swin,
+    "ensemble": ensemble,
     "bpr": lambda: vit(num_selected_experts=2, batch_priority=True),
     "expert_choice": lambda: vit(router="expert_choice"),
     "soft": lambda: vit(router="soft"),
