@@ -47,7 +47,8 @@ def _param(name):
 
     Exports start processes of TensorFlow, and take seconds each.
     """
-    marks = []
+    # Eager JAX compiles each operation of an example.
+    marks = [pytest.mark.backends("tensorflow", "torch")]
     if not name.startswith(ROOMS):
         marks = [pytest.mark.backends("torch")]
     if name.startswith("keras_vmoe.export."):

@@ -111,6 +111,7 @@ def of_version_0_1_0(name):
     return models.load(pathlib.Path(__file__).with_name(file))
 
 
+@pytest.mark.backends("tensorflow", "torch")
 @pytest.mark.parametrize("name", FILES)
 def test_files_of_version_0_1_0(name):
     model = of_version_0_1_0(name)

@@ -244,7 +244,8 @@ def test_the_definition_of_the_model():
 # timm's Swin, whose position bias is a table: without either the models agree.
 
 
-@pytest.mark.parametrize("side", first_everywhere([48, 32]))
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("side", [48, 32])
 def test_logits_of_timm(side):
     """At 48 pixels the second stage is filled up; timm rolls maps before."""
     from timm.models.swin_transformer import SwinTransformer

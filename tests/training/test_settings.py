@@ -50,10 +50,11 @@ def losses_of(config):
         pytest.param(
             dict(augmentation=data.Augmentation(mixup=0.2), moe=None,
                  schedule="rsqrt"), marks=once),
-        dict(
-            model=training.ModelConfig(image_size=8),
-            convnext=training.ConvNeXtConfig((1, 1), (8, 16)),
-        ),
+        pytest.param(
+            dict(
+                model=training.ModelConfig(image_size=8),
+                convnext=training.ConvNeXtConfig((1, 1), (8, 16)),
+            ), marks=once),
         pytest.param(
             dict(
                 model=training.ModelConfig(image_size=8),
