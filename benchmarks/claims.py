@@ -16,7 +16,6 @@ benchmarks/cifar10.py.
 """
 
 import argparse
-import csv
 import dataclasses
 import pathlib
 import subprocess
@@ -69,33 +68,25 @@ def main():
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.report:
-        report(read())
+        report(interleaved.read(RESULTS))
         return
     if arguments.one:
         variant, width, seed = arguments.one
         keep(run(arguments.data_dir, variant, int(width), int(seed)))
         return
-    done = {key(x) for x in read() if x["epochs"] == str(EPOCHS)}
+    rows = interleaved.read(RESULTS)
+    done = {key(x) for x in rows if x["epochs"] == str(EPOCHS)}
     for one in RUNS:
         if tuple(map(str, one)) not in done:
             print(*one, flush=True)
             command = [sys.executable, *sys.argv, "--one", *map(str, one)]
             subprocess.run(command, check=True)  # noqa: S603
-    report(read())
+    report(interleaved.read(RESULTS))
 
 
 def key(row):
     """Which run a row is of."""
     return row["model"], row["width"], row["seed"]
-
-
-def read():
-    """The rows that are kept, of this backend."""
-    if not RESULTS.exists():
-        return []
-    with open(RESULTS, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [x for x in rows if x["backend"] == keras.backend.backend()]
 
 
 def keep(rows):
@@ -121,18 +112,9 @@ def make_model(variant, width):
 
 def run(data_dir, variant, width, seed):
     """Trains one model and measures all that is asked of it."""
-    keras.utils.set_random_seed(seed)
-    config = dataclasses.replace(RECIPE, epochs=EPOCHS, seed=seed)
-    train = data.load(
-        "cifar10", "train", 32, config.data.batch_size, True, data_dir,
-        seed=seed, augmentation=config.data.augmentation,
-    )  # fmt: skip
+    model, curve = train(lambda: make_model(variant, width), data_dir, seed)
     test = data.load("cifar10", "test", 32, 200, False, data_dir)
     few = data.load("cifar10", "train[:10000]", 32, 200, False, data_dir)
-    model = make_model(variant, width)
-    building.compile_model(model, config, config.epochs * len(train))
-    history = model.fit(train, epochs=EPOCHS, shuffle=False, verbose=0)
-    curve = history.history["accuracy"]
     columns = {
         **interleaved.versions(),
         "model": variant,
@@ -158,6 +140,26 @@ def run(data_dir, variant, width, seed):
                 )  # fmt: skip
     rows += few_shot_rows(model, few, test)
     return [{**columns, **row} for row in rows]
+
+
+def train(make, data_dir, seed):
+    """A new model after its training, and its accuracy by epoch.
+
+    Args:
+        make: Function that makes the model, after the seed is set.
+        data_dir: Folder of CIFAR-10.
+        seed: Integer.
+    """
+    keras.utils.set_random_seed(seed)
+    config = dataclasses.replace(RECIPE, epochs=EPOCHS, seed=seed)
+    images = data.load(
+        "cifar10", "train", 32, config.data.batch_size, True, data_dir,
+        seed=seed, augmentation=config.data.augmentation,
+    )  # fmt: skip
+    model = make()
+    building.compile_model(model, config, config.epochs * len(images))
+    history = model.fit(images, epochs=EPOCHS, shuffle=False, verbose=0)
+    return model, history.history["accuracy"]
 
 
 def accuracy_row(model, test, **columns):

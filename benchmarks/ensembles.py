@@ -11,26 +11,20 @@ deep ensemble answers with the mean probability of two trainings.
 """
 
 import argparse
-import csv
-import dataclasses
 import pathlib
 import subprocess
 import sys
 
+import claims
 import interleaved
-import keras
 import numpy as np
 
 from keras_vmoe import data
 from keras_vmoe import models
-from keras_vmoe import training
 from keras_vmoe.distribution.prediction import predictions
 from keras_vmoe.evaluation.measurement import calibration_error
-from keras_vmoe.training import building
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "ensembles.csv"
-RECIPE = training.recipes.load("cifar10_small")
-EPOCHS = 4
 SEEDS = (0, 1, 2)
 PARTNER = 100  # Added to a seed for the second model of a deep ensemble.
 MOE = {
@@ -56,22 +50,13 @@ def main():
         interleaved.write(RESULTS, rows, ("backend", "seed"))
         return
     if not arguments.report:
-        done = {row["seed"] for row in read()}
+        done = {row["seed"] for row in interleaved.read(RESULTS)}
         for seed in SEEDS:
             if str(seed) not in done:
                 print("seed", seed, flush=True)
                 command = [sys.executable, *sys.argv, "--one", str(seed)]
                 subprocess.run(command, check=True)  # noqa: S603
-    report(read())
-
-
-def read():
-    """The rows that are kept, of this backend."""
-    if not RESULTS.exists():
-        return []
-    with open(RESULTS, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [x for x in rows if x["backend"] == keras.backend.backend()]
+    report(interleaved.read(RESULTS))
 
 
 def run(data_dir, seed):
@@ -95,7 +80,7 @@ def run(data_dir, seed):
                 **interleaved.versions(),
                 "model": name,
                 "seed": seed,
-                "epochs": EPOCHS,
+                "epochs": claims.EPOCHS,
                 "accuracy": round(float((log.argmax(-1) == labels).mean()), 4),
                 "nll": round(
                     float(-log[np.arange(len(log)), labels].mean()), 4
@@ -110,26 +95,22 @@ def run(data_dir, seed):
 
 def trained(data_dir, seed, test, **arguments):
     """A model after its training, and its logits of the test images."""
-    keras.utils.set_random_seed(seed)
-    config = dataclasses.replace(RECIPE, epochs=EPOCHS, seed=seed)
-    train = data.load(
-        "cifar10", "train", 32, config.data.batch_size, True, data_dir,
-        seed=seed, augmentation=config.data.augmentation,
-    )  # fmt: skip
-    model = models.ViTMoE(
-        image_size=32,
-        patch_size=4,
-        hidden_dim=32,
-        num_layers=4,
-        num_heads=4,
-        mlp_dim=64,
-        num_classes=10,
-        pooling="gap",
-        moe=MOE,
-        **arguments,
-    )
-    building.compile_model(model, config, config.epochs * len(train))
-    model.fit(train, epochs=EPOCHS, shuffle=False, verbose=0)
+
+    def make():
+        return models.ViTMoE(
+            image_size=32,
+            patch_size=4,
+            hidden_dim=32,
+            num_layers=4,
+            num_heads=4,
+            mlp_dim=64,
+            num_classes=10,
+            pooling="gap",
+            moe=MOE,
+            **arguments,
+        )
+
+    model, _ = claims.train(make, data_dir, seed)
     logits = [x for x, _, _ in predictions(model, test)]
     return model, np.concatenate(logits).astype("float64")
 

@@ -125,6 +125,15 @@ def write(path, new_rows, keys=("backend",)):
     partial.replace(path)
 
 
+def read(path):
+    """The rows of a file of results, of this backend; none without a file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [x for x in rows if x["backend"] == keras.backend.backend()]
+
+
 def print_table(table):
     """Prints rows as a table for reading."""
     name = " ".join(table[0].get(key, "") for key in ("table", "shape"))

@@ -274,11 +274,11 @@ def _renamed(name, x, table, starts):
     for pattern, ours, axes in table:
         match = re.fullmatch(rf"{pattern}\.(weight|bias)", name)
         if match:
-            return _weight_or_bias(match, ours, axes, x, starts)
+            return weight_or_bias(match, ours, axes, x, starts)
     return {name: x}
 
 
-def _weight_or_bias(match, ours, axes, x, starts):
+def weight_or_bias(match, ours, axes, x, starts):
     """The weight or the bias of a layer of ours."""
     numbers = match.groups()[:-1]
     if ours.startswith("block"):

@@ -8,15 +8,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from keras_vmoe._checks import counted
 from keras_vmoe.checkpoints.assignment import GATE
 from keras_vmoe.checkpoints.assignment import POSITIONS
 from keras_vmoe.checkpoints.assignment import num_class_positions
+from keras_vmoe.checkpoints.files import CheckpointError
 from keras_vmoe.checkpoints.keras_applications import load_convnext
 from keras_vmoe.checkpoints.reading import read
 from keras_vmoe.checkpoints.reading import reader_of
 from keras_vmoe.checkpoints.sharded_index import read_index
 from keras_vmoe.checkpoints.swin import load_swin
-from keras_vmoe.checkpoints.swin import swin_config
 from keras_vmoe.checkpoints.vmoe import load_vmoe
 from keras_vmoe.models.base import image_pair
 from keras_vmoe.models.convnext import ConvNeXtMoE
@@ -220,6 +221,77 @@ def convnext_config(arrays, image_size=224):
         "mlp_ratio": blocks[0][1] // blocks[0][0],
         "layer_scale_init_value": 1e-6 if scaled else None,
         **({} if stem[2] == 3 else {"channels": stem[2]}),
+    }
+
+
+def swin_config(arrays, image_size=None):
+    """Infers the arguments of the `SwinMoE` of a checkpoint.
+
+    K, the capacity factor and batch priority are in no array: they are those
+    of the published models.
+
+    Args:
+        arrays: What `read_swin` returns.
+        image_size: Side of the images in pixels, or `(height, width)`. None is
+            16 windows' sides, of 12 if no file says their side: 192.
+
+    Returns:
+        Dict of `SwinMoE`'s arguments.
+
+    Raises:
+        CheckpointError: If the arrays are not those of a Swin-MoE.
+    """
+    shapes = {name: np.shape(x) for name, x in arrays.items()}
+    try:
+        return _swin_config(shapes, arrays.window_size or 12, image_size)
+    except (KeyError, IndexError, ValueError) as error:
+        raise CheckpointError(
+            "The arrays must be those of a Swin-MoE. Received: "
+            f"{counted(len(shapes), 'array')}, of which {error} is missing or "
+            f"has another rank; the first are {list(shapes)[:3]}."
+        ) from error
+
+
+def _swin_config(shapes, window_size, image_size):
+    attention = r"block_(\d+)_attention/bias_output/kernel"
+    found = (re.fullmatch(attention, name) for name in shapes)
+    heads = {int(m[1]): shapes[m[0]][1] for m in found if m}
+    depths, dims, num_heads = [], [], []
+    for block in range(len(heads)):
+        width = shapes[f"block_{block}_attention/output/kernel"][0]
+        if not dims or dims[-1] != width:
+            depths.append(0)
+            dims.append(width)
+            num_heads.append(heads[block])
+        depths[-1] += 1
+    gates = {
+        i: shapes[f"block_{i}_moe/gate/kernel"]
+        for i in range(len(heads))
+        if f"block_{i}_moe/gate/kernel" in shapes
+    }
+    patch_size, _, channels, _ = shapes["stem/kernel"]
+    width, hidden = shapes["block_0_mlp/hidden/kernel"]
+    moe = None
+    if gates:
+        moe = {
+            "layers": list(gates),
+            "num_experts": next(iter(gates.values()))[1],
+            "num_selected_experts": 1,
+            "capacity_factor": 1.25,
+            "batch_priority": True,
+            "dropout": 0.1,
+        }
+    return {
+        "depths": tuple(depths),
+        "dims": tuple(dims),
+        "num_heads": tuple(num_heads),
+        "num_classes": shapes.get("head/bias", (None,))[0],
+        "window_size": window_size,
+        "image_size": image_size or 16 * window_size,
+        "patch_size": patch_size,
+        "mlp_ratio": hidden // width,
+        "moe": moe,
+        **({} if channels == 3 else {"channels": channels}),
     }
 
 

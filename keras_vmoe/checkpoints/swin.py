@@ -15,6 +15,10 @@ import numpy as np
 from keras_vmoe._checks import counted
 from keras_vmoe._extras import require
 from keras_vmoe._preprocessing import Preprocessing
+from keras_vmoe.checkpoints._torch import CONV
+from keras_vmoe.checkpoints._torch import DENSE
+from keras_vmoe.checkpoints._torch import NORM
+from keras_vmoe.checkpoints._torch import weight_or_bias
 from keras_vmoe.checkpoints.assignment import assign
 from keras_vmoe.checkpoints.assignment import check_model
 from keras_vmoe.checkpoints.assignment import fit_head
@@ -23,32 +27,32 @@ from keras_vmoe.checkpoints.files import CheckpointError
 from keras_vmoe.models.swin import SwinMoE
 
 PART = r"\.(rank\d+|master|global)"  # Ends of the names of files.
-CONV, DENSE, SAME = (2, 3, 1, 0), (1, 0), None
-# Names of the authors' arrays, ours, and which axes a matrix has here. Where a
-# stage and a block are named, ours count through all stages.
-BLOCK = r"layers\.(\d)\.blocks\.(\d+)\."
+# As the tables of `_torch`.
+BLOCK = r"layers\.(\d)\.blocks\.(\d+)"
 NAMES = (
-    (r"patch_embed\.proj\.", "stem/", CONV),
-    (r"patch_embed\.norm\.", "stem_norm/", SAME),
-    (rf"{BLOCK}norm1\.", "block_{}_attention_norm/", SAME),
-    (rf"{BLOCK}norm2\.", "block_{}_mlp_norm/", SAME),
-    (rf"{BLOCK}attn\.qkv\.", "block_{}_attention/query_key_value/", DENSE),
-    (rf"{BLOCK}attn\.proj\.", "block_{}_attention/output/", DENSE),
-    (rf"{BLOCK}attn\.cpb_mlp\.0\.", "block_{}_attention/bias_hidden/", DENSE),
-    (rf"{BLOCK}attn\.cpb_mlp\.2\.", "block_{}_attention/bias_output/", DENSE),
-    (rf"{BLOCK}mlp\.fc1\.", "block_{}_mlp/hidden/", DENSE),
-    (rf"{BLOCK}mlp\.fc2\.", "block_{}_mlp/output/", DENSE),
-    (rf"{BLOCK}mlp\._moe_layer\.gates\.0\.wg\.", "block_{}_moe/gate/", DENSE),
-    (r"layers\.(\d)\.downsample\.reduction\.", "downsample_{}/", DENSE),
-    (r"layers\.(\d)\.downsample\.norm\.", "downsample_{}_norm/", SAME),
-    (r"norm\.", "norm/", SAME),
-    (r"head\.", "head/", DENSE),
+    (r"patch_embed\.proj", "stem", CONV),
+    (r"patch_embed\.norm", "stem_norm", NORM),
+    (rf"{BLOCK}\.norm1", "block_{}_attention_norm", NORM),
+    (rf"{BLOCK}\.norm2", "block_{}_mlp_norm", NORM),
+    (rf"{BLOCK}\.attn\.qkv", "block_{}_attention/query_key_value", DENSE),
+    (rf"{BLOCK}\.attn\.proj", "block_{}_attention/output", DENSE),
+    (rf"{BLOCK}\.attn\.cpb_mlp\.0", "block_{}_attention/bias_hidden", DENSE),
+    (rf"{BLOCK}\.attn\.cpb_mlp\.2", "block_{}_attention/bias_output", DENSE),
+    (rf"{BLOCK}\.mlp\.fc1", "block_{}_mlp/hidden", DENSE),
+    (rf"{BLOCK}\.mlp\.fc2", "block_{}_mlp/output", DENSE),
+    (rf"{BLOCK}\.mlp\._moe_layer\.gates\.0\.wg", "block_{}_moe/gate", DENSE),
+    (r"layers\.(\d)\.downsample\.reduction", "downsample_{}", DENSE),
+    (r"layers\.(\d)\.downsample\.norm", "downsample_{}_norm", NORM),
+    (r"norm", "norm", NORM),
+    (r"head", "head", DENSE),
 )
-EXPERTS = rf"{BLOCK}mlp\._moe_layer\.experts\.batched_fc([12])_(w|bias)"
-TABLE = r"layers\.0\.blocks\.0\.attn\.relative_coords_table"
+EXPERTS = "mlp._moe_layer.experts.batched_"
+TABLE = "layers.0.blocks.0.attn.relative_coords_table"
 # What the authors' program makes anew, and Tutel's count of experts.
-UNUSED = r".*(relative_coords_table|relative_position_index|attn_mask|" \
-    r"_num_global_experts)"  # fmt: skip
+UNUSED = (
+    "relative_coords_table", "relative_position_index", "attn_mask",
+    "_num_global_experts",
+)  # fmt: skip
 
 
 class SwinArrays(dict):
@@ -121,23 +125,21 @@ def read_swin(path):
         )
     shared = next(x for x in ("global", "master", "rank0") if x in files)
     state = _read(files[shared])
-    ranks = {
-        int(name[4:]): _read(file) if name != shared else state
+    ranks = {  # Not what they share, which each may hold.
+        int(name[4:]): {k: x for k, x in _read(file).items() if EXPERTS in k}
         for name, file in files.items()
         if name.startswith("rank")
     }
-    state = {k: x for k, x in state.items() if not re.fullmatch(EXPERTS, k)}
-    numbers = _numbers(state, ranks)
-    found, window_size = {}, None
+    starts = _starts([*state, *(name for x in ranks.values() for name in x)])
+    found = {}
     for name, x in state.items():
-        if re.fullmatch(TABLE, name):
-            window_size = (x.shape[1] + 1) // 2
-        if not re.fullmatch(UNUSED, name):
-            found |= _renamed(name, x, numbers, path)
-    gates = {k: x for k, x in found.items() if k.endswith("_moe/gate/kernel")}
-    for name, gate in gates.items():
-        block = name.removesuffix("_moe/gate/kernel")
-        found |= _experts(block, gate, ranks, numbers, files)
+        if EXPERTS not in name and not name.endswith(UNUSED):
+            found |= _renamed(name, x, starts, path)
+    for name, start in _moe_blocks(state, starts).items():
+        gate = found[f"{name}_moe/gate/kernel"]
+        found |= _experts(name, start, gate, ranks, files)
+    table = state.get(TABLE)
+    window_size = None if table is None else (table.shape[1] + 1) // 2
     return SwinArrays(found, window_size)
 
 
@@ -169,30 +171,42 @@ def _read(file):
     return arrays
 
 
-def _numbers(state, ranks):
-    """The number of each `(stage, block)` through all stages."""
-    names = [*state, *(name for x in ranks.values() for name in x)]
+def _starts(names):
+    """The number of the first block of each stage."""
     found = (re.match(BLOCK, name) for name in names)
     blocks = sorted({(int(m[1]), int(m[2])) for m in found if m})
-    return {block: number for number, block in enumerate(blocks)}
+    first = {}
+    for number, (stage, _) in enumerate(blocks):
+        first.setdefault(stage, number)
+    return first
 
 
-def _renamed(name, x, numbers, path):
+def _moe_blocks(state, starts):
+    """Our names of the blocks with experts, and the start of theirs."""
+    found = (
+        re.match(rf"{BLOCK}\.mlp\._moe_layer\.gates", name) for name in state
+    )
+    return {
+        f"block_{starts[int(m[1])] + int(m[2])}": (
+            f"layers.{m[1]}.blocks.{m[2]}.{EXPERTS}"
+        )
+        for m in found
+        if m
+    }
+
+
+def _renamed(name, x, starts, path):
     """One of the authors' arrays as a dict of ours."""
+    # Theirs is behind a stage, ours before the next.
+    theirs = re.sub(
+        r"^layers\.(\d)\.downsample",
+        lambda m: f"layers.{int(m[1]) + 1}.downsample",
+        name,
+    )
     for pattern, ours, axes in NAMES:
-        match = re.fullmatch(rf"{pattern}(weight|bias)", name)
-        if not match:
-            continue
-        *where, kind = match.groups()
-        if len(where) == 2:
-            where = [numbers[tuple(map(int, where))]]
-        elif where:  # Theirs is behind a stage, ours before the next.
-            where = [int(where[0]) + 1]
-        if kind == "weight":
-            kind = "scale" if axes is SAME else "kernel"
-            fits = axes is not SAME and x.ndim == len(axes)
-            x = x.transpose(axes) if fits else x
-        return {f"{ours.format(*where)}{kind}": x}
+        match = re.fullmatch(rf"{pattern}\.(weight|bias)", theirs)
+        if match:
+            return weight_or_bias(match, ours, axes, x, starts)
     more = ""
     if "cosine" in name or "sim_matrix" in name:
         more = " Its router is a cosine one, whose projection has a bias here."
@@ -202,11 +216,8 @@ def _renamed(name, x, numbers, path):
     )
 
 
-def _experts(block, gate, ranks, numbers, files):
+def _experts(block, start, gate, ranks, files):
     """The experts of a block, from the files of all GPUs."""
-    number = int(block.removeprefix("block_"))
-    stage, place = next(k for k, x in numbers.items() if x == number)
-    start = f"layers.{stage}.blocks.{place}.mlp._moe_layer.experts.batched_"
     features, num_experts = gate.shape
     shapes = {
         rank: arrays[f"{start}fc1_w"].shape
@@ -280,81 +291,9 @@ def _check_ranks(ranks, world, num_experts, local, slices, files):
     if more:
         raise CheckpointError(
             f"The {num_experts} experts are on {world} GPUs. Received: files "
-            f"of another number of them, such as {files[f'rank{more[0]}'].name}"
-            ". "
-            "Keep the files of one training in a folder."
+            f"such as {files[f'rank{more[0]}'].name} are of more. Keep the "
+            "files of one training in a folder."
         )
-
-
-def swin_config(arrays, image_size=None):
-    """Infers the arguments of the `SwinMoE` of a checkpoint.
-
-    K, the capacity factor and batch priority are in no array: they are those
-    of the published models.
-
-    Args:
-        arrays: What `read_swin` returns.
-        image_size: Side of the images in pixels, or `(height, width)`. None is
-            16 windows' sides, of 12 if no file says their side: 192.
-
-    Returns:
-        Dict of `SwinMoE`'s arguments.
-
-    Raises:
-        CheckpointError: If the arrays are not those of a Swin-MoE.
-    """
-    shapes = {name: np.shape(x) for name, x in arrays.items()}
-    try:
-        return _config(shapes, arrays.window_size or 12, image_size)
-    except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(
-            "The arrays must be those of a Swin-MoE. Received: "
-            f"{counted(len(shapes), 'array')}, of which {error} is missing or "
-            f"has another rank; the first are {list(shapes)[:3]}."
-        ) from error
-
-
-def _config(shapes, window_size, image_size):
-    attention = r"block_(\d+)_attention/bias_output/kernel"
-    found = (re.fullmatch(attention, name) for name in shapes)
-    heads = {int(m[1]): shapes[m[0]][1] for m in found if m}
-    depths, dims, num_heads = [], [], []
-    for block in range(len(heads)):
-        width = shapes[f"block_{block}_attention/output/kernel"][0]
-        if not dims or dims[-1] != width:
-            depths.append(0)
-            dims.append(width)
-            num_heads.append(heads[block])
-        depths[-1] += 1
-    gates = {
-        i: shapes[f"block_{i}_moe/gate/kernel"]
-        for i in range(len(heads))
-        if f"block_{i}_moe/gate/kernel" in shapes
-    }
-    patch_size, _, channels, _ = shapes["stem/kernel"]
-    width, hidden = shapes["block_0_mlp/hidden/kernel"]
-    moe = None
-    if gates:
-        moe = {
-            "layers": list(gates),
-            "num_experts": next(iter(gates.values()))[1],
-            "num_selected_experts": 1,
-            "capacity_factor": 1.25,
-            "batch_priority": True,
-            "dropout": 0.1,
-        }
-    return {
-        "depths": tuple(depths),
-        "dims": tuple(dims),
-        "num_heads": tuple(num_heads),
-        "num_classes": shapes.get("head/bias", (None,))[0],
-        "window_size": window_size,
-        "image_size": image_size or 16 * window_size,
-        "patch_size": patch_size,
-        "mlp_ratio": hidden // width,
-        "moe": moe,
-        **({} if channels == 3 else {"channels": channels}),
-    }
 
 
 def load_swin(model, arrays):

@@ -74,17 +74,7 @@ def load_vmoe(model, arrays, grid=None):
         arrays = with_head(arrays.with_heads(model.num_heads), model)
     preprocessing = known_to(model, known)
     weights = vmoe_weights(model)
-    arrays = fit_head(dict(arrays), model)
-    for name, x in arrays.items():  # (D, M, E / M) of an ensemble's gate.
-        if name.endswith(GATE) and np.ndim(x) == 3:
-            if np.shape(x)[1] != model.ensemble_size:
-                raise ValueError(
-                    "The ensemble must have the members of the checkpoint. "
-                    f"Received: ensemble_size={model.ensemble_size} for "
-                    f"{name} {np.shape(x)}. Set ensemble_size="
-                    f"{np.shape(x)[1]}."
-                )
-            arrays[name] = np.reshape(x, (len(x), -1))
+    arrays = _joined_gates(fit_head(dict(arrays), model), model)
     if model.position_embedding == "learned" and POSITIONS in arrays:
         arrays[POSITIONS] = fit_positions(
             arrays[POSITIONS], model, grid, **options
@@ -92,6 +82,21 @@ def load_vmoe(model, arrays, grid=None):
     assign(model, weights, arrays)
     model.preprocessing = preprocessing
     return model
+
+
+def _joined_gates(arrays, model):
+    """An ensemble's gates `(D, M, E / M)` as `(D, E)`."""
+    for name, x in arrays.items():
+        if not name.endswith(GATE) or np.ndim(x) != 3:
+            continue
+        if np.shape(x)[1] != model.ensemble_size:
+            raise ValueError(
+                "The ensemble must have the members of the checkpoint. "
+                f"Received: ensemble_size={model.ensemble_size} for {name} "
+                f"{np.shape(x)}. Set ensemble_size={np.shape(x)[1]}."
+            )
+        arrays[name] = np.reshape(x, (len(x), -1))
+    return arrays
 
 
 def _check_arguments(model, arrays):

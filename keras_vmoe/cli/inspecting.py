@@ -79,7 +79,8 @@ def inspect(
         )
         batches = np.array_split(pixels, -(-len(pixels) // batch_size))
         shown["image_names"] = [pathlib.Path(x).name for x in images]
-        shown["num_examples"] = examples or min(len(images), MOST_EXAMPLES)
+        most = min(len(images), MOST_EXAMPLES)
+        shown["num_examples"] = most if examples is None else examples
         found = inspection.inspect(opened, batches, **shown)
     else:
         given = of_run(model, "inspect", dataset, split, data_dir)
@@ -87,7 +88,7 @@ def inspect(
         title = f"{model} on {dataset}, {split}"
         check_classes(model, opened, names, dataset, data_dir)
         batches = load_images(opened, dataset, split, data_dir, batch_size)
-        shown["num_examples"] = examples or EXAMPLES
+        shown["num_examples"] = EXAMPLES if examples is None else examples
         with _corruption.named_corruption(dataset, [split], data_dir):
             found = inspection.inspect(opened, batches, **shown)
     history = run_dir_of(model) / "history.csv"

@@ -10,7 +10,7 @@ from keras_vmoe import models
 from keras_vmoe.evaluation.measurement import measure
 from keras_vmoe.layers import MLPExperts
 from keras_vmoe.layers import TopKRouter
-from keras_vmoe.models.base import moe_layers
+from keras_vmoe.models.placement import moe_layers
 
 
 def ablate(model, dataset, verbose=0, seed=0, layers=None, max_images=None):
@@ -27,7 +27,8 @@ def ablate(model, dataset, verbose=0, seed=0, layers=None, max_images=None):
         verbose: Whether to print each measurement.
         seed: Integer, seed of the random routers.
         layers: Names of MoE layers; None means all. K is that of all.
-        max_images: Images at most; None means all.
+        max_images: Images at most, the first ones; None means all. Those of a
+            batch that is cut are routed without the rest of it.
 
     Returns:
         List of dicts: `layer`, `change`, `accuracy`, and `difference` from that
@@ -52,7 +53,7 @@ def ablate(model, dataset, verbose=0, seed=0, layers=None, max_images=None):
             f"model={model.name!r}, with other banks in {others}. Name other "
             "`layers`."
         )
-    dataset, rows = FirstImages(dataset, max_images), []
+    dataset, rows = _FirstImages(dataset, max_images), []
     generator = np.random.default_rng(seed)
 
     def add(layer, change, changed=model):
@@ -81,7 +82,7 @@ def ablate(model, dataset, verbose=0, seed=0, layers=None, max_images=None):
     return rows
 
 
-class FirstImages:
+class _FirstImages:
     """The first images of a dataset of batches, which can be read again."""
 
     def __init__(self, dataset, max_images):

@@ -19,7 +19,7 @@ from keras_vmoe.inspection.gathering import LayerSums
 from keras_vmoe.layers.patches import PatchEmbedding
 from keras_vmoe.layers.patches import patch_grid
 from keras_vmoe.models.base import check_preprocessing
-from keras_vmoe.models.base import moe_layers
+from keras_vmoe.models.placement import moe_layers
 
 CAPACITIES = (0.25, 0.5, 1.0)
 
@@ -132,8 +132,7 @@ def inspect(
     check_sizes(max_images=1 if max_images is None else max_images)
     check_preprocessing(model, dataset)
     _check_dataset(dataset)
-    chosen = moe_layers(model, layers)
-    _check_no_copies(chosen)
+    chosen = layers_to_look_at(model, layers)
     num_classes = _num_classes(model, class_names)
     capacities = _capacities(capacities)
     probe = keras.Model(model.inputs[0], [layer.input for layer in chosen])
@@ -219,8 +218,9 @@ class _Gathered:
         )
 
 
-def _check_no_copies(chosen):
-    """Raises for an ensemble, whose members see an image each."""
+def layers_to_look_at(model, names=None):
+    """The MoE layers of a model; raises for a dense one and an ensemble."""
+    chosen = moe_layers(model, names)
     copies = max(getattr(layer.router, "copies", 1) for layer in chosen)
     if copies > 1:
         raise ValueError(
@@ -228,6 +228,7 @@ def _check_no_copies(chosen):
             f"{copies} members, which route it each. `MoEMLP.plan` and the "
             "functions of `inspection` take their decisions."
         )
+    return chosen
 
 
 def _num_classes(model, class_names):

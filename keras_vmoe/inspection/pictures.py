@@ -334,17 +334,19 @@ def _blended(image, cells):
 
 def _veiled(image, served):
     """A picture, with a veil over the patches that nobody serves."""
-    picture = image[..., :3] / 255
-    if image.shape[-1] not in (3, 4):
-        picture = np.repeat(image[..., :1] / 255, 3, axis=-1)
+    picture = np.broadcast_to(_seen(image) / 255, (*image.shape[:2], 3))
     veil = 0.25 * picture + 0.75 * np.array(DROPPED)
     return np.where(_enlarged(served[..., None], image), picture, veil)
 
 
+def _seen(image):
+    """What can be shown of an image: three of its channels, or one."""
+    return image[..., : 3 if image.shape[-1] >= 3 else 1]
+
+
 def _show(axis, image):
     """An image of any number of channels, without axes."""
-    if image.shape[-1] not in (1, 3):  # What is seen of it.
-        image = image[..., :3] if image.shape[-1] > 3 else image[..., :1]
+    image = _seen(image)
     grey = image.shape[-1] == 1
     most = 255 if image.dtype == np.uint8 else 1
     image = image[..., 0] if grey else image

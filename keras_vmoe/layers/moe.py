@@ -156,6 +156,9 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
         self.router = router
         self.experts = experts
         self.images_per_group = _group(router, images_per_group)
+        self._rows_per_group = self.images_per_group
+        if self.images_per_group != "batch":  # Copies of an ensemble count.
+            self._rows_per_group *= getattr(router, "copies", 1)
         call = inspect.signature(experts.call).parameters
         self._takes_training = "training" in call
         hand_down(self)
@@ -164,13 +167,6 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
     def hidden_dim(self):
         """F of an expert; None where the bank does not say it."""
         return getattr(self.experts, "hidden_dim", None)
-
-    @property
-    def _rows_per_group(self):
-        """Rows of the batch in a group, the copies of an ensemble counted."""
-        if self.images_per_group == "batch":
-            return "batch"
-        return self.images_per_group * getattr(self.router, "copies", 1)
 
     def build(self, input_shape):
         self._check_rank(input_shape)

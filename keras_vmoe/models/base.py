@@ -344,45 +344,6 @@ def classifier(x, settings, kernel_initializer):
     )(x)
 
 
-def moe_layers(model, names=None):
-    """The MoE layers of a functional model, all or those of some names.
-
-    Args:
-        model: A functional model with `MoEMLP` layers of its own.
-        names: Their names, or one name; None means all.
-
-    Raises:
-        ValueError: If there are none, or none of a name.
-    """
-    found = {x.name: x for x in model.layers if isinstance(x, layers.MoEMLP)}
-    if not found:
-        inner = [
-            part.name
-            for part in model.layers
-            if isinstance(part, keras.Model)
-            and any(isinstance(x, layers.MoEMLP) for x in all_layers(part))
-        ]
-        mend = (
-            f"Take the model inside, `model.get_layer({inner[0]!r})`."
-            if inner
-            else "`models.upcycle` makes experts of the MLPs of a dense model."
-        )
-        raise ValueError(
-            "The model must have MoE layers to look at. Received: model="
-            f"{model.name!r} without any of its own. {mend}"
-        )
-    if names is None:
-        return list(found.values())
-    names = [names] if isinstance(names, str) else list(names)
-    for name in names or [None]:
-        if name not in found:
-            raise ValueError(
-                f"`layers` must be MoE layers of the model, of {[*found]}. "
-                f"Received: {name!r}.{nearest(name, found)}"
-            )
-    return [layer for name, layer in found.items() if name in names]
-
-
 def check_preprocessing(model, dataset):
     """Raises for a dataset of `data.load` that was made for other models."""
     ours, theirs = (getattr(x, "preprocessing", None) for x in (model, dataset))

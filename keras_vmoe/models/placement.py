@@ -3,9 +3,13 @@
 import itertools
 import re
 
+import keras
+
 from keras_vmoe._checks import counted
 from keras_vmoe._checks import is_integer
 from keras_vmoe._checks import nearest
+from keras_vmoe._keras import all_layers
+from keras_vmoe.layers import MoEMLP
 
 
 def moe_blocks(layers, num_layers, more_names=""):
@@ -94,6 +98,45 @@ def stage_blocks(layers, depths):
             f"Received: layers={layers!r} with depths={list(depths)}."
         )
     return named[layers]
+
+
+def moe_layers(model, names=None):
+    """The MoE layers of a functional model, all or those of some names.
+
+    Args:
+        model: A functional model with `MoEMLP` layers of its own.
+        names: Their names, or one name; None means all.
+
+    Raises:
+        ValueError: If there are none, or none of a name.
+    """
+    found = {x.name: x for x in model.layers if isinstance(x, MoEMLP)}
+    if not found:
+        inner = [
+            part.name
+            for part in model.layers
+            if isinstance(part, keras.Model)
+            and any(isinstance(x, MoEMLP) for x in all_layers(part))
+        ]
+        mend = (
+            f"Take the model inside, `model.get_layer({inner[0]!r})`."
+            if inner
+            else "`models.upcycle` makes experts of the MLPs of a dense model."
+        )
+        raise ValueError(
+            "The model must have MoE layers to look at. Received: model="
+            f"{model.name!r} without any of its own. {mend}"
+        )
+    if names is None:
+        return list(found.values())
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names or [None]:
+        if name not in found:
+            raise ValueError(
+                f"`layers` must be MoE layers of the model, of {[*found]}. "
+                f"Received: {name!r}.{nearest(name, found)}"
+            )
+    return [layer for name, layer in found.items() if name in names]
 
 
 def _are_blocks(layers, num_layers):

@@ -12,10 +12,10 @@ from keras_vmoe.models.placement import moe_blocks
 from keras_vmoe.models.placement import stage_blocks
 from keras_vmoe.models.presets import find_preset
 from keras_vmoe.training import recipes
-from keras_vmoe.training.config import ConvNeXtConfig
-from keras_vmoe.training.config import SwinConfig
 from keras_vmoe.training.sizes import SIZES
+from keras_vmoe.training.sizes import ConvNeXtConfig
 from keras_vmoe.training.sizes import MoESettings
+from keras_vmoe.training.sizes import SwinConfig
 from keras_vmoe.training.sizes import family_of
 from keras_vmoe.training.sizes import given
 

@@ -10,7 +10,9 @@ from keras_vmoe.routing._groups import check_capacity_factor
 from keras_vmoe.training import typed
 from keras_vmoe.training.reading import DataConfig
 from keras_vmoe.training.sizes import VIT_SIZES
+from keras_vmoe.training.sizes import ConvNeXtConfig
 from keras_vmoe.training.sizes import MoESettings
+from keras_vmoe.training.sizes import SwinConfig
 from keras_vmoe.training.sizes import family_of
 from keras_vmoe.training.sizes import given
 
@@ -99,66 +101,6 @@ class ModelConfig:
         rates = self.drop_path_rate
         for rate in rates.values() if isinstance(rates, dict) else [rates]:
             _checks.check_rates(drop_path_rate=rate)
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvNeXtConfig:
-    """The dense part of a `ConvNeXtMoE`; attributes are its arguments.
-
-    One that is None is as in `ModelConfig`.
-
-    Attributes:
-        depths: Blocks of each stage.
-        dims: Features of each stage.
-        patch_size: Side of a patch of the stem, in pixels.
-        isotropic: Whether there is one stage, without downsampling.
-        mlp_ratio: Hidden features of the MLPs, relative to the stage's.
-        layer_scale_init_value: Initial value of the layer scale.
-        activation: Of MLPs and experts.
-    """
-
-    depths: tuple[int, ...] | None = None
-    dims: tuple[int, ...] | None = None
-    patch_size: int | None = None
-    isotropic: bool | None = None
-    mlp_ratio: int | None = None
-    layer_scale_init_value: float | None = None
-    activation: str | None = None
-
-    def __post_init__(self):
-        typed.check_types(self, "convnext.")
-
-
-@dataclasses.dataclass(frozen=True)
-class SwinConfig:
-    """The dense part of a `SwinMoE`; attributes are its arguments.
-
-    One that is None is as in `ModelConfig`.
-
-    Attributes:
-        depths: Blocks of each stage.
-        dims: Features of each stage.
-        num_heads: Attention heads of each stage.
-        window_size: Side of a window, in positions.
-        pretrained_window_sizes: Sides that position biases were trained with.
-        patch_size: Side of a patch of the stem, in pixels.
-        mlp_ratio: Hidden features of the MLPs, relative to the stage's.
-        layer_scale_init_value: Initial value of the layer scale.
-        activation: Of MLPs and experts.
-    """
-
-    depths: tuple[int, ...] | None = None
-    dims: tuple[int, ...] | None = None
-    num_heads: tuple[int, ...] | None = None
-    window_size: int | None = None
-    pretrained_window_sizes: tuple[int, ...] | None = None
-    patch_size: int | None = None
-    mlp_ratio: int | None = None
-    layer_scale_init_value: float | None = None
-    activation: str | None = None
-
-    def __post_init__(self):
-        typed.check_types(self, "swin.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,12 +270,12 @@ class TrainConfig:
                 "(`keras-vmoe presets`), or set `convnext.dims` and "
                 "`convnext.depths` for a ConvNeXt, `swin.dims` for a Swin."
             )
-        wants_softmax = self.model.ensemble_size is not None
-        if wants_softmax and self.optimizer.loss != "ce":
+        size = self.model.ensemble_size
+        if size is not None and self.optimizer.loss != "ce":
             raise ValueError(
                 "An ensemble answers with the log of a mean softmax. Received: "
-                f"loss={self.optimizer.loss!r} with ensemble_size="
-                f"{self.model.ensemble_size}. Set loss='ce'."
+                f"loss={self.optimizer.loss!r} with ensemble_size={size}. Set "
+                "loss='ce'."
             )
 
     @property

@@ -15,7 +15,7 @@ from keras_vmoe.evaluation.fewshot import check_settings
 from keras_vmoe.evaluation.fewshot import l2_regs_for
 from keras_vmoe.inspection import _plots
 from keras_vmoe.inspection import pictures
-from keras_vmoe.models.base import moe_layers
+from keras_vmoe.inspection.inspecting import layers_to_look_at
 
 
 class ExpertMaps(keras.callbacks.Callback):
@@ -32,7 +32,7 @@ class ExpertMaps(keras.callbacks.Callback):
     Raises:
         ImportError: If TensorFlow or matplotlib is missing.
         ValueError: If `every` is not an integer of at least 1, or the model has
-            no MoE layers.
+            no MoE layers, or is an ensemble.
 
     Example:
 
@@ -49,7 +49,7 @@ class ExpertMaps(keras.callbacks.Callback):
         self.writer = None
 
     def on_train_begin(self, logs=None):
-        moe_layers(self.model)  # Raises for a dense model, before it trains.
+        layers_to_look_at(self.model)  # Raises before it trains.
 
     def on_epoch_end(self, epoch, logs=None):
         if (epoch + 1) % self.every or not _processes.is_first_process():

@@ -8,6 +8,7 @@ from keras_vmoe.models import ConvNeXtMoE
 from keras_vmoe.models import MoEConfig
 from keras_vmoe.models import SwinMoE
 from keras_vmoe.models import ViTMoE
+from keras_vmoe.training import typed
 
 # The sizes of a model that are neither set nor those of a preset or a file.
 VIT_SIZES = {
@@ -58,6 +59,66 @@ MoESettings = dataclasses.make_dataclass(
     namespace={"__doc__": MoEConfig.__doc__, "__module__": __name__},
     frozen=True,
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvNeXtConfig:
+    """The dense part of a `ConvNeXtMoE`; attributes are its arguments.
+
+    One that is None is as in `ModelConfig`.
+
+    Attributes:
+        depths: Blocks of each stage.
+        dims: Features of each stage.
+        patch_size: Side of a patch of the stem, in pixels.
+        isotropic: Whether there is one stage, without downsampling.
+        mlp_ratio: Hidden features of the MLPs, relative to the stage's.
+        layer_scale_init_value: Initial value of the layer scale.
+        activation: Of MLPs and experts.
+    """
+
+    depths: tuple[int, ...] | None = None
+    dims: tuple[int, ...] | None = None
+    patch_size: int | None = None
+    isotropic: bool | None = None
+    mlp_ratio: int | None = None
+    layer_scale_init_value: float | None = None
+    activation: str | None = None
+
+    def __post_init__(self):
+        typed.check_types(self, "convnext.")
+
+
+@dataclasses.dataclass(frozen=True)
+class SwinConfig:
+    """The dense part of a `SwinMoE`; attributes are its arguments.
+
+    One that is None is as in `ModelConfig`.
+
+    Attributes:
+        depths: Blocks of each stage.
+        dims: Features of each stage.
+        num_heads: Attention heads of each stage.
+        window_size: Side of a window, in positions.
+        pretrained_window_sizes: Sides that position biases were trained with.
+        patch_size: Side of a patch of the stem, in pixels.
+        mlp_ratio: Hidden features of the MLPs, relative to the stage's.
+        layer_scale_init_value: Initial value of the layer scale.
+        activation: Of MLPs and experts.
+    """
+
+    depths: tuple[int, ...] | None = None
+    dims: tuple[int, ...] | None = None
+    num_heads: tuple[int, ...] | None = None
+    window_size: int | None = None
+    pretrained_window_sizes: tuple[int, ...] | None = None
+    patch_size: int | None = None
+    mlp_ratio: int | None = None
+    layer_scale_init_value: float | None = None
+    activation: str | None = None
+
+    def __post_init__(self):
+        typed.check_types(self, "swin.")
 
 
 def family_of(model_class):

@@ -450,12 +450,13 @@ def test_many_classes_are_grouped():
 @pytest.mark.backends("torch")
 def test_the_command(trained, tmp_path):
     run_dir, _ = trained
-    done = run("inspect", run_dir, f"--output={tmp_path / 'a'}")
+    done = run("inspect", run_dir, f"--output={tmp_path / 'a'}", "--examples=0")
     assert done.returncode == 0, done.stderr
     assert f"report: {tmp_path / 'a' / 'index.html'}" in done.stdout
     assert "of 4 experts are the first choice" in done.stdout
     page = (tmp_path / "a" / "index.html").read_text()
     assert "32 images" in page and "while it was trained" in page
+    assert "Which expert sees what" not in page, "no examples"
     path = tmp_path / "one.png"
     keras.utils.save_img(path, np.zeros((9, 9, 3)))
     done = run(

@@ -181,6 +181,22 @@ def test_saved_dialled_and_looked_at(tmp_path):
         inspection.inspect(model, batch)
 
 
+@pytest.mark.backends("jax")
+def test_several_devices_measure_as_one():
+    """Tokens behind the first experts have two rows for each image."""
+    model, batch = randomize(ensemble()), [(images_of(5), LABELS)]
+    expected = evaluation.measure(model, batch)
+    devices = keras.distribution.list_devices()[:2]
+    with keras.distribution.DataParallel(devices=devices).scope():
+        found = evaluation.measure(randomize(ensemble()), batch)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    for name, routing in expected.routing.items():
+        for key, value in routing.items():
+            np.testing.assert_allclose(
+                found.routing[name][key], value, atol=1e-6
+            )
+
+
 @once
 def test_a_checkpoint_of_the_reference():
     model = randomize(ensemble())

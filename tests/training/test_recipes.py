@@ -140,6 +140,17 @@ def test_a_recipe_of_the_other_family():
         )
 
 
+def test_k_of_an_ensemble_is_that_of_the_reference():
+    config = recipes.load(
+        "e3_finetune", model={"ensemble_size": 2}
+    )
+    with without_weights():
+        model = building.make_model(changed(config, image_size=32), 10)
+    (moe, *_) = model.moe_layers
+    assert moe.router.num_selected_experts == 1
+    assert moe.router.capacity_factor == 1.5
+
+
 def test_an_ensemble_of_sigmoids():
     with pytest.raises(ValueError, match="Set loss='ce'"):
         training.TrainConfig(
