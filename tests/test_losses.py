@@ -1,7 +1,6 @@
 """Each auxiliary loss against its definition in loops, with its gradient."""
 
 import functools
-import math
 
 import numpy as np
 import pytest
@@ -10,9 +9,11 @@ from keras import ops
 from keras_vmoe import losses
 from tests.gradients import numeric_gradient
 from tests.gradients import value_and_gradients
+from tests.routing.definitions import global_entropy_slowly
 from tests.routing.definitions import gshard_slowly
 from tests.routing.definitions import importance_slowly
 from tests.routing.definitions import load_slowly
+from tests.routing.definitions import local_entropy_slowly
 from tests.routing.definitions import z_slowly
 
 
@@ -25,7 +26,7 @@ def all_losses(num_selected_experts, noise_std):
         "z": losses.router_z_loss,
         "local entropy": losses.local_entropy_loss,
         "global entropy": lambda gates, mask=None: losses.global_entropy_loss(
-            gates, 2.5, mask
+            gates, 4.0, mask
         ),
         "load": lambda logits, noisy_logits, mask=None: losses.load_loss(
             logits, noisy_logits, noise_std, num_selected_experts, mask
@@ -33,31 +34,9 @@ def all_losses(num_selected_experts, noise_std):
     }
 
 
-def entropy_slowly(shares):
-    return -sum(p * math.log(p) for p in shares if p > 0)
-
-
-def local_entropy_slowly(gates, mask=None):
-    """The mean over the tokens of each group."""
-    mask = np.ones(gates.shape[:2], bool) if mask is None else mask
-    return np.array([
-        np.mean([entropy_slowly(token) for token in group[kept]])
-        for group, kept in zip(gates, mask, strict=True)
-    ])  # fmt: skip
-
-
-def global_entropy_slowly(gates, mask=None):
-    """What the mean gates of each group lack of log(2.5)."""
-    mask = np.ones(gates.shape[:2], bool) if mask is None else mask
-    return np.array([
-        max(0, math.log(2.5) - entropy_slowly(group[kept].mean(axis=0)))
-        for group, kept in zip(gates, mask, strict=True)
-    ])  # fmt: skip
-
-
 SLOWLY = {
     "local entropy": local_entropy_slowly,
-    "global entropy": global_entropy_slowly,
+    "global entropy": functools.partial(global_entropy_slowly, min_experts=4.0),
     "importance": importance_slowly,
     "gshard": gshard_slowly,
     "z": z_slowly,
@@ -94,7 +73,7 @@ def weighted(name, num_selected_experts=2, noise_std=0.4):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", ["importance", "load", "gshard", "z"])
+@pytest.mark.parametrize("name", SLOWLY)
 def test_values_and_gradients(name, masked):
     arguments = arguments_of(name, num_experts=4)
     mask = MASK if masked else np.ones_like(MASK)
@@ -122,7 +101,7 @@ def test_values_and_gradients(name, masked):
         assert gradient[mask].any()
 
 
-@pytest.mark.parametrize("name", ["importance", "load", "gshard", "z"])
+@pytest.mark.parametrize("name", SLOWLY)
 def test_nothing_but_masked_tokens(name):
     # The first group is padding only: its loss is 0 and so is its gradient.
     arguments = arguments_of(name, num_experts=4)
@@ -149,6 +128,25 @@ def test_one_expert(name, value):
     )
     np.testing.assert_allclose(values, [value, value], atol=1e-6)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_entropies_by_hand():
+    """One expert for each token, and all of them for all tokens."""
+    alone = np.array([[[1.0, 0.0, 0.0, 0.0]] * 3], "float32")
+    spread = np.full((1, 3, 4), 0.25, "float32")
+    for gates, local, lacking in (
+        (alone, 0.0, np.log(2)),
+        (spread, np.log(4), 0.0),  # More than two are used: nothing is lacking.
+    ):
+        (_, (values,)), (gradient,) = value_and_gradients(
+            weighted("local entropy"), np.repeat(gates, 2, axis=0)
+        )
+        np.testing.assert_allclose(values, [local, local], atol=1e-6)
+        assert np.isfinite(gradient).all()
+        found = losses.global_entropy_loss(ops.convert_to_tensor(gates), 2)
+        assert float(found[0]) == pytest.approx(lacking, abs=1e-6)
+    with pytest.raises(ValueError, match="min_experts=0"):
+        losses.global_entropy_loss(ops.convert_to_tensor(spread), 0)
 
 
 def test_all_zero_gates():

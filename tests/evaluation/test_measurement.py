@@ -9,6 +9,7 @@ import pytest
 
 from keras_vmoe import data
 from keras_vmoe import evaluation
+from keras_vmoe.evaluation.measurement import calibration_error
 from tests.harness import randomize
 from tests.models.definitions import images_of
 from tests.models.definitions import tiny
@@ -34,6 +35,9 @@ def test_a_recount(capsys):
     expected = -log_softmax[np.arange(8), labels].mean()
     assert found.loss == pytest.approx(expected, rel=1e-4)
     assert found.confusion.sum() == 8
+    assert f"calibration error: {found.calibration_error:.4f}" in (
+        evaluation.report(found, "abcdefghij")
+    )
     assert found.confusion[labels[0], best[0]] >= 1
     for name in ("block_1_moe", "block_3_moe"):
         routing = found.routing[name]
@@ -45,6 +49,16 @@ def test_a_recount(capsys):
     assert "top-5" in text
     few = dataclasses.replace(found, confusion=np.eye(5, dtype=int))
     assert "top-5" not in evaluation.report(few, "abcde")  # It is 1.
+
+
+@pytest.mark.backends("torch")
+def test_calibration_by_hand():
+    """Four images in three bins: two are far too sure, two too modest."""
+    shares = np.array([[0.99, 0.01], [0.98, 0.02], [0.3, 0.7], [0.55, 0.45]])
+    labels = np.array([1, 1, 1, 0])
+    found = calibration_error(np.log(shares) + 5.0, labels)
+    expected = (abs(0.99 + 0.98 - 0) + abs(0.7 - 1) + abs(0.55 - 1)) / 4
+    assert found == pytest.approx(expected)
 
 
 @pytest.mark.backends("torch")

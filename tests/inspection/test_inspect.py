@@ -13,6 +13,7 @@ from keras_vmoe import inspection
 from keras_vmoe import models
 from keras_vmoe.inspection import decisions
 from keras_vmoe.inspection import pictures
+from keras_vmoe.inspection import report
 from tests.commands import run
 from tests.harness import randomize
 from tests.models.definitions import images_of
@@ -119,6 +120,13 @@ def test_what_routers_decide():
         best = decided.gates.argmax(axis=-1)
         if router in ("top_k", "dropless", "soft"):
             np.testing.assert_array_equal(decided.top[..., 0], best)
+        if router == "soft":
+            plan = layer.plan(ops.convert_to_tensor(tokens))
+            weight = ops.convert_to_numpy(plan.dispatch_weight).sum(axis=-1)
+            np.testing.assert_allclose(decided.taken, weight, atol=1e-6)
+            np.testing.assert_allclose(  # Two slots, each of all tokens.
+                decided.taken.sum(axis=1), 2, atol=1e-5
+            )
         if router == "expert_choice":
             plan = layer.plan(ops.convert_to_tensor(tokens))
             chosen = ops.convert_to_numpy(plan.token)  # (2, 4, C) of 10.
@@ -128,6 +136,11 @@ def test_what_routers_decide():
                     expected = np.zeros(11, bool)
                     expected[chosen[group, e]] = True
                     np.testing.assert_array_equal(has[group], expected[:10])
+                gates, taken = (
+                    x[..., e].reshape(2, 10)
+                    for x in (decided.gates, decided.taken)
+                )
+                np.testing.assert_array_equal(taken, np.where(has, gates, 0))
             number = (decided.top >= 0).sum(axis=-1)
             np.testing.assert_array_equal(decided.served, number > 0)
         if router in ("dropless", "soft"):
@@ -436,6 +449,15 @@ def test_experts_that_nobody_uses_are_like_nobody():
     found = inspection.similarity([[2, 0, 0], [1, 0, 0]])
     expected = [[1, 0, 0], [0, np.nan, np.nan], [0, np.nan, np.nan]]
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(1, "100%"), (0.998, "over 99%"), (0.001, "under 1%"), (0, "0%")],
+)
+def test_shares_in_words(share, words):
+    assert report._percent(share) == words
 
 
 @pytest.mark.backends("torch")

@@ -22,9 +22,11 @@ from tests.layers.definitions import gate_kernel_of
 from tests.layers.definitions import gelu_tanh
 from tests.layers.definitions import moe_slowly
 from tests.layers.definitions import softmax
+from tests.routing.definitions import global_entropy_slowly
 from tests.routing.definitions import gshard_slowly
 from tests.routing.definitions import importance_slowly
 from tests.routing.definitions import load_slowly
+from tests.routing.definitions import local_entropy_slowly
 from tests.routing.definitions import z_slowly
 
 
@@ -354,6 +356,9 @@ WEIGHTS = {
     "load_loss_weight": 3.0,
     "gshard_loss_weight": 7.0,
     "z_loss_weight": 11.0,
+    "local_entropy_loss_weight": 13.0,
+    "global_entropy_loss_weight": 17.0,
+    "min_experts": 2.9,
 }
 
 
@@ -367,9 +372,9 @@ WEIGHTS = {
     ],
 )
 def test_losses_are_weighted_and_averaged_over_groups(batch, noise_std):
-    # With noise: importance and z-loss of the clean logits, load of both,
-    # GShard of the noisy ones. Without: no load loss. The partial group of the
-    # 3 images counts as one group, its filling not at all.
+    # With noise: importance, z-loss and entropies of the clean logits, load of
+    # both, GShard of the noisy ones. Without: no load loss. The partial group
+    # of the 3 images counts as one group, its filling not at all.
     router = RecordingRouter(
         3, num_selected_experts=2, noise_std=noise_std, seed=3, **WEIGHTS
     )
@@ -389,6 +394,8 @@ def test_losses_are_weighted_and_averaged_over_groups(batch, noise_std):
             total += 3.0 * load_slowly(clean, with_noise, 0.3, 2)
         total += 7.0 * gshard_slowly(softmax(with_noise))
         total += 11.0 * z_slowly(clean)
+        total += 13.0 * local_entropy_slowly(softmax(clean))
+        total += 17.0 * global_entropy_slowly(softmax(clean), 2.9)
         expected.append(total)
     loss = float(ops.convert_to_numpy(loss))
     assert loss == pytest.approx(np.mean(expected), rel=1e-4)

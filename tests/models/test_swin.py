@@ -153,6 +153,7 @@ def attention_slowly(layer, x, weights):
     first_everywhere(
         [
             ((6, 9), {"shift": True, "pretrained_window_size": 6}),  # Filled.
+            ((6, 7), {"shift": True, "window_size": 3}),
             ((8, 8), {"shift": True}),
             ((8, 4), {"shift": True}),  # Not shifted: one window is enough.
             ((3, 8), {}),  # Windows of three.
@@ -162,7 +163,7 @@ def attention_slowly(layer, x, weights):
 )
 def test_the_definition_of_the_attention(case):
     grid, options = case
-    layer = WindowAttention(num_heads=2, window_size=4, **options)
+    layer = WindowAttention(2, **{"window_size": 4, **options})
     generator = np.random.default_rng(0)
     x = generator.normal(size=(2, *grid, 6)).astype("float32")
     layer.build(x.shape)
@@ -307,6 +308,14 @@ def assign(layer, state):
         weight.assign(x.transpose(axes))
     for weight in layer.weights[len(arrays) :]:
         weight.assign(np.zeros(weight.shape))
+
+
+@pytest.mark.backends("torch")
+def test_every_second_block_of_a_stage_is_shifted():
+    sizes = {"dims": (4, 4), "num_heads": (1, 1), "moe": None}
+    model = tiny(depths=(1, 3), **sizes)
+    shifts = [model.get_layer(f"block_{i}_attention").shift for i in range(4)]
+    assert shifts == [False, False, True, False]
 
 
 # What the other mechanisms make of it.

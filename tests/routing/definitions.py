@@ -171,3 +171,15 @@ def gshard_slowly(gates):
 
 def z_slowly(logits):
     return np.mean([math.log(sum(np.exp(row))) ** 2 for row in logits])
+
+
+def entropy_slowly(shares):
+    return -sum(p * math.log(p) for p in shares if p > 0)
+
+
+def local_entropy_slowly(gates):
+    return np.mean([entropy_slowly(row) for row in gates])
+
+
+def global_entropy_slowly(gates, min_experts):
+    return max(0, math.log(min_experts) - entropy_slowly(gates.mean(axis=0)))

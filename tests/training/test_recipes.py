@@ -141,9 +141,7 @@ def test_a_recipe_of_the_other_family():
 
 
 def test_k_of_an_ensemble_is_that_of_the_reference():
-    config = recipes.load(
-        "e3_finetune", model={"ensemble_size": 2}
-    )
+    config = recipes.load("e3_finetune", model={"ensemble_size": 2})
     with without_weights():
         model = building.make_model(changed(config, image_size=32), 10)
     (moe, *_) = model.moe_layers
