@@ -44,8 +44,16 @@ VARIANTS = {
     },
 }  # fmt: skip
 # Hidden features of the dense twins' MLPs, as the models count them.
-WIDTHS = {"vit": {"mlp_dim": 64}, "convnext": {"mlp_ratio": 4}}
-WIDER = {"vit": {"mlp_dim": 98}, "convnext": {"mlp_ratio": 6}}
+WIDTHS = {
+    "vit": {"mlp_dim": 64},
+    "convnext": {"mlp_ratio": 4},
+    "swin": {"mlp_ratio": 2},
+}
+WIDER = {
+    "vit": {"mlp_dim": 98},
+    "convnext": {"mlp_ratio": 6},
+    "swin": {"mlp_ratio": 3},
+}
 RECIPE = training.recipes.load("cifar10_small")
 KEYS = ("backend", "family", "model", "seed")  # Of a row of the results.
 # What is trained on, what is measured and the images of the former, without and
@@ -64,6 +72,11 @@ def make_model(family, variant, num_classes=10):
         return models.ViTMoE(
             patch_size=4, hidden_dim=32, num_layers=4, num_heads=4,
             pooling="gap", moe=VARIANTS[variant], **shared,
+        )  # fmt: skip
+    if family == "swin":
+        return models.SwinMoE(
+            depths=(2, 4), dims=(16, 32), num_heads=(2, 4), patch_size=2,
+            window_size=4, moe=VARIANTS[variant], **shared,
         )  # fmt: skip
     return models.ConvNeXtMoE(
         depths=(2, 2, 2), dims=(16, 32, 64), patch_size=2,

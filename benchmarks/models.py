@@ -38,6 +38,7 @@ PAIRS = {
     "convnext_t_e4_last2_r2": ("convnext_t", 768, 814),
     "convnext_t_e8_last2": ("convnext_t", None, None),
     "convnext_iso_s_e8_last2": ("convnext_iso_s", 1031, 1100),
+    "swin_s_192_e8": ("swin_s_192", None, None),
 }
 
 
@@ -53,7 +54,8 @@ def main():
     args = parser.parse_args()
     keras.config.set_dtype_policy(args.dtype)
     if args.memory_of:
-        print(memory.growth(make(args.memory_of), images_of(args)))
+        model = make(args.memory_of)
+        print(memory.growth(model, images_of(args, model.input_shape[1:])))
         return
     for name in args.models:
         rows = compare(name, args)
@@ -70,7 +72,7 @@ def compare(name, args):
     twin, ours, dense = PAIRS[name]
     made = {"dense": make(twin), "sparse": make(name)}
     macs = {kind: models.cost(model).macs for kind, model in made.items()}
-    images = images_of(args)
+    images = images_of(args, made["dense"].input_shape[1:])
     rows = []
     for kind in ("forward", "training"):
         step = getattr(steps, kind)
@@ -100,14 +102,14 @@ def compare(name, args):
 
 
 def make(name):
-    """A model of the paper, for images of 224 x 224 pixels."""
+    """A model of the papers."""
     keras.utils.set_random_seed(0)
     return models.from_preset(name)
 
 
-def images_of(args):
+def images_of(args, shape):
     """Random images."""
-    shape = (args.batch_size, 224, 224, 3)
+    shape = (args.batch_size, *shape)
     images = np.random.default_rng(0).uniform(-1, 1, shape)
     return keras.ops.convert_to_tensor(images.astype("float32"))
 

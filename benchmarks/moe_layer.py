@@ -50,6 +50,7 @@ SHAPES = {
     "ViT-B/16 x32": (32, 197, 768, 3072),
     "ConvNeXt-T stage 3 x8": (8, 196, 384, 1536),
     "ConvNeXt-T stage 4 x8": (8, 49, 768, 3072),
+    "Swin-S stage 3 x8": (8, 144, 384, 1536),
 }
 # For accelerators: --shapes "ViT-B/16 x128" "ViT-L/16 x128"
 # --dtype mixed_bfloat16 --peak-tflops ...
