@@ -64,9 +64,10 @@ test-browser: $(VENV)/.test browser  ## The pages that we write, in Chromium.
 	KERAS_BACKEND=torch $(BIN)/python -m pytest -q tests/browser
 
 .PHONY: lint
-lint: $(VENV)/.test  ## Style, and that every file compiles.
+lint: $(VENV)/.test  ## Style, types, and that every file compiles.
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
 	$(BIN)/python -m compileall -q $(SOURCES)
 
 .PHONY: wheel

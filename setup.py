@@ -43,6 +43,7 @@ EXTRAS = {
         "pytest>=8,<10",
         "pytest-xdist>=3.6,<4",
         "ruff>=0.14,<0.18",
+        "mypy>=2,<3",
         "build>=1.2,<2",
         # Whose weights are read; torchvision is the one for torch above.
         "timm>=1.0.20,<1.1",
@@ -67,6 +68,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["keras_vmoe", "keras_vmoe.*"]),
     package_data={
+        "keras_vmoe": ["py.typed"],
         "keras_vmoe.evaluation": ["*.csv", "*.json"],
         "keras_vmoe.inspection": ["*.html"],
         "keras_vmoe.models": ["*.csv"],

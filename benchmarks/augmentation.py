@@ -48,7 +48,7 @@ STAGES = {
         "rand_augment_layers": CONVNEXT.rand_augment_layers,
     },
     "3-Augment": {"three_augment": True},
-    "colour jitter": {"color_jitter": VIT.color_jitter},
+    "color jitter": {"color_jitter": VIT.color_jitter},
     "erasing": {"erasing": CONVNEXT.erasing},
     "MixUp": {"mixup": CONVNEXT.mixup},
     "CutMix": {"cutmix": CONVNEXT.cutmix},
@@ -178,7 +178,7 @@ def others():
         "RandAugment": keras.layers.RandAugment(
             (0, 255), CONVNEXT.rand_augment_layers, magnitude
         ),
-        "colour jitter": keras.layers.RandomColorJitter(
+        "color jitter": keras.layers.RandomColorJitter(
             (0, 255), *[VIT.color_jitter] * 3
         ),
         "erasing": keras.layers.RandomErasing(CONVNEXT.erasing),

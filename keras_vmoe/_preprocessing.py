@@ -23,13 +23,13 @@ class Preprocessing:
         mean: Number that is subtracted from pixels, or one for each channel.
         std: Number of at least 1 by which the difference is divided, or one for
             each channel; 255 times that of pixels in [0, 1].
-        test_crop: Share of the shorter side, in (0, 1], that the centre crop of
+        test_crop: Share of the shorter side, in (0, 1], that the center crop of
             evaluation keeps. None resizes whole images.
         interpolation: `"bilinear"` or `"bicubic"`, both with antialiasing, of
             images that are resized. (Training with `"bilinear"` takes the mean
             of an area, see docs/data.md.)
-        channels: Channels of the images: 3 repeats grey, 1 converts RGB to
-            grey, and both drop alpha; any other number must be that of the
+        channels: Channels of the images: 3 repeats gray, 1 converts RGB to
+            gray, and both drop alpha; any other number must be that of the
             images.
         exif_orientation: Whether JPEG, PNG and WebP files are turned upright
             as their EXIF says.

@@ -5,7 +5,7 @@ import os
 FLAGS = {
     "xla_force_host_platform_device_count": 4,
     # A test compiles much and computes little: this takes a third of the time.
-    # To test the optimised programs, set both in XLA_FLAGS.
+    # To test the optimized programs, set both in XLA_FLAGS.
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": "false",
 }

@@ -130,13 +130,13 @@ def test_bad_command_lines(arguments, words, tmp_path, monkeypatch):
 
 
 @once
-def test_predict_takes_grey_and_transparent_images(trained, tmp_path):
-    grey = np.full((12, 8, 1), 128)
+def test_predict_takes_gray_and_transparent_images(trained, tmp_path):
+    gray = np.full((12, 8, 1), 128)
     lines = []
     for name, image in {
-        "grey.png": grey,
-        "colour.png": np.repeat(grey, 3, axis=-1),
-        "transparent.png": np.repeat(grey, 4, axis=-1),
+        "gray.png": gray,
+        "color.png": np.repeat(gray, 3, axis=-1),
+        "transparent.png": np.repeat(gray, 4, axis=-1),
     }.items():
         keras.utils.save_img(tmp_path / name, image, scale=False)
         lines.append(run("predict", trained[0], tmp_path / name).stdout)

@@ -64,7 +64,7 @@ def benefits(axis, trained):
         axis.plot([width] * len(found), found, "o", color="tab:blue", alpha=0.5)
         if found:
             axis.plot(width, np.mean(found), "_", color="black", markersize=18)
-    axis.axhline(0, color="grey", linewidth=0.8)
+    axis.axhline(0, color="gray", linewidth=0.8)
     axis.set(xlabel="features", ylabel="points of accuracy",
              title="8 experts minus dense, by seed")  # fmt: skip
 

@@ -214,7 +214,7 @@ def by_our_names(arrays, path, preprocessing=None):
         known = {}  # Of augreg's or DeiT's: nobody can tell.
         if "mean" not in preprocessing:
             warn(
-                f"{path} does not say how images are normalised: mean and std "
+                f"{path} does not say how images are normalized: mean and std "
                 "127.5 are assumed, as of timm's augreg. Its config.json "
                 "beside it, or `model.preprocessing`, would say so."
             )

@@ -96,7 +96,7 @@ def with_head(arrays, model):
 
 
 def fit_head(arrays, model):
-    """Arrays with a newly initialised head where the classes differ.
+    """Arrays with a newly initialized head where the classes differ.
 
     Args:
         arrays: Dict from name to numpy array.
@@ -114,7 +114,7 @@ def fit_head(arrays, model):
         return arrays  # It fits, or the shapes are compared and reported.
     warn(
         f"The head of the checkpoint has {len(bias)} classes and that of the "
-        f"model {num_classes}: the model's is newly initialised."
+        f"model {num_classes}: the model's is newly initialized."
     )
     fresh = (
         head.kernel_initializer(head.kernel.shape, "float32"),

@@ -28,11 +28,11 @@ def load_keras_applications(model, keras_model):
     """Assigns the weights of a `keras.applications` ConvNeXt to a dense twin.
 
     Both then give the same logits for the same images. A `keras.applications`
-    model with `include_preprocessing=True` normalises pixels in [0, 255]
-    itself; ours takes images normalised by `model.preprocessing`, which becomes
+    model with `include_preprocessing=True` normalizes pixels in [0, 255]
+    itself; ours takes images normalized by `model.preprocessing`, which becomes
     that of `keras_model`, or without one in it that of ImageNet, with which
     the weights were trained; crop and interpolation stay. A head that is
-    missing or has other classes is newly initialised, with a warning. For an
+    missing or has other classes is newly initialized, with a warning. For an
     MoE model call `models.upcycle` on the twin.
 
     Args:

@@ -1,4 +1,4 @@
-"""Checkpoints of ViTs in any known format, recognised by content."""
+"""Checkpoints of ViTs in any known format, recognized by content."""
 
 import os
 import pathlib

@@ -28,7 +28,7 @@ def load_vmoe(model, arrays, grid=None):
     All is checked before the first assignment: a model is loaded completely or
     left unchanged. Learned position embeddings of another resolution are
     resized bilinearly. A head of another number of classes is newly
-    initialised, with a warning; a model without a head takes none.
+    initialized, with a warning; a model without a head takes none.
     `model.preprocessing` then maps pixels to [-1, 1], as the reference program
     does; crop and interpolation stay.
 

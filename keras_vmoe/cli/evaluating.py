@@ -44,7 +44,7 @@ def fewshot(
     batch_size: int = 64,
     csv: str | None = None,
 ):
-    """Evaluate features by a few labelled images of each class.
+    """Evaluate features by a few labeled images of each class.
 
     A linear classifier in closed form, as V-MoE's few-shot evaluation. Datasets
     of the paper have their splits: birds, caltech101, cars196, cifar100,

@@ -39,7 +39,7 @@ class Augmentation:
         rand_augment: Magnitude of RandAugment, up to 2, where 1 (often written
             10) is the end of AutoAugment's ranges; 0 leaves it out.
         rand_augment_layers: Operations of RandAugment per image.
-        three_augment: Whether to turn each image grey, solarise or blur it.
+        three_augment: Whether to turn each image gray, solarize or blur it.
         color_jitter: Largest relative change of brightness, contrast and
             saturation; 0 leaves it out.
         erasing: Probability of erasing a rectangle of an image.
@@ -84,7 +84,7 @@ class Augmentation:
                 )
 
     def check_channels(self, channels):
-        """Raises if colours of images that are not RGB are to be augmented."""
+        """Raises if colors of images that are not RGB are to be augmented."""
         names = ("rand_augment", "three_augment", "color_jitter")
         of_colors = [name for name in names if getattr(self, name)]
         if of_colors and channels != 3:

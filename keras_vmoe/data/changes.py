@@ -21,7 +21,7 @@ BLUR = (5, (0.1, 1.0))  # Of 3-Augment: size of the kernel, its deviation.
 ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), 0.3  # Ratio of sides, to 1 / 0.3.
 SPREAD = 0.05  # Deviation of RandAugment's magnitudes.
 # Ends of RandAugment's ranges: of shears, of translations as a share of the
-# side, of changes of colour, contrast and brightness.
+# side, of changes of color, contrast and brightness.
 SHEAR, TRANSLATION, ENHANCEMENT = 0.3, 0.45, 0.9
 
 
@@ -113,7 +113,7 @@ def moved(image, down=None, right=None):
 
 
 def three_augment(cv, image, chance, deviation):
-    """One of three: grey, solarised, blurred by Keras-CV's layer."""
+    """One of three: gray, solarized, blurred by Keras-CV's layer."""
     deviation = between(deviation, *BLUR[1])
     return chosen(three_augment_operations(cv), chance, image, deviation)
 

@@ -1,4 +1,4 @@
-"""Changes of an image's colours, pixel by pixel.
+"""Changes of an image's colors, pixel by pixel.
 
 Where Keras-CV has the same operation, it is the slow definition of the tests:
 on one image of 224 pixels these are two to four times as fast. Constants are
@@ -14,13 +14,13 @@ import numpy as np
 from keras_vmoe.data.tensorflow_runtime import tf
 
 SAME = np.eye(3, dtype="float32")  # The matrix of no change.
-# The one that makes grey, as tf.image does.
+# The one that makes gray, as tf.image does.
 GREY = np.repeat(np.array([[0.2989], [0.587], [0.114]], "float32"), 3, axis=1)
 LEVELS = 256
 
 
 def recolored(image, matrix, offset=0.0):
-    """An affine map of each pixel's colour, rounded and clipped at the end.
+    """An affine map of each pixel's color, rounded and clipped at the end.
 
     Args:
         image: `(H, W, 3)` uint8.
@@ -57,7 +57,7 @@ def _over_pixels(reduce, image):
 
 
 def saturation(factor):
-    """The matrix of a change of saturation; 0 is grey, 1 is no change."""
+    """The matrix of a change of saturation; 0 is gray, 1 is no change."""
     return factor * (SAME - GREY) + GREY
 
 

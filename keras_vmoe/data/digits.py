@@ -34,7 +34,7 @@ _VALIDATION_SHARE = 0.1
 
 
 class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """TFDS builder of the digits; each image is 8x8, grey, PNG."""
+    """TFDS builder of the digits; each image is 8x8, gray, PNG."""
 
     RELEASE_NOTES = {VERSION: "First division into train, validation, test."}
     VERSION = tfds.core.Version(VERSION)
@@ -66,7 +66,7 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         }
 
     def _generate_examples(self, digits, indices):
-        images = to_grey(digits.images)
+        images = to_gray(digits.images)
         for index in indices.tolist():
             label = int(digits.target[index])
             yield (
@@ -75,7 +75,7 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             )
 
 
-def to_grey(counts):
+def to_gray(counts):
     """Maps ink counts `(B, 8, 8)` in [0, 16] to uint8 `(B, 8, 8, 1)`."""
     return np.round(counts * 255 / 16).astype("uint8")[..., None]
 

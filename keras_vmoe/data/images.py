@@ -23,14 +23,14 @@ def preprocess(image, image_size, channels=None, preprocessing=None):
 
     The image is converted to the channels, resized to `image_size` (with
     antialiasing; the aspect ratio is not kept, and nothing is cropped) and
-    normalised.
+    normalized.
 
     The dtype gives the scale of the pixels, as in `tf.image`: uint8 and other
     integers 0 to 255, uint16 0 to 65535, floats 0 to 1. Other values are
     refused.
 
     Args:
-        image: `(H, W, C)` array or tensor with 1 (grey), 2 (grey and alpha), 3
+        image: `(H, W, C)` array or tensor with 1 (gray), 2 (gray and alpha), 3
             (RGB), 4 (RGB and alpha) or more channels.
         image_size: Integer or pair `(height, width)`, in pixels.
         channels: Integer, channels of the result; None takes those of
@@ -52,8 +52,8 @@ def preprocess(image, image_size, channels=None, preprocessing=None):
     import numpy as np
     from keras_vmoe import data
 
-    grey = np.full((8, 8, 1), 255, "uint8")
-    data.preprocess(grey, image_size=32)  # ones of shape (32, 32, 3)
+    gray = np.full((8, 8, 1), 255, "uint8")
+    data.preprocess(gray, image_size=32)  # ones of shape (32, 32, 3)
     ```
     """
     size = check_image_size(image_size)
@@ -209,12 +209,12 @@ def to_channels(image, size, preprocessing, fast=False):
     converts = channels in (1, 3) and stored in (1, 2, 3, 4)
     if stored is None or not (converts or stored == channels):
         raise ValueError(
-            "An image must have the shape (H, W, C): 1 to 4 channels for grey "
+            "An image must have the shape (H, W, C): 1 to 4 channels for gray "
             "or RGB, otherwise exactly `channels`. "
             f"Received: image.shape={tuple(image.shape)}, channels={channels}. "
             "Set `channels`."
         )
-    # Alpha and copies of grey would only make the resize slower.
+    # Alpha and copies of gray would only make the resize slower.
     if stored != channels:
         image = image[..., : 3 if stored > 2 else 1]
     image = _to_pixels(image)
@@ -225,8 +225,8 @@ def to_channels(image, size, preprocessing, fast=False):
         is_fast = fast and preprocessing.interpolation == "bilinear"
         resize = resize_by_area if is_fast else _resize
         image = resize(image, size, preprocessing.interpolation)
-    grey = image.shape[-1] == 1
-    return tf.repeat(image, 3, axis=-1) if grey and channels == 3 else image
+    gray = image.shape[-1] == 1
+    return tf.repeat(image, 3, axis=-1) if gray and channels == 3 else image
 
 
 def _resize(image, size, interpolation):
@@ -347,7 +347,7 @@ def decode_and_crop(image, decode, area, seed):
 
 
 def center_crop(image, size, share):
-    """The centre of an image, as evaluation crops it.
+    """The center of an image, as evaluation crops it.
 
     It has the aspect ratio of `size`, and sides of this share of the largest
     such window.

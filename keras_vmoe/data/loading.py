@@ -61,7 +61,7 @@ def load(
     to epoch; a second run with the same seed, and the same
     `keras.utils.set_random_seed`, repeats them. In evaluation examples come in
     the order of the files (of a folder: of each class in turn, so that every
-    slice has its share). Images are resized and normalised as by
+    slice has its share). Images are resized and normalized as by
     `preprocess`. Nothing is downloaded. See docs/data.md.
 
     Args:
@@ -90,7 +90,7 @@ def load(
             first. See docs/data.md.
         one_hot: Boolean, whether labels are one-hot; mixed labels always are.
         test_crop: Optional share of the shorter side, in (0, 1], that the
-            centre crop of evaluation keeps; None takes `preprocessing`'s.
+            center crop of evaluation keeps; None takes `preprocessing`'s.
         drop_remainder: Boolean, whether to drop a last batch that is not full.
             None drops it in training only.
         shuffle_buffer: Integer, number of stored examples to draw from.

@@ -1,7 +1,7 @@
 """The stages between a prepared dataset and batches for a model.
 
 Read, cache, shuffle, repeat, decode, crop and change, batch, check, mix,
-normalise.
+normalize.
 """
 
 import contextlib
@@ -252,7 +252,7 @@ class Pipeline:
         return self.preprocessing.exif_orientation and None in shape[:2]
 
     def _finished(self, images, labels, numbers):
-        """A batch for the model: checked, mixed, normalised."""
+        """A batch for the model: checked, mixed, normalized."""
         labels = self._checked_labels(labels)
         mix = make_mix(self.augmentation)
         if mix is not None:

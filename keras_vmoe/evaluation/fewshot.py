@@ -13,7 +13,7 @@ from keras_vmoe._warnings import warn
 from keras_vmoe.evaluation.features import checked
 
 L2_REGS = tuple(2.0**n for n in range(-10, 20))
-BIAS = 100.0  # A constant feature, penalised like the others.
+BIAS = 100.0  # A constant feature, penalized like the others.
 EPSILON = 1e-5  # Added to the standard deviations.
 RULES = ("held_out", "test")
 # The data sets of V-MoE's evaluations: those to draw from and those to test on.
@@ -94,12 +94,12 @@ def few_shot(
     seeds=(0,),
     seed_offset=0,
 ):
-    """Classifies frozen features by a few labelled examples of each class.
+    """Classifies frozen features by a few labeled examples of each class.
 
     Ridge regression from features to +1 for the true class and -1 for the
     others, solved exactly in float64 (in float32, as the reference program runs
     it, accuracies at small penalties are off by up to 0.7 points). Features are
-    standardised by the examples they are fitted to. Subsets are those of the
+    standardized by the examples they are fitted to. Subsets are those of the
     reference program: the examples of fewer shots are among those of more, and
     a class that has fewer gives all it has.
 
@@ -253,18 +253,18 @@ def _scores(examples, sets, l2_regs, num_classes):
     features, labels = examples
     mean, std = features.mean(axis=0), features.std(axis=0) + EPSILON
 
-    def standardised(x):
+    def standardized(x):
         return np.pad((x - mean) / std, [(0, 0), (0, 1)], constant_values=BIAS)
 
     targets = 2.0 * np.eye(num_classes)[labels] - 1.0
-    sets = [standardised(x) for x in sets]
-    return _ridge(standardised(features), targets, sets, l2_regs)
+    sets = [standardized(x) for x in sets]
+    return _ridge(standardized(features), targets, sets, l2_regs)
 
 
 def _ridge(x, targets, others, l2_regs):
     """Scores of `others` by ridge regression, for each penalty in turn.
 
-    `x (M, D)`, `targets (M, classes)`. The weights minimise the squared error
+    `x (M, D)`, `targets (M, classes)`. The weights minimize the squared error
     plus the penalty times their squares. One eigendecomposition, of the smaller
     one of the two systems, serves all penalties.
     """

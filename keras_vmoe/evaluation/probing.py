@@ -54,7 +54,7 @@ def linear_probe(
     """Trains a new head on frozen features.
 
     The papers give no settings of theirs; these are ours. Features are
-    standardised by the training images. One head is trained for each learning
+    standardized by the training images. One head is trained for each learning
     rate or penalty on a part of the training images, and the one that is best
     on the rest is trained again on all of them.
 

@@ -101,7 +101,7 @@ def _curves(axis, history, metric, title):
 
 
 def _load(figure, axis, name, epochs):
-    """One row per expert, one column per epoch, colour by share of choices."""
+    """One row per expert, one column per epoch, color by share of choices."""
     num_experts = len(epochs[0]["load_share"])
     table = [
         [epoch["load_share"][e] for epoch in epochs] for e in range(num_experts)

@@ -8,7 +8,7 @@ MOST_CLASSES = 40  # Rows of a heat map that can be read.
 MOST_EXPERTS = 16  # Columns of heat maps.
 NONE = (0.0, 0.0, 0.0)  # Of a patch without an expert.
 DROPPED = (0.85, 0.15, 0.55)  # Seen on dark pictures and on bright ones.
-# No grey, black or brown, which a picture below makes of others.
+# No gray, black or brown, which a picture below makes of others.
 PALETTE = (
     "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#7ac943", "#f0e442",
     "#7a3fb0",
@@ -21,12 +21,12 @@ def _figure(width, height):
 
 
 def colors(num_experts):
-    """`(E, 3)` colours that differ from one expert to the next."""
+    """`(E, 3)` colors that differ from one expert to the next."""
     tools = require("matplotlib.colors", "plots")
     numbers = np.arange(num_experts)
     if num_experts <= len(PALETTE):
         return np.array([tools.to_rgb(PALETTE[i]) for i in numbers])
-    hue = numbers * 0.618 % 1  # Neighbours are far apart.
+    hue = numbers * 0.618 % 1  # Neighbors are far apart.
     value = np.where(numbers % 2, 0.75, 0.95)
     saturation = np.where(numbers // 2 % 2, 0.55, 0.9)
     return tools.hsv_to_rgb(np.stack([hue, saturation, value], axis=-1))
@@ -266,7 +266,7 @@ def load_bars(layer):
     numbers = np.arange(layer.num_experts)
     axis.bar(numbers - 0.2, layer.load, 0.4, label="first choice")
     axis.bar(numbers + 0.2, layer.load_of_all_choices, 0.4, label="all choices")
-    axis.axhline(1 / layer.num_experts, color="grey", linewidth=0.8)
+    axis.axhline(1 / layer.num_experts, color="gray", linewidth=0.8)
     axis.set_xlabel("expert")
     axis.set_ylabel("share of the patches")
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -326,10 +326,10 @@ def _enlarged(cells, image):
 
 
 def _blended(image, cells):
-    """A picture under the colours of its patches."""
-    grey = image.mean(axis=-1, keepdims=True) / 255
+    """A picture under the colors of its patches."""
+    gray = image.mean(axis=-1, keepdims=True) / 255
     # Bright, or an orange on black would be another expert's brown.
-    return 0.4 * (0.35 + 0.65 * grey) + 0.6 * _enlarged(cells, image)
+    return 0.4 * (0.35 + 0.65 * gray) + 0.6 * _enlarged(cells, image)
 
 
 def _veiled(image, served):
@@ -347,9 +347,9 @@ def _seen(image):
 def _show(axis, image):
     """An image of any number of channels, without axes."""
     image = _seen(image)
-    grey = image.shape[-1] == 1
+    gray = image.shape[-1] == 1
     most = 255 if image.dtype == np.uint8 else 1
-    image = image[..., 0] if grey else image
+    image = image[..., 0] if gray else image
     axis.imshow(image, cmap="gray", vmin=0, vmax=most)
     _bare(axis)
 
@@ -362,7 +362,7 @@ def _bare(axis):
 
 
 def _legend(figure, names, height):
-    """Which colour is which expert, in columns of the figure's height."""
+    """Which color is which expert, in columns of the figure's height."""
     patch = require("matplotlib.patches", "plots").Patch
     handles = [patch(color=color, label=str(e)) for e, color in names.items()]
     rows = max(4, int(4.5 * height) - 2)

@@ -22,7 +22,7 @@ from keras_vmoe.routing._blocks import Blocks
 class MLPExperts(TwoLayers):
     """E two-layer MLPs, each applied to its own buffer.
 
-    Every expert is initialised, regularised and constrained as if it were
+    Every expert is initialized, regularized and constrained as if it were
     alone: Keras would take the stacked kernel `(E, D, F)` for that of a
     convolution and make it √E too small.
 

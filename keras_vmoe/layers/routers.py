@@ -179,7 +179,7 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
         """What a router does with the plan of a training step; nothing."""
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
-        # Under `keras.RematScope` the layer around is rematerialised; a router
+        # Under `keras.RematScope` the layer around is rematerialized; a router
         # of its own could not be, because a plan is not a tensor.
         return layer_call
 

@@ -17,7 +17,7 @@ class SharedExpertMoEMLP(MoEMLP):
 
     The shared expert's output is added to that of the mixture, with weight 1,
     masked tokens included. It takes over what all tokens need, so that the
-    others can specialise; a token that is dropped still passes through it.
+    others can specialize; a token that is dropped still passes through it.
 
     Args:
         num_experts: E, without the shared expert.

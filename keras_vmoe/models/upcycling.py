@@ -138,7 +138,7 @@ def _preserving(moe, noise_std):
     if wrong:
         given = ", ".join(f"{key}={value!r}" for key, value in wrong.items())
         raise ValueError(
-            "Only a dropless top-K router with renormalised gates, no shared "
+            "Only a dropless top-K router with renormalized gates, no shared "
             "expert and no noise on the kernels keep the outputs of the dense "
             f"model. Received: preserve_outputs=True together with {given}. "
             "Leave these out, or `preserve_outputs`."

@@ -69,7 +69,7 @@ def _moves():
 
 
 def _with_gradient(move, index):
-    # Indices are arguments, not closed over: JAX's rematerialisation traces the
+    # Indices are arguments, not closed over: JAX's rematerialization traces the
     # gradient where the values of the closure no longer exist.
     @ops.custom_gradient
     def function(x, choice, slot):

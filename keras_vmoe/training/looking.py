@@ -25,7 +25,7 @@ class ExpertMaps(keras.callbacks.Callback):
     `inspection.inspect`. Needs TensorFlow and matplotlib.
 
     Args:
-        images: `(images, H, W, channels)` array, normalised as the model wants.
+        images: `(images, H, W, channels)` array, normalized as the model wants.
         log_dir: Folder of the event files, as in `keras.callbacks.TensorBoard`.
         every: Epochs between two pictures.
 

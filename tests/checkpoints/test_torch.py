@@ -28,7 +28,7 @@ from tests.commands import run  # noqa: E402
 
 once = pytest.mark.backends("torch")
 # Plain ViTs, which have no `config.json` beside them here.
-pytestmark = pytest.mark.filterwarnings("ignore:.*how images are normalised")
+pytestmark = pytest.mark.filterwarnings("ignore:.*how images are normalized")
 SMALL = {"depth": 2, "embed_dim": 128, "num_heads": 2, "img_size": 56}
 BLOCKS = {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 48)}
 IMAGENET = data.Preprocessing.imagenet()

@@ -42,7 +42,7 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def grey_images():
+def gray_images():
     generator = np.random.default_rng(0)
     return generator.integers(0, 256, (48, 28, 28, 1), "uint8")
 
@@ -58,17 +58,17 @@ def color_images():
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory, grey_images, color_images):
+def data_dir(tmp_path_factory, gray_images, color_images):
     """A folder of datasets; `labels` are `i % 5` in the order of the files."""
     folder = tmp_path_factory.mktemp("datasets")
     image = tfds.features.Image
     integer = tfds.features.Tensor(shape=(), dtype=np.int64)
     labels = np.arange(48) % NUM_CLASSES
-    few = grey_images[:8]
-    grey = image(shape=(28, 28, 1))
+    few = gray_images[:8]
+    gray = image(shape=(28, 28, 1))
     tensor = tfds.features.Tensor(shape=(28, 28, 1), dtype=np.float32)
 
-    write(folder, "grey", grey, grey_images, labels, num_shards=3)
+    write(folder, "gray", gray, gray_images, labels, num_shards=3)
     write(folder, "color", image(), color_images, labels)
     deep = image(shape=(28, 28, 1), dtype=np.uint16, encoding_format="png")
     write(folder, "deep", deep, few.astype("uint16") * 257, labels)
@@ -77,9 +77,9 @@ def data_dir(tmp_path_factory, grey_images, color_images):
     write(folder, "floats", floats, unit, labels)
     write(folder, "tensors", tensor, unit, labels)
     write(folder, "too_bright", tensor, unit * 255, labels)
-    write(folder, "unlabelled", grey, few)
+    write(folder, "unlabeled", gray, few)
     wrong = np.array([0, 1, 2, 12, 3, 4, -1, 0])  # 12 in train, -1 in test.
-    write(folder, "wrong_labels", grey, few, wrong, label=integer)
+    write(folder, "wrong_labels", gray, few, wrong, label=integer)
     # Files longer than the 16 examples that TFDS by default takes in turn.
     numbers = np.arange(160, dtype="uint8").reshape(160, 1, 1, 1)
     pixel = image(shape=(1, 1, 1))

@@ -105,15 +105,15 @@ def test_flips_are_mirror_images():
 
 
 def test_mixup_mixes_labels_as_images():
-    """Of black and white images the grey is the label."""
+    """Of black and white images the gray is the label."""
     images = np.zeros((8, 4, 4, 3), "uint8")
     images[::2] = 255
     labels = np.eye(2, dtype="float32")[np.arange(8) % 2]
     augment = make_augment(data.Augmentation(mixup=1.0))
     mixed, mixed_labels = augment(images, labels, [0, 5])
-    grey = np.asarray(mixed).mean(axis=(1, 2, 3)) / 255
-    np.testing.assert_allclose(grey, mixed_labels[:, 0], atol=1e-5)
-    assert ((grey > 0.01) & (grey < 0.99)).any()
+    gray = np.asarray(mixed).mean(axis=(1, 2, 3)) / 255
+    np.testing.assert_allclose(gray, mixed_labels[:, 0], atol=1e-5)
+    assert ((gray > 0.01) & (gray < 0.99)).any()
 
 
 def test_cutmix_mixes_labels_by_area():
@@ -123,10 +123,10 @@ def test_cutmix_mixes_labels_by_area():
     augment = make_augment(data.Augmentation(cutmix=1.0))
     mixed, mixed_labels = augment(images, labels, [0, 5])
     mixed = np.asarray(mixed)
-    grey = mixed.mean(axis=(1, 2, 3)) / 255
-    np.testing.assert_allclose(grey, mixed_labels[:, 0], atol=1e-5)
+    gray = mixed.mean(axis=(1, 2, 3)) / 255
+    np.testing.assert_allclose(gray, mixed_labels[:, 0], atol=1e-5)
     assert set(np.unique(mixed)) == {0.0, 255.0}
-    assert ((grey > 0.05) & (grey < 0.95)).any()
+    assert ((gray > 0.05) & (gray < 0.95)).any()
 
 
 # Crops.
@@ -155,7 +155,7 @@ def test_a_window_of_a_jpeg_is_that_of_its_pixels():
         assert 0.05 < share <= 0.55
 
 
-def test_windows_of_png_grey_and_sixteen_bits():
+def test_windows_of_png_gray_and_sixteen_bits():
     png = tf.io.encode_png(IMAGES[0])
     crop = images_lib.decode_and_crop(png, decode, (0.2, 0.5), [1, 2])
     assert crop.shape[-1] == 3 and crop.dtype == tf.uint8

@@ -92,8 +92,8 @@ def test_a_function_gets_pixels_and_labels_as_asked():
     assert labels.shape == (32, 10)
 
 
-def test_grey_images():
-    """Of a layer that takes no dict; digits are grey before."""
+def test_gray_images():
+    """Of a layer that takes no dict; digits are gray before."""
     images, _ = batch_of(KERAS.RandomGrayscale(1.0), epoch=0)
     plain, _ = batch_of(None, epoch=0)
     np.testing.assert_allclose(images, plain, atol=1e-2)

@@ -16,7 +16,7 @@ NAMES = (
     "shear_x", "shear_y", "translate_x", "translate_y", "identity",
 )  # fmt: skip
 OPERATIONS = dict(zip(NAMES, changes.RAND_AUGMENT, strict=True))
-COLORS = np.array([0.2989, 0.587, 0.114])  # How tf.image makes grey.
+COLORS = np.array([0.2989, 0.587, 0.114])  # How tf.image makes gray.
 ROUNDING = 0.501
 
 
@@ -35,12 +35,12 @@ def blended(other, factor):
     return np.clip(other + factor * (IMAGES - other), 0, 255)
 
 
-def grey_of(images):
+def gray_of(images):
     return np.repeat((images @ COLORS)[..., None], 3, -1)
 
 
 MEANS = IMAGES.mean(axis=(1, 2), keepdims=True)
-OTHERS = {"color": grey_of(IMAGES), "contrast": MEANS, "brightness": 0.0}
+OTHERS = {"color": gray_of(IMAGES), "contrast": MEANS, "brightness": 0.0}
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -156,7 +156,7 @@ def test_pixels_are_those_of_keras_cv(case, images):
     np.testing.assert_allclose(result, expected, atol=ROUNDING)
 
 
-def test_the_colour_jitter_is_that_of_keras_cv():
+def test_the_color_jitter_is_that_of_keras_cv():
     """As long as nothing is clipped on the way."""
     images = IMAGES // 4 + 60
     light, contrast, color = 1.2, 0.8, 1.25
@@ -171,12 +171,12 @@ def test_the_colour_jitter_is_that_of_keras_cv():
 
 
 @pytest.mark.parametrize("images", [IMAGES, ODD], ids=["even", "odd"])
-def test_grey_is_that_of_tensorflow(images):
-    grey, solar, _ = changes.three_augment_operations(CV)
+def test_gray_is_that_of_tensorflow(images):
+    gray, solar, _ = changes.three_augment_operations(CV)
     expected = CV.Grayscale(output_channels=3).augment_images(
         tf.constant(images, tf.float32)
     )
-    np.testing.assert_allclose(each(grey, images, 0.5), expected, atol=ROUNDING)
+    np.testing.assert_allclose(each(gray, images, 0.5), expected, atol=ROUNDING)
     expected = np.where(images < 128, images, 255 - images)
     np.testing.assert_array_equal(each(solar, images, 0.5), expected)
 
@@ -209,13 +209,13 @@ def test_rand_augment_takes_its_strength_from_a_normal_distribution():
             assert int(result[0, 0, 0]) == pytest.approx(100 * factor, abs=0.6)
 
 
-@pytest.mark.parametrize(("number", "grey"), [(0.0, 70), (0.5, 100), (1, 130)])
-def test_the_colour_jitter_ends_at_its_strength(number, grey):
-    """Of flat grey images only brightness is left."""
+@pytest.mark.parametrize(("number", "gray"), [(0.0, 70), (0.5, 100), (1, 130)])
+def test_the_color_jitter_ends_at_its_strength(number, gray):
+    """Of flat gray images only brightness is left."""
     flat = tf.fill((3, 3, 3), tf.constant(100, tf.uint8))
     numbers = (tf.constant(x, tf.float32) for x in (number, 0.3, 0.9))
     result = changes.color_jitter(0.3, flat, *numbers).numpy()
-    np.testing.assert_array_equal(result, grey)
+    np.testing.assert_array_equal(result, gray)
 
 
 @pytest.mark.parametrize(
@@ -251,10 +251,10 @@ def test_a_rectangle_of_a_quarter_of_the_images_is_erased():
 
 
 def test_erased_pixels_are_noise():
-    grey = tf.fill((64, 64, 3), tf.constant(9, tf.uint8))
+    gray = tf.fill((64, 64, 3), tf.constant(9, tf.uint8))
     chance, *rest = (tf.constant(x) for x in (0.0, 0.99, 0.5, 0.5, 0.5))
     results = [
-        changes.erase(1.0, grey, chance, *rest, tf.constant(x)).numpy()
+        changes.erase(1.0, gray, chance, *rest, tf.constant(x)).numpy()
         for x in (0.3, 0.3, 0.4)
     ]
     np.testing.assert_array_equal(results[0], results[1])
@@ -270,7 +270,7 @@ def test_shares_of_each_image_are_its_own(mix):
     images = tf.ones((200, 16, 16, 3)) * tf.reshape(images, (-1, 1, 1, 1))
     labels = tf.one_hot(np.arange(200) % 2, 2)
     mixed, mixed_labels = mix(1.0, images, labels, tf.constant([1, 2]))
-    grey = mixed.numpy().mean((1, 2, 3)) / 255
-    np.testing.assert_allclose(grey, mixed_labels[:, 1], atol=1e-5)
-    between = grey[(grey > 0) & (grey < 1)]
+    gray = mixed.numpy().mean((1, 2, 3)) / 255
+    np.testing.assert_allclose(gray, mixed_labels[:, 1], atol=1e-5)
+    between = gray[(gray > 0) & (gray < 1)]
     assert len(between) > 60 and between.std() > 0.2

@@ -31,19 +31,19 @@ def images_of(*arguments, **options):
     return np.concatenate([x for x, _ in dataset.as_numpy_iterator()])
 
 
-def test_grey_stays_grey(data_dir, grey_images):
-    found = images_of("grey", "test", 28, 4, False, data_dir, channels=1)
-    expected = grey_images[36:] / 127.5 - 1
+def test_gray_stays_gray(data_dir, gray_images):
+    found = images_of("gray", "test", 28, 4, False, data_dir, channels=1)
+    expected = gray_images[36:] / 127.5 - 1
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_rgb_becomes_grey(data_dir, color_images):
+def test_rgb_becomes_gray(data_dir, color_images):
     found = images_of("color", "test", 8, 1, False, data_dir, channels=1)
     expected = [data.preprocess(x, 8, channels=1) for x in color_images[6:]]
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    grey = color_images[6] @ [0.2989, 0.587, 0.114]
-    found = data.preprocess(color_images[6], grey.shape, channels=1)[..., 0]
-    np.testing.assert_allclose(found, grey / 127.5 - 1, atol=1e-5)
+    gray = color_images[6] @ [0.2989, 0.587, 0.114]
+    found = data.preprocess(color_images[6], gray.shape, channels=1)[..., 0]
+    np.testing.assert_allclose(found, gray / 127.5 - 1, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "stored"), [("four", FOUR), ("seven", SEVEN)])
@@ -57,12 +57,12 @@ def test_as_many_as_are_stored(folder, name, stored):
 
 @pytest.mark.parametrize("area", [None, (0.5, 1.0)])
 @pytest.mark.parametrize(
-    ("name", "channels"), [("grey", 1), ("four", 4), ("seven", 7)]
+    ("name", "channels"), [("gray", 1), ("four", 4), ("seven", 7)]
 )
 def test_augmentation(data_dir, folder, name, channels, area):
     augmentation = data.Augmentation(crop_area=area, mixup=0.5, **ANY)
     found = images_of(
-        name, "train", 9, 2, True, data_dir if name == "grey" else folder,
+        name, "train", 9, 2, True, data_dir if name == "gray" else folder,
         augmentation=augmentation, channels=channels,
     )  # fmt: skip
     assert found.shape[1:] == (9, 9, channels)
@@ -73,12 +73,12 @@ def test_augmentation(data_dir, folder, name, channels, area):
     "settings",
     [{"rand_augment": 0.9}, {"three_augment": True}, {"color_jitter": 0.3}],
 )
-def test_augmentation_of_colours(data_dir, settings):
+def test_augmentation_of_colors(data_dir, settings):
     (name,) = settings
     words = f"{name} must be given RGB images. Received: channels=1."
     with pytest.raises(ValueError, match=words):
         data.load(
-            "grey", "train", 8, 4, True, data_dir,
+            "gray", "train", 8, 4, True, data_dir,
             augmentation=data.Augmentation(**settings), channels=1,
         )  # fmt: skip
 
@@ -92,7 +92,7 @@ def test_channels_that_are_not_stored(folder, name, channels):
 @pytest.mark.parametrize("channels", [0, 1.5, "3"])
 def test_no_number_of_channels(data_dir, channels):
     with pytest.raises(ValueError, match=f"channels={channels!r}"):
-        data.load("grey", "test", 6, 2, False, data_dir, channels=channels)
+        data.load("gray", "test", 6, 2, False, data_dir, channels=channels)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

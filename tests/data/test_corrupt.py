@@ -33,9 +33,9 @@ def folder(tmp_path):
 
 @pytest.fixture
 def flipped(data_dir, tmp_path):
-    """A copy of `grey` with a flipped bit in record 4 of the second file."""
-    shutil.copytree(data_dir / "grey", tmp_path / "grey")
-    path = sorted((tmp_path / "grey" / "1.0.0").glob("grey-train.*"))[1]
+    """A copy of `gray` with a flipped bit in record 4 of the second file."""
+    shutil.copytree(data_dir / "gray", tmp_path / "gray")
+    path = sorted((tmp_path / "gray" / "1.0.0").glob("gray-train.*"))[1]
     records = [x.numpy() for x in tf.data.TFRecordDataset(str(path))]
     place = sum(16 + len(x) for x in records[:4]) + 12 + len(records[4]) // 2
     content = bytearray(path.read_bytes())
@@ -247,7 +247,7 @@ def test_nothing_is_left_out_where_all_is_good(folder):
 
 def test_flipped_bits_are_found(flipped):
     folder, path = flipped
-    (place,) = data.find_corrupt("grey", "train", folder)
+    (place,) = data.find_corrupt("gray", "train", folder)
     assert place == f"{path}, record 4"
 
 
@@ -255,10 +255,10 @@ def test_flipped_bits_are_found(flipped):
 def test_corrupt_records_are_left_out_and_named(flipped, split):
     folder, path = flipped
     with pytest.raises(tf.errors.DataLossError):
-        labels_of(data.load("grey", split, 8, 4, False, folder))
+        labels_of(data.load("gray", split, 8, 4, False, folder))
     with pytest.warns(UserWarning, match=f"1 corrupt .* record 4 of {path}"):
         dataset = data.load(
-            "grey", split, 8, 4, False, folder, skip_corrupt=True
+            "gray", split, 8, 4, False, folder, skip_corrupt=True
         )
     numbers = np.arange(36)
     if split != "train":
@@ -286,14 +286,14 @@ def test_truncated_and_empty_files(flipped):
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.warns(UserWarning, match="2 corrupt records are skipped"):
         dataset = data.load(
-            "grey", "train", 8, 4, True, folder, skip_corrupt=True
+            "gray", "train", 8, 4, True, folder, skip_corrupt=True
         )
     assert len(dataset) == 8
     assert len(labels_of(dataset)) == 32
-    for file in path.parent.glob("grey-train.*"):
+    for file in path.parent.glob("gray-train.*"):
         file.write_bytes(b"")
     with pytest.raises(OSError, match="no record is whole"):
-        data.load("grey", "train", 8, 4, True, folder, skip_corrupt=True)
+        data.load("gray", "train", 8, 4, True, folder, skip_corrupt=True)
 
 
 # Hosts, cache.
@@ -323,9 +323,9 @@ def test_no_such_host(data_dir, shard):
 
 
 def test_a_cache_changes_nothing(data_dir, tmp_path):
-    shutil.copytree(data_dir / "grey", tmp_path / "grey")
-    cached = data.load("grey", "train", 8, 4, True, tmp_path, cache=True)
-    plain = data.load("grey", "train", 8, 4, True, tmp_path)
+    shutil.copytree(data_dir / "gray", tmp_path / "gray")
+    cached = data.load("gray", "train", 8, 4, True, tmp_path, cache=True)
+    plain = data.load("gray", "train", 8, 4, True, tmp_path)
     np.testing.assert_array_equal(labels_of(cached), labels_of(plain))
-    shutil.rmtree(tmp_path / "grey")
+    shutil.rmtree(tmp_path / "gray")
     assert len(labels_of(cached)) == 36  # It needs no file any more.

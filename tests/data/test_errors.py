@@ -15,17 +15,17 @@ DATASETS = [
     "color:1.0.0",
     "deep:1.0.0",
     "floats:1.0.0",
-    "grey:1.0.0",
+    "gray:1.0.0",
     "long:1.0.0",
     "tensors:1.0.0",
     "text:1.0.0",
     "too_bright:1.0.0",
-    "unlabelled:1.0.0",
+    "unlabeled:1.0.0",
     "wrong_labels:1.0.0",
 ]
 
 
-def load(data_dir, name="grey", split="train", **options):
+def load(data_dir, name="gray", split="train", **options):
     arguments = {"image_size": 8, "batch_size": 4, "training": False}
     return data.load(name, split, data_dir=data_dir, **{**arguments, **options})
 
@@ -39,8 +39,8 @@ def message_of(error, function, *args, **kwargs):
 
 @pytest.fixture
 def copy(data_dir, tmp_path):
-    """A folder with its own copy of the dataset `grey`, to be broken."""
-    shutil.copytree(data_dir / "grey", tmp_path / "grey")
+    """A folder with its own copy of the dataset `gray`, to be broken."""
+    shutil.copytree(data_dir / "gray", tmp_path / "gray")
     return tmp_path
 
 
@@ -55,14 +55,14 @@ def test_unknown_dataset(data_dir, function):
 
 
 @pytest.mark.parametrize(
-    "name, nearest", [("gray", "grey"), ("digts", "digits")]
+    "name, nearest", [("gray", "gray"), ("digts", "digits")]
 )
 def test_unknown_dataset_near_one_of_ours(data_dir, name, nearest):
     text = message_of(ValueError, load, data_dir, name=name)
     assert repr(nearest) in text.split("Did you mean ")[1]
 
 
-@pytest.mark.parametrize("name", ["a b", "", "hub:grey", 3, None])
+@pytest.mark.parametrize("name", ["a b", "", "hub:gray", 3, None])
 def test_name_that_is_none(data_dir, name):
     text = message_of(ValueError, load, data_dir, name=name)
     assert f"Received: name={name!r}" in text
@@ -81,9 +81,9 @@ def test_known_dataset_that_is_not_prepared(data_dir):
 
 
 def test_version_that_is_not_prepared(data_dir):
-    text = message_of(ValueError, load, data_dir, name="grey:2.0.0")
-    assert "Received: name='grey:2.0.0'" in text
-    assert "'grey:1.0.0'" in text
+    text = message_of(ValueError, load, data_dir, name="gray:2.0.0")
+    assert "Received: name='gray:2.0.0'" in text
+    assert "'gray:1.0.0'" in text
 
 
 @pytest.mark.parametrize(
@@ -92,15 +92,15 @@ def test_version_that_is_not_prepared(data_dir):
 def test_unknown_split(data_dir, split):
     text = message_of(ValueError, load, data_dir, split=split)
     assert "must be made of the splits test (12), train (36)" in text
-    assert f"Received: split={split!r} of name='grey'" in text
+    assert f"Received: split={split!r} of name='gray'" in text
 
 
-@pytest.mark.parametrize("name", ["unlabelled", "text"])
+@pytest.mark.parametrize("name", ["unlabeled", "text"])
 @pytest.mark.parametrize("function", [load, lambda d, name: data.info(name, d)])
 def test_dataset_without_image_and_label(data_dir, name, function):
     text = message_of(ValueError, function, data_dir, name=name)
     assert "must have an image (H, W, channels) and an integer label" in text
-    keys = ["image"] if name == "unlabelled" else ["image", "label"]
+    keys = ["image"] if name == "unlabeled" else ["image", "label"]
     assert f"Received: name={name!r} with features {keys}" in text
     assert "Prepare it with such features" in text
 
@@ -137,16 +137,16 @@ def test_data_dir_that_may_not_be_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
 @pytest.mark.parametrize("content", [None, "", "{", '{"name": 3}'])
 def test_description_that_is_broken(copy, file, content):
-    path = copy / "grey" / "1.0.0" / file
+    path = copy / "gray" / "1.0.0" / file
     path.unlink() if content is None else path.write_text(content)
     text = message_of(OSError, load, copy)
     assert "must be complete and readable" in text
-    assert f"Received: name='grey', data_dir={str(copy)!r}" in text
-    assert f"Delete the folder {str(copy / 'grey')!r} and prepare" in text
+    assert f"Received: name='gray', data_dir={str(copy)!r}" in text
+    assert f"Delete the folder {str(copy / 'gray')!r} and prepare" in text
 
 
 def shards(folder, split):
-    return sorted((folder / "grey" / "1.0.0").glob(f"grey-{split}.*"))
+    return sorted((folder / "gray" / "1.0.0").glob(f"gray-{split}.*"))
 
 
 def test_file_that_is_missing(copy):
@@ -184,7 +184,7 @@ def test_only_the_split_that_is_read_has_to_be_whole(copy):
 
 def test_whole_files_of_an_unusual_size_are_accepted(copy):
     # Other writers count the bytes differently; then records are counted.
-    info = copy / "grey" / "1.0.0" / "dataset_info.json"
+    info = copy / "gray" / "1.0.0" / "dataset_info.json"
     text = info.read_text()
     info.write_text(text.replace('"numBytes": "', '"numBytes": "1'))
     assert info.read_text() != text
@@ -228,7 +228,7 @@ def test_num_classes_that_is_not_known(data_dir):
 def test_num_classes_that_is_too_small(data_dir, num_classes):
     text = message_of(ValueError, load, data_dir, num_classes=num_classes)
     assert "must be at least the number of classes of the dataset, 5" in text
-    assert f"Received: num_classes={num_classes} with name='grey'" in text
+    assert f"Received: num_classes={num_classes} with name='gray'" in text
 
 
 # Arguments
@@ -263,7 +263,7 @@ def test_numbers_out_of_range(data_dir, argument, value, lowest):
 def test_split_without_a_batch(data_dir, options):
     text = message_of(ValueError, load, data_dir, **options)
     assert "must hold at least one batch" in text
-    assert f"Received: split={options['split']!r} of name='grey'" in text
+    assert f"Received: split={options['split']!r} of name='gray'" in text
     least = 1 if options == {"split": "train[:0]"} else 4
     assert f"of at least {least} examples" in text
 
@@ -287,7 +287,7 @@ def test_nothing_reaches_for_the_network(data_dir, monkeypatch):
 
 def test_prepared_datasets_are_names_that_load_accepts(data_dir):
     assert prepared_datasets(data_dir) == DATASETS
-    for name in ("grey:1.0.0", "color:1.0.0"):
+    for name in ("gray:1.0.0", "color:1.0.0"):
         assert len(load(data_dir, name=name)) > 0
 
 

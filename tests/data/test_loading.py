@@ -14,7 +14,7 @@ from keras_vmoe.data import schema
 from keras_vmoe.data.schema import read_schema
 from tests.data.conftest import write
 
-LABELS = np.arange(48) % 5  # Of `grey`, in the order of its files.
+LABELS = np.arange(48) % 5  # Of `gray`, in the order of its files.
 
 # CIFAR-10 where it lies beside the repository; the rest is written anew.
 _SHARED = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -36,7 +36,7 @@ def folder(request, data_dir):
 @pytest.mark.parametrize("image_size", [16, (8, 24)])
 @pytest.mark.parametrize(
     "name, folder",
-    [("grey", None), ("color", None), ("digits", None), *_REAL],
+    [("gray", None), ("color", None), ("digits", None), *_REAL],
     indirect=["folder"],
 )
 def test_batches_are_what_a_model_expects(name, folder, image_size, training):
@@ -53,12 +53,12 @@ def test_batches_are_what_a_model_expects(name, folder, image_size, training):
     assert len(dataset) == (1 if training else 2)
 
 
-def test_evaluation_is_the_files_in_order(data_dir, grey_images):
-    dataset = data.load("grey", "train", 28, 5, False, data_dir)
+def test_evaluation_is_the_files_in_order(data_dir, gray_images):
+    dataset = data.load("gray", "train", 28, 5, False, data_dir)
     for _ in range(2):
         images, labels = arrays(dataset)
         np.testing.assert_array_equal(labels, LABELS[:36])
-        expected = np.repeat(grey_images[:36] / 127.5 - 1, 3, axis=-1)
+        expected = np.repeat(gray_images[:36] / 127.5 - 1, 3, axis=-1)
         np.testing.assert_allclose(images, expected, atol=1e-6)
 
 
@@ -69,7 +69,7 @@ def test_evaluation_reads_one_file_after_the_other(data_dir):
 
 
 def test_sums_and_slices_of_splits(data_dir):
-    dataset = data.load("grey", "test+train[:25%]", 8, 4, False, data_dir)
+    dataset = data.load("gray", "test+train[:25%]", 8, 4, False, data_dir)
     expected = np.concatenate([LABELS[36:], LABELS[:9]])
     np.testing.assert_array_equal(arrays(dataset)[1], expected)
 
@@ -97,18 +97,18 @@ def test_load_agrees_with_preprocess(data_dir, color_images):
 
 
 @pytest.mark.parametrize("name", ["deep", "floats", "tensors"])
-def test_every_pixel_type_means_the_same(name, data_dir, grey_images):
+def test_every_pixel_type_means_the_same(name, data_dir, gray_images):
     images, _ = arrays(data.load(name, "train", 28, 4, False, data_dir))
-    expected = np.repeat(grey_images[:6] / 127.5 - 1, 3, axis=-1)
+    expected = np.repeat(gray_images[:6] / 127.5 - 1, 3, axis=-1)
     np.testing.assert_allclose(images, expected, atol=1e-5)
 
 
-# Training: 36 examples of `grey`, identified by their first pixels.
+# Training: 36 examples of `gray`, identified by their first pixels.
 
 
 def train(data_dir, epochs=1, **options):
     """The images of some epochs, `(epochs, B, 28, 28, 3)`."""
-    dataset = data.load("grey", "train", 28, 4, True, data_dir, **options)
+    dataset = data.load("gray", "train", 28, 4, True, data_dir, **options)
     return np.stack([arrays(dataset)[0] for _ in range(epochs)])
 
 
@@ -117,7 +117,7 @@ def as_sets(images):
 
 
 def test_training_epochs_are_permutations_that_differ(data_dir):
-    evaluation, _ = arrays(data.load("grey", "train", 28, 4, False, data_dir))
+    evaluation, _ = arrays(data.load("gray", "train", 28, 4, False, data_dir))
     epochs = train(data_dir, epochs=3)
     orders = {epoch.tobytes() for epoch in [*epochs, evaluation]}
     assert len(orders) == 4
@@ -130,7 +130,7 @@ def test_class_weights(data_dir):
 
     def labels_of(passes, epoch=None):
         dataset = data.load(
-            "grey", "train", 8, 6, True, data_dir, seed=1, epoch=epoch,
+            "gray", "train", 8, 6, True, data_dir, seed=1, epoch=epoch,
             class_weights=[4, 1, 1, 1, 1],
         )  # fmt: skip
         assert len(dataset) == 6
@@ -150,14 +150,14 @@ def test_class_weights(data_dir):
 @pytest.mark.parametrize("weights", [[1, 2], [0, 1, 1, 1, 1], "even"])
 def test_bad_class_weights(data_dir, weights):
     with pytest.raises(ValueError, match="must be 5 positive numbers"):
-        data.load("grey", "train", 8, 4, True, data_dir, class_weights=weights)
+        data.load("gray", "train", 8, 4, True, data_dir, class_weights=weights)
 
 
-def test_training_labels_stay_with_their_images(data_dir, grey_images):
-    images, labels = arrays(data.load("grey", "train", 28, 4, True, data_dir))
+def test_training_labels_stay_with_their_images(data_dir, gray_images):
+    images, labels = arrays(data.load("gray", "train", 28, 4, True, data_dir))
     known = np.round((images[..., :1] + 1) * 127.5).astype("uint8")
     for image, label in zip(known, labels, strict=True):
-        (position,) = np.flatnonzero((grey_images == image).all((1, 2, 3)))
+        (position,) = np.flatnonzero((gray_images == image).all((1, 2, 3)))
         assert LABELS[position] == label
 
 
@@ -203,10 +203,10 @@ def test_training_crops_are_windows_that_differ_between_epochs():
 
 
 def test_evaluation_ignores_what_is_random(data_dir):
-    plain = arrays(data.load("grey", "test", 28, 5, False, data_dir))
+    plain = arrays(data.load("gray", "test", 28, 5, False, data_dir))
     augmentation = data.Augmentation(crop_padding=4, flip=True, mixup=1.0)
     options = {"seed": 3, "augmentation": augmentation, "shuffle_buffer": 7}
-    other = data.load("grey", "test", 28, 5, False, data_dir, **options)
+    other = data.load("gray", "test", 28, 5, False, data_dir, **options)
     for expected, result in zip(plain, arrays(other), strict=True):
         np.testing.assert_array_equal(expected, result)
 
@@ -222,7 +222,7 @@ def test_evaluation_ignores_what_is_random(data_dir):
 )
 def test_last_batch(data_dir, training, drop_remainder, sizes):
     dataset = data.load(
-        "grey", "test", 8, 5, training, data_dir, drop_remainder=drop_remainder
+        "gray", "test", 8, 5, training, data_dir, drop_remainder=drop_remainder
     )
     assert [len(labels) for _, labels in dataset] == sizes
     assert len(dataset) == len(sizes)
@@ -231,7 +231,7 @@ def test_last_batch(data_dir, training, drop_remainder, sizes):
 
 
 def test_num_classes_may_exceed_the_datasets(data_dir):
-    dataset = data.load("grey", "test", 8, 4, False, data_dir, num_classes=9)
+    dataset = data.load("gray", "test", 8, 4, False, data_dir, num_classes=9)
     assert arrays(dataset)[1].max() == 4
 
 
@@ -269,8 +269,8 @@ def test_published_figures(name, folder):
 
 
 def test_info(data_dir):
-    assert data.info("grey", data_dir) == schema.DatasetInfo(
-        name="grey",
+    assert data.info("gray", data_dir) == schema.DatasetInfo(
+        name="gray",
         num_classes=5,
         class_names=("0", "1", "2", "3", "4"),
         splits={"train": 36, "test": 12},

@@ -9,7 +9,7 @@ from keras_vmoe import data
 
 @pytest.fixture
 def folder(tmp_path):
-    """Images of 1 x 1 and 2 x 3 pixels, grey and of four inks."""
+    """Images of 1 x 1 and 2 x 3 pixels, gray and of four inks."""
     for split in ("train", "test"):
         for label in "ab":
             (tmp_path / split / label).mkdir(parents=True)
@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("area", [(0.08, 1.0), (0.01, 0.02)])
 def test_crops_of_tiny_images_and_of_four_inks(folder, area):
-    """A crop has a pixel at the least, and one colour stays one colour."""
+    """A crop has a pixel at the least, and one color stays one color."""
     augmentation = data.Augmentation(crop_area=area, flip=True)
     dataset = data.load(
         "image_folder", "train", 8, 6, True, folder, augmentation=augmentation
@@ -37,7 +37,7 @@ def test_crops_of_tiny_images_and_of_four_inks(folder, area):
         assert images.shape == (6, 8, 8, 3) and sorted(labels) == [0, 0, 0] + [
             1, 1, 1
         ]  # fmt: skip
-        assert_one_colour(images)
+        assert_one_color(images)
 
 
 def test_evaluation_of_tiny_images_and_of_four_inks(folder):
@@ -45,18 +45,18 @@ def test_evaluation_of_tiny_images_and_of_four_inks(folder):
         "image_folder", "test", 8, 6, False, folder, test_crop=0.5
     )
     ((images, _),) = dataset.as_numpy_iterator()
-    assert_one_colour(images)
+    assert_one_color(images)
 
 
-def assert_one_colour(images):
-    """The orange of the fixture, or its grey."""
+def assert_one_color(images):
+    """The orange of the fixture, or its gray."""
     pixels = (images + 1) * 127.5
-    grey = round(0.299 * 255 + 0.587 * 51)
+    gray = round(0.299 * 255 + 0.587 * 51)
     for image in pixels:
-        colour = [255, 51, 0]
+        color = [255, 51, 0]
         if np.ptp(image[0, 0]) < 9:
-            colour = [grey, grey, grey]
-        np.testing.assert_allclose(image, np.tile(colour, (8, 8, 1)), atol=4)
+            color = [gray, gray, gray]
+        np.testing.assert_allclose(image, np.tile(color, (8, 8, 1)), atol=4)
 
 
 @pytest.mark.parametrize("level", [0, 128, 40_000, 65_535])

@@ -57,8 +57,8 @@ def test_what_is_given_beside_it_takes_its_place(folder):
     other = data.Preprocessing(mean=0, std=255)
     found = images_of(folder, preprocessing=other, test_crop=0.5)
     np.testing.assert_array_equal(found, cropped)
-    grey = images_of(folder, preprocessing=wanted, channels=1)
-    assert grey.shape == (4, 20, 20, 1)
+    gray = images_of(folder, preprocessing=wanted, channels=1)
+    assert gray.shape == (4, 20, 20, 1)
     assert data.Preprocessing.of(wanted, channels=1).channels == 1
 
 

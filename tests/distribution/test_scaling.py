@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture
 def scaling(monkeypatch):
-    """The benchmark, which imports its neighbours."""
+    """The benchmark, which imports its neighbors."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return importlib.import_module("scaling")
 

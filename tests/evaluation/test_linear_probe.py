@@ -12,7 +12,7 @@ TRAIN, TEST = clusters(200, noise=0.8), clusters(100, seed=1, noise=0.8)
 
 @pytest.mark.backends("torch")
 def test_lbfgs_finds_where_the_slope_is_zero():
-    # Features as they are: a shift and a scale that standardising takes out.
+    # Features as they are: a shift and a scale that standardizing takes out.
     x, y = TRAIN[0] * 3 + 5, TRAIN[1]
     found = evaluation.linear_probe((x, y), TRAIN, sweep=(0.01,), epochs=500)
     std = x.std(axis=0) + 1e-5
@@ -20,8 +20,8 @@ def test_lbfgs_finds_where_the_slope_is_zero():
     shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
     shares /= shares.sum(axis=-1, keepdims=True)
     error = (shares - np.eye(3)[y]) / len(x)
-    standardised = (x - x.mean(axis=0)) / std
-    slope = standardised.T @ error + 0.01 * found.kernel * std[:, None]
+    standardized = (x - x.mean(axis=0)) / std
+    slope = standardized.T @ error + 0.01 * found.kernel * std[:, None]
     assert np.abs(slope).max() < 1e-5
     assert np.abs(error.sum(axis=0)).max() < 1e-5
     assert found.chosen == 0.01 and list(found.held_out_accuracy) == [0.01]

@@ -219,7 +219,7 @@ def test_pixels_and_files_are_read_as_in_evaluation(served, tmp_path):
     right = served("serving_default", images=images)["logits"]
     given = served("serve_images", images=pixels)["logits"]
     assert difference(given, right) < 1e-5 * scale(right)
-    paths = [tmp_path / name for name in ("a.jpg", "b.png", "grey.png")]
+    paths = [tmp_path / name for name in ("a.jpg", "b.png", "gray.png")]
     for path, channels in zip(paths, (3, 3, 1), strict=True):
         image = generator.integers(0, 256, (37, 23, channels))
         keras.utils.save_img(path, image, scale=False)
@@ -261,7 +261,7 @@ def difference(one, other):
     return np.abs(one - other).max()
 
 
-def test_neighbours_change_nothing(served):
+def test_neighbors_change_nothing(served):
     """By default; in groups of 8 they compete for places, and so they do."""
     for name in served.signatures:
         leak = leaks(served, name)

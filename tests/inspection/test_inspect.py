@@ -333,8 +333,8 @@ def test_what_the_pictures_show():
     assert axes[1, 0].get_ylabel() == r"\$b\$.jpg"
     for row, image in enumerate(found.images):
         shown = axes[row, 2].get_images()[0].get_array()
-        grey = image.mean(axis=-1, keepdims=True) / 255
-        colors = (shown - 0.4 * (0.35 + 0.65 * grey)) / 0.6
+        gray = image.mean(axis=-1, keepdims=True) / 255
+        colors = (shown - 0.4 * (0.35 + 0.65 * gray)) / 0.6
         places = np.array(layer.examples[row]).repeat(4, 0).repeat(4, 1)
         np.testing.assert_allclose(colors, palette[places], atol=1e-6)
     figure = pictures.drop_maps(found, layer.name)

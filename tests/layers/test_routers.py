@@ -126,7 +126,7 @@ def test_sizes_of_a_model_are_positive(size):
         models.ViTMoE(**{**sizes, size: 0})
 
 
-def rematerialised(layer):
+def rematerialized(layer):
     """A function like the layer whose forward pass is computed twice."""
     if keras.backend.backend() == "jax":
         # Not `RematScope`: Keras traces `training` there, as for any layer.
@@ -140,7 +140,7 @@ def rematerialised(layer):
     return again
 
 
-def test_gradients_are_the_same_when_the_layer_is_rematerialised():
+def test_gradients_are_the_same_when_the_layer_is_rematerialized():
     x = np.random.default_rng(0).normal(size=(4, 3, 8)).astype("float32")
     layer = layers.MoEMLP(4, 8, layers.TopKRouter(4, 2, noise_std=0.0))
     layer.build(x.shape)
@@ -149,7 +149,7 @@ def test_gradients_are_the_same_when_the_layer_is_rematerialised():
         return lambda x: ops.sum(ops.square(function(x)))
 
     value, gradients = value_and_gradients(loss(layer), x)
-    again, same = value_and_gradients(loss(rematerialised(layer)), x)
+    again, same = value_and_gradients(loss(rematerialized(layer)), x)
     assert value == pytest.approx(again, rel=1e-5)
     assert np.abs(gradients[0]).max() > 0
     np.testing.assert_allclose(gradients[0], same[0], atol=1e-5)

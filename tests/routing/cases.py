@@ -14,7 +14,7 @@ def random_gates(num_groups=2, num_tokens=9, num_experts=4, seed=0):
 
 
 def tied_gates():
-    """Every token ties with its neighbours, and experts tie within a token."""
+    """Every token ties with its neighbors, and experts tie within a token."""
     gates = np.full((2, 9, 4), 0.25, "float32")
     gates[0, 3:6] = [0.1, 0.4, 0.1, 0.4]
     gates[1, ::2] = [0.0, 0.5, 0.5, 0.0]

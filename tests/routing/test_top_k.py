@@ -70,7 +70,7 @@ def test_all_first_choices_come_before_any_second_choice():
     np.testing.assert_allclose(weight, [[0.9, 0.0], [0.7, 0.0]], rtol=1e-6)
 
 
-def test_combine_weights_are_not_renormalised():
+def test_combine_weights_are_not_renormalized():
     gates = np.array([[[0.5, 0.3, 0.2]]], "float32")
     plan = make_plan(gates, 2, 1, False, None)
     weight = ops.convert_to_numpy(plan.weight)[0, 0]
