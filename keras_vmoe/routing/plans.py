@@ -20,10 +20,10 @@ from keras_vmoe.routing._rows import add_rows
 class Plan(Protocol):
     """What a router returns: which expert gets which token.
 
-    `SparsePlan`, `DroplessPlan`, `ExpertChoicePlan` and `SoftPlan` fulfill it. A
-    plan of one's own has these five methods; an expert bank maps what
-    `dispatch` returns to what `combine` takes, of the same shape. Letters as in
-    `keras_vmoe.routing`.
+    Implemented by `SparsePlan`, `DroplessPlan`, `ExpertChoicePlan` and
+    `SoftPlan`. A plan of your own has these five methods; an expert bank maps
+    what `dispatch` returns to what `combine` takes, of the same shape. Letters
+    as in `keras_vmoe.routing`.
     """
 
     def dispatch(self, tokens):
