@@ -1,6 +1,8 @@
 """How a model wants its images: a value, which `keras_vmoe.data` exports."""
 
 import dataclasses
+from typing import Any
+from typing import Self
 
 import numpy as np
 
@@ -50,7 +52,7 @@ class Preprocessing:
     channels: int = 3
     exif_orientation: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = _checks.plain(getattr(self, field.name))
             value = tuple(value) if isinstance(value, list) else value
@@ -83,7 +85,7 @@ class Preprocessing:
                 )
 
     @classmethod
-    def imagenet(cls, **settings):
+    def imagenet(cls, **settings: Any) -> Self:
         """With the mean and standard deviation of ImageNet's RGB images.
 
         Args:
@@ -92,7 +94,9 @@ class Preprocessing:
         return cls(IMAGENET_MEAN, IMAGENET_STD, **settings)
 
     @classmethod
-    def of(cls, value, **settings):
+    def of(
+        cls, value: "Preprocessing | dict[str, Any] | None", **settings: Any
+    ) -> Self:
         """A `Preprocessing` of one, a dict of its attributes, or None.
 
         Args:
@@ -115,7 +119,7 @@ class Preprocessing:
             )
         return dataclasses.replace(value, **settings)
 
-    def normalized(self, pixels):
+    def normalized(self, pixels: np.ndarray) -> np.ndarray:
         """Float32 pixels `(..., channels)` in [0, 255] as a model's input."""
         mean = np.asarray(self.mean, "float32")
         std = np.asarray(self.std, "float32")

@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_vmoe._checks import check_mask
 from keras_vmoe._checks import check_positive
+from keras_vmoe._typing import Tensor
 
 __all__ = [
     "global_entropy_loss",
@@ -23,7 +24,7 @@ __all__ = [
 ]
 
 
-def importance_loss(gates, mask=None):
+def importance_loss(gates: Tensor, mask: Tensor | None = None) -> Tensor:
     """Squared coefficient of variation of the experts' summed gates.
 
     `(std(I) / mean(I))²` with `I_e = sum_s gates[s, e]`. V-MoE applies it to
@@ -48,7 +49,13 @@ def importance_loss(gates, mask=None):
     return _squared_variation(_sum_tokens(gates, mask))
 
 
-def load_loss(logits, noisy_logits, noise_std, num_selected_experts, mask=None):
+def load_loss(
+    logits: Tensor,
+    noisy_logits: Tensor,
+    noise_std: float,
+    num_selected_experts: int,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Squared coefficient of variation of the experts' expected load.
 
     The load of an expert is the mean probability that it is among the top K of
@@ -94,7 +101,7 @@ def load_loss(logits, noisy_logits, noise_std, num_selected_experts, mask=None):
     return _squared_variation(_sum_tokens(probability, mask))
 
 
-def gshard_loss(gates, mask=None):
+def gshard_loss(gates: Tensor, mask: Tensor | None = None) -> Tensor:
     """GShard's balance loss, `E² · mean_e(top-1 share · mean gate)`.
 
     The share of tokens whose best expert is e has no gradient; the mean gate
@@ -126,7 +133,7 @@ def gshard_loss(gates, mask=None):
     return num_experts**2 * ops.mean(share * mean_gate, axis=-1)
 
 
-def router_z_loss(logits, mask=None):
+def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared `logsumexp` of the logits, which keeps them small.
 
     Args:
@@ -149,7 +156,7 @@ def router_z_loss(logits, mask=None):
     return ops.squeeze(_mean_tokens(size[..., None], mask), axis=-1)
 
 
-def local_entropy_loss(gates, mask=None):
+def local_entropy_loss(gates: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean entropy of a token's gates: low where the router is sure.
 
     Args:
@@ -174,7 +181,9 @@ def local_entropy_loss(gates, mask=None):
     return ops.squeeze(_mean_tokens(entropy, mask), axis=-1)
 
 
-def global_entropy_loss(gates, min_experts=None, mask=None):
+def global_entropy_loss(
+    gates: Tensor, min_experts: float | None = None, mask: Tensor | None = None
+) -> Tensor:
     """What the entropy of the mean gates lacks: low where many are used.
 
     `max(0, log(min_experts) - H(mean gates))`: nothing where the mean gates are

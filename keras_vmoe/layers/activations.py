@@ -2,9 +2,11 @@
 
 import keras
 
+from keras_vmoe._typing import Tensor
+
 
 @keras.saving.register_keras_serializable("keras_vmoe")
-def gelu_tanh(x):
+def gelu_tanh(x: Tensor) -> Tensor:
     """The tanh approximation of gelu, as in V-MoE and the original ViT.
 
     Keras's own name `"gelu"` means the exact function. Wherever this package

@@ -1,10 +1,14 @@
 """Multi-head attention, initialized as in vision transformers."""
 
 import math
+from typing import Any
 
 import keras
 
 from keras_vmoe._checks import plain
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Shape
+from keras_vmoe._typing import Tensor
 from keras_vmoe.layers.normalization import LayerNormalization
 from keras_vmoe.layers.parts import KeepsParts
 
@@ -46,7 +50,13 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         section 2, for the norms.
     """
 
-    def __init__(self, num_heads, features, qk_norm=False, **kwargs):
+    def __init__(
+        self,
+        num_heads: int,
+        features: int,
+        qk_norm: bool = False,
+        **kwargs: Any,
+    ) -> None:
         if num_heads < 1 or features % num_heads:
             divisors = [n for n in range(1, 33) if features % n == 0]
             raise ValueError(
@@ -64,7 +74,12 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         self.features = features
         self.qk_norm = bool(qk_norm)
 
-    def build(self, query_shape, value_shape, key_shape=None):
+    def build(
+        self,
+        query_shape: Shape,
+        value_shape: Shape,
+        key_shape: Shape | None = None,
+    ) -> None:
         super().build(query_shape, value_shape, key_shape)
         if self.qk_norm:
             self.query_norm = self._head_norm("query_norm")
@@ -84,7 +99,13 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
             query, key = self.query_norm(query), self.key_norm(key)
         return super()._compute_attention(query, key, *args, **kwargs)
 
-    def call(self, query, value, key=None, **kwargs):
+    def call(
+        self,
+        query: Tensor,
+        value: Tensor,
+        key: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         # JAX's fused attention has no float16 on CPU; asking for the scores
         # takes the explicit one.
         explicit = keras.backend.backend() == "jax" and (
@@ -95,7 +116,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         )
         return outputs[0] if explicit else outputs
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = keras.layers.Layer.get_config(self)
         return {
             **config,
@@ -135,12 +156,14 @@ class SelfAttention(KeepsParts, keras.layers.Layer):
         section 2, for the norms.
     """
 
-    def __init__(self, num_heads, qk_norm=False, **kwargs):
+    def __init__(
+        self, num_heads: int, qk_norm: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.num_heads = plain(num_heads)
         self.qk_norm = bool(qk_norm)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self.attention = MultiHeadAttention(
             self.num_heads,
             input_shape[-1],
@@ -151,13 +174,13 @@ class SelfAttention(KeepsParts, keras.layers.Layer):
         self.attention.build(input_shape, input_shape)
         self.set_up_parts()
 
-    def call(self, tokens):
+    def call(self, tokens: Tensor) -> Tensor:
         return self.attention(tokens, tokens)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "num_heads": self.num_heads,

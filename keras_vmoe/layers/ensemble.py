@@ -1,20 +1,25 @@
 """Members of an efficient ensemble: copies of images, and one answer."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_vmoe._checks import check_sizes
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Shape
+from keras_vmoe._typing import Tensor
 
 
 class _OfMembers(keras.layers.Layer):
     """Base of layers that know the number of members, M."""
 
-    def __init__(self, ensemble_size, **kwargs):
+    def __init__(self, ensemble_size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_sizes(ensemble_size=ensemble_size)
         self.ensemble_size = int(ensemble_size)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {**super().get_config(), "ensemble_size": self.ensemble_size}
 
 
@@ -40,10 +45,10 @@ class RepeatImages(_OfMembers):
         [Allingham et al., 2021](https://arxiv.org/abs/2110.03360), section 4.
     """
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         return ops.repeat(inputs, self.ensemble_size, axis=0)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         batch, *others = input_shape
         batch = None if batch is None else batch * self.ensemble_size
         return (batch, *others)
@@ -69,12 +74,12 @@ class JoinMembers(_OfMembers):
     (3, 2, 4)
     """
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         batch = ops.shape(inputs)[0] // self.ensemble_size
         shape = (batch, self.ensemble_size, inputs.shape[-1])
         return ops.reshape(inputs, shape)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         batch, features = input_shape
         batch = None if batch is None else batch // self.ensemble_size
         return (batch, self.ensemble_size, features)
@@ -102,10 +107,10 @@ class MeanProbability(keras.layers.Layer):
         [Allingham et al., 2021](https://arxiv.org/abs/2110.03360), section 2.
     """
 
-    def call(self, logits, training=False):
+    def call(self, logits: Tensor, training: bool = False) -> Tensor:
         return logits if training else mean_probability(logits)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return (input_shape[0], input_shape[-1])
 
 

@@ -1,10 +1,14 @@
 """Token choice in an efficient ensemble: members have experts of their own."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Tensor
 from keras_vmoe.layers.top_k_router import TopKRouter
 
 NEVER = -1e9  # The logit of another member's expert: a gate of exactly 0.
@@ -52,11 +56,15 @@ class EnsembleRouter(TopKRouter):
     """
 
     def __init__(
-        self, num_experts, ensemble_size, num_selected_experts=1, **kwargs
-    ):
+        self,
+        num_experts: int,
+        ensemble_size: int,
+        num_selected_experts: int = 1,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(num_experts, num_selected_experts, **kwargs)
         check_sizes(ensemble_size=ensemble_size)
-        self.ensemble_size = int(ensemble_size)
+        self.ensemble_size = self.copies = int(ensemble_size)
         if self.num_experts % self.ensemble_size:
             raise ValueError(
                 "Each member must have as many experts: `ensemble_size` must "
@@ -73,20 +81,17 @@ class EnsembleRouter(TopKRouter):
             )
 
     @property
-    def experts_per_member(self):
+    def experts_per_member(self) -> int:
         """E / M."""
         return self.num_experts // self.ensemble_size
 
     @property
-    def copies(self):
-        """M: copies of an image that follow each other."""
-        return self.ensemble_size
-
-    @property
-    def noise(self):
+    def noise(self) -> float:
         return self.noise_std / self.experts_per_member
 
-    def restrict(self, logits, images_per_group):
+    def restrict(
+        self, logits: Tensor, images_per_group: int | Tensor
+    ) -> Tensor:
         if is_integer(images_per_group) and images_per_group % self.copies:
             raise ValueError(
                 "A group must hold all copies of its images, "
@@ -102,7 +107,9 @@ class EnsembleRouter(TopKRouter):
         own = member[:, None] == owner
         return ops.where(own, logits, ops.full_like(logits, NEVER))
 
-    def auxiliary_losses(self, logits, noisy_logits, mask):
+    def auxiliary_losses(
+        self, logits: Tensor, noisy_logits: Tensor, mask: Tensor | None
+    ) -> list[Tensor]:
         size, members = self.experts_per_member, []
         for start in range(0, self.num_experts, size):
             part = slice(start, start + size)
@@ -115,5 +122,5 @@ class EnsembleRouter(TopKRouter):
             )
         return [sum(x) / self.copies for x in zip(*members, strict=True)]
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {**super().get_config(), "ensemble_size": self.ensemble_size}

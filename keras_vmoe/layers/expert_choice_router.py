@@ -1,15 +1,20 @@
 """Expert choice: every expert picks its best tokens."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_vmoe import losses
 from keras_vmoe import routing
 from keras_vmoe._checks import check_not_negative
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Tensor
 from keras_vmoe.layers.routers import Router
 from keras_vmoe.layers.routers import slots_per_expert
 from keras_vmoe.routing._groups import check_capacity_factor
 from keras_vmoe.routing._selection import softmax
+from keras_vmoe.routing.plans import Plan
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -62,14 +67,14 @@ class ExpertChoiceRouter(Router):
 
     def __init__(
         self,
-        num_experts,
-        capacity_factor=None,
-        noise_std=1.0,
-        gate="linear",
-        z_loss_weight=0.0,
-        seed=None,
-        **kwargs,
-    ):
+        num_experts: int,
+        capacity_factor: float | None = None,
+        noise_std: float = 1.0,
+        gate: str | keras.layers.Layer = "linear",
+        z_loss_weight: float = 0.0,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(num_experts, noise_std, gate, seed, **kwargs)
         if capacity_factor is None:
             capacity_factor = 1.0
@@ -84,7 +89,9 @@ class ExpertChoiceRouter(Router):
         self.capacity_factor = float(capacity_factor)
         self.z_loss_weight = z_loss_weight
 
-    def make_plan(self, logits, mask, group_size):
+    def make_plan(
+        self, logits: Tensor, mask: Tensor | None, group_size: int | Tensor
+    ) -> Plan:
         capacity = slots_per_expert(
             group_size,
             ops.shape(logits)[1],
@@ -94,12 +101,14 @@ class ExpertChoiceRouter(Router):
         )
         return routing.expert_choice_plan(softmax(logits), capacity, mask)
 
-    def auxiliary_losses(self, logits, noisy_logits, mask):
+    def auxiliary_losses(
+        self, logits: Tensor, noisy_logits: Tensor, mask: Tensor | None
+    ) -> list[Tensor]:
         if not self.z_loss_weight:
             return []
         return [self.z_loss_weight * losses.router_z_loss(logits, mask)]
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "capacity_factor": self.capacity_factor,

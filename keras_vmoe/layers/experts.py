@@ -1,12 +1,17 @@
 """Experts: E networks of one shape, as stacked kernels."""
 
 import functools
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_vmoe._checks import check_sizes
+from keras_vmoe._typing import Activation
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Shape
+from keras_vmoe._typing import Tensor
 from keras_vmoe.layers.block_linear import block_linear
 from keras_vmoe.layers.block_linear import expert_linear
 from keras_vmoe.layers.block_linear import fuses_by_expert
@@ -63,13 +68,18 @@ class MLPExperts(TwoLayers):
     kernel_dtype = None  # That of the policy.
 
     def __init__(
-        self, num_experts, hidden_dim, activation="gelu", dropout=0.0, **kwargs
-    ):
+        self,
+        num_experts: int,
+        hidden_dim: int,
+        activation: Activation = "gelu",
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(hidden_dim, activation, dropout, **kwargs)
         check_sizes(num_experts=num_experts)
         self.num_experts = int(num_experts)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         if len(input_shape) != 4 or input_shape[1] != self.num_experts:
             raise ValueError(
                 "Experts take buffers of shape (groups, experts, capacity, "
@@ -125,7 +135,12 @@ class MLPExperts(TwoLayers):
         setattr(self, f"{name}_kernel_scale", scale)
         return kernel, scale
 
-    def quantize(self, mode=None, type_check=True, config=None):
+    def quantize(
+        self,
+        mode: str | None = None,
+        type_check: bool = True,
+        config: Any = None,
+    ) -> None:
         check_mode(mode)
         if hasattr(self, "hidden_kernel_scale"):
             return  # The policy, set below, asks for it.
@@ -144,9 +159,13 @@ class MLPExperts(TwoLayers):
             mark(variables, part)
             for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
-        self.dtype_policy = f"{mode}_from_{self.dtype_policy.name}"
+        # mypy cannot type Keras's property where a class also sets it.
+        policy = self.dtype_policy  # type: ignore[has-type]
+        self.dtype_policy = f"{mode}_from_{policy.name}"
 
-    def call(self, buffers, training=False):
+    def call(
+        self, buffers: Tensor | Blocks, training: bool = False
+    ) -> Tensor | Blocks:
         if isinstance(buffers, Blocks):
             rows, *blocks = buffers
             return buffers._replace(rows=self._mlps(rows, blocks, training))
@@ -158,7 +177,7 @@ class MLPExperts(TwoLayers):
         x = ops.reshape(x, (self.num_experts, groups, capacity, features))
         return _swap_groups_and_experts(x)
 
-    def quantized_call(self, *args, **kwargs):
+    def quantized_call(self, *args: Any, **kwargs: Any) -> Tensor | Blocks:
         return self.call(*args, **kwargs)
 
     def _mlps(self, x, blocks, training):
@@ -196,10 +215,10 @@ class MLPExperts(TwoLayers):
         scale = getattr(self, f"{name}_kernel_scale")
         return kernel / ops.cast(scale, self.compute_dtype)[:, None]
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {**super().get_config(), "num_experts": self.num_experts}
 
 

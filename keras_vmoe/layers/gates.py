@@ -6,6 +6,7 @@ cast to it.
 """
 
 import math
+from typing import Any
 
 import keras
 from keras import ops
@@ -14,6 +15,12 @@ from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_number
 from keras_vmoe._checks import nearest
 from keras_vmoe._checks import plain
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Constraint
+from keras_vmoe._typing import Initializer
+from keras_vmoe._typing import Regularizer
+from keras_vmoe._typing import Shape
+from keras_vmoe._typing import Tensor
 from keras_vmoe.layers.precision import in_float32
 from keras_vmoe.layers.weights import get_options
 from keras_vmoe.layers.weights import options_config
@@ -32,12 +39,12 @@ class Gate(keras.layers.Layer):
 
     def __init__(
         self,
-        num_experts,
-        kernel_initializer="lecun_normal",
-        kernel_regularizer=None,
-        kernel_constraint=None,
-        **kwargs,
-    ):
+        num_experts: int,
+        kernel_initializer: Initializer = "lecun_normal",
+        kernel_regularizer: Regularizer | None = None,
+        kernel_constraint: Constraint | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         check_sizes(num_experts=num_experts)
         self.supports_masking = True
@@ -49,11 +56,17 @@ class Gate(keras.layers.Layer):
             kernel_constraint=kernel_constraint,
         )
 
-    def add_kernel(self, shape):
+    def add_kernel(self, shape: tuple[int, ...]) -> keras.Variable:
         """The kernel, from the tokens' features."""
         return self.add_float32("kernel", shape, **get_options(self, "kernel"))
 
-    def add_float32(self, name, shape, initializer, **options):
+    def add_float32(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        initializer: Initializer,
+        **options: Any,
+    ) -> keras.Variable:
         """A float32 weight under every policy."""
         return self.add_weight(
             name=name,
@@ -64,11 +77,11 @@ class Gate(keras.layers.Layer):
             **options,
         )
 
-    def compute_output_spec(self, tokens):
+    def compute_output_spec(self, tokens: Tensor) -> keras.KerasTensor:
         shape = (*tokens.shape[:-1], self.num_experts)
         return keras.KerasTensor(shape, dtype="float32")
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "num_experts": self.num_experts,
@@ -103,11 +116,11 @@ class LinearGate(Gate):
         [arXiv:2411.18322](https://arxiv.org/abs/2411.18322).
     """
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self.kernel = self.add_kernel((input_shape[-1], self.num_experts))
 
     @in_float32
-    def call(self, tokens):
+    def call(self, tokens: Tensor) -> Tensor:
         return ops.matmul(ops.cast(tokens, "float32"), self.kernel)
 
 
@@ -132,12 +145,12 @@ class ProjectedGate(Gate):
 
     def __init__(
         self,
-        num_experts,
-        projection_dim=None,
-        temperature=0.5,
-        min_temperature=0.01,
-        **kwargs,
-    ):
+        num_experts: int,
+        projection_dim: int | None = None,
+        temperature: float = 0.5,
+        min_temperature: float = 0.01,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(num_experts, **kwargs)
         if projection_dim is not None:
             check_sizes(projection_dim=projection_dim)
@@ -153,7 +166,7 @@ class ProjectedGate(Gate):
         self.temperature = temperature
         self.min_temperature = min_temperature
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         features = input_shape[-1]
         size = self.projection_dim or min(256, max(1, features // 2))
         if size > features:
@@ -176,18 +189,18 @@ class ProjectedGate(Gate):
         )
 
     @in_float32
-    def call(self, tokens):
+    def call(self, tokens: Tensor) -> Tensor:
         tokens = ops.cast(tokens, "float32")
         projected = ops.matmul(tokens, self.kernel) + self.bias
         largest = -math.log(self.min_temperature)
         scale = ops.exp(ops.minimum(self.log_scale, largest))
         return scale * self.compare(projected, self.codes)
 
-    def compare(self, projected, codes):
+    def compare(self, projected: Tensor, codes: Tensor) -> Tensor:
         """Similarity of `(G, S, P)` tokens and `(P, E)` codes, `(G, S, E)`."""
         raise NotImplementedError(f"{type(self).__name__} must define compare.")
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "projection_dim": self.projection_dim,
@@ -234,7 +247,7 @@ class CosineGate(ProjectedGate):
         the defaults are those of Tutel's cosine gate.
     """
 
-    def compare(self, projected, codes):
+    def compare(self, projected: Tensor, codes: Tensor) -> Tensor:
         return ops.matmul(unit_norm(projected, -1), unit_norm(codes, 0))
 
 
@@ -274,7 +287,7 @@ class L2Gate(ProjectedGate):
         [arXiv:2411.18322](https://arxiv.org/abs/2411.18322).
     """
 
-    def compare(self, projected, codes):
+    def compare(self, projected: Tensor, codes: Tensor) -> Tensor:
         # |p - c|² without a tensor of all differences. What experts differ in
         # comes first: |p|² may be much larger.
         product = 2.0 * ops.matmul(projected, codes)

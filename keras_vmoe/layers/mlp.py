@@ -1,11 +1,20 @@
 """The dense MLP of a transformer block."""
 
+from typing import Any
+
 import keras
 
 from keras_vmoe._checks import check_dropout
 from keras_vmoe._checks import check_flags
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import plain
+from keras_vmoe._typing import Activation
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Constraint
+from keras_vmoe._typing import Initializer
+from keras_vmoe._typing import Regularizer
+from keras_vmoe._typing import Shape
+from keras_vmoe._typing import Tensor
 from keras_vmoe.layers.activations import get_activation
 from keras_vmoe.layers.activations import serialize_activation
 from keras_vmoe.layers.parts import KeepsParts
@@ -23,19 +32,19 @@ class TwoLayers(SavesSeedState, KeepsParts, keras.layers.Layer):
 
     def __init__(
         self,
-        hidden_dim,
-        activation="gelu",
-        dropout=0.0,
-        kernel_initializer="glorot_uniform",
-        bias_initializer=None,
-        kernel_regularizer=None,
-        bias_regularizer=None,
-        kernel_constraint=None,
-        bias_constraint=None,
-        use_output_bias=True,
-        seed=None,
-        **kwargs,
-    ):
+        hidden_dim: int,
+        activation: Activation = "gelu",
+        dropout: float = 0.0,
+        kernel_initializer: Initializer = "glorot_uniform",
+        bias_initializer: Initializer | None = None,
+        kernel_regularizer: Regularizer | None = None,
+        bias_regularizer: Regularizer | None = None,
+        kernel_constraint: Constraint | None = None,
+        bias_constraint: Constraint | None = None,
+        use_output_bias: bool = True,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         check_sizes(hidden_dim=hidden_dim)
         check_dropout(dropout=dropout)
@@ -57,12 +66,12 @@ class TwoLayers(SavesSeedState, KeepsParts, keras.layers.Layer):
         if dropout > 0:
             self.seed_generator = SeedGenerator(self.seed)
 
-    def drop(self, x, training):
+    def drop(self, x: Tensor, training: bool) -> Tensor:
         """Dropout, without a layer: Keras quantizes layers without parts."""
         rate = self.dropout if training else 0
         return drop(x, rate, self.seed_generator)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "hidden_dim": self.hidden_dim,
@@ -110,7 +119,7 @@ class MLP(TwoLayers):
     (2, 5, 8)
     """
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         features = input_shape[-1]
         self.hidden_dense = self._dense("hidden", features, self.hidden_dim, 0)
         self.output_dense = self._dense(
@@ -134,10 +143,10 @@ class MLP(TwoLayers):
         dense.build((None, fan_in))
         return dense
 
-    def call(self, inputs, training=False):
+    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
         x = self.activation(self.hidden_dense(inputs))
         x = self.output_dense(self.drop(x, training))
         return self.drop(x, training)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape

@@ -5,6 +5,10 @@ import functools
 import inspect
 import math
 import re
+from typing import Any
+from typing import Literal
+from typing import NoReturn
+from typing import Self
 
 import keras
 from keras import ops
@@ -13,6 +17,9 @@ from keras_vmoe._checks import check_choice
 from keras_vmoe._checks import check_mask
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_integer
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Shape
+from keras_vmoe._typing import Tensor
 from keras_vmoe.distribution import _constraints
 from keras_vmoe.distribution import _replicas
 from keras_vmoe.layers.bank import BANK
@@ -36,9 +43,10 @@ from keras_vmoe.layers.weights import mark
 from keras_vmoe.routing._blocks import Blocks
 from keras_vmoe.routing._groups import group_tokens
 from keras_vmoe.routing._groups import ungroup_tokens
+from keras_vmoe.routing.plans import Plan
 
 IMAGES_PER_GROUP = 8  # That of V-MoE.
-ROUTERS = {
+ROUTERS: dict[str, type[Router]] = {
     "bias_balanced": BiasBalancedRouter,
     "expert_choice": ExpertChoiceRouter,
     "soft": SoftRouter,
@@ -115,13 +123,13 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
 
     def __init__(
         self,
-        num_experts,
-        hidden_dim=None,
-        router=None,
-        experts=None,
-        images_per_group=IMAGES_PER_GROUP,
-        **kwargs,
-    ):
+        num_experts: int,
+        hidden_dim: int | None = None,
+        router: Router | str | None = None,
+        experts: keras.layers.Layer | None = None,
+        images_per_group: int | Literal["batch"] | None = IMAGES_PER_GROUP,
+        **kwargs: Any,
+    ) -> None:
         for name in kwargs.keys() & OWNERS:
             raise ValueError(
                 f"`{name}` is a setting of the router. Received: {name}="
@@ -164,11 +172,11 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
         hand_down(self)
 
     @property
-    def hidden_dim(self):
+    def hidden_dim(self) -> int | None:
         """F of an expert; None where the bank does not say it."""
         return getattr(self.experts, "hidden_dim", None)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self._check_rank(input_shape)
         features = input_shape[-1]
         if features is None:
@@ -202,7 +210,9 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
         is_open = None in sizes or "batch" in sizes
         return None if is_open else math.prod(sizes)
 
-    def call(self, inputs, mask=None, training=False):
+    def call(
+        self, inputs: Tensor, mask: Tensor | None = None, training: bool = False
+    ) -> Tensor:
         _check_not_traced()
         self._check_features(inputs.shape)
         if not keras.backend.is_float_dtype(inputs.dtype):
@@ -238,7 +248,7 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
         check_output(outputs, buffers.shape, self.experts.name)
         return outputs
 
-    def sharing(self, **changes):
+    def sharing(self, **changes: Any) -> Self:
         """A new layer of the same settings and weights.
 
         Args:
@@ -250,14 +260,14 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
         """
         return share(self, **changes)
 
-    def quantize(self, mode=None, **kwargs):
+    def quantize(self, mode: str | None = None, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
             f"A {type(self).__name__} is quantized by its parts, or with the "
             f"model around it. Received: mode={mode!r}. Call "
             f"`layer.experts.quantize({mode!r})`."
         )
 
-    def plan(self, inputs, mask=None):
+    def plan(self, inputs: Tensor, mask: Tensor | None = None) -> Plan:
         """The routing plan of a batch, as in evaluation.
 
         Args:
@@ -279,7 +289,9 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
             training=training,
         )
 
-    def compute_output_spec(self, inputs, mask=None, training=False):
+    def compute_output_spec(
+        self, inputs: Tensor, mask: Tensor | None = None, training: bool = False
+    ) -> keras.KerasTensor:
         # Keras would trace `call` with a made-up batch, which fits no group.
         self._check_features(inputs.shape)
         check_mask(mask, inputs.shape[:-1])
@@ -291,7 +303,7 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
         check_output(outputs, shape, self.experts.name)
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
     def _check_rank(self, shape):
@@ -318,7 +330,7 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
                 "Project the inputs first or use a new layer."
             )
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "num_experts": self.num_experts,
@@ -330,7 +342,7 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Self:
         config = with_layers(config, "router", "experts")
         if config.get("images_per_group", "") is None:  # Of version 0.1.0.
             config["images_per_group"] = "batch"

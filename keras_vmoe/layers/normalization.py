@@ -1,9 +1,13 @@
 """The norm of both families."""
 
 import functools
+from typing import Any
 
 import keras
 from keras import ops
+
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Tensor
 
 FIXED = {"axis": -1, "rms_scaling": False}
 
@@ -25,10 +29,10 @@ class LayerNormalization(keras.layers.LayerNormalization):
         [Ba et al., 2016](https://arxiv.org/abs/1607.06450).
     """
 
-    def __init__(self, epsilon=1e-6, **kwargs):
+    def __init__(self, epsilon: float = 1e-6, **kwargs: Any) -> None:
         super().__init__(epsilon=epsilon, **FIXED, **kwargs)
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         if keras.backend.backend() != "jax":
             return super().call(inputs)
         dtype = keras.backend.result_type(inputs.dtype, "float32")
@@ -39,7 +43,7 @@ class LayerNormalization(keras.layers.LayerNormalization):
             x = x + ops.cast(self.beta, dtype)
         return ops.cast(x, self.compute_dtype)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = super().get_config()
         return {k: v for k, v in config.items() if k not in FIXED}
 

@@ -6,10 +6,12 @@ its arguments, keep it for them here.
 """
 
 import gc
+from typing import Self
 
 import keras
 
 from keras_vmoe._keras import parts_of
+from keras_vmoe._typing import Config
 
 UNCALIBRATED = ("int8", "int4", "float8")
 
@@ -31,25 +33,26 @@ class KeepsParts:
 
     parts_to_set = None  # Until they are made.
 
-    def set_up_parts(self):
+    def set_up_parts(self) -> None:
         """Freezes, quantizes and adapts the parts as they were."""
         hand_down(self)
         self.restore_parts()
 
-    def restore_parts(self):
+    def restore_parts(self) -> None:
         """The same, of parts that `__init__` has frozen."""
         set_state_of_parts(self, self.parts_to_set or {})
         self.parts_to_set = None
 
-    def get_config(self):
+    def get_config(self) -> Config:
         found = self.parts_to_set or state_of_parts(self)
-        return {**super().get_config(), **({"parts": found} if found else {})}
+        config = super().get_config()  # type: ignore[misc]  # The layer's.
+        return {**config, **({"parts": found} if found else {})}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Self:
         config = dict(config)
         found = config.pop("parts", None)
-        layer = super().from_config(config)
+        layer = super().from_config(config)  # type: ignore[misc]  # Its.
         layer.parts_to_set = found
         thaw(layer, found or {})
         return layer

@@ -1,9 +1,14 @@
 """From images to tokens."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_vmoe._checks import check_sizes
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Shape
+from keras_vmoe._typing import Tensor
 from keras_vmoe.layers.parts import KeepsParts
 
 
@@ -37,7 +42,7 @@ class PatchEmbedding(KeepsParts, keras.layers.Layer):
         equation 1.
     """
 
-    def __init__(self, hidden_dim, patch_size, **kwargs):
+    def __init__(self, hidden_dim: int, patch_size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_sizes(hidden_dim=hidden_dim, patch_size=patch_size)
         self.hidden_dim = int(hidden_dim)
@@ -50,20 +55,20 @@ class PatchEmbedding(KeepsParts, keras.layers.Layer):
             name="projection",
         )
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self.image_size = tuple(input_shape[1:3])
         patch_grid(self.image_size, self.patch_size)
         self.projection.build(input_shape)
         self.set_up_parts()
 
-    def call(self, images):
+    def call(self, images: Tensor) -> Tensor:
         patches = self.projection(images)  # (B, H / p, W / p, D)
         height, width = self._grid(images.shape)
         return ops.reshape(
             patches, (ops.shape(images)[0], height * width, self.hidden_dim)
         )
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         height, width = self._grid(input_shape)
         return (input_shape[0], height * width, self.hidden_dim)
 
@@ -76,7 +81,7 @@ class PatchEmbedding(KeepsParts, keras.layers.Layer):
         ]
         return patch_grid(sides, self.patch_size)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "hidden_dim": self.hidden_dim,
@@ -151,17 +156,17 @@ class ClassToken(keras.layers.Layer):
     (2, 5, 8)
     """
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self.token = self.add_weight(
             name="token", shape=(1, 1, input_shape[-1]), initializer="zeros"
         )
 
-    def call(self, tokens):
+    def call(self, tokens: Tensor) -> Tensor:
         shape = (ops.shape(tokens)[0], 1, tokens.shape[-1])
         token = ops.broadcast_to(ops.cast(self.token, tokens.dtype), shape)
         return ops.concatenate([token, tokens], axis=1)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         batch, num_tokens, features = input_shape
         return (batch, num_tokens + 1, features)
 
@@ -190,28 +195,28 @@ class RegisterTokens(keras.layers.Layer):
         [Darcet et al., 2024](https://arxiv.org/abs/2309.16588), section 2.2.
     """
 
-    def __init__(self, num_registers, **kwargs):
+    def __init__(self, num_registers: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_sizes(num_registers=num_registers)
         self.num_registers = int(num_registers)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self.registers = self.add_weight(
             name="registers",
             shape=(1, self.num_registers, input_shape[-1]),
             initializer=keras.initializers.RandomNormal(stddev=0.02),
         )
 
-    def call(self, tokens):
+    def call(self, tokens: Tensor) -> Tensor:
         shape = (ops.shape(tokens)[0], *self.registers.shape[1:])
         registers = ops.cast(self.registers, tokens.dtype)
         registers = ops.broadcast_to(registers, shape)
         parts = [tokens[:, :1], registers, tokens[:, 1:]]
         return ops.concatenate(parts, axis=1)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         batch, num_tokens, features = input_shape
         return (batch, num_tokens + self.num_registers, features)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {**super().get_config(), "num_registers": self.num_registers}

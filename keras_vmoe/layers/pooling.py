@@ -1,9 +1,15 @@
 """From the tokens of an image to one vector."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_vmoe._checks import plain
+from keras_vmoe._typing import Activation
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Shape
+from keras_vmoe._typing import Tensor
 from keras_vmoe.layers.attention import MultiHeadAttention
 from keras_vmoe.layers.mlp import MLP
 from keras_vmoe.layers.normalization import LayerNormalization
@@ -26,10 +32,10 @@ class TokenPooling(keras.layers.Layer):
     (2, 8)
     """
 
-    def call(self, tokens):
+    def call(self, tokens: Tensor) -> Tensor:
         return tokens[:, 0]
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return (input_shape[0], input_shape[-1])
 
 
@@ -65,7 +71,13 @@ class AttentionPooling(KeepsParts, keras.layers.Layer):
         [Lee et al., 2019](https://arxiv.org/abs/1810.00825).
     """
 
-    def __init__(self, num_heads, hidden_dim, activation="gelu_tanh", **kwargs):
+    def __init__(
+        self,
+        num_heads: int,
+        hidden_dim: int,
+        activation: Activation = "gelu_tanh",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.num_heads = plain(num_heads)
         self.hidden_dim = plain(hidden_dim)
@@ -75,7 +87,7 @@ class AttentionPooling(KeepsParts, keras.layers.Layer):
             hidden_dim, activation, dtype=self.dtype_policy, name="mlp"
         )
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         features = input_shape[-1]
         self.probe = self.add_weight(
             name="probe",
@@ -93,17 +105,17 @@ class AttentionPooling(KeepsParts, keras.layers.Layer):
         self.mlp.build(probe_shape)
         self.set_up_parts()
 
-    def call(self, tokens):
+    def call(self, tokens: Tensor) -> Tensor:
         shape = (ops.shape(tokens)[0], 1, tokens.shape[-1])
         probe = ops.broadcast_to(ops.cast(self.probe, tokens.dtype), shape)
         x = self.attention(probe, tokens)
         x = x + self.mlp(self.norm(x))
         return ops.squeeze(x, axis=1)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return (input_shape[0], input_shape[-1])
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "num_heads": self.num_heads,

@@ -1,6 +1,8 @@
 """Position embeddings, added to the tokens."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -8,6 +10,9 @@ from keras import ops
 
 from keras_vmoe._checks import check_choice
 from keras_vmoe._checks import is_integer
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Shape
+from keras_vmoe._typing import Tensor
 from keras_vmoe.layers.weights import mark
 
 
@@ -39,11 +44,13 @@ class LearnedPositions(keras.layers.Layer):
         equation 1.
     """
 
-    def __init__(self, grid=None, **kwargs):
+    def __init__(
+        self, grid: Sequence[int] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.grid = None if grid is None else tuple(grid)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         if self.grid is not None and math.prod(self.grid) > input_shape[1]:
             raise ValueError(
                 "`grid` must have a token for each of its patches. "
@@ -57,12 +64,12 @@ class LearnedPositions(keras.layers.Layer):
         )
         mark([self.embedding], "positions")
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
         if self.grid is not None:
             store["grid"] = np.array(self.grid)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         shape = tuple(self.embedding.shape)
         found = {name: store[name] for name in store.keys()}
         grid = tuple(map(int, found.pop("grid", self.grid or ())))
@@ -78,13 +85,13 @@ class LearnedPositions(keras.layers.Layer):
             )
         super().load_own_variables(found)
 
-    def call(self, tokens):
+    def call(self, tokens: Tensor) -> Tensor:
         return tokens + self.embedding
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {**super().get_config(), "grid": self.grid}
 
 
@@ -119,11 +126,11 @@ class SinCos2DPositions(keras.layers.Layer):
         [Chen et al., 2021](https://arxiv.org/abs/2104.02057) (MoCo v3).
     """
 
-    def __init__(self, grid, **kwargs):
+    def __init__(self, grid: Sequence[int], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.grid = tuple(grid)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         _, num_tokens, features = input_shape
         rows, columns = self.grid
         prefix = num_tokens - rows * columns
@@ -137,13 +144,13 @@ class SinCos2DPositions(keras.layers.Layer):
             sincos2d(rows, columns, features), ((prefix, 0), (0, 0))
         )
 
-    def call(self, tokens):
+    def call(self, tokens: Tensor) -> Tensor:
         return tokens + ops.cast(self.embedding, tokens.dtype)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {**super().get_config(), "grid": self.grid}
 
 

@@ -1,5 +1,10 @@
 """Routers: gate, noise, selection, auxiliary losses: from tokens to plans."""
 
+from collections.abc import Callable
+from typing import Any
+from typing import NoReturn
+from typing import Self
+
 import keras
 from keras import ops
 
@@ -7,6 +12,9 @@ from keras_vmoe import routing
 from keras_vmoe._checks import check_not_negative
 from keras_vmoe._checks import plain
 from keras_vmoe._keras import all_layers
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Shape
+from keras_vmoe._typing import Tensor
 from keras_vmoe.layers.gates import get_gate
 from keras_vmoe.layers.parts import KeepsParts
 from keras_vmoe.layers.parts import hand_down
@@ -18,6 +26,7 @@ from keras_vmoe.layers.stochastic import SeedGenerator
 from keras_vmoe.layers.weights import mark
 from keras_vmoe.routing._groups import check_selection
 from keras_vmoe.routing._selection import softmax
+from keras_vmoe.routing.plans import Plan
 
 
 class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
@@ -35,13 +44,18 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
     """
 
     # Images of a group, where the router's mathematics fixes them.
-    images_per_group = None
+    images_per_group: int | None = None
     # Copies of an image that follow each other in a batch, as of an ensemble.
     copies = 1
 
     def __init__(
-        self, num_experts, noise_std=1.0, gate="linear", seed=None, **kwargs
-    ):
+        self,
+        num_experts: int,
+        noise_std: float = 1.0,
+        gate: str | keras.layers.Layer = "linear",
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         check_settings(type(self).__name__, kwargs)
         super().__init__(**kwargs)
         check_selection(num_experts, 1)
@@ -56,16 +70,16 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
             gate, num_experts, dtype=self.dtype_policy, name="gate"
         )
         self.statistics = RoutingStatistics(num_experts)
-        self.features = None
+        self.features: int | None = None
         hand_down(self)
 
     @property
-    def variables(self):
+    def variables(self) -> list[keras.Variable]:
         # Carried through compiled steps like the state of a seed, but neither
         # a weight nor saved: a paper's parameter count has no place for it.
         return [*super().variables, self.statistics.state]
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         if len(input_shape) != 3:
             raise ValueError(
                 "A router takes tokens of shape (groups, tokens per group, "
@@ -100,7 +114,7 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
             )
         self.restore_parts()
 
-    def check_features(self, features):
+    def check_features(self, features: int) -> None:
         """Raises if the router was built for layers of another width."""
         if self.features != features:
             raise ValueError(
@@ -109,7 +123,7 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
                 f"a layer of {features}. Make a router for this layer."
             )
 
-    def sharing(self, **changes):
+    def sharing(self, **changes: Any) -> Self:
         """A new router of the same weights and settings, but for `changes`."""
         new = share(self, gate=self.gate_layer, **changes)
         if not isinstance(self.gate, keras.layers.Layer):
@@ -120,12 +134,12 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
     @in_float32
     def call(
         self,
-        tokens,
-        mask=None,
-        group_size=None,
-        images_per_group=1,
-        training=False,
-    ):
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        group_size: int | Tensor | None = None,
+        images_per_group: int | Tensor = 1,
+        training: bool = False,
+    ) -> Plan:
         # A gate of the user's own may work in lower precision.
         logits = ops.cast(self.gate_layer(tokens), "float32")  # (G, S, E)
         logits = self.restrict(logits, images_per_group)
@@ -143,16 +157,20 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
             self.after_step(plan)
         return plan
 
-    def restrict(self, logits, images_per_group):
+    def restrict(
+        self, logits: Tensor, images_per_group: int | Tensor
+    ) -> Tensor:
         """The logits of the experts that a token may go to; all of them."""
         return logits
 
     @property
-    def noise(self):
+    def noise(self) -> float:
         """Standard deviation of the noise in the logits."""
         return self.noise_std / self.num_experts
 
-    def make_plan(self, logits, mask, group_size):
+    def make_plan(
+        self, logits: Tensor, mask: Tensor | None, group_size: int | Tensor
+    ) -> Plan:
         """Turns logits into a routing plan.
 
         Args:
@@ -167,23 +185,27 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
             f"{type(self).__name__} must define `make_plan`."
         )
 
-    def auxiliary_losses(self, logits, noisy_logits, mask):
+    def auxiliary_losses(
+        self, logits: Tensor, noisy_logits: Tensor, mask: Tensor | None
+    ) -> list[Tensor]:
         """The weighted auxiliary losses, a list of `(G,)` tensors."""
         return []
 
-    def expert_gates(self, logits):
+    def expert_gates(self, logits: Tensor) -> Tensor:
         """What each token gives to each expert, `(G, S, E)`, sum 1 over E."""
         return softmax(logits)
 
-    def after_step(self, plan):
+    def after_step(self, plan: Plan) -> None:
         """What a router does with the plan of a training step; nothing."""
 
-    def rematerialized_call(self, layer_call, *args, **kwargs):
+    def rematerialized_call(
+        self, layer_call: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Callable[..., Any]:
         # Under `keras.RematScope` the layer around is rematerialized; a router
         # of its own could not be, because a plan is not a tensor.
         return layer_call
 
-    def compute_mask(self, inputs, previous_mask):
+    def compute_mask(self, inputs: Any, previous_mask: Tensor | None) -> None:
         return None  # Used up: the plan gives masked tokens no place.
 
     def _add_noise(self, logits):
@@ -194,14 +216,16 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
         )
         return logits + self.noise * noise
 
-    def compute_output_spec(self, tokens, *args, **kwargs):
+    def compute_output_spec(
+        self, tokens: Tensor, *args: Any, **kwargs: Any
+    ) -> NoReturn:
         raise ValueError(
             f"A {type(self).__name__} returns a routing plan, not a tensor, "
             "and cannot stand alone in a functional model. Received: "
             f"tokens={tokens}. Pass it to `layers.MoEMLP(router=...)`."
         )
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "num_experts": self.num_experts,
@@ -211,7 +235,7 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Self:
         return super().from_config(with_layers(config, "gate"))
 
 

@@ -1,9 +1,16 @@
 """The MoE layer with one more expert, which sees every token."""
 
+from typing import Any
+from typing import Self
+from typing import cast
+
 import keras
 from keras import ops
 
 from keras_vmoe._checks import check_sizes
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Shape
+from keras_vmoe._typing import Tensor
 from keras_vmoe.layers.bank import BANK
 from keras_vmoe.layers.mlp import MLP
 from keras_vmoe.layers.moe import MoEMLP
@@ -53,18 +60,18 @@ class SharedExpertMoEMLP(MoEMLP):
 
     def __init__(
         self,
-        num_experts,
-        hidden_dim=None,
-        shared_hidden_dim=None,
-        shared_expert=None,
-        **kwargs,
-    ):
+        num_experts: int,
+        hidden_dim: int | None = None,
+        shared_hidden_dim: int | None = None,
+        shared_expert: MLP | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(num_experts, hidden_dim, **kwargs)
         if shared_expert is None:
             check_sizes(shared_hidden_dim=shared_hidden_dim)
             settings = {name: kwargs[name] for name in BANK & kwargs.keys()}
             shared_expert = MLP(
-                shared_hidden_dim,
+                cast("int", shared_hidden_dim),  # Checked.
                 **settings,
                 dtype=self.dtype_policy,
                 name="shared_expert",
@@ -79,18 +86,20 @@ class SharedExpertMoEMLP(MoEMLP):
         self.shared_expert = shared_expert
         hand_down(self)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         # First: what was frozen in it is frozen again in the end.
         if not self.shared_expert.built:
             self.shared_expert.build(input_shape)
         super().build(input_shape)
 
-    def call(self, inputs, mask=None, training=False):
+    def call(
+        self, inputs: Tensor, mask: Tensor | None = None, training: bool = False
+    ) -> Tensor:
         outputs = super().call(inputs, mask=mask, training=training)
         shared = self.shared_expert(inputs, training=training)
         return outputs + ops.cast(shared, outputs.dtype)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "shared_hidden_dim": self.shared_hidden_dim,
@@ -98,5 +107,5 @@ class SharedExpertMoEMLP(MoEMLP):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Self:
         return super().from_config(with_layers(config, "shared_expert"))

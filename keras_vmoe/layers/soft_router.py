@@ -1,17 +1,23 @@
 """Soft MoE: experts work on mixtures of tokens."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_vmoe import routing
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import plain
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Shape
+from keras_vmoe._typing import Tensor
 from keras_vmoe.layers.gates import unit_norm
 from keras_vmoe.layers.precision import in_float32
 from keras_vmoe.layers.routers import Router
 from keras_vmoe.layers.routers import check_settings
 from keras_vmoe.routing._groups import check_capacity_factor
 from keras_vmoe.routing._selection import softmax
+from keras_vmoe.routing.plans import Plan
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -48,8 +54,12 @@ class SoftGate(keras.layers.Layer):
     """
 
     def __init__(
-        self, num_experts, num_slots=None, capacity_factor=1.0, **kwargs
-    ):
+        self,
+        num_experts: int,
+        num_slots: int | None = None,
+        capacity_factor: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
         check_sizes(num_experts=num_experts)
@@ -60,7 +70,7 @@ class SoftGate(keras.layers.Layer):
         self.num_slots = plain(num_slots)
         self.capacity_factor = capacity_factor
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         _, num_tokens, features = input_shape
         self.mu = self.add_weight(
             name="mu",
@@ -104,7 +114,7 @@ class SoftGate(keras.layers.Layer):
         return slots
 
     @in_float32
-    def call(self, tokens):
+    def call(self, tokens: Tensor) -> Tensor:
         tokens = unit_norm(ops.cast(tokens, "float32"), -1)
         mu = unit_norm(ops.convert_to_tensor(self.mu), 0)
         features, num_experts, num_slots = mu.shape
@@ -113,11 +123,11 @@ class SoftGate(keras.layers.Layer):
         groups, num_tokens, _ = ops.shape(logits)
         return ops.reshape(logits, (groups, num_tokens, num_experts, num_slots))
 
-    def compute_output_spec(self, tokens):
+    def compute_output_spec(self, tokens: Tensor) -> keras.KerasTensor:
         shape = (*tokens.shape[:-1], *self.mu.shape[1:])
         return keras.KerasTensor(shape, dtype="float32")
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "num_experts": self.num_experts,
@@ -167,18 +177,18 @@ class SoftRouter(Router):
         [Puigcerver et al., 2023](https://arxiv.org/abs/2308.00951), section 2.
     """
 
-    images_per_group = 1
+    images_per_group: int | None = 1
 
     def __init__(
         self,
-        num_experts,
-        num_slots=None,
-        capacity_factor=1.0,
-        noise_std=0.0,
-        seed=None,
-        gate=None,
-        **kwargs,
-    ):
+        num_experts: int,
+        num_slots: int | None = None,
+        capacity_factor: float = 1.0,
+        noise_std: float = 0.0,
+        seed: int | None = None,
+        gate: SoftGate | None = None,
+        **kwargs: Any,
+    ) -> None:
         check_settings(type(self).__name__, kwargs)
         if num_slots is not None and capacity_factor != 1.0:
             raise ValueError(
@@ -207,17 +217,19 @@ class SoftRouter(Router):
         self.num_slots = plain(num_slots)
         self.capacity_factor = capacity_factor
 
-    def make_plan(self, logits, mask, group_size):
+    def make_plan(
+        self, logits: Tensor, mask: Tensor | None, group_size: int | Tensor
+    ) -> Plan:
         return routing.soft_plan(logits, mask)
 
-    def expert_gates(self, logits):
+    def expert_gates(self, logits: Tensor) -> Tensor:
         groups, num_tokens, num_experts, num_slots = ops.shape(logits)
         size = num_experts * num_slots
         flat = ops.reshape(logits, (groups, num_tokens, size))
         gates = ops.reshape(softmax(flat), ops.shape(logits))
         return ops.sum(gates, axis=-1)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "num_slots": self.num_slots,

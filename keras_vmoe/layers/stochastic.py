@@ -1,5 +1,7 @@
 """Layers that act on a residual branch, and seeds that are saved."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -7,6 +9,9 @@ from keras_vmoe._checks import check_dropout
 from keras_vmoe._checks import check_rates
 from keras_vmoe._checks import check_seed
 from keras_vmoe._checks import plain
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Shape
+from keras_vmoe._typing import Tensor
 from keras_vmoe.distribution import _replicas
 
 SEED_KEY = "seed_state_0"
@@ -20,7 +25,7 @@ class SeedGenerator(keras.random.SeedGenerator):
     noise is drawn for the whole batch, and nothing has to differ.
     """
 
-    def next(self, ordered=True):
+    def next(self, ordered: bool = True) -> Tensor:
         seed = super().next(ordered)
         replica = _replicas.replica_id()
         if replica is None:
@@ -37,16 +42,16 @@ class SavesSeedState:
     then stay as they are.
     """
 
-    seed_generator = None
+    seed_generator: keras.random.SeedGenerator | None = None
 
-    def save_own_variables(self, store):
-        super().save_own_variables(store)
+    def save_own_variables(self, store: Any) -> None:
+        super().save_own_variables(store)  # type: ignore[misc]  # The layer's.
         if self.seed_generator is not None:
             store[SEED_KEY] = self.seed_generator.state
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         weights = {key: store[key] for key in store.keys() if key != SEED_KEY}
-        super().load_own_variables(weights)
+        super().load_own_variables(weights)  # type: ignore[misc]  # Its.
         if self.seed_generator is not None and SEED_KEY in store.keys():
             self.seed_generator.state.assign(store[SEED_KEY])
 
@@ -78,7 +83,13 @@ class SeededDropout(SavesSeedState, keras.layers.Layer):
     (2, 3)
     """
 
-    def __init__(self, rate, noise_shape=None, seed=None, **kwargs):
+    def __init__(
+        self,
+        rate: float,
+        noise_shape: Shape | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         check_dropout(rate=rate)
         check_seed(seed)
@@ -90,14 +101,14 @@ class SeededDropout(SavesSeedState, keras.layers.Layer):
         if rate > 0:
             self.seed_generator = SeedGenerator(self.seed)
 
-    def call(self, inputs, training=False):
+    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
         rate = self.rate if training else 0
         return drop(inputs, rate, self.seed_generator, self.noise_shape)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "rate": self.rate,
@@ -136,7 +147,9 @@ class DropPath(SavesSeedState, keras.layers.Layer):
         [Huang et al., 2016](https://arxiv.org/abs/1603.09382), section 3.
     """
 
-    def __init__(self, rate, seed=None, **kwargs):
+    def __init__(
+        self, rate: float, seed: int | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         check_rates(rate=rate)
         self.rate = rate
@@ -144,15 +157,15 @@ class DropPath(SavesSeedState, keras.layers.Layer):
         self.built = True
         self.seed_generator = SeedGenerator(self.seed)
 
-    def call(self, inputs, training=False):
+    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
         shape = (ops.shape(inputs)[0],) + (1,) * (len(inputs.shape) - 1)
         rate = self.rate if training else 0
         return drop(inputs, rate, self.seed_generator, shape)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {**super().get_config(), "rate": self.rate, "seed": self.seed}
 
 
@@ -178,23 +191,23 @@ class LayerScale(keras.layers.Layer):
         [Touvron et al., 2021](https://arxiv.org/abs/2103.17239), section 2.
     """
 
-    def __init__(self, initial_value, **kwargs):
+    def __init__(self, initial_value: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.initial_value = initial_value
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self.scale = self.add_weight(
             name="scale",
             shape=(input_shape[-1],),
             initializer=keras.initializers.Constant(self.initial_value),
         )
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         return inputs * self.scale
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = super().get_config()
         return {**config, "initial_value": self.initial_value}

@@ -1,5 +1,9 @@
 """Token choice: TopKRouter, and its variant that balances without a loss."""
 
+from typing import Any
+from typing import Literal
+from typing import Self
+
 import keras
 from keras import ops
 
@@ -9,12 +13,16 @@ from keras_vmoe._checks import check_flags
 from keras_vmoe._checks import check_not_negative
 from keras_vmoe._checks import check_positive
 from keras_vmoe._checks import plain
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Shape
+from keras_vmoe._typing import Tensor
 from keras_vmoe.layers.routers import Router
 from keras_vmoe.layers.routers import slots_per_expert
 from keras_vmoe.layers.routers import with_layers
 from keras_vmoe.routing._groups import check_capacity_factor
 from keras_vmoe.routing._groups import check_selection
 from keras_vmoe.routing._selection import softmax
+from keras_vmoe.routing.plans import Plan
 
 CAPACITY_FACTOR = 1.05  # Of V-MoE.
 
@@ -89,23 +97,23 @@ class TopKRouter(Router):
 
     def __init__(
         self,
-        num_experts,
-        num_selected_experts=1,
-        capacity_factor=None,
-        batch_priority=False,
-        renormalize=False,
-        noise_std=1.0,
-        gate="linear",
-        importance_loss_weight=0.005,
-        load_loss_weight=0.005,
-        gshard_loss_weight=0.0,
-        z_loss_weight=0.0,
-        local_entropy_loss_weight=0.0,
-        global_entropy_loss_weight=0.0,
-        min_experts=None,
-        seed=None,
-        **kwargs,
-    ):
+        num_experts: int,
+        num_selected_experts: int = 1,
+        capacity_factor: float | Literal["dropless"] | None = None,
+        batch_priority: bool = False,
+        renormalize: bool = False,
+        noise_std: float = 1.0,
+        gate: str | keras.layers.Layer = "linear",
+        importance_loss_weight: float = 0.005,
+        load_loss_weight: float = 0.005,
+        gshard_loss_weight: float = 0.0,
+        z_loss_weight: float = 0.0,
+        local_entropy_loss_weight: float = 0.0,
+        global_entropy_loss_weight: float = 0.0,
+        min_experts: float | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(num_experts, noise_std, gate, seed, **kwargs)
         check_selection(num_experts, num_selected_experts)
         check_not_negative(
@@ -143,13 +151,15 @@ class TopKRouter(Router):
         self.min_experts = min_experts
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Self:
         config = dict(config)
         if config.get("capacity_factor", "") is None:  # Of version 0.1.0.
             config["capacity_factor"] = "dropless"
         return super().from_config(config)
 
-    def make_plan(self, logits, mask, group_size):
+    def make_plan(
+        self, logits: Tensor, mask: Tensor | None, group_size: int | Tensor
+    ) -> Plan:
         gates = softmax(logits)
         if self.capacity_factor == "dropless":
             return routing.dropless_plan(
@@ -176,11 +186,13 @@ class TopKRouter(Router):
             renormalize=self.renormalize,
         )
 
-    def scores(self, gates):
+    def scores(self, gates: Tensor) -> Tensor | None:
         """What experts are selected by; None for the gates themselves."""
         return None
 
-    def auxiliary_losses(self, logits, noisy_logits, mask):
+    def auxiliary_losses(
+        self, logits: Tensor, noisy_logits: Tensor, mask: Tensor | None
+    ) -> list[Tensor]:
         weighted = []
         if self.importance_loss_weight:
             loss = losses.importance_loss(softmax(logits), mask)
@@ -210,7 +222,7 @@ class TopKRouter(Router):
             weighted.append(self.global_entropy_loss_weight * loss)
         return weighted
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "num_selected_experts": self.num_selected_experts,
@@ -269,13 +281,13 @@ class BiasBalancedRouter(TopKRouter):
 
     def __init__(
         self,
-        num_experts,
-        update_rate=0.001,
-        importance_loss_weight=0.0,
-        load_loss_weight=0.0,
-        balance=None,
-        **kwargs,
-    ):
+        num_experts: int,
+        update_rate: float = 0.001,
+        importance_loss_weight: float = 0.0,
+        load_loss_weight: float = 0.0,
+        balance: "BalanceBias | None" = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(
             num_experts,
             importance_loss_weight=importance_loss_weight,
@@ -286,36 +298,36 @@ class BiasBalancedRouter(TopKRouter):
         self.update_rate = update_rate
         self.balance = balance or BalanceBias(num_experts, name="balance")
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         super().build(input_shape)
         if not self.balance.built:
             self.balance.build((self.num_experts,))
 
     @property
-    def bias(self):
+    def bias(self) -> keras.Variable:
         """`(E,)`, what is added to the gates before the selection."""
         return self.balance.bias
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
         self.balance.store_in(store)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         store = {key: store[key] for key in store.keys()}
         self.balance.load_from(store)
         super().load_own_variables(store)
 
-    def scores(self, gates):
+    def scores(self, gates: Tensor) -> Tensor | None:
         return gates + ops.convert_to_tensor(self.bias)
 
-    def after_step(self, plan):
+    def after_step(self, plan: Plan) -> None:
         if not (self.trainable and self.balance.trainable):
             return
         share = plan.load_share()
         missing = ops.mean(share) - share
         self.bias.assign_add(self.update_rate * ops.sign(missing))
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "update_rate": self.update_rate,
@@ -323,7 +335,7 @@ class BiasBalancedRouter(TopKRouter):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Self:
         return super().from_config(with_layers(config, "balance"))
 
 
@@ -334,11 +346,11 @@ class BalanceBias(keras.layers.Layer):
     Files hold it among the router's own variables, as those of version 0.1.0.
     """
 
-    def __init__(self, num_experts, **kwargs):
+    def __init__(self, num_experts: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.num_experts = num_experts
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self.bias = self.add_weight(
             name="bias",
             shape=(self.num_experts,),
@@ -350,19 +362,19 @@ class BalanceBias(keras.layers.Layer):
             aggregation="mean",
         )
 
-    def store_in(self, store):
+    def store_in(self, store: Any) -> None:
         """Writes the bias into the store of its router."""
         store["0"] = keras.ops.convert_to_numpy(self.bias)
 
-    def load_from(self, store):
+    def load_from(self, store: Any) -> None:
         """Takes the bias out of the store of its router."""
         self.bias.assign(store.pop("0"))
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         pass
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         pass
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {**super().get_config(), "num_experts": self.num_experts}

@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -10,6 +12,9 @@ from keras import ops
 from keras_vmoe._checks import check_flags
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import plain
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Shape
+from keras_vmoe._typing import Tensor
 from keras_vmoe.layers.parts import KeepsParts
 from keras_vmoe.layers.weights import mark
 from keras_vmoe.layers.weights import small_normal
@@ -66,12 +71,12 @@ class WindowAttention(KeepsParts, keras.layers.Layer):
 
     def __init__(
         self,
-        num_heads,
-        window_size,
-        shift=False,
-        pretrained_window_size=None,
-        **kwargs,
-    ):
+        num_heads: int,
+        window_size: int,
+        shift: bool = False,
+        pretrained_window_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         check_sizes(num_heads=num_heads, window_size=window_size)
         check_sizes(pretrained_window_size=pretrained_window_size or 1)
@@ -81,7 +86,7 @@ class WindowAttention(KeepsParts, keras.layers.Layer):
         self.shift = shift
         self.pretrained_window_size = plain(pretrained_window_size)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         _, height, width, features = input_shape
         if None in (height, width):
             raise ValueError(
@@ -129,7 +134,7 @@ class WindowAttention(KeepsParts, keras.layers.Layer):
         dense.build((None, features))
         return dense
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         x = self.windows.cut(inputs)  # (B, windows, N, D)
         batch, (windows, size, features) = ops.shape(x)[0], x.shape[1:]
         x = self.query_key_value(x)
@@ -149,17 +154,17 @@ class WindowAttention(KeepsParts, keras.layers.Layer):
         x = ops.reshape(x, (batch, windows, size, features))
         return self.windows.join(self.output_dense(x))
 
-    def bias(self):
+    def bias(self) -> Tensor:
         """What is added to the scores, `(heads, N, N)`."""
         table = ops.convert_to_tensor(self.offset_table, self.compute_dtype)
         table = self.bias_output(self.bias_hidden(table))  # (offsets, heads)
         bias = ops.take(table, offset_index(self.windows.side), axis=0)
         return ops.transpose(bias, (2, 0, 1))
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "num_heads": self.num_heads,
@@ -185,7 +190,7 @@ class Windows:
             window's N positions; None if all of them see each other.
     """
 
-    def __init__(self, grid, side, shift):
+    def __init__(self, grid: Sequence[int], side: int, shift: bool) -> None:
         self.grid = tuple(grid)
         self.side = min(side, *grid)
         self.step = side // 2 if shift and side < min(grid) else 0
@@ -193,11 +198,11 @@ class Windows:
         self.mask = self._mask() if self.step else None
 
     @property
-    def count(self):
+    def count(self) -> int:
         """Windows of a map."""
         return math.prod(x // self.side for x in self.padded)
 
-    def cut(self, x):
+    def cut(self, x: Tensor) -> Tensor:
         """From `(B, H, W, D)` to `(B, windows, N, D)`."""
         if self.padded != self.grid:
             pairs = zip(self.grid, self.padded, strict=True)
@@ -213,7 +218,7 @@ class Windows:
         x = ops.transpose(x, (0, 1, 3, 2, 4, 5))
         return ops.reshape(x, (batch, self.count, self.side**2, features))
 
-    def join(self, x):
+    def join(self, x: Tensor) -> Tensor:
         """From `(B, windows, N, D)` to `(B, H, W, D)`."""
         rows, columns = (x // self.side for x in self.padded)
         batch, features = ops.shape(x)[0], x.shape[-1]
@@ -297,7 +302,7 @@ class MergePatches(keras.layers.Layer):
         [Liu et al., 2021](https://arxiv.org/abs/2103.14030), section 3.1.
     """
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         x = inputs
         _, height, width, features = x.shape
         if height % 2 or width % 2:
@@ -308,6 +313,6 @@ class MergePatches(keras.layers.Layer):
         x = ops.transpose(x, (0, 1, 3, 4, 2, 5))
         return ops.reshape(x, (batch, height, width, features))
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         batch, height, width, features = input_shape
         return (batch, -(-height // 2), -(-width // 2), 4 * features)

@@ -12,12 +12,18 @@ from keras import ops
 from keras_vmoe._checks import check_mask
 from keras_vmoe._checks import is_integer
 from keras_vmoe._checks import is_number
+from keras_vmoe._typing import Tensor
 
 # The capacity is a multiple of this, as in V-MoE.
 CAPACITY_MULTIPLE = 4
 
 
-def capacity(num_tokens, num_experts, num_selected_experts, capacity_factor):
+def capacity(
+    num_tokens: int | Tensor,
+    num_experts: int,
+    num_selected_experts: int,
+    capacity_factor: float,
+) -> int | Tensor:
     """Slots that each expert has for the tokens of one group.
 
     `ceil(S * K * capacity_factor / E)`, rounded up to a multiple of 4, never

@@ -6,6 +6,7 @@ from typing import Any
 from keras import ops
 
 from keras_vmoe._checks import check_mask
+from keras_vmoe._typing import Tensor
 from keras_vmoe.routing._blocks import Blocks
 from keras_vmoe.routing._blocks import fill_blocks
 from keras_vmoe.routing._groups import check_selection
@@ -40,27 +41,27 @@ class DroplessPlan:
     count: Any
     load: Any
 
-    def dispatch(self, tokens):
+    def dispatch(self, tokens: Tensor) -> Blocks:
         """Fills the blocks; see `Plan.dispatch`."""
         rows = self.sparse.dispatch(_one_group(tokens))
         return Blocks(rows[0], self.block_expert, self.count)
 
-    def combine(self, buffers):
+    def combine(self, buffers: Blocks) -> Tensor:
         """Returns the experts' outputs to the tokens; see `Plan.combine`."""
         tokens = self.sparse.combine(buffers.rows[None])
         groups, features = ops.shape(self.load)[0], tokens.shape[-1]
         size = ops.shape(tokens)[1] // largest(1, groups)
         return ops.reshape(tokens, (groups, size, features))
 
-    def load_share(self):
+    def load_share(self) -> Tensor:
         """Share of all choices that fell on each expert, `(E,)`, sum 1."""
         return dataclasses.replace(self.sparse, load=self.load).load_share()
 
-    def dropped_share(self):
+    def dropped_share(self) -> Tensor:
         """0: no choice is ever dropped."""
         return ops.zeros(())
 
-    def experts_of_images(self, num_images):
+    def experts_of_images(self, num_images: int | Tensor) -> Tensor:
         """Which experts serve each image, `(G, num_images, E)` bool."""
         groups, num_experts = ops.shape(self.load)
         num_tokens, num_choices = ops.shape(self.sparse.slot)[1:]
@@ -74,8 +75,12 @@ class DroplessPlan:
 
 
 def dropless_plan(
-    gates, num_selected_experts, mask=None, scores=None, renormalize=False
-):
+    gates: Tensor,
+    num_selected_experts: int,
+    mask: Tensor | None = None,
+    scores: Tensor | None = None,
+    renormalize: bool = False,
+) -> DroplessPlan:
     """Sends each token to all of its K best experts.
 
     Args:

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_vmoe._checks import check_mask
 from keras_vmoe._checks import is_integer
+from keras_vmoe._typing import Tensor
 from keras_vmoe.routing._rows import add_rows
 from keras_vmoe.routing._rows import take_rows
 from keras_vmoe.routing.plans import check_capacity
@@ -28,23 +29,23 @@ class ExpertChoicePlan:
     weight: Any
     mask: Any
 
-    def dispatch(self, tokens):
+    def dispatch(self, tokens: Tensor) -> Tensor:
         """Fills the experts' buffers; see `Plan.dispatch`."""
         return take_rows(tokens, self.token)
 
-    def combine(self, buffers):
+    def combine(self, buffers: Tensor) -> Tensor:
         """Returns the experts' outputs to the tokens; see `Plan.combine`."""
         weight = ops.cast(self.weight, buffers.dtype)
         num_tokens = ops.shape(self.mask)[1]
         return add_rows(buffers * weight[..., None], self.token, num_tokens)
 
-    def load_share(self):
+    def load_share(self) -> Tensor:
         """Share of the filled slots that each expert has, `(E,)`, sum 1."""
         filled = self.token < ops.shape(self.mask)[1]
         load = ops.sum(ops.cast(filled, "float32"), axis=(0, 2))
         return ops.divide_no_nan(load, ops.sum(load))
 
-    def dropped_share(self):
+    def dropped_share(self) -> Tensor:
         """Share of the tokens that no expert chose, a scalar in `[0, 1]`."""
         ones = ops.ones_like(self.weight)[..., None]
         count = add_rows(ones, self.token, ops.shape(self.mask)[1])[..., 0]
@@ -52,14 +53,17 @@ class ExpertChoicePlan:
         chosen = ops.sum(ops.cast(count > 0, "float32"))
         return ops.divide_no_nan(total - chosen, total)
 
-    def experts_of_images(self, num_images):
+    def experts_of_images(self, num_images: int | Tensor) -> Tensor:
         """Which experts serve each image, `(G, num_images, E)` bool."""
         size = ops.shape(self.mask)[1] // num_images
-        slots = flat_experts(self.token // size)
-        return experts_of_images(*slots, num_images, self.token.shape[1])
+        image, expert = flat_experts(self.token // size)
+        num_experts = self.token.shape[1]
+        return experts_of_images(image, expert, num_images, num_experts)
 
 
-def expert_choice_plan(gates, capacity, mask=None):
+def expert_choice_plan(
+    gates: Tensor, capacity: int | Tensor, mask: Tensor | None = None
+) -> ExpertChoicePlan:
     """Sends to each expert the `capacity` tokens with its largest gates.
 
     Combine weights are the gates as they are. Ties go to the earlier token.

@@ -11,6 +11,7 @@ from typing import runtime_checkable
 from keras import ops
 
 from keras_vmoe._checks import is_integer
+from keras_vmoe._typing import Tensor
 from keras_vmoe.routing._moves import collect
 from keras_vmoe.routing._moves import spread
 from keras_vmoe.routing._rows import add_rows
@@ -26,7 +27,7 @@ class Plan(Protocol):
     as in `keras_vmoe.routing`.
     """
 
-    def dispatch(self, tokens):
+    def dispatch(self, tokens: Tensor) -> Tensor:
         """Fills the experts' buffers.
 
         Args:
@@ -37,7 +38,7 @@ class Plan(Protocol):
             `DroplessPlan` returns blocks, with rows `(M, T, D)`.
         """
 
-    def combine(self, buffers):
+    def combine(self, buffers: Tensor) -> Tensor:
         """Returns the experts' outputs to the tokens.
 
         Args:
@@ -48,13 +49,13 @@ class Plan(Protocol):
             the combine weights, 0 for a token that no expert serves.
         """
 
-    def load_share(self):
+    def load_share(self) -> Tensor:
         """Share of the load on each expert, `(E,)` float, sum 1 or all 0."""
 
-    def dropped_share(self):
+    def dropped_share(self) -> Tensor:
         """Share of the load that was dropped, a scalar in `[0, 1]`."""
 
-    def experts_of_images(self, num_images):
+    def experts_of_images(self, num_images: int | Tensor) -> Tensor:
         """Which experts serve each image, `(G, num_images, E)` bool.
 
         Args:
@@ -90,11 +91,11 @@ class SparsePlan:
     weight: Any
     load: Any
 
-    def dispatch(self, tokens):
+    def dispatch(self, tokens: Tensor) -> Tensor:
         """Fills the experts' buffers; see `Plan.dispatch`."""
         return spread(tokens, self.choice, self.slot)
 
-    def combine(self, buffers):
+    def combine(self, buffers: Tensor) -> Tensor:
         """Returns the experts' outputs to the tokens; see `Plan.combine`."""
         weight = ops.cast(self.weight, buffers.dtype)
         groups, num_tokens, num_choices = ops.shape(weight)
@@ -108,25 +109,26 @@ class SparsePlan:
         # 0, or NaN of a gate that is NaN, whose choices may all be dropped.
         return tokens + ops.sum(weight - weight, axis=-1, keepdims=True)
 
-    def load_share(self):
+    def load_share(self) -> Tensor:
         """Share of all choices that fell on each expert, `(E,)`, sum 1."""
         load = ops.cast(ops.sum(self.load, axis=0), "float32")
         return ops.divide_no_nan(load, ops.sum(load))
 
-    def dropped_share(self):
+    def dropped_share(self) -> Tensor:
         """Share of all choices that were dropped, a scalar in `[0, 1]`."""
         num_slots = self.choice.shape[1] * ops.shape(self.choice)[2]
         served = ops.sum(ops.cast(self.slot < num_slots, "float32"))
         total = ops.cast(ops.sum(self.load), "float32")
         return ops.divide_no_nan(total - served, total)
 
-    def experts_of_images(self, num_images):
+    def experts_of_images(self, num_images: int | Tensor) -> Tensor:
         """Which experts serve each image, `(G, num_images, E)` bool."""
         num_tokens, num_choices = ops.shape(self.slot)[1:]
         size = num_tokens // num_images * num_choices
         # An empty slot holds S * K, so that the quotient is no image.
-        slots = flat_experts(self.choice // size)
-        return experts_of_images(*slots, num_images, self.choice.shape[1])
+        image, expert = flat_experts(self.choice // size)
+        num_experts = self.choice.shape[1]
+        return experts_of_images(image, expert, num_images, num_experts)
 
 
 def check_capacity(capacity):

@@ -6,6 +6,7 @@ from typing import Any
 from keras import ops
 
 from keras_vmoe._checks import check_mask
+from keras_vmoe._typing import Tensor
 from keras_vmoe.routing._selection import softmax
 
 
@@ -24,7 +25,7 @@ class SoftPlan:
     combine_weight: Any
     mask: Any = None
 
-    def dispatch(self, tokens):
+    def dispatch(self, tokens: Tensor) -> Tensor:
         """Mixes the tokens into the experts' slots; see `Plan.dispatch`."""
         weight = ops.cast(self.dispatch_weight, tokens.dtype)
         if self.mask is not None:  # A weight of 0 does not undo a NaN.
@@ -35,7 +36,7 @@ class SoftPlan:
         slots = ops.matmul(ops.transpose(_flat(weight), (0, 2, 1)), tokens)
         return ops.reshape(slots, (groups, num_experts, num_slots, features))
 
-    def combine(self, buffers):
+    def combine(self, buffers: Tensor) -> Tensor:
         """Mixes the experts' outputs into the tokens; see `Plan.combine`."""
         weight = ops.cast(self.combine_weight, buffers.dtype)
         groups, num_experts, num_slots, features = ops.shape(buffers)
@@ -43,22 +44,22 @@ class SoftPlan:
         slots = ops.reshape(buffers, (groups, num_slots, features))
         return ops.matmul(_flat(weight), slots)
 
-    def load_share(self):
+    def load_share(self) -> Tensor:
         """Share of the combine weights that each expert has, `(E,)`, sum 1."""
         load = ops.sum(self.combine_weight, axis=(0, 1, 3))
         return ops.divide_no_nan(load, ops.sum(load))
 
-    def dropped_share(self):
+    def dropped_share(self) -> Tensor:
         """0: no token is ever dropped."""
         return ops.zeros(())
 
-    def experts_of_images(self, num_images):
+    def experts_of_images(self, num_images: int | Tensor) -> Tensor:
         """All of them, `(G, num_images, E)` bool."""
         groups, _, num_experts, _ = ops.shape(self.combine_weight)
         return ops.ones((groups, num_images, num_experts), "bool")
 
 
-def soft_plan(logits, mask=None):
+def soft_plan(logits: Tensor, mask: Tensor | None = None) -> SoftPlan:
     """Mixes tokens into slots, and slots into tokens, by two softmaxes.
 
     Args:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_vmoe._checks import check_mask
+from keras_vmoe._typing import Tensor
 from keras_vmoe.routing._groups import check_selection
 from keras_vmoe.routing._selection import renormalized
 from keras_vmoe.routing._selection import select_experts
@@ -14,14 +15,14 @@ from keras_vmoe.routing.plans import check_capacity
 
 
 def top_k_plan(
-    gates,
-    num_selected_experts,
-    capacity,
-    batch_priority=False,
-    mask=None,
-    scores=None,
-    renormalize=False,
-):
+    gates: Tensor,
+    num_selected_experts: int,
+    capacity: int | Tensor,
+    batch_priority: bool = False,
+    mask: Tensor | None = None,
+    scores: Tensor | None = None,
+    renormalize: bool = False,
+) -> SparsePlan:
     """Sends each token to its K best experts, `capacity` tokens per expert.
 
     All first choices are served before all second choices, and so on. Within
