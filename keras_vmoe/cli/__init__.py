@@ -9,6 +9,8 @@ import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Callable
+from collections.abc import Sequence
 
 import keras
 
@@ -32,7 +34,7 @@ from keras_vmoe.training.checkpointing import Checkpoints
 from keras_vmoe.training.run_folder import CHECKPOINTS
 from keras_vmoe.training.run_folder import CONFIG
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
@@ -48,7 +50,7 @@ COMMANDS = {
 }
 ALARM = getattr(signal, "SIGALRM", None)  # Windows has none.
 SECONDS = 5  # Until a stop that code has swallowed, as imports do, is repeated.
-# Errors that users can mend are printed as one message; any other is a bug and
+# Errors that users can fix are printed as one message; any other is a bug and
 # keeps its traceback.
 USER_ERRORS = (
     ImportError,
@@ -58,14 +60,15 @@ USER_ERRORS = (
 )
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `keras-vmoe` and returns its exit status.
 
-    That is 1 after a printed error, 130 after Ctrl-C and 143 after SIGTERM.
+    The status is 1 after a printed error, 130 after Ctrl-C and 143 after
+    SIGTERM.
 
     Args:
-        arguments: Command line without the program's name; None means that of
-            the process.
+        arguments: Command line without the program's name; None means
+            `sys.argv`.
     """
     # Before TensorFlow, whose messages the errors repeat, reads the images.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -74,7 +77,7 @@ def main(arguments=None):
             stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     formatwarning = warnings.formatwarning
-    # A line of the program would tell nobody anything.
+    # Source lines would not help users.
     warnings.formatwarning = lambda x, *_: f"keras-vmoe: warning: {x}\n"
     status, settings = 1, {}
     stops, previous = [], {}
@@ -127,11 +130,11 @@ def _ring_in(seconds):
 
 
 def _how_to_resume(config=None, seeds=(), **_):
-    """What a stopped run has saved, and the command that goes on with it."""
+    """What a stopped run has saved, and the command that resumes it."""
     if config is None:
         return ""
     if seeds:
-        return ". Repeat the command to go on"
+        return ". Repeat the command to resume"
     run_dir = pathlib.Path(config.run_dir)
     done = max(Checkpoints(run_dir / CHECKPOINTS).epochs(), default=0)
     if not done:

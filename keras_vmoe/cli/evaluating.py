@@ -4,6 +4,8 @@ import csv
 import io
 import pathlib
 import sys
+from collections.abc import Sequence
+from typing import Any
 from typing import Literal
 
 import numpy as np
@@ -35,7 +37,7 @@ def fewshot(
     model: str,
     datasets: list[str],
     *,
-    shots: list[int] = (),
+    shots: Sequence[int] = (),
     seeds: int = 3,
     penalty: float | Literal["held_out", "test"] = "held_out",
     train_split: str | None = None,
@@ -43,11 +45,11 @@ def fewshot(
     data_dir: str | None = None,
     batch_size: int = 64,
     csv: str | None = None,
-):
+) -> None:
     """Evaluate features by a few labeled images of each class.
 
-    A linear classifier in closed form, as V-MoE's few-shot evaluation. Datasets
-    of the paper have their splits: birds, caltech101, cars196, cifar100,
+    A linear classifier in closed form, as in V-MoE. The paper's datasets use
+    its splits: birds, caltech101, cars196, cifar100,
     colorectal_histology, dtd, imagenet, pets, uc_merced.
 
     Args:
@@ -55,11 +57,11 @@ def fewshot(
         datasets: TFDS names, digits, or those above.
         shots: Examples per class; default: 1 5 10 25.
         seeds: Draws of examples.
-        penalty: One for all datasets, chosen of 2^-10 to 2^19 on images of the
-            training split that are not drawn, or on the test images (as the
-            reference does), or fixed (big_vision: 1024).
-        train_split: To draw from, of all datasets; default: the paper's.
-        test_split: To test on, of all datasets; default: the paper's.
+        penalty: One for all datasets: chosen from 2^-10 to 2^19 on training
+            images that were not drawn, or on the test images (as in the
+            reference), or fixed (big_vision: 1024).
+        train_split: To draw from, in all datasets; default: the paper's.
+        test_split: To test on, in all datasets; default: the paper's.
         data_dir: Folder of the datasets.
         batch_size: Images per step.
         csv: File to write every accuracy to.
@@ -77,13 +79,13 @@ def fewshot(
     _check_splits(datasets, splits, data_dir)
     results = {}
     for name in datasets:
-        sets = _features(opened, name, splits, data_dir, batch_size)
+        train, test = _features(opened, name, splits, data_dir, batch_size)
         results[name] = evaluation.few_shot(
-            *sets, shots, l2_regs_for(penalty), range(seeds)
+            train, test, shots, l2_regs_for(penalty), range(seeds)
         )
     try:
         chosen = evaluation.choose_l2(list(results.values()), penalty)
-    except ValueError:  # What was measured is not lost.
+    except ValueError:  # Keep the measurements.
         write_csv(csv, _accuracies(results))
         raise
     width = max(map(len, ("dataset", *results)))
@@ -100,10 +102,9 @@ def fewshot(
             cells = [f"{x} ± {s:.4f}" for x, s in pairs]
         print(f"{name:<{width}}" + "".join(f"{x:>18}" for x in cells))
     print(f"{'penalty':<{width}}" + "".join(f"{x:>18g}" for x in chosen))
-    words = {
+    words: dict[Any, str] = {
         "held_out": "chosen on training images that were not drawn",
-        "test": "chosen on the test images: their accuracy is of a choice that "
-        "has seen them",
+        "test": "chosen on the test images, on which it is also scored",
     }
     print(f"accuracy of {seeds} draws, mean and standard deviation; penalty "
           f"{words.get(penalty, 'fixed')}")  # fmt: skip
@@ -134,7 +135,7 @@ def probe(
     datasets: list[str],
     *,
     solver: Literal["lbfgs", "sgd"] = "lbfgs",
-    sweep: list[float] = (),
+    sweep: Sequence[float] = (),
     held_out: float = 0.1,
     epochs: int = 100,
     seed: int = 0,
@@ -143,7 +144,7 @@ def probe(
     data_dir: str | None = None,
     batch_size: int = 64,
     csv: str | None = None,
-):
+) -> None:
     """Train a new head on frozen features.
 
     The papers name no settings of their linear probes; these are ours.
@@ -155,7 +156,7 @@ def probe(
         sweep: Penalties or learning rates to choose from.
         held_out: Share of the training images to choose by.
         epochs: Passes, or iterations at most.
-        seed: Of what is held out, and of the order.
+        seed: Of the held-out images and the order.
         train_split: Split to train on; default: train.
         test_split: Split to test on; default: test.
         data_dir: Folder of the datasets.
@@ -176,16 +177,16 @@ def probe(
     what = "penalty" if solver == "lbfgs" else "learning rate"
     rows = []
     for name in datasets:
-        sets = _features(opened, name, splits, data_dir, batch_size)
+        train, test = _features(opened, name, splits, data_dir, batch_size)
         found = evaluation.linear_probe(
-            *sets, solver, sweep or None, held_out, epochs, seed=seed
+            train, test, solver, sweep or None, held_out, epochs, seed=seed
         )
         print(
-            f"{name}: {found.accuracy:.4f} of {len(sets[1][1])} test images, "
+            f"{name}: {found.accuracy:.4f} of {len(test[1])} test images, "
             f"{what} {found.chosen:g}"
         )
         for value, accuracy in found.held_out_accuracy.items():
-            print(f"  {what} {value:g}: {accuracy:.4f} of those held out")
+            print(f"  {what} {value:g}: {accuracy:.4f} on held-out images")
             row = {"dataset": name, "solver": solver, what: value}
             row["held_out_accuracy"] = accuracy
             best = value == found.chosen
@@ -201,17 +202,17 @@ def robustness(
     preset: str | None = None,
     batch_size: int = 64,
     csv: str | None = None,
-):
+) -> None:
     """Evaluate on ImageNet, ReaL, V2, A, R, Sketch and C.
 
-    What TFDS has prepared is measured, the rest named. Of ImageNet-A and -R
-    among their 200 classes, as published, and beside it among all 1000.
+    Measures the sets that TFDS has prepared and names the others. ImageNet-A
+    and -R are scored among their 200 classes, as published, and among all 1000.
 
     Args:
         model: Run folder or .keras file.
         data_dir: Folder of the datasets; default: TFDS's own.
-        classes: JSON list of WordNet ids of a model of more classes.
-        preset: Whose row of the paper to print; default: the run's.
+        classes: JSON list of WordNet ids, for a model with more classes.
+        preset: Preset whose row of the paper to print; default: the run's.
         batch_size: Images per step.
         csv: File to write the accuracies to.
 
@@ -243,16 +244,16 @@ def sweep(
     model: str,
     dataset: str,
     *,
-    capacity_factor: list[float | Literal["dropless"]] = (),
-    num_selected_experts: list[int] = (),
-    batch_priority: list[bool] = (),
-    images_per_group: list[int | Literal["batch"]] = (),
+    capacity_factor: Sequence[float | Literal["dropless"]] = (),
+    num_selected_experts: Sequence[int] = (),
+    batch_priority: Sequence[bool] = (),
+    images_per_group: Sequence[int | Literal["batch"]] = (),
     split: str = "test",
     data_dir: str | None = None,
     batch_size: int = 64,
     csv: str | None = None,
     plot: str | None = None,
-):
+) -> None:
     """Measure a trained model over its routing dial.
 
     All combinations of the values, with the same weights: accuracy,
@@ -283,7 +284,7 @@ def sweep(
     settings = {name: values for name, values in settings.items() if values}
     if not settings:
         raise ValueError(
-            "There must be values to combine. Received: none. Write, say: "
+            "There must be values to combine. Received: none. For example: "
             "--capacity_factor 0.25 0.5 1 --batch_priority false true"
         )
     check_writable(csv)
@@ -309,7 +310,7 @@ def compare(
     seed: int = 0,
     csv: str | None = None,
     plot: str | None = None,
-):
+) -> None:
     """Compare finished runs, and seeds of runs, on their test images.
 
     Prints cost, accuracy, its difference from the first with a 95% confidence
@@ -361,7 +362,7 @@ def _features(model, name, splits, data_dir, batch_size):
 
 
 def check_writable(path):
-    """Raises for a file that could not be written after an hour of work."""
+    """Raises early for a file that could not be written later."""
     if path is None:
         return
     path = pathlib.Path(path)

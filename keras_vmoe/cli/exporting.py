@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Literal
 
 from keras_vmoe import export
@@ -16,7 +17,7 @@ from keras_vmoe.export.settings import MAX_BATCH_SIZE
 
 # Settings of a run.
 OF_CARD = ("model.preset", "data.dataset")
-# What all formats have, files alone, and a SavedModel alone.
+# Settings of all formats, of files only, and of a SavedModel only.
 COMMON = ("images_per_group", "capacity_factor", "quantize_experts")
 DIALS = ("num_selected_experts", "batch_priority")
 SERVING = ("version", "signatures", "max_batch_size", "max_pixels", "warmup")
@@ -36,7 +37,7 @@ def export_model(
     batch_priority: bool | None = None,
     quantize_experts: Literal["int8", "float16"] | None = None,
     version: int = 1,
-    signatures: list[str] = (),
+    signatures: Sequence[str] = (),
     max_batch_size: int = MAX_BATCH_SIZE,
     mean: float | list[float] | None = None,
     std: float | list[float] | None = None,
@@ -44,7 +45,7 @@ def export_model(
     max_pixels: int = MAX_PIXELS,
     warmup: bool | list[int] = True,
     classes: str | None = None,
-):
+) -> None:
     """Export a model for servers or devices.
 
     Writes a SavedModel for TF Serving to the folder OUTPUT/VERSION, or an ONNX
@@ -121,13 +122,13 @@ def _format_of(output):
 
 
 def _check_unused(format, **given):
-    """Raises if something is set that an ONNX or LiteRT file has not."""
+    """Raises if a setting does not apply to ONNX or LiteRT files."""
     defaults = export_model.__kwdefaults__
     for name, value in given.items():
         if value != defaults[name] and value != []:
             raise ValueError(
                 f"Only a SavedModel has {name}. Received: --{name} {value} "
-                f"for a file of format {format}. Leave it out."
+                f"for a file of format {format}. Omit it."
             )
 
 
@@ -170,7 +171,7 @@ def _signature(text):
 
 
 def _card(model, preprocessing, tested):
-    """What the run folder of a model knows for the model card.
+    """Entries for the model card from a model's run folder.
 
     The run was `tested` with this `Preprocessing`.
     """

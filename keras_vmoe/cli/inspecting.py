@@ -1,7 +1,9 @@
-"""`inspect`: a report of what the experts do."""
+"""`inspect`: a report on the experts."""
 
 import pathlib
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,31 +28,31 @@ def inspect(
     dataset: str | None = None,
     *,
     output: str = "report",
-    images: list[str] = (),
+    images: Sequence[str] = (),
     split: str | None = None,
     data_dir: str | None = None,
-    layers: list[str] = (),
+    layers: Sequence[str] = (),
     max_images: int | None = None,
     examples: int | None = None,
     classes: str | None = None,
     batch_size: int = 64,
     ablations: bool = False,
-):
-    """Write a report of what the experts do with images.
+) -> None:
+    """Write a report on how the experts treat images.
 
-    One page with pictures, and tables of all numbers: which expert sees what,
-    classes, places, load, what is dropped.
+    One page with pictures, and tables of all numbers: the experts' patches,
+    classes, places, load and drops.
 
     Args:
         model: Run folder or .keras file.
         dataset: TFDS name, digits or image_folder; default: the run's.
         output: Folder of the report.
-        images: Files to look at, in the place of a dataset.
-        split: TFDS split; default: what the run was tested on, or test.
+        images: Image files to inspect instead of a dataset.
+        split: TFDS split; default: the run's test split, or test.
         data_dir: Folder of the dataset or images; default: the run's.
         layers: Names of MoE layers; default: all.
-        max_images: Images at most; default: all.
-        examples: Maps of so many images; default: 8, of files up to 24.
+        max_images: Maximum number of images; default: all.
+        examples: Images to map; default: 8, or up to 24 files.
         classes: JSON list of names; default: the run's.
         batch_size: Images per step.
         ablations: Measure without each expert, with random routers, and by K.
@@ -63,14 +65,21 @@ def inspect(
     require("jinja2", "plots")
     if images and (ablations or dataset is not None):
         raise ValueError(
-            "Files are looked at in the place of a dataset, and without labels."
-            f" Received: --images with {dataset or '--ablations'}. Leave one "
-            "of them out."
+            "Files are inspected instead of a dataset, and without labels."
+            f" Received: --images with {dataset or '--ablations'}. Omit one "
+            "of them."
         )
     check_folder(pathlib.Path(output))  # Before images are read, not after.
     opened, names = open_model(model, classes)
-    options = {"layers": list(layers) or None, "max_images": max_images}
-    shown = {**options, "class_names": names, "verbose": sys.stdout.isatty()}
+    options: dict[str, Any] = {
+        "layers": list(layers) or None,
+        "max_images": max_images,
+    }
+    shown: dict[str, Any] = {
+        **options,
+        "class_names": names,
+        "verbose": sys.stdout.isatty(),
+    }
     if images:
         title = f"{model} on files"
         size = opened.input_shape[1:3]
@@ -92,7 +101,7 @@ def inspect(
         with _corruption.named_corruption(dataset, [split], data_dir):
             found = inspection.inspect(opened, batches, **shown)
     history = run_dir_of(model) / "history.csv"
-    written = {"title": title}
+    written: dict[str, Any] = {"title": title}
     written["history"] = history if history.exists() else None
     page = found.save(output, **written)
     for name, lines in found.sentences().items():

@@ -1,4 +1,4 @@
-"""What commands open: another backend, a model, its classes and run folder."""
+"""Opening a model: its backend, classes and run folder."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from keras_vmoe import training
 def restart(backend, arguments):
     """Restarts this command under another backend.
 
-    Keras chooses its backend when it is imported, which is past.
+    Keras has already chosen its backend, on import.
     """
     if importlib.util.find_spec(backend) is None:
         raise ImportError(
@@ -29,14 +29,14 @@ def restart(backend, arguments):
 
 
 def open_model(model, classes=None, **dials):
-    """A model of a run folder or `.keras` file, and its classes' names.
+    """A model from a run folder or `.keras` file, and its class names.
 
-    Runs of version 0.1.0 alone know how images are cropped.
+    For models of version 0.1.0 only the run knows how images are cropped.
 
     Args:
         model: Path.
         classes: File of names; None takes those of the run.
-        **dials: Arguments of `models.set_routing`, None for what stays.
+        **dials: Arguments of `models.set_routing`, None to keep a setting.
     """
     if pathlib.Path(model).is_dir():
         opened = training.restore(model)
@@ -89,7 +89,7 @@ def of_run(model, command, dataset=None, split=None, data_dir=None):
     if dataset is None:
         raise ValueError(
             "`dataset` must be given for a model that is not from a run. "
-            f"Received: {model}. Write, say: keras-vmoe {command} "
+            f"Received: {model}. For example: keras-vmoe {command} "
             f"{shlex.quote(model)} digits"
         )
     return dataset, split or "test", data_dir
@@ -114,7 +114,7 @@ def numbers(num_classes):
 
 
 def _brief(names):
-    """What a file of names holds, in a few words."""
+    """A short description of the contents of a file of names."""
     if isinstance(names, list):
         return f"{len(names)} names, such as {names[:3]}"
     return str(names)[:200]

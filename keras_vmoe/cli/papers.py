@@ -19,12 +19,12 @@ COSTS = pathlib.Path(models.__file__).with_name("preset_costs.csv")
 
 def presets(
     match: str = "", *, format: Literal["table", "csv", "json"] = "table"
-):
+) -> None:
     """List the papers' models, with their sizes and costs.
 
     Args:
         match: Part of their names.
-        format: How to print them.
+        format: Output format.
 
     Example:
         keras-vmoe presets
@@ -52,11 +52,11 @@ def presets(
         print(LINE.format(*values[: len(COLUMNS)]))
     notes = {row["preset"]: row["note"] for row in rows if row["note"]}
     print(
-        "Millions of parameters, in all and active per token; giga "
-        "multiply-adds per image; beside them the paper's figures, if it has "
+        "Millions of parameters, in total and active per token; giga "
+        "multiply-adds per image; next to them the paper's figures, if it has "
         "any, and its ImageNet-1k accuracy (*: pretrained on ImageNet-21k) and "
         "images/s. Counted with the classes of the paper's table; "
-        "`from_preset` makes V-MoE with 21843 classes unless `num_classes` is "
+        "`from_preset` builds V-MoE with 21843 classes unless `num_classes` is "
         "set."
     )
     for name, note in notes.items():
@@ -105,14 +105,14 @@ def convert(
     *,
     image_size: int | None = None,
     num_selected_experts: int | None = None,
-):
+) -> None:
     """Convert pretrained weights to a .keras file.
 
     Args:
         checkpoint: V-MoE prefix (no .index), Orbax folder, .npz, .safetensors.
         output: New .keras file.
         image_size: Side of the images; positions are resized.
-        num_selected_experts: K, which no checkpoint holds; default: 2.
+        num_selected_experts: K, which checkpoints do not store; default: 2.
 
     Example:
         keras-vmoe convert checkpoints/vmoe_b16_imagenet21k vmoe_b16.keras

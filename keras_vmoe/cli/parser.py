@@ -6,6 +6,7 @@ import inspect
 import re
 import textwrap
 import typing
+from collections.abc import Sequence
 from typing import Literal
 
 import docstring_parser
@@ -63,9 +64,9 @@ def parse(commands, arguments):
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """Flags may be written without their group, and with dashes.
+    """Accepts flags without their group, and with dashes.
 
-    jsonargparse gives a flag that it derives one name alone.
+    jsonargparse gives each derived flag only one name.
     """
 
     def __init__(self, usage=argparse.SUPPRESS, **kwargs):
@@ -186,7 +187,7 @@ def _command(name, function):
 
 
 def _hide(command):
-    """Leaves out of the help what has a help of its own."""
+    """Hides options that have their own help."""
     for action in command._actions:
         group, _, rest = action.dest.partition(".")
         is_size = group == "model" and rest in VIT_SIZES
@@ -206,7 +207,7 @@ def _argument(parameter, kind):
         options["default"] = parameter.default
     if kind is bool:
         options = {"action": "store_true"}
-    elif typing.get_origin(kind) is list:
+    elif typing.get_origin(kind) in (list, Sequence):
         (kind,) = typing.get_args(kind)
         options |= {"type": kind, "nargs": "+"}
         if is_optional and kind is str:  # Given twice, a flag adds up.
@@ -264,8 +265,9 @@ def _defaults(settings):
 
 def _by_parameter(function, settings):
     """The arguments of a command's function, and the backend."""
-    found = {}
-    for name, kind in typing.get_type_hints(function).items():
+    found, hints = {}, typing.get_type_hints(function)
+    for name in inspect.signature(function).parameters:
+        kind = hints[name]
         if kind is TrainConfig:
             names = [field.name for field in dataclasses.fields(TrainConfig)]
             found[name] = TrainConfig(**{x: settings[x] for x in names})

@@ -4,6 +4,8 @@ import dataclasses
 import pathlib
 import signal
 import sys
+from collections.abc import Sequence
+from typing import Any
 from typing import Literal
 
 import keras
@@ -37,16 +39,16 @@ DIALS = (
 def train(
     config: training.TrainConfig,
     *,
-    seeds: list[int] = (),
+    seeds: Sequence[int] = (),
     job_addresses: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
     dry_run: bool = False,
-):
+) -> None:
     """Train a model: write a run folder, or resume a stopped run.
 
-    Flags may name their group, as YAML files do: --optimizer.ema 0.99. Of
-    several seeds, those that are finished stay, and a stopped one goes on.
+    Flags may name their group, as YAML files do: --optimizer.ema 0.99. With
+    several seeds, finished runs are kept and a stopped one is resumed.
 
     Args:
         config: The run.
@@ -62,7 +64,7 @@ def train(
     """
     distribution.initialize(job_addresses, num_processes, process_id)
     if _processes.num_processes() > 1:
-        # One that waits for others in a collective would not be interrupted.
+        # A process waiting in a collective would not be interrupted.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if dry_run:
         print(training.describe(config))
@@ -90,7 +92,7 @@ def _train_seeds(config, seeds):
     done = [run_folder.is_finished(run) for run in runs]  # Or it raises.
     for run, is_finished in zip(runs, done, strict=True):
         if is_finished:
-            print(f"{run.run_dir}: finished before")
+            print(f"{run.run_dir}: already finished")
             continue
         keras.backend.clear_session()
         result = training.train(run)
@@ -111,7 +113,7 @@ def predict(
     batch_priority: bool | None = None,
     images_per_group: int | Literal["batch"] | None = None,
     dry_run: bool = False,
-):
+) -> None:
     """Classify image files.
 
     Args:
@@ -140,6 +142,7 @@ def predict(
         raise OSError(_together(bad))
     pixels = np.stack([x for _, x in good])
     if dry_run:
+        settings: dict[str, Any]
         settings = {"model": model, "images": images, "classes": classes}
         settings |= {"top": top, "backend": keras.backend.backend()}
         settings |= {"preprocessing": dataclasses.asdict(wanted), **dials}
@@ -155,7 +158,7 @@ def predict(
 
 
 def _together(messages):
-    """Messages on several files, one per line; what is wanted is said once."""
+    """Messages on several files, one per line, without repeating advice."""
     first, *others = messages
     return "\n".join([first, *(x.removeprefix(WANTED) for x in others)])
 
@@ -189,7 +192,7 @@ def evaluate(
     batch_priority: bool | None = None,
     images_per_group: int | Literal["batch"] | None = None,
     dry_run: bool = False,
-):
+) -> None:
     """Evaluate a model on a split of a dataset.
 
     Prints accuracy, loss, a table of the classes and routing statistics.
@@ -197,7 +200,7 @@ def evaluate(
     Args:
         model: Run folder or .keras file.
         dataset: TFDS name, digits or image_folder; default: the run's.
-        split: TFDS split; default: what the run was tested on, or test.
+        split: TFDS split; default: the run's test split, or test.
         data_dir: Folder of the dataset or images; default: the run's.
         batch_size: Images per step.
         test_crop: Share of the side kept; default: the model's.
@@ -231,6 +234,7 @@ def evaluate(
             raise
         notes = [f"note: an evaluation would be refused. {error}"]
     if dry_run:
+        settings: dict[str, Any]
         settings = {"model": model, "dataset": dataset, "classes": classes}
         settings |= {**reads, **dials, "backend": keras.backend.backend()}
         settings["preprocessing"] = dataclasses.asdict(wanted)

@@ -1,4 +1,4 @@
-"""What settings take, in words, and jsonargparse's errors in these words."""
+"""Words for the values of settings, also in jsonargparse's errors."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", bool: ""}
 
 
 def values_of(kind):
-    """What a flag of this type takes in the help, such as `FLOAT|dropless`."""
+    """The values of a flag of this type in the help: `FLOAT|dropless`."""
     parts = [METAVARS.get(x, x) for x in _parts_of(kind)]
     words = [x for x in parts if isinstance(x, str)]
     found = "|".join(dict.fromkeys(words))

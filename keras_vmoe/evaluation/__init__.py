@@ -1,4 +1,4 @@
-"""Predictions of a trained model, and how often they are right."""
+"""Predictions of a trained model, and their accuracy."""
 
 from keras_vmoe.evaluation.ablation import ablate
 from keras_vmoe.evaluation.comparison import Comparison

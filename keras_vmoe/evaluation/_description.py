@@ -24,7 +24,7 @@ def describe(model, settings, num_images, batch_size):
 
 
 def memory(size):
-    """A number of bytes in MiB, or in GiB from one of them on."""
+    """A number of bytes in MiB, or in GiB from 1 GiB up."""
     if round(size / 2**20) < 2**10:
         return f"{size / 2**20:.0f} MiB"
     return f"{size / 2**30:,.1f} GiB"

@@ -1,7 +1,10 @@
-"""What accuracy owes to single experts, to the routers, and to K."""
+"""How accuracy depends on single experts, the routers and K."""
 
 import contextlib
 import math
+from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -13,30 +16,37 @@ from keras_vmoe.layers import TopKRouter
 from keras_vmoe.models.placement import moe_layers
 
 
-def ablate(model, dataset, verbose=0, seed=0, layers=None, max_images=None):
+def ablate(
+    model: keras.Model,
+    dataset: Iterable[Any],
+    verbose: int = 0,
+    seed: int = 0,
+    layers: str | Sequence[str] | None = None,
+    max_images: int | None = None,
+) -> list[dict[str, Any]]:
     """Measures a model without single experts, with random routers, and by K.
 
-    A token of a removed expert gets nothing from it and no other one. A random
-    router has its gate's weights in random order. The weights are changed for
-    each measurement and put back: nothing else may use the model meanwhile.
+    A removed expert outputs zero; its tokens are not rerouted. A random router
+    has shuffled gate weights. The weights are changed for each measurement and
+    restored afterwards: nothing else may use the model in the meantime.
 
     Args:
         model: A `ViTMoE`, `ConvNeXtMoE` or `SwinMoE` with `layers.MLPExperts`.
         dataset: Iterable of batches of `(images, labels)` that can be read
-            again, such as `data.load(..., training=False)`.
+            repeatedly, such as `data.load(..., training=False)`.
         verbose: Whether to print each measurement.
         seed: Integer, seed of the random routers.
-        layers: Names of MoE layers; None means all. K is that of all.
-        max_images: Images at most, the first ones; None means all. Those of a
-            batch that is cut are routed without the rest of it.
+        layers: Names of MoE layers; None means all. K changes in all layers.
+        max_images: Uses only the first images, up to this number; None means
+            all. Images of a truncated batch are routed without the rest of it.
 
     Returns:
-        List of dicts: `layer`, `change`, `accuracy`, and `difference` from that
-        of the model as it is, which comes first.
+        List of dicts: `layer`, `change`, `accuracy`, and `difference` from the
+        accuracy of the unchanged model, which comes first.
 
     Raises:
-        ValueError: If the model has no MoE layers, or banks of one's own, or
-            no layer of a name.
+        ValueError: If the model has no MoE layers, no layer of a given name,
+            or custom expert banks.
 
     Example:
 
@@ -49,15 +59,16 @@ def ablate(model, dataset, verbose=0, seed=0, layers=None, max_images=None):
     others = [x.name for x in found if type(x.experts) is not MLPExperts]
     if others:
         raise ValueError(
-            "The MoE layers must have the bank `MLPExperts`. Received: "
-            f"model={model.name!r}, with other banks in {others}. Name other "
+            "The MoE layers must use `MLPExperts`. Received: "
+            f"model={model.name!r}, with other banks in {others}. Choose other "
             "`layers`."
         )
-    dataset, rows = _FirstImages(dataset, max_images), []
+    first_images = _FirstImages(dataset, max_images)
+    rows: list[dict[str, Any]] = []
     generator = np.random.default_rng(seed)
 
     def add(layer, change, changed=model):
-        accuracy = measure(changed, dataset, routing=False).accuracy
+        accuracy = measure(changed, first_images, routing=False).accuracy
         first = rows[0]["accuracy"] if rows else accuracy
         row = {"layer": layer, "change": change, "accuracy": accuracy}
         rows.append({**row, "difference": accuracy - first})
@@ -83,7 +94,7 @@ def ablate(model, dataset, verbose=0, seed=0, layers=None, max_images=None):
 
 
 class _FirstImages:
-    """The first images of a dataset of batches, which can be read again."""
+    """The first images of a dataset of batches, readable repeatedly."""
 
     def __init__(self, dataset, max_images):
         self.dataset, self.max_images = dataset, max_images
@@ -110,7 +121,7 @@ def _without(expert):
 
 @contextlib.contextmanager
 def _changed(weights, change):
-    """Weights that are others for a while."""
+    """Changes weights temporarily."""
     before = [keras.ops.convert_to_numpy(w).copy() for w in weights]
     try:
         for weight, array in zip(weights, before, strict=True):
@@ -122,7 +133,7 @@ def _changed(weights, change):
 
 
 def _numbers_selected(found):
-    """Values of K to try, where tokens choose in all layers."""
+    """Values of K to try; none unless tokens choose in all layers."""
     if not all(isinstance(x.router, TopKRouter) for x in found):
         return []
     return range(1, 1 + min(4, *(x.num_experts for x in found)))

@@ -1,12 +1,14 @@
-"""Runs side by side: what differs, what they cost, how sure the difference is.
+"""Runs side by side: settings, costs, and how certain differences are.
 
-Everything is read from the run folders; no model is opened.
+Everything is read from the run folders; no model is loaded.
 """
 
 import csv
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,29 +19,29 @@ CLASSES, PREDICTIONS = "classes.json", "predictions.npz"
 RESULT = "result.json"
 RESAMPLES = 2000
 LEVEL = 0.95
-# Settings that say nothing of the model or its training.
+# Settings that say nothing about the model or its training.
 PLACES = ("run_dir", "seed", "data.data_dir", "tensorboard")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished run, as its folder holds it.
+    """A finished run, read from its folder.
 
     Attributes:
         path: Folder.
-        settings: Dict of settings by dotted names.
+        settings: Dict from dotted names to settings.
         result: Dict of test accuracy, cost and time per step.
-        history: List with the metrics of each epoch, a dict each.
+        history: List of dicts, the metrics of each epoch.
         class_names: Names of the classes.
         labels: `(images,)` classes of the test images.
         predicted: `(images,)` predicted classes.
     """
 
     path: pathlib.Path
-    settings: dict
-    result: dict
-    history: list
-    class_names: list
+    settings: dict[str, Any]
+    result: dict[str, Any]
+    history: list[dict[str, float]]
+    class_names: list[str]
     labels: np.ndarray
     predicted: np.ndarray
 
@@ -50,32 +52,35 @@ class Comparison:
 
     Attributes:
         rows: One dict per run, or folder of seeds: `run`, `seeds`, `params`,
-            `active_params`, `macs`, `accuracy`, `accuracy_std` (of the seeds,
-            None of one), `difference` of the accuracy from that of the first,
-            and its 95% confidence interval `difference_low`,
-            `difference_high`, `seconds_per_step`, `dropped_share`,
-            `min_expert_load` and `max_expert_load` of the last epoch (None of
-            dense models, the time also of runs that were resumed when all was
-            done but their test), and `settings`, those that differ.
-        settings: Dict from the name of a setting that differs to its values,
+            `active_params`, `macs`, `accuracy`, `accuracy_std` (over the seeds,
+            None for one), `difference` from the accuracy of the first row, and
+            its 95% confidence interval `difference_low`, `difference_high`,
+            `seconds_per_step` (None for runs resumed when only their test was
+            left), `dropped_share`, `min_expert_load` and `max_expert_load` of
+            the last epoch (None for dense models), and `settings`, those that
+            differ.
+        settings: Dict from the name of each setting that differs to its values,
             one per row.
         groups: List of lists of `Run`s, one per row.
     """
 
-    rows: list
-    settings: dict
-    groups: list
+    rows: list[dict[str, Any]]
+    settings: dict[str, list[str]]
+    groups: list[list[Run]]
 
 
-def compare(runs, seed=0):
+def compare(
+    runs: str | pathlib.Path | Sequence[Any], seed: int = 0
+) -> Comparison:
     """Compares finished runs of one data set, and seeds of runs.
 
-    The confidence interval is of the paired bootstrap: test images, the same
-    for both sides, and seeds of each side are drawn again with replacement.
+    The confidence interval comes from the paired bootstrap: test images, the
+    same for both sides, and the seeds of each side are resampled with
+    replacement.
 
     Args:
         runs: Paths of run folders, or of folders with the runs of several seeds
-            (`keras-vmoe train --seeds`), or lists of run folders. Others are
+            (`keras-vmoe train --seeds`), or lists of run folders. All are
             compared with the first.
         seed: Integer, seed of the bootstrap.
 
@@ -83,7 +88,7 @@ def compare(runs, seed=0):
         A `Comparison`.
 
     Raises:
-        FileNotFoundError: If a folder holds no finished run.
+        FileNotFoundError: If a folder has no finished run.
         ValueError: If the runs were tested on different images.
 
     Example:
@@ -122,14 +127,14 @@ def compare(runs, seed=0):
 
 
 def _name_of(path):
-    """A path, or of a list of paths the folder around the first."""
+    """A path, or the parent folder of the first path of a list."""
     if isinstance(path, (list, tuple)):
         return str(pathlib.Path(path[0]).parent)
     return str(path)
 
 
 def _read_group(path):
-    """The run of a folder, those of its seeds, or those of a list."""
+    """The run in a folder, the runs of its seeds, or the runs of a list."""
     if isinstance(path, (list, tuple)):
         return [_read_run(pathlib.Path(x)) for x in path]
     path = pathlib.Path(path)
@@ -142,12 +147,12 @@ def _read_run(path):
     missing = [name for name in needed if not (path / name).exists()]
     if missing:
         raise FileNotFoundError(
-            "Runs that are compared must be finished, by this version of "
+            "Compared runs must be finished, by this version of "
             f"keras_vmoe. Received: {str(path)!r} without {missing}. "
             + (
-                "Name the folder of a run, or of runs of seeds."
+                "Name the folder of a run, or of a run's seeds."
                 if "config.yaml" in missing
-                else "Train it to its end: keras-vmoe train --config "
+                else "Finish its training: keras-vmoe train --config "
                 f"{path / 'config.yaml'}"
             )
         )
@@ -166,7 +171,7 @@ def _read_run(path):
 
 
 def flat(settings, prefix=""):
-    """Nested settings by dotted names."""
+    """Flattens nested settings to dotted names."""
     found = {}
     for name, value in settings.items():
         if isinstance(value, dict):
@@ -184,7 +189,7 @@ def _check_same_images(groups):
         same = there[:2] == there[2:] and run.class_names == first.class_names
         if not same or not np.array_equal(run.labels, first.labels):
             raise ValueError(
-                "Runs that are compared must have been tested on the same "
+                "Compared runs must have been tested on the same "
                 f"images. Received: {first.path} on {there[0]}, {there[1]} "
                 f"({len(first.labels)} images) and {run.path} on {there[2]}, "
                 f"{there[3]} ({len(run.labels)} images)."
@@ -192,7 +197,7 @@ def _check_same_images(groups):
 
 
 def _data_of(run):
-    """The data set of a run, a folder of images by its path, and the split."""
+    """The data set of a run (with the path of an image folder), and split."""
     dataset = run.settings.get("data.dataset")
     if dataset == "image_folder":
         dataset = f"{dataset} {run.settings.get('data.data_dir')}"
@@ -205,7 +210,7 @@ def _hits(group):
 
 
 def _interval(first, second, generator):
-    """Of the difference of two accuracies, by the paired bootstrap."""
+    """Paired-bootstrap interval of the difference of two accuracies."""
     found = np.empty(RESAMPLES)
     for i in range(RESAMPLES):
         images = generator.integers(first.shape[1], size=first.shape[1])
@@ -223,7 +228,7 @@ def _std(values):
 
 
 def _means(group):
-    """Means over the seeds of what the folders say."""
+    """Means over the seeds of results and loads."""
     results = ("params", "active_params", "macs", "accuracy")
     results += ("seconds_per_step",)
     loads = ("dropped_share", "min_expert_load", "max_expert_load")
@@ -236,7 +241,7 @@ def _means(group):
 
 
 def _differing(groups):
-    """Settings that are not the same in all rows, by name."""
+    """Settings that differ between rows, by name."""
     names = dict.fromkeys(
         name for group in groups for run in group for name in run.settings
     )
@@ -254,7 +259,7 @@ def _differing(groups):
 def comparison_table(found):
     """A `Comparison` as text."""
     titles = ("run", "seeds", "params", "active", "MACs", "accuracy")
-    titles += ("difference to the first", "ms/step", "dropped", "load")
+    titles += ("difference from the first", "ms/step", "dropped", "load")
     table = [titles]
     for row in found.rows:
         spread = row["accuracy_std"]
@@ -293,10 +298,10 @@ def comparison_table(found):
 
 
 WARNING = (
-    "intervals: 95%, test images and seeds drawn again; with {} seed(s) on a "
-    "side, the noise of the training is not in them, or too little of it"
+    "intervals: 95%, test images and seeds resampled; with {} seed(s) on a "
+    "side, they include little or none of the training noise"
 )
-SAME = "no setting differs but the seed"
+SAME = "only the seed differs"
 
 
 def amount(number):

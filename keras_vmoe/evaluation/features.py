@@ -1,6 +1,8 @@
-"""Features of images: what the head of a model gets."""
+"""Features of images: the input of a model's head."""
 
 import weakref
+from collections.abc import Iterable
+from typing import Any
 
 import keras
 import numpy as np
@@ -13,13 +15,15 @@ from keras_vmoe.models.base import check_preprocessing
 SHOWN = 5  # Images that a message names.
 
 
-def extract_features(model, dataset, verbose=0):
-    """The features of all images of a dataset, by the model as it evaluates.
+def extract_features(
+    model: keras.Model, dataset: Iterable[Any], verbose: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Extracts the features of all images of a dataset, in evaluation mode.
 
     Args:
         model: A functional model from images to logits or features `(B, D)`.
-            Features are the input of its last layer if that is a `Dense` one,
-            the head, else its output.
+            Features are the input of its last layer if that is a `Dense` head,
+            else its output.
         dataset: Iterable of batches of `(images, labels)` with integer labels,
             such as `data.load(..., training=False,
             preprocessing=model.preprocessing)`.
@@ -31,7 +35,7 @@ def extract_features(model, dataset, verbose=0):
 
     Raises:
         ValueError: If the features are not `(B, D)`, some are not finite, or
-            the dataset is empty or made for a model of another preprocessing.
+            the dataset is empty or has another preprocessing than the model.
 
     Example:
 
@@ -49,21 +53,21 @@ def extract_features(model, dataset, verbose=0):
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise ValueError(
             "Labels must be integers, one per image. Received: labels of "
-            f"dtype {labels.dtype} and shape {labels.shape}. Leave `one_hot` "
-            "out."
+            f"dtype {labels.dtype} and shape {labels.shape}. Omit "
+            "`one_hot`."
         )
     check_finite(features)
     return features, labels.astype("int64")
 
 
 def check_finite(features, what="Features"):
-    """Raises for rows that are NaN or infinite, and names the images."""
+    """Raises for NaN or infinite rows, and names their images."""
     wrong = np.flatnonzero(~np.isfinite(features).all(axis=-1))
     if wrong.size:
         first = ", ".join(map(str, wrong[:SHOWN]))
         first += ", ..." if len(wrong) > SHOWN else ""
         raise ValueError(
-            f"{what} must be finite. Received: NaN or infinite ones of "
+            f"{what} must be finite. Received: NaN or infinity in "
             f"{counted(len(wrong), 'image')} (counted from 0: {first}). Look "
             "at those images and at the weights of the model."
         )
@@ -77,17 +81,17 @@ def checked(train, test):
         test: The same.
 
     Returns:
-        `(train, test, num_classes)`, where labels count the classes that are
-        among the training examples.
+        `(train, test, num_classes)`; labels are renumbered to the classes of
+        the training examples.
 
     Raises:
-        ValueError: If they are no such pairs, or do not belong together.
+        ValueError: If they are no such pairs, or do not match.
     """
     (x, y), (test_x, test_y) = _pair(train, "train"), _pair(test, "test")
     sizes = [x.shape[1], test_x.shape[1]]
     if len(set(sizes)) > 1:
         raise ValueError(
-            "Both sets must have the features of one model. Received: "
+            "Both sets must have features of the same model. Received: "
             f"{sizes[0]} and {sizes[1]} features."
         )
     missing = sorted(map(int, set(test_y) - set(y)))
@@ -96,9 +100,9 @@ def checked(train, test):
             "Every class of the test images must have a training example. "
             f"Received: none of {missing[:SHOWN]}"
             f"{', ...' if missing[SHOWN:] else ''}. Take another split, or "
-            "leave those classes out."
+            "omit those classes."
         )
-    # Classes that are not there take no place.
+    # Absent classes get no column.
     classes, y = np.unique(y, return_inverse=True)
     return (x, y), (test_x, np.searchsorted(classes, test_y)), len(classes)
 
@@ -110,26 +114,28 @@ def _pair(pair, name):
         raise ValueError(
             f"`{name}` must be a pair of features (M, D) and integer labels "
             f"(M,). Received: shapes {features.shape} and {labels.shape}, "
-            f"labels of dtype {labels.dtype}. Take those of "
+            f"labels of dtype {labels.dtype}. Use "
             "`evaluation.extract_features`."
         )
     if labels.min() < 0:
         raise ValueError(
             f"Labels must be at least 0. Received: {labels.min()} in {name}. "
-            "Leave images without a label out."
+            "Omit images without a label."
         )
     check_finite(features)
     return features.astype("float64"), labels
 
 
 def _backbone(model):
-    """A model without its head, if it has one; compiled once for each."""
+    """A model without its head, if it has one; built once per model."""
     if model not in _BACKBONES:
         _BACKBONES[model] = _without_head(model)
     return _BACKBONES[model]
 
 
-_BACKBONES = weakref.WeakKeyDictionary()
+_BACKBONES: weakref.WeakKeyDictionary[keras.Model, keras.Model] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _without_head(model):
@@ -145,8 +151,8 @@ def _without_head(model):
     if len(model.outputs) != 1 or len(output.shape) != 2:
         raise ValueError(
             "The model must end in one vector of features per image, `(B, D)`, "
-            f"or in a `Dense` head behind it. Received: a {head.name!r} of "
-            f"output shape {model.output_shape}. Pool its maps, such as by "
-            "`keras.layers.GlobalAveragePooling2D`."
+            f"or in a `Dense` head after it. Received: a {head.name!r} of "
+            f"output shape {model.output_shape}. Pool its feature maps, such "
+            "as with `keras.layers.GlobalAveragePooling2D`."
         )
     return keras.Model(model.inputs[0], output)

@@ -1,9 +1,13 @@
-"""Few-shot evaluation: a linear classifier of frozen features, in closed form.
+"""Few-shot evaluation: a linear classifier on frozen features, closed form.
 
 Axes: M examples, D features (the bias included), H shots, L penalties.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
+from typing import Literal
+from typing import cast
 
 import numpy as np
 
@@ -16,7 +20,7 @@ L2_REGS = tuple(2.0**n for n in range(-10, 20))
 BIAS = 100.0  # A constant feature, penalized like the others.
 EPSILON = 1e-5  # Added to the standard deviations.
 RULES = ("held_out", "test")
-# The data sets of V-MoE's evaluations: those to draw from and those to test on.
+# The data sets of V-MoE's evaluations: a split to draw from, one to test on.
 SETS = {
     name: ((dataset, train), (dataset, test))
     for name, dataset, train, test in (
@@ -47,11 +51,11 @@ class FewShot:
     Attributes:
         shots: `(H,)` examples per class.
         l2_regs: `(L,)` penalties.
-        seeds: Seeds of the choice of examples.
+        seeds: Seeds that draw the examples.
         accuracy: `(seeds, H, L)` float64 array: share of the test images that
             are classified correctly.
-        held_out_accuracy: The same of training images that are in none of the
-            shots; NaN if all are.
+        held_out_accuracy: The same on training images outside all shots; NaN
+            if there are none.
     """
 
     shots: tuple[int, ...]
@@ -61,47 +65,47 @@ class FewShot:
     held_out_accuracy: np.ndarray
 
     @property
-    def best_l2(self):
-        """`(H,)` penalties by the reference program's rule, `"test"`."""
+    def best_l2(self) -> list[float]:
+        """`(H,)` penalties chosen by the reference's rule, `"test"`."""
         return choose_l2([self], "test")
 
-    def accuracy_at(self, l2):
+    def accuracy_at(self, l2: float | Sequence[float]) -> np.ndarray:
         """Accuracies at one penalty per shot.
 
         Args:
-            l2: `(H,)` of `l2_regs`, such as from `choose_l2`, or one for all.
+            l2: `(H,)` of `l2_regs`, as from `choose_l2`, or one for all shots.
 
         Returns:
             `(seeds, H)` array.
         """
-        l2 = np.broadcast_to(l2, len(self.shots)).tolist()
-        wrong = [x for x in l2 if x not in self.l2_regs]
+        penalties = np.broadcast_to(l2, len(self.shots)).tolist()
+        wrong = [x for x in penalties if x not in self.l2_regs]
         if wrong:
             raise ValueError(
                 "Penalties must be among those that were tried, "
                 f"{self.l2_regs}. Received: {wrong}. Pass them to `few_shot` "
                 "as `l2_regs`."
             )
-        places = [self.l2_regs.index(x) for x in l2]
+        places = [self.l2_regs.index(x) for x in penalties]
         return self.accuracy[:, np.arange(len(self.shots)), places]
 
 
 def few_shot(
-    train,
-    test,
-    shots=(1, 5, 10, 25),
-    l2_regs=L2_REGS,
-    seeds=(0,),
-    seed_offset=0,
-):
-    """Classifies frozen features by a few labeled examples of each class.
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    shots: int | Sequence[int] = (1, 5, 10, 25),
+    l2_regs: float | Sequence[float] = L2_REGS,
+    seeds: int | Sequence[int] = (0,),
+    seed_offset: int = 0,
+) -> FewShot:
+    """Fits frozen features with a few labeled examples per class.
 
     Ridge regression from features to +1 for the true class and -1 for the
-    others, solved exactly in float64 (in float32, as the reference program runs
-    it, accuracies at small penalties are off by up to 0.7 points). Features are
-    standardized by the examples they are fitted to. Subsets are those of the
-    reference program: the examples of fewer shots are among those of more, and
-    a class that has fewer gives all it has.
+    others, solved exactly in float64 (in float32, as in the reference program,
+    accuracies at small penalties are off by up to 0.7 points). Features are
+    standardized with the examples they are fitted to. Examples are drawn as in
+    the reference program: fewer shots are a subset of more, and a class with
+    too few examples contributes all of them.
 
     Args:
         train: Pair `(features, labels)` to draw examples from, such as from
@@ -109,16 +113,16 @@ def few_shot(
         test: Pair `(features, labels)` of the test images.
         shots: Numbers of examples per class, or one.
         l2_regs: Penalties of the squared weights; default: 2^-10 to 2^19.
-        seeds: Integers; each draws other examples.
-        seed_offset: Integer, the first of the two numbers from which the draw
-            is seeded; the other is of `seeds`.
+        seeds: Integers; each draws different examples.
+        seed_offset: Integer, the first of the two numbers that seed the draw;
+            the other one is from `seeds`.
 
     Returns:
         A `FewShot`.
 
     Raises:
-        ValueError: If features are not finite, labels are outside the classes,
-            or a class of the test images has no example.
+        ValueError: If features are not finite, labels are negative or not
+            integers, or a class of the test images has no example.
 
     Example:
 
@@ -130,17 +134,17 @@ def few_shot(
     Reference:
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 3.3.
     """
-    shots, l2_regs, seeds = map(_several, (shots, l2_regs, seeds))
+    shots, seeds = _several(shots), _several(seeds)
+    l2_regs = _several(l2_regs)
     check_settings(shots, l2_regs, seeds)
     train, test, num_classes = checked(train, test)
     _warn_of_few(train[1], num_classes, max(shots))
-    # Of each class, further images to choose a penalty by.
+    # Held-out images of each class, to choose a penalty.
     spare = -(-len(test[1]) // num_classes)
     accuracy = np.empty((2, len(seeds), len(shots), len(l2_regs)))
     for i, seed in enumerate(seeds):
         order = _order(train[1], num_classes, seed_offset, seed)
-        others = [x[max(shots) :][:spare] for x in order]
-        others = np.concatenate(others)
+        others = np.concatenate([x[max(shots) :][:spare] for x in order])
         judged = [test, [part[others] for part in train]]
         for j, shot in enumerate(shots):
             drawn = np.concatenate([x[:shot] for x in order])
@@ -151,16 +155,19 @@ def few_shot(
     return FewShot(shots, l2_regs, seeds, *accuracy)
 
 
-def choose_l2(results, rule="held_out"):
-    """One penalty per shot, for all data sets and seeds together.
+def choose_l2(
+    results: FewShot | Sequence[FewShot],
+    rule: float | Literal["held_out", "test"] = "held_out",
+) -> list[float]:
+    """Chooses one penalty per shot, for all data sets and seeds together.
 
     Args:
-        results: `FewShot`, or a list of those of several data sets, of the same
+        results: `FewShot`, or a list with one per data set, all with the same
             shots and penalties.
         rule: `"held_out"`: the penalty whose accuracies on held-out training
             images rank best, on average over data sets and seeds. `"test"`:
-            the same on the test images, as the reference program does; their
-            accuracy is then that of a choice that has seen them. A number: that
+            the same on the test images, as the reference program does; the
+            choice has then seen the images it is scored on. A number: that
             penalty (big_vision fixes 1024).
 
     Returns:
@@ -181,9 +188,9 @@ def choose_l2(results, rule="held_out"):
     settings = {(x.shots, x.l2_regs) for x in results}
     if len(settings) != 1:
         raise ValueError(
-            "Results must be of the same shots and penalties, at least one. "
+            "Results must have the same shots and penalties, at least one. "
             f"Received: {len(results)} of {len(settings)} kinds. Evaluate all "
-            "data sets alike."
+            "data sets with the same settings."
         )
     l2_regs = results[0].l2_regs
     if rule not in RULES:
@@ -193,13 +200,13 @@ def choose_l2(results, rule="held_out"):
                 f"{l2_regs}. Received: rule={rule!r}. Pass it to `few_shot` as "
                 "`l2_regs`."
             )
-        return [rule] * len(results[0].shots)
+        return [cast(float, rule)] * len(results[0].shots)
     name = "accuracy" if rule == "test" else "held_out_accuracy"
     found = np.concatenate([getattr(x, name) for x in results])
     if np.isnan(found).any():
         raise ValueError(
-            "Training images must be left to choose a penalty by. Received: "
-            "as many shots as a data set has examples. Take fewer shots, a "
+            "Training images must be left to choose a penalty. Received: "
+            "as many shots as a data set has examples. Use fewer shots, a "
             "fixed penalty, or the rule 'test'."
         )
     ranks = found.argsort(axis=-1, kind="stable")
@@ -208,7 +215,7 @@ def choose_l2(results, rule="held_out"):
 
 
 def check_rule(rule):
-    """Raises unless this is a way to choose a penalty."""
+    """Raises unless this is a rule that chooses a penalty."""
     if rule not in RULES and not (is_number(rule) and rule > 0):
         raise ValueError(
             f"The penalty must be chosen by one of {RULES}, or be a number "
@@ -217,18 +224,18 @@ def check_rule(rule):
 
 
 def l2_regs_for(rule):
-    """The penalties to try for a way to choose one: all, or the fixed one."""
+    """The penalties to try for a rule: all, or the fixed one."""
     return L2_REGS if rule in RULES else (float(rule),)
 
 
-def _several(values):
-    """A tuple of several values, or of one."""
+def _several(values: Any) -> tuple[Any, ...]:
+    """A tuple of one or several values."""
     one = isinstance(values, (int, float, FewShot))
     return (values,) if one else tuple(values)
 
 
 def _order(labels, num_classes, seed_offset, seed):
-    """The examples of each class in the order in which they are drawn."""
+    """The examples of each class in the order they are drawn."""
     generator = np.random.default_rng(hash((seed_offset, seed)) % 2**31)
     return [
         generator.permutation(np.flatnonzero(labels == c))
@@ -265,8 +272,8 @@ def _ridge(x, targets, others, l2_regs):
     """Scores of `others` by ridge regression, for each penalty in turn.
 
     `x (M, D)`, `targets (M, classes)`. The weights minimize the squared error
-    plus the penalty times their squares. One eigendecomposition, of the smaller
-    one of the two systems, serves all penalties.
+    plus the penalty times their squares. One eigendecomposition of the smaller
+    of the two systems serves all penalties.
     """
     if x.shape[0] >= x.shape[1]:
         values, vectors = np.linalg.eigh(x.T @ x)
@@ -282,7 +289,7 @@ def _ridge(x, targets, others, l2_regs):
 
 
 def check_settings(shots, l2_regs, seeds):
-    """Raises for shots, penalties or seeds that are none."""
+    """Raises for invalid shots, penalties or seeds."""
     check_sizes(**{f"shots[{i}]": x for i, x in enumerate(shots)})
     check_sizes(0, **{f"seeds[{i}]": x for i, x in enumerate(seeds)})
     good = all(is_number(x) and x > 0 for x in l2_regs)
@@ -294,13 +301,13 @@ def check_settings(shots, l2_regs, seeds):
 
 
 def _warn_of_few(labels, num_classes, most):
-    """Warns of classes that have fewer examples than shots."""
+    """Warns about classes with fewer examples than shots."""
     counts = np.bincount(labels, minlength=num_classes)
     few = np.flatnonzero((counts < most) & (counts > 0))
     if len(few):
         c = int(few[0])
         warn(
             f"{len(few)} of {num_classes} classes have fewer examples than "
-            f"shots: class {c} has {counts[c]} of {most}. They give all they "
-            "have."
+            f"shots: class {c} has {counts[c]} of {most}. All of "
+            "them are used."
         )

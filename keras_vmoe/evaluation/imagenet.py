@@ -1,4 +1,4 @@
-"""ImageNet's classes, and how its test sets judge logits: pure functions."""
+"""ImageNet's classes, and how its test sets score logits: pure functions."""
 
 import json
 import pathlib
@@ -18,19 +18,19 @@ ALEXNET_ERROR = FACTS["alexnet_error"]
 
 
 def ranked(logits, classes=None, columns=None):
-    """What images are predicted to be, by each way of counting.
+    """The predicted classes of images, for each way of counting.
 
     Args:
         logits: `(B, model's classes)` array.
         classes: Classes of ImageNet that a test set has; None means all.
-        columns: `(1000,)` places of ImageNet's classes among the model's, -1
-            for those it does not have; None for a model of ImageNet's.
+        columns: `(1000,)` indices of ImageNet's classes among the model's, -1
+            for missing ones; None for a model of ImageNet's classes.
 
     Returns:
         Dict of `(B,)` arrays of ImageNet's classes: `"all"`, the best of the
         1000; with `classes`, `"of_set"`, the best of these; with `columns`,
-        `"full"`, the best of all the model's classes, -1 if it is none of
-        ImageNet's.
+        `"full"`, the best of all the model's classes, -1 if it is not in
+        ImageNet.
 
     Example:
 
@@ -58,8 +58,8 @@ def accuracy(predicted, truths):
 
     Args:
         predicted: `(images,)` classes.
-        truths: For each image its class, or an array of its classes as in ReaL;
-            images with none are left out.
+        truths: The class of each image, or an array of its classes as in ReaL;
+            images with none are skipped.
 
     Returns:
         A float, NaN without images.
@@ -78,7 +78,7 @@ def accuracy(predicted, truths):
 
 
 def mean_corruption_error(errors):
-    """The errors under corruptions, each relative to AlexNet's, on average.
+    """The mean of the errors under corruptions, each relative to AlexNet's.
 
     Args:
         errors: Dict from the 15 corruptions of ImageNet-C to 5 errors, one for
@@ -96,7 +96,7 @@ def mean_corruption_error(errors):
 
 
 def columns_of(class_names, imagenet):
-    """The places of ImageNet's classes among those of a larger model.
+    """The indices of ImageNet's classes among those of a larger model.
 
     Args:
         class_names: WordNet ids of the model's classes, such as "n01440764".
@@ -111,13 +111,13 @@ def columns_of(class_names, imagenet):
     places = {name: i for i, name in enumerate(class_names)}
     if len(places) < len(class_names):
         raise ValueError(
-            "Each class must have a WordNet id of its own. Received: "
+            "Each class must have its own WordNet id. Received: "
             f"{len(class_names)} names, {len(places)} of them different."
         )
     columns = np.array([places.get(name, -1) for name in imagenet])
     if (columns < 0).all():
         raise ValueError(
-            "The classes of a model that is not of ImageNet-1k must be named "
+            "The classes of a model other than ImageNet-1k's must be named "
             "by WordNet ids. Received: "
             f"{counted(len(class_names), 'name')}, such as "
             f"{list(class_names)[:3]}. Pass a list such as ['n00004475', ...]: "

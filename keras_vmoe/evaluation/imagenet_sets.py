@@ -1,10 +1,14 @@
-"""A model on ImageNet and the sets that test what it has learned there."""
+"""Evaluation of a model on ImageNet and its robustness test sets."""
 
 import csv
 import dataclasses
 import math
 import pathlib
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
+import keras
 import numpy as np
 
 from keras_vmoe import data
@@ -44,11 +48,11 @@ class Score:
     """The accuracy of a model on one test set.
 
     Attributes:
-        num_images: Images that have a label.
-        accuracy: As published figures count: of ImageNet-A and -R among their
-            200 classes, of ReaL within the set of labels, else among the 1000.
-        all_classes: Of ImageNet-A and -R among the 1000, else None.
-        full_head: Among all classes of a model that has more, else None.
+        num_images: Number of labeled images.
+        accuracy: As published figures count: for ImageNet-A and -R among their
+            200 classes, for ReaL within the set of labels, else among the 1000.
+        all_classes: For ImageNet-A and -R among the 1000, else None.
+        full_head: Among all classes if the model has more, else None.
     """
 
     num_images: int
@@ -59,7 +63,7 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Robustness:
-    """The accuracies of a model on the sets that were prepared.
+    """The accuracies of a model on the prepared sets.
 
     Attributes:
         scores: Dict from names of sets to `Score`s.
@@ -68,35 +72,35 @@ class Robustness:
             None unless all of it is prepared.
     """
 
-    scores: dict
-    absent: tuple
+    scores: dict[str, Score]
+    absent: tuple[str, ...]
     corruption_error: float | None
 
 
 def robustness(
-    model,
-    data_dir=None,
-    batch_size=64,
-    class_names=None,
-    verbose=0,
-    on_score=None,
-):
+    model: keras.Model,
+    data_dir: str | None = None,
+    batch_size: int = 64,
+    class_names: Sequence[str] | None = None,
+    verbose: int = 0,
+    on_score: Callable[[str, Score], Any] | None = None,
+) -> Robustness:
     """Measures a model on ImageNet, ReaL, V2, A, R, Sketch and C.
 
-    Whatever TFDS has prepared is measured; nothing is downloaded. A model of
-    more classes, such as ImageNet-21k's, is judged by its logits of ImageNet's
-    1000, and beside it by all of them (what the Sweet Spot paper calls 0-shot).
+    All sets that TFDS has prepared are measured; nothing is downloaded. A model
+    with more classes, such as ImageNet-21k's, is scored by its logits for
+    ImageNet's 1000, and also by all of them (0-shot in the Sweet Spot paper).
 
     Args:
-        model: A `ViTMoE` or `ConvNeXtMoE` of ImageNet's 1000 classes in the
-            order of their WordNet ids, or of more.
+        model: A `ViTMoE` or `ConvNeXtMoE` with ImageNet's 1000 classes in the
+            order of their WordNet ids, or with more classes.
         data_dir: Folder of TFDS datasets; None is TFDS's own.
         batch_size: Images per step.
-        class_names: WordNet ids of the classes of a model that has other ones
-            than ImageNet's 1000.
+        class_names: WordNet ids of the model's classes, if they are not
+            ImageNet's 1000.
         verbose: Whether to show a progress bar per set.
-        on_score: Optional function of a set's name and `Score`, called when it
-            is measured.
+        on_score: Optional function called with the name and `Score` of each
+            set once it is measured.
 
     Returns:
         A `Robustness`.
@@ -118,8 +122,8 @@ def robustness(
     if not names:
         raise ValueError(
             "One of ImageNet's test sets must be prepared. Received: "
-            f"data_dir={data_dir!r}, which holds {sorted(ready)}. Prepare, "
-            "say, imagenet_v2/matched-frequency with TFDS."
+            f"data_dir={data_dir!r}, which holds {sorted(ready)}. Prepare one "
+            "with TFDS, such as imagenet_v2/matched-frequency."
         )
     for name in names:
         _check_labels(name, data_dir)
@@ -177,7 +181,7 @@ def _check_labels(name, data_dir):
 
 
 def _columns(model, class_names):
-    """Where ImageNet's classes are among the model's; None: they are them."""
+    """Indices of ImageNet's classes among the model's; None if equal."""
     if isinstance(model, MoEModel) and model.num_classes is None:
         raise ValueError(
             "The model must have a head. Received: model="
@@ -190,9 +194,9 @@ def _columns(model, class_names):
         return None
     if len(names) != count:
         raise ValueError(
-            "A model of other classes than ImageNet's 1000 needs their WordNet "
-            f"ids. Received: {count} classes, {len(names)} class_names. Pass "
-            "them, or give the model a head of 1000 classes: "
+            "A model with classes other than ImageNet's 1000 needs WordNet ids "
+            f"for them. Received: {count} classes, {len(names)} class_names. "
+            "Pass them, or give the model a head of 1000 classes: "
             "models.with_head(model, 1000), trained on ImageNet."
         )
     columns = imagenet.columns_of(names, wordnet_ids())
@@ -200,7 +204,7 @@ def _columns(model, class_names):
     if missing:
         warn(
             f"The model lacks {len(missing)} of ImageNet's 1000 classes, such "
-            f"as {missing[0]}: their images cannot be right."
+            f"as {missing[0]}: it misclassifies all of their images."
         )
     return columns
 
@@ -227,8 +231,8 @@ def _score(model, name, columns, reads, verbose):
     )
     if others:
         warn(
-            f"{dataset} has {len(others)} images of classes that are not among "
-            f"its 200, such as {others[0]}: none of them can be right."
+            f"{dataset} has {len(others)} images of classes outside its 200, "
+            f"such as {others[0]}: all of them count as errors."
         )
     rates = {rule: imagenet.accuracy(x, truths) for rule, x in found.items()}
     return Score(
@@ -240,7 +244,7 @@ def _score(model, name, columns, reads, verbose):
 
 
 def papers_rows(name):
-    """What the Sweet Spot paper prints of a preset, by pretraining, in %."""
+    """The Sweet Spot paper's figures for a preset, by pretraining, in %."""
     path = pathlib.Path(__file__).with_name("paper_robustness.csv")
     with open(path, newline="") as file:
         rows = [x for x in csv.DictReader(file) if x.pop("preset") == name]
@@ -248,11 +252,11 @@ def papers_rows(name):
 
 
 def robustness_table(found, preset=None):
-    """A `Robustness` as text, with the paper's figures of a preset beside it.
+    """A `Robustness` as text, next to the paper's figures for a preset.
 
     Args:
         found: A `Robustness`.
-        preset: Name of the preset that the model is; None leaves the paper out.
+        preset: Name of the model's preset; None omits the paper's figures.
 
     Returns:
         String of several lines.
@@ -287,7 +291,7 @@ def robustness_table(found, preset=None):
         )
     if found.corruption_error is not None:
         error = f"{100 * found.corruption_error:.1f}"
-        lines.append(f"mean corruption error of C, AlexNet's is 100: {error}")
+        lines.append(f"mean corruption error of C (AlexNet: 100): {error}")
     absent = [x for x in found.absent if not x.startswith("C ")]
     absent += [
         f"{count} of C's 75"
@@ -300,7 +304,7 @@ def robustness_table(found, preset=None):
 
 
 def _with_corruptions(found):
-    """Scores for the table: those of a corruption are one row, their mean."""
+    """Scores for the table, with one row of means per corruption."""
     rows = {}
     for name, score in found.scores.items():
         kind = name.rpartition(" ")[0] if name.startswith("C ") else name

@@ -1,6 +1,9 @@
 """Accuracy and loss of a model on a dataset, class by class."""
 
 import dataclasses
+from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -19,12 +22,12 @@ class Measurement:
     """The scores of a model on a dataset.
 
     Attributes:
-        num_images: Images.
+        num_images: Number of images.
         accuracy: Share of the images whose class has the largest logit.
-        top5: Share of the images whose class has one of the five largest.
+        top5: Share of the images whose class is among the five largest.
         loss: Mean cross-entropy, the negative log-likelihood in nats.
-        calibration_error: Expected calibration error: how far apart confidence
-            and accuracy are, on average over 15 bins of equal width.
+        calibration_error: Expected calibration error: the mean gap between
+            confidence and accuracy over 15 bins of equal width.
         confusion: `(classes, classes)` int array: images by true class (rows)
             and predicted class (columns).
         routing: Dict from the name of each MoE layer to the `load_share` and
@@ -39,31 +42,36 @@ class Measurement:
     loss: float
     calibration_error: float
     confusion: np.ndarray
-    routing: dict
+    routing: dict[str, dict[str, Any]]
     labels: np.ndarray
     predicted: np.ndarray
 
 
-def measure(model, dataset, verbose=0, routing=True):
+def measure(
+    model: keras.Model,
+    dataset: Iterable[Any],
+    verbose: int = 0,
+    routing: bool = True,
+) -> Measurement:
     """Measures a model on a dataset.
 
-    Under a Keras distribution batches are spread over its devices; with several
-    processes, each must be given the same batches.
+    Under a Keras distribution, batches are sharded over its devices; with
+    several processes, each must receive the same batches.
 
     Args:
         model: A functional model from images to logits `(B, classes)`.
         dataset: Iterable of batches of `(images, labels)` with integer labels,
             such as `data.load(..., training=False)`.
         verbose: Whether to show a progress bar.
-        routing: Whether to measure the routers, too.
+        routing: Whether to measure the routers too.
 
     Returns:
         A `Measurement`.
 
     Raises:
-        ValueError: If the dataset is empty, was made for a model of another
-            preprocessing or has other classes; if the model has no head, or
-            gives NaN.
+        ValueError: If the dataset is empty or has another preprocessing or
+            other classes than the model; if the model has no head, or returns
+            NaN.
 
     Example:
 
@@ -99,7 +107,7 @@ def measure(model, dataset, verbose=0, routing=True):
 
 
 def check_logits(logits):
-    """Raises for logits that are NaN or infinite, and names the images."""
+    """Raises for NaN or infinite logits, and names their images."""
     check_finite(logits, "Logits")
 
 
@@ -114,7 +122,7 @@ def _scores(logits, labels):
             found = f"labels from {labels.min()} to {labels.max()}"
         raise ValueError(
             f"Labels must be integers below the {classes} classes of the "
-            f"model. Received: {found}. Take a dataset of these classes, or "
+            f"model. Received: {found}. Use a dataset of these classes, or "
             "`models.with_head`, and train the head."
         )
     order = np.argsort(-logits, axis=-1, kind="stable")
@@ -136,10 +144,10 @@ def _scores(logits, labels):
 
 
 def calibration_error(logits, labels):
-    """How far apart confidence and accuracy are, from 0 to 1.
+    """The expected calibration error, from 0 to 1.
 
-    Images are sorted into 15 bins of equal width by the probability of the
-    class that is predicted; each bin counts by its images.
+    Images are sorted into 15 bins of equal width by the probability of their
+    predicted class. Each bin is weighted by its number of images.
 
     Args:
         logits: `(images, classes)` float array.
@@ -188,10 +196,10 @@ class _RouterWatch:
         }
 
 
-def report(measurement, class_names):
-    """A measurement as text: numbers, a table of classes, the routers.
+def report(measurement: Measurement, class_names: Sequence[str]) -> str:
+    """Formats a measurement as text: numbers, a table of classes, the routers.
 
-    The top-5 accuracy, which is 1 for up to five classes, is left out there.
+    For up to five classes the top-5 accuracy, which is 1, is omitted.
 
     Args:
         measurement: A `Measurement`.

@@ -1,5 +1,6 @@
 """Class probabilities of images."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import keras
@@ -20,8 +21,14 @@ class Prediction(NamedTuple):
     probability: float
 
 
-def classify(model, images, class_names, top=3, verbose=0):
-    """The most probable classes of each image.
+def classify(
+    model: keras.Model,
+    images: np.ndarray,
+    class_names: Sequence[str],
+    top: int = 3,
+    verbose: int = 0,
+) -> list[list[Prediction]]:
+    """Returns the most probable classes of each image.
 
     Images are predicted one by one: in an MoE layer the images of a group
     compete for the experts, and a prediction must not depend on other images.
@@ -34,8 +41,8 @@ def classify(model, images, class_names, top=3, verbose=0):
         verbose: Whether to show a progress bar.
 
     Returns:
-        A list with one list per image of at most `top` `Prediction`s, the most
-        probable first.
+        A list of at most `top` `Prediction`s for each image, the most probable
+        first.
 
     Raises:
         ValueError: If the number of names is not the number of classes, or

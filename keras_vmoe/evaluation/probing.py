@@ -1,6 +1,7 @@
-"""Linear probe: a new head on frozen features, trained with all labels."""
+"""Linear probe: a new head on frozen features, trained on all labels."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import keras
@@ -28,55 +29,55 @@ class LinearProbe:
         chosen: The learning rate or penalty whose held-out accuracy is best.
         held_out_accuracy: Dict from every value that was tried to the share of
             the held-out training images that are classified correctly.
-        kernel: `(D, classes)` float32 array, of features as they are, for the
-            classes of the training labels in their order.
+        kernel: `(D, classes)` float32 array, for unstandardized features and
+            the classes of the training labels in order.
         bias: `(classes,)` float32 array.
     """
 
     accuracy: float
     solver: str
     chosen: float
-    held_out_accuracy: dict
+    held_out_accuracy: dict[float, float]
     kernel: np.ndarray
     bias: np.ndarray
 
 
 def linear_probe(
-    train,
-    test,
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
     solver: Literal["sgd", "lbfgs"] = "lbfgs",
-    sweep=None,
-    held_out=0.1,
-    epochs=100,
-    batch_size=256,
-    seed=0,
-):
+    sweep: Sequence[float] | None = None,
+    held_out: float = 0.1,
+    epochs: int = 100,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> LinearProbe:
     """Trains a new head on frozen features.
 
-    The papers give no settings of theirs; these are ours. Features are
-    standardized by the training images. One head is trained for each learning
-    rate or penalty on a part of the training images, and the one that is best
-    on the rest is trained again on all of them.
+    The papers do not give their settings; these are ours. Features are
+    standardized with the training images. One head is trained for each learning
+    rate or penalty on part of the training images. The setting that is best on
+    the rest is then used to train on all of them.
 
     Args:
         train: Pair `(features, labels)`, such as from `extract_features`.
-        test: The same of the test images.
-        solver: `"lbfgs"`: multinomial logistic regression in float64 by SciPy's
-            L-BFGS, its loss the mean cross-entropy and half the penalty times
-            the squared kernel. `"sgd"`: a `Dense` head trained by `fit`, with
-            momentum 0.9 and a cosine decay, for more images than fit L-BFGS.
+        test: The same for the test images.
+        solver: `"lbfgs"`: multinomial logistic regression in float64 with
+            SciPy's L-BFGS; its loss is the mean cross-entropy plus half the
+            penalty times the squared kernel. `"sgd"`: a `Dense` head trained by
+            `fit`, momentum 0.9, cosine decay, for too many images for L-BFGS.
         sweep: Penalties (`"lbfgs"`) or learning rates (`"sgd"`) to choose from;
             None means 1e-6 to 0.1, or 0.003 to 1.
-        held_out: Share of the training images to choose by, in (0, 1).
-        epochs: Passes of `"sgd"`, or iterations of `"lbfgs"` at most.
+        held_out: Share of the training images held out to choose, in (0, 1).
+        epochs: Passes of `"sgd"`, or maximum iterations of `"lbfgs"`.
         batch_size: Images per step of `"sgd"`.
-        seed: Integer, seed of what is held out, and of the order.
+        seed: Integer, seed of the held-out images and of the order.
 
     Returns:
         A `LinearProbe`.
 
     Raises:
-        ValueError: If features are not finite, or settings out of range.
+        ValueError: If features are not finite, or settings are out of range.
 
     Example:
 
@@ -89,7 +90,7 @@ def linear_probe(
     """
     check_sizes(batch_size=batch_size)
     values = check_probe(solver, sweep, held_out, epochs)
-    (x, y), test, num_classes = checked(train, test)
+    (x, y), (test_x, test_y), num_classes = checked(train, test)
     mean, std = x.mean(axis=0), x.std(axis=0) + 1e-5
     x = (x - mean) / std
     num_held = int(held_out * len(y))
@@ -107,16 +108,16 @@ def linear_probe(
         sizes = (epochs, min(batch_size, len(part)))
         return _sgd(x[part], y[part], num_classes, value, *sizes, seed)
 
-    found = {
-        value: _accuracy(*fit(rest, value), x[held], y[held])
-        for value in values
-    }
-    chosen = max(found, key=found.get)
+    found = {}
+    for value in values:
+        kernel, bias = fit(rest, value)
+        found[value] = _accuracy(kernel, bias, x[held], y[held])
+    chosen = max(found, key=lambda value: found[value])
     kernel, bias = fit(order, chosen)
     kernel = kernel / std[:, None]
     bias = bias - mean @ kernel
     return LinearProbe(
-        accuracy=_accuracy(kernel, bias, *test),
+        accuracy=_accuracy(kernel, bias, test_x, test_y),
         solver=solver,
         chosen=chosen,
         held_out_accuracy=found,
@@ -126,7 +127,7 @@ def linear_probe(
 
 
 def check_probe(solver, sweep, held_out, epochs):
-    """The values to choose from; raises for settings out of range."""
+    """The values to choose from. Raises for settings out of range."""
     check_choice("solver", solver, SOLVERS)
     check_sizes(epochs=epochs)
     values = LEARNING_RATES if solver == "sgd" else PENALTIES
@@ -179,7 +180,7 @@ def _lbfgs(x, y, num_classes, penalty, iterations):
     if not found.success:
         warn(
             f"L-BFGS stopped after {found.nit} iterations at penalty {penalty} "
-            "before it had converged. More `epochs` let it go on."
+            "before it converged. Increase `epochs`."
         )
     kernel, bias = np.split(found.x.reshape(shape), [-1])
     return kernel, bias[0]
@@ -204,7 +205,7 @@ def _sgd(x, y, num_classes, learning_rate, epochs, batch_size, seed):
 
 
 class _Shuffled(keras.utils.PyDataset):
-    """Batches of arrays in an order of its own in every epoch, by a seed."""
+    """Batches of arrays, reshuffled every epoch from a seed."""
 
     def __init__(self, x, y, batch_size, seed):
         super().__init__()

@@ -1,9 +1,12 @@
-"""The routing dial of one trained model: accuracy against compute."""
+"""A sweep over routing settings of a trained model: accuracy and compute."""
 
 import itertools
 import statistics
 import time
+from collections.abc import Iterable
+from typing import Any
 
+import keras
 import numpy as np
 
 from keras_vmoe import distribution
@@ -12,22 +15,28 @@ from keras_vmoe._extras import require
 from keras_vmoe.evaluation.comparison import amount
 from keras_vmoe.evaluation.measurement import measure
 
-ROUNDS = 5  # Of the speed, over all positions in turn.
+ROUNDS = 5  # Of speed measurements, over all positions in turn.
 
 
-def sweep_routing(model, dataset, verbose=0, **settings):
+def sweep_routing(
+    model: keras.Model,
+    dataset: Iterable[Any],
+    verbose: int = 0,
+    **settings: Any,
+) -> list[dict[str, Any]]:
     """Measures a trained model at every combination of routing settings.
 
     Args:
         model: A `ViTMoE` or `ConvNeXtMoE` with experts.
-        dataset: Iterable of batches of `(images, labels)` that can be read
-            again, such as `data.load(..., training=False)`.
+        dataset: Iterable of batches of `(images, labels)`, readable repeatedly,
+            such as `data.load(..., training=False)`.
         verbose: Whether to show a progress bar per position.
-        **settings: Of `models.set_routing`, lists of values to combine.
+        **settings: Settings of `models.set_routing`, as lists of values to
+            combine.
 
     Returns:
         List of dicts, one per position: its settings, `accuracy`, `loss`,
-        `macs` (multiply-adds per image), `dropped_share` (mean of the layers)
+        `macs` (multiply-adds per image), `dropped_share` (mean over the layers)
         and `images_per_s` (median of 5 rounds over all positions in turn, on
         the first batch).
 
@@ -44,7 +53,7 @@ def sweep_routing(model, dataset, verbose=0, **settings):
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 4
         and figure 7.
     """
-    # All are made before hours are spent on the first.
+    # Invalid settings raise before hours are spent on the first position.
     settings = {
         name: list(x) if isinstance(x, (list, tuple)) else [x]
         for name, x in settings.items()
@@ -126,7 +135,7 @@ def sweep_figure(rows):
     axis = figure.subplots()
     lines = {}
     for row in rows:
-        # Along a line the capacity changes, if it is among the settings.
+        # The capacity varies along a line, if it is among the settings.
         named = {
             k: x
             for k, x in row.items()
@@ -145,7 +154,7 @@ def sweep_figure(rows):
                     place[2], place[:2], xytext=(4, -9),
                     textcoords="offset points", fontsize=7,
                 )  # fmt: skip
-    axis.set_title("the numbers are capacity factors", fontsize=10)
+    axis.set_title("numbers are capacity factors", fontsize=10)
     axis.set_xlabel("multiply-adds per image")
     axis.set_ylabel("accuracy")
     axis.grid(alpha=0.3)

@@ -6,11 +6,12 @@ REQUESTS and ANSWERS are `.npz` files of arrays by `signature/request/name`.
 """
 
 import sys
+from typing import Any
 
 import numpy as np
 
 
-def main(path, requests, answers):
+def main(path: str, requests: str, answers: str) -> None:
     """Writes the answers to requests.
 
     Args:
@@ -20,7 +21,8 @@ def main(path, requests, answers):
     """
     suffix = path.rpartition(".")[2]
     runtime = {"onnx": onnx, "tflite": litert}.get(suffix, saved_model)
-    ask, found = runtime(path), {}
+    found: dict[str, Any] = {}
+    ask = runtime(path)
     with np.load(requests) as asked:
         for key, value in asked.items():
             signature, request, name = key.split("/")
@@ -63,5 +65,5 @@ def litert(path):
 if __name__ == "__main__":
     sys.path.pop(0)  # The folder of this file, which would hide libraries.
     # TensorFlow would import Keras and a backend: a server has neither.
-    sys.modules["keras"] = None
+    sys.modules["keras"] = None  # type: ignore[assignment]
     main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""What a version holds besides graph and weights: model card and warm-up."""
+"""Contents of a version besides graph and weights: model card and warm-up."""
 
 import dataclasses
 import json

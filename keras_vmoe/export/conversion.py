@@ -5,9 +5,12 @@ returns `logits` `(B, classes)`, or `features` from a model without classes. It
 appears under its name once its runtime has reproduced the model's outputs.
 """
 
+import os
 import pathlib
 import tempfile
+from typing import Literal
 
+import keras
 import numpy as np
 
 from keras_vmoe import _files
@@ -31,7 +34,7 @@ from keras_vmoe.export.variants import with_quantized_experts
 
 OPSET = 18
 LARGEST = 2**31  # Bytes that a file of either format may have.
-# Suffix, what the experts can be quantized to, and what must be installed.
+# Suffix, quantized types of the experts, and required packages.
 FORMATS = {
     "onnx": (".onnx", KINDS, ("tf2onnx", "onnxruntime")),
     "litert": (".tflite", ("int8",), ("ai_edge_litert",)),
@@ -40,14 +43,14 @@ ADVICE = "Use `export.saved_model`, or try other routing or a model in float32."
 
 
 def onnx(
-    model,
-    path,
-    images_per_group=1,
-    capacity_factor=None,
-    num_selected_experts=None,
-    batch_priority=None,
-    quantize_experts=None,
-):
+    model: keras.Model,
+    path: str | os.PathLike[str],
+    images_per_group: int | Literal["batch"] = 1,
+    capacity_factor: float | Literal["dropless"] | None = None,
+    num_selected_experts: int | None = None,
+    batch_priority: bool | None = None,
+    quantize_experts: Literal["int8", "float16"] | None = None,
+) -> pathlib.Path:
     """Exports a model to ONNX, from any backend, for batches of any size.
 
     Args:
@@ -56,10 +59,10 @@ def onnx(
         images_per_group: Images that are routed together, or "batch"; see
             `saved_model` for what larger groups mean.
         capacity_factor: Capacity of the experts, or "dropless"; None means
-            that of the model.
-        num_selected_experts: K; None means that of the model.
-        batch_priority: Whether to route confident tokens first; None means as
-            in the model.
+            the model's.
+        num_selected_experts: K; None means the model's.
+        batch_priority: Whether to route confident tokens first; None means the
+            model's setting.
         quantize_experts: `"int8"` or `"float16"`: type in which the experts'
             kernels are stored. ONNX Runtime computes with them in float32.
 
@@ -90,14 +93,14 @@ def onnx(
 
 
 def litert(
-    model,
-    path,
-    images_per_group=1,
-    capacity_factor=None,
-    num_selected_experts=None,
-    batch_priority=None,
-    quantize_experts=None,
-):
+    model: keras.Model,
+    path: str | os.PathLike[str],
+    images_per_group: int | Literal["batch"] = 1,
+    capacity_factor: float | Literal["dropless"] | None = None,
+    num_selected_experts: int | None = None,
+    batch_priority: bool | None = None,
+    quantize_experts: Literal["int8"] | None = None,
+) -> pathlib.Path:
     """Exports a model to LiteRT (formerly TensorFlow Lite), from any backend.
 
     The file's signature is `serving_default`. Its batch size is 1 until

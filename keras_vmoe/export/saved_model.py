@@ -1,6 +1,6 @@
 """`saved_model`: a folder that TF Serving loads.
 
-Every folder has these signatures, besides those of the user:
+Every folder has these signatures, in addition to the user's:
 
 - `serving_default`: `images` `(B, H, W, C)` float32, normalized as in training.
 - `serve_images`: `images` `(B, H, W, C)` uint8.
@@ -17,11 +17,20 @@ class -1 and the name "". A model without a head returns features only.
 
 import contextlib
 import json
+import os
 import pathlib
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import Literal
+
+import keras
 
 from keras_vmoe import _files
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._extras import require
+from keras_vmoe._preprocessing import Preprocessing
 from keras_vmoe._warnings import warn
 from keras_vmoe.data.tensorflow_runtime import import_tensorflow
 from keras_vmoe.data.untrusted import MAX_PIXELS
@@ -47,42 +56,42 @@ ADVICE = (
 
 
 def saved_model(
-    model,
-    directory,
-    version=1,
-    signatures=None,
-    images_per_group=1,
-    capacity_factor=None,
-    warmup=True,
-    preprocessing=None,
+    model: keras.Model,
+    directory: str | os.PathLike[str],
+    version: int = 1,
+    signatures: Mapping[str, Any] | Iterable[tuple[str, Any]] | None = None,
+    images_per_group: int | Literal["batch"] = 1,
+    capacity_factor: float | Literal["dropless"] | None = None,
+    warmup: bool | Iterable[int] = True,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     *,
-    class_names=None,
-    max_batch_size=checked.MAX_BATCH_SIZE,
-    max_pixels=MAX_PIXELS,
-    quantize_experts=None,
-    card=None,
-):
+    class_names: Sequence[str] | None = None,
+    max_batch_size: int = checked.MAX_BATCH_SIZE,
+    max_pixels: int = MAX_PIXELS,
+    quantize_experts: Literal["int8", "float16"] | None = None,
+    card: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
     """Exports a model as a SavedModel for TF Serving, from any backend.
 
-    Writes `directory/<version>/`, whole or not at all, once a process that has
+    Writes `directory/<version>/`, completely or not at all, once a process with
     only TensorFlow has reproduced the model's outputs. By default an image's
     answer does not depend on its batch mates. In larger groups it does, and
-    other senders can change it ([Hayes et al.](https://arxiv.org/abs/2402.05526)).
+    other clients can change it ([Hayes et al.](https://arxiv.org/abs/2402.05526)).
 
     Args:
         model: A functional or sequential Keras model, `(B, H, W, C)` to logits.
         directory: Folder of the versions, created if missing.
         version: Integer of at least 1. An existing version is never changed.
-        signatures: Additional ones: dict from name to `Signature`'s attributes.
+        signatures: Extra ones: dict from name to `Signature`'s attributes.
         images_per_group: Images that are routed together, or "batch".
         capacity_factor: Capacity of the experts, or "dropless"; None means
-            that of the model.
+            the model's.
         warmup: Whether to write warm-up requests, or their batch sizes.
         preprocessing: A `data.Preprocessing`; None means the model's own, and
             for other Keras models the default.
         class_names: Optional list with the name of each class.
-        max_batch_size: Larger requests are refused.
-        max_pixels: Encoded images of more pixels are not decoded.
+        max_batch_size: Larger requests are rejected.
+        max_pixels: Encoded images with more pixels are not decoded.
         quantize_experts: `"int8"` or `"float16"`: type in which the experts'
             kernels are stored.
         card: Dict for the model card, such as `{"test_accuracy": 0.98}`.
@@ -115,14 +124,14 @@ def saved_model(
         images_per_group=images_per_group,
         capacity_factor=capacity_factor,
     )
-    signatures = checked.make_signatures(signatures, **dials)
-    signatures = _signatures(model, signatures)
-    batches = checked.check_warmup(warmup, max_batch_size, len(signatures))
+    served = checked.make_signatures(signatures, **dials)
+    served = _signatures(model, served)
+    batches = checked.check_warmup(warmup, max_batch_size, len(served))
     require("tensorflow", "serving")
     if batches:
         require("tensorflow_serving", "serving")
     settings = checked.Settings(
-        signatures=signatures,
+        signatures=served,
         quantize_experts=quantize_experts,
         preprocessing=checked.check_preprocessing(preprocessing, model),
         max_batch_size=max_batch_size,
@@ -133,7 +142,7 @@ def saved_model(
     )
     path = pathlib.Path(directory, str(int(version)))
     with _files.creating(path) as folder:
-        _warn_of_missing(signatures, path.parent)
+        _warn_of_missing(served, path.parent)
         process.write(write_version, model, settings, folder)
     return path
 

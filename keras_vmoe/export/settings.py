@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 from typing import Literal
 
 import numpy as np
@@ -78,14 +79,14 @@ class Signature:
     batch_priority: bool | None = None
     images_per_group: int | str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("input", self.input, [*INPUT_NAMES])
         check_flags(features=self.features)
         if self.batch_priority is not None:
             check_flags(batch_priority=self.batch_priority)
 
     @property
-    def routing(self):
+    def routing(self) -> dict[str, Any]:
         """The dials that are set, as arguments of `models.set_routing`."""
         dials = {name: getattr(self, name) for name in DIALS}
         return {k: v for k, v in dials.items() if v is not None}
@@ -115,14 +116,14 @@ class Settings:
         card: Dict of the user's own entries in the model card.
     """
 
-    signatures: dict
+    signatures: dict[str, Signature]
     quantize_experts: str | None = None
     preprocessing: Preprocessing = Preprocessing()
     max_batch_size: int = MAX_BATCH_SIZE
     max_pixels: int = MAX_PIXELS
-    warmup_batches: tuple = ()
-    class_names: tuple | None = None
-    card: dict = dataclasses.field(default_factory=dict)
+    warmup_batches: tuple[int, ...] = ()
+    class_names: tuple[str, ...] | None = None
+    card: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def make_signatures(table, **defaults):
@@ -151,7 +152,7 @@ def make_signatures(table, **defaults):
             )
         if name in signatures:
             raise ValueError(
-                "Every signature must have a name of its own, other than "
+                "Every signature must have its own name, other than "
                 f"{list(STANDARD)}. Received: {name!r} twice. Choose another."
             )
         if not isinstance(settings, Signature):
@@ -171,7 +172,7 @@ def _pairs(table):
     try:
         pairs = [(name, settings) for name, settings in pairs]
         good = all(isinstance(x, Mapping | Signature) for _, x in pairs)
-    except (TypeError, ValueError):  # No pairs.
+    except (TypeError, ValueError):  # Not pairs.
         good = False
     if not good:
         raise ValueError(
@@ -261,7 +262,7 @@ def check_warmup(warmup, max_batch_size, num_signatures):
 
 
 def check_at_most(name, value, largest):
-    """Raises if a number is larger than what TF Serving accepts."""
+    """Raises if a number is larger than TF Serving accepts."""
     if value > largest:
         raise ValueError(
             f"`{name}` must be at most {largest}. Received: {name}={value}."

@@ -14,7 +14,7 @@ from keras_vmoe.layers.experts import quantized as quantized_to_int8
 from keras_vmoe.models.cloning import clone_around
 from keras_vmoe.models.cloning import is_graph
 
-# Layers and operations whose output is no logits.
+# Layers and operations whose outputs are not logits.
 ACTIVATIONS = (
     "Softmax", "Sigmoid", "ReLU", "Relu", "LeakyReLU", "ELU", "PReLU",
 )  # fmt: skip
@@ -82,7 +82,7 @@ def moe_layers_of(model):
 
 
 def last_of(model):
-    """The operation that makes the outputs, also in nested models."""
+    """The operation that produces the outputs, also in nested models."""
     last, _ = _last_here(model)
     return last_of(last) if is_graph(last) else last
 
@@ -121,7 +121,7 @@ def has_classes(model):
 
 
 def default_dials(model, **dials):
-    """The dials that are set; none for a dense model, which must have none."""
+    """The dials that are set; a dense model must have none."""
     dials = {k: v for k, v in dials.items() if v is not None}
     if moe_layers_of(model):
         return dials
@@ -160,7 +160,7 @@ def routed(model, dials):
 
 
 def answering(model):
-    """A model that returns a dict of all that signatures may return.
+    """A model that returns a dict of all outputs of signatures.
 
     Args:
         model: A model.
@@ -201,7 +201,7 @@ def check_quantization(model, kind, kinds):
 class HalfExperts(MLPExperts):
     """Experts whose kernels are stored in float16, and cast when used."""
 
-    kernel_dtype = "float16"
+    kernel_dtype = "float16"  # type: ignore[assignment]  # The base has None.
 
 
 def with_quantized_experts(model, kind):
@@ -228,7 +228,7 @@ def with_quantized_experts(model, kind):
 
 
 def quantized(kernel, kind):
-    """A kernel as a file holds it.
+    """A kernel in the form stored in a file.
 
     Args:
         kernel: `(D, F)` or `(E, D, F)` float32 array.

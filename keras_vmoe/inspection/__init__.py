@@ -1,4 +1,4 @@
-"""What the experts do: statistics of the routers, and plots of them."""
+"""Inspection of the experts: router statistics and plots."""
 
 from keras_vmoe.inspection._plots import plot_history
 from keras_vmoe.inspection.gathering import LayerInspection

@@ -1,7 +1,11 @@
 """Plots of a training run."""
 
 import math
+import os
 import pathlib
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +13,11 @@ from keras_vmoe import _files
 from keras_vmoe._extras import require
 
 
-def plot_history(history, routing, path):
+def plot_history(
+    history: Mapping[str, Sequence[float]],
+    routing: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+) -> pathlib.Path:
     """Plots loss, accuracy and the load of every expert over the epochs.
 
     Args:

@@ -1,4 +1,4 @@
-"""What the router of a layer decides for the tokens of a batch."""
+"""Routing decisions of a layer for the tokens of a batch."""
 
 import dataclasses
 import math
@@ -18,15 +18,15 @@ class Decisions:
     """The decisions for the tokens of a batch, image by image.
 
     Attributes:
-        gates: `(B, N, E)` float32: what each token gives to each expert; of
+        gates: `(B, N, E)` float32: the gate of each token for each expert; for
             Soft MoE the combine weights, summed over an expert's slots.
         top: `(B, N, K)` int: the experts of a token, the best first, whether
-            or not there was room for it; -1 behind the last one. With expert
+            or not they had capacity for it; -1 after the last one. With expert
             choice K is E, with Soft MoE 1.
         served: `(B, N)` bool: whether some expert serves the token.
-        taken: `(B, N, E)` float32: what of each token an expert takes. With
-            expert choice the gate of those that it chose, of Soft MoE the
-            dispatch weights of its slots, summed. None where tokens choose.
+        taken: `(B, N, E)` float32: how much of each token an expert takes. With
+            expert choice the gates of its chosen tokens, with Soft MoE the
+            dispatch weights, summed over its slots. None for token choice.
     """
 
     gates: np.ndarray
@@ -41,7 +41,7 @@ class Decisions:
 
 
 def decide(layer, tokens):
-    """The `Decisions` of a MoE layer in evaluation.
+    """The `Decisions` of an MoE layer in evaluation.
 
     Args:
         layer: A `MoEMLP`.
@@ -51,7 +51,7 @@ def decide(layer, tokens):
     tokens = ops.convert_to_tensor(tokens)
     plan, router = layer.plan(tokens), layer.router
 
-    def of_images(x):  # Of groups (G, S, ...), which may be filled up.
+    def of_images(x):  # From groups (G, S, ...), possibly padded.
         x = _array(x)
         x = x.reshape(-1, *x.shape[2:])[: batch * num_tokens]
         return x.reshape(batch, num_tokens, *x.shape[1:])
@@ -79,12 +79,12 @@ def decide(layer, tokens):
 
 
 def served_at(layer, tokens, capacity_factor, batch_priority):
-    """Which tokens an expert serves at another capacity, `(B, N)` bool.
+    """Which tokens are served at another capacity, `(B, N)` bool.
 
     Args:
         layer: A `MoEMLP` with a `TopKRouter`.
         tokens: `(B, ..., D)` array, its input.
-        capacity_factor, batch_priority: Of the router.
+        capacity_factor, batch_priority: Settings of the router.
     """
     router = layer.router.sharing(
         capacity_factor=capacity_factor, batch_priority=batch_priority
@@ -93,12 +93,12 @@ def served_at(layer, tokens, capacity_factor, batch_priority):
 
 
 def has_priority(layer):
-    """Whether tokens choose in a layer, so that they can be dropped."""
+    """Whether tokens choose in a layer, and so can be dropped."""
     return isinstance(layer.router, layers.TopKRouter)
 
 
 def _chosen(plan):
-    """`(G, S, E)` bool: which experts have chosen a token."""
+    """`(G, S, E)` bool: which experts chose each token."""
     token = _array(plan.token)
     groups, num_experts, _ = token.shape
     size = plan.mask.shape[1]

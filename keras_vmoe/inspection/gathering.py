@@ -1,4 +1,4 @@
-"""Sums over batches of what a layer's experts do: memory stays flat."""
+"""Sums over batches of a layer's expert statistics, in constant memory."""
 
 import dataclasses
 
@@ -6,29 +6,29 @@ import numpy as np
 
 from keras_vmoe.inspection import patches
 
-BEST = 12  # Patches that are kept of each expert.
+BEST = 12  # Patches kept per expert.
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerInspection:
-    """What the experts of one layer do.
+    """Statistics of the experts of one layer.
 
-    A class token and registers have no place in the image, and count apart.
-    With token choice a patch's experts are those that it chooses, whether or
-    not they have room for it; with expert choice those that took it.
+    A class token and registers have no place in the image and are counted
+    separately. With token choice a patch's experts are those it chooses, even
+    without capacity for it; with expert choice those that took it.
 
     Attributes:
         name: Name of the layer.
         router: Name of the router's class.
         grid: `(rows, columns)` of the patches.
-        num_images: Images.
+        num_images: Number of images.
         load: `(E,)` share of the patches whose first choice is the expert.
-        load_of_all_choices: `(E,)` the same of all choices.
+        load_of_all_choices: `(E,)` the same for all choices.
         served_share: Share of the patches that an expert serves.
         entropy: Mean entropy of the patches' gates, in nats.
-        experts_per_image: `(E + 1,)` images by how many experts are the first
-            choice of a patch.
-        experts_per_image_of_all_choices: The same of all choices.
+        experts_per_image: `(E + 1,)` histogram of images by the number of
+            experts that are the first choice of a patch.
+        experts_per_image_of_all_choices: The same for all choices.
         similarity: `(E, E)`, see `inspection.similarity`.
         class_counts: `(classes, E)`, see `inspection.class_counts`; None
             without labels.
@@ -36,20 +36,20 @@ class LayerInspection:
         patches_cdf: `(E, N + 1)`, see `inspection.patches_cdf`.
         spatial_share: `(E, rows, columns)`, see `inspection.spatial_share`.
         extra_tokens: `(E,)` first choices of the class token and registers.
-        best_gates: `(E, 12)` largest gates of an image's patches, the largest
-            first; 0 where there are fewer images.
-        best_images: `(E, 12)` numbers of these images, -1 where there is none.
+        best_gates: `(E, 12)` largest gates, one per image, in descending order;
+            0 beyond the number of images.
+        best_images: `(E, 12)` numbers of these images, -1 for none.
         best_labels: `(E, 12)` their classes; None without labels.
         best_patches: `(E, 12, height, width, channels)` uint8, the patches.
         examples: `(images, rows, columns)` first choice of each patch of the
             example images.
-        priority: `(images, rows, columns)` largest gate of each such patch.
-        taken: `(images, E, rows, columns)` what each expert takes of such a
-            patch: the gate of what it chose (expert choice), or the dispatch
-            weights of its slots (Soft MoE); None where tokens choose.
+        priority: `(images, rows, columns)` largest gate of each of them.
+        taken: `(images, E, rows, columns)` how much each expert takes of each
+            of them: the gate of chosen patches (expert choice), or the dispatch
+            weights of its slots (Soft MoE); None for token choice.
         served: Dict from `(capacity_factor, batch_priority)` to `(images, rows,
-            columns)` bool: whether such a patch is served there. Empty where
-            tokens do not choose.
+            columns)` bool: whether each of them is served. Empty unless tokens
+            choose.
     """
 
     name: str
@@ -75,16 +75,16 @@ class LayerInspection:
     examples: np.ndarray
     priority: np.ndarray
     taken: np.ndarray | None
-    served: dict
+    served: dict[tuple[float, bool], np.ndarray]
 
     @property
-    def num_experts(self):
-        """E."""
+    def num_experts(self) -> int:
+        """Number of experts, E."""
         return len(self.load)
 
 
 class LayerSums:
-    """The sums of one layer, to which batches are added.
+    """Running sums of one layer over batches.
 
     Args:
         layer: The `MoEMLP`.
@@ -181,7 +181,7 @@ class LayerSums:
                 kept[:] = np.where(self.best[e] > 0, of_image, -1)
 
     def add_examples(self, decisions, served):
-        """Keeps the maps of example images, and which are `served` where."""
+        """Keeps the maps of example images, and where they are `served`."""
         self.examples.append((decisions, served))
 
     def result(self):

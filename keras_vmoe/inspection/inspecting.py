@@ -1,8 +1,13 @@
-"""`inspect`: what the experts of a model do with a data set, in one pass."""
+"""`inspect`: expert statistics of a model on a data set, in one pass."""
 
 import dataclasses
 import math
+import os
 import pathlib
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -26,47 +31,53 @@ CAPACITIES = (0.25, 0.5, 1.0)
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What the experts of a model do with a data set.
+    """Expert statistics of a model on a data set.
 
     Attributes:
         layers: Dict from the name of each MoE layer to a `LayerInspection`.
-        between: Dict from pairs of successive layers of the same patches to
-            `(E, E)` int arrays: patches by their first expert in the one (rows)
-            and the other.
+        between: Dict from pairs of successive layers with the same patches to
+            `(E, E)` int arrays: patches by their first expert in the first
+            (rows) and the second layer.
         images: `(images, H, W, channels)` uint8, the example images.
         labels: `(images,)` their classes, or None.
         class_names: Names of the classes, or None without labels.
-        image_names: Names of the example images, if they were given some.
+        image_names: Names of the example images, if given.
     """
 
     layers: dict[str, LayerInspection]
-    between: dict
+    between: dict[tuple[str, str], np.ndarray]
     images: np.ndarray
     labels: np.ndarray | None
     class_names: tuple[str, ...] | None
     image_names: tuple[str, ...] | None = None
 
-    def sentences(self):
-        """What the numbers say, a list of sentences for each layer."""
+    def sentences(self) -> dict[str, list[str]]:
+        """Summarizes the numbers, in a list of sentences for each layer."""
         from keras_vmoe.inspection.report import sentences
 
         return {name: sentences(self, name) for name in self.layers}
 
-    def save(self, folder, history=None, title=None, ablations=None):
-        """Writes a report: `index.html`, which holds all of it, CSV and NPZ.
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        history: str | os.PathLike[str] | None = None,
+        title: str | None = None,
+        ablations: Sequence[Mapping[str, Any]] | None = None,
+    ) -> pathlib.Path:
+        """Writes a report: a self-contained `index.html`, CSV and NPZ files.
 
         Args:
-            folder: New folder, or one that an earlier report is in.
-            history: Optional `history.csv` of the training, for a picture of
-                the load over the epochs.
-            title: Optional line on what was looked at, for the page.
+            folder: New folder, or one with an earlier report.
+            history: Optional `history.csv` of the training, for a plot of the
+                load over the epochs.
+            title: Optional line for the page on what was inspected.
             ablations: Optional rows of `evaluation.ablate`, for a table.
 
         Returns:
             `pathlib.Path` of the page.
 
         Raises:
-            FileExistsError: If the folder holds anything else.
+            FileExistsError: If the folder contains anything else.
             ImportError: If matplotlib or Jinja2 is missing.
         """
         from keras_vmoe.inspection.report import write
@@ -75,47 +86,47 @@ class Inspection:
 
 
 def inspect(
-    model,
-    dataset,
-    max_images=None,
-    layers=None,
-    class_names=None,
-    num_examples=8,
-    capacities=CAPACITIES,
-    image_names=None,
-    verbose=0,
-):
-    """Looks at what the experts of a model do with images.
+    model: keras.Model,
+    dataset: Iterable[Any],
+    max_images: int | None = None,
+    layers: str | Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
+    num_examples: int = 8,
+    capacities: float | Sequence[float] = CAPACITIES,
+    image_names: Sequence[str] | None = None,
+    verbose: int = 0,
+) -> Inspection:
+    """Inspects how the experts of a model treat images.
 
-    One pass over the data set; memory does not grow with it. Under a Keras
-    distribution the images are spread over its devices.
+    Makes one pass over the data set; memory does not grow with its size. Under
+    a Keras distribution the images are sharded over its devices.
 
     Args:
         model: A `ViTMoE`, `ConvNeXtMoE` or `SwinMoE`, or another functional
-            model with `MoEMLP` layers of its own, of one input. Images of one
-            without a `preprocessing` are taken to be in [-1, 1]; where tokens
-            are no square of patches and no `PatchEmbedding` has made them,
-            they are shown as a row.
+            model with one input and its own `MoEMLP` layers. Without a
+            `preprocessing`, its images are assumed to be in [-1, 1]. Tokens
+            that neither form a square of patches nor come from a
+            `PatchEmbedding` are shown as a row.
         dataset: Iterable of batches of `(images, labels)` with integer labels,
             or of images, such as `data.load(..., training=False,
             preprocessing=model.preprocessing)`.
-        max_images: Images at most; None means all.
+        max_images: Maximum number of images; None means all.
         layers: Names of MoE layers, or one name; None means all.
-        class_names: One name per class; None takes numbers.
-        num_examples: Images whose maps are kept, the first ones.
-        capacities: Capacity factors at which the example images are routed
-            again with their batch, with and without Batch Prioritized Routing.
-        image_names: Optional names of the images in their order, such as of
-            files, which pictures then show.
+        class_names: One name per class; None uses numbers.
+        num_examples: Number of images whose maps are kept, the first ones.
+        capacities: Capacity factors at which the example images are rerouted
+            with their batch, with and without Batch Prioritized Routing.
+        image_names: Optional names of the images in order, such as file names,
+            shown in the pictures.
         verbose: Whether to show a progress bar.
 
     Returns:
         An `Inspection`.
 
     Raises:
-        ValueError: If the model is dense, there is no layer of a name, the
-            dataset is empty or made for a model of another preprocessing,
-            labels are no classes of the model, or gates are NaN.
+        ValueError: If the model is dense, has no layer of a given name, the
+            dataset is empty or has another preprocessing than the model,
+            labels are not classes of the model, or gates are NaN.
 
     Example:
 
@@ -134,7 +145,7 @@ def inspect(
     _check_dataset(dataset)
     chosen = layers_to_look_at(model, layers)
     num_classes = _num_classes(model, class_names)
-    capacities = _capacities(capacities)
+    factors = _capacities(capacities)
     probe = keras.Model(model.inputs[0], [layer.input for layer in chosen])
     gathered, left = None, math.inf if max_images is None else max_images
     for tokens, images, labels in predictions(probe, dataset, verbose):
@@ -144,18 +155,19 @@ def inspect(
             grids = [_grid(model, x) for x in tokens]
             gathered = _Gathered(chosen, grids, classes, num_examples)
         labels = _checked(labels, gathered.num_classes, num_classes)
-        # Routed whole, as by the model, and then cut.
+        # Routed as a whole batch, as by the model, and then cut.
         part = slice(0, min(len(images), left))
         pixels = _pixels(images[part], model)
-        gathered.add(tokens, pixels, labels, part, capacities)
+        gathered.add(tokens, pixels, labels, part, factors)
         left -= len(images)
         if left <= 0:
             break
+    assert gathered is not None  # An empty data set raises before.
     return gathered.result(class_names, image_names)
 
 
 class _Gathered:
-    """What is kept of the batches.
+    """Results gathered from the batches.
 
     Args:
         chosen: The MoE layers.
@@ -173,7 +185,7 @@ class _Gathered:
         self.between, self.images, self.labels = {}, [], []
 
     def add(self, tokens, pixels, labels, part, capacities):
-        """Adds the images of a part of a batch, of which tokens are whole."""
+        """Adds part of a batch; `tokens` are those of the whole batch."""
         decided = []
         for one, x in zip(self.sums, tokens, strict=True):
             decisions = decide(one.layer, x).cut(part)
@@ -225,8 +237,8 @@ def layers_to_look_at(model, names=None):
     if copies > 1:
         raise ValueError(
             "Each image must be routed once. Received: an ensemble of "
-            f"{copies} members, which route it each. `MoEMLP.plan` and the "
-            "functions of `inspection` take their decisions."
+            f"{copies} members, each of which routes it. Use `MoEMLP.plan` and "
+            "the functions of `inspection`."
         )
     return chosen
 
@@ -262,7 +274,7 @@ def _checked(labels, expected, num_classes):
         return None  # Of a model without classes.
     if (labels is None) != (expected is None):
         raise ValueError(
-            "All batches must have labels, or none. Received: a batch "
+            "All batches or none must have labels. Received: a batch "
             f"{'without' if labels is None else 'with'} labels after the first "
             "one."
         )
@@ -272,8 +284,8 @@ def _checked(labels, expected, num_classes):
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise ValueError(
             "Labels must be integers of shape (B,). Received: labels of shape "
-            f"{labels.shape} and dtype {labels.dtype}. Of one-hot labels take "
-            "the argmax; without labels yield the images alone."
+            f"{labels.shape} and dtype {labels.dtype}. Take the argmax of "
+            "one-hot labels; without labels, yield only the images."
         )
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if len(wrong):
@@ -285,7 +297,7 @@ def _checked(labels, expected, num_classes):
 
 
 def _check_finite(gates, one):
-    """Raises for images whose gates are NaN, which no expert is right for."""
+    """Raises for images whose gates are not finite."""
     wrong = np.flatnonzero(~np.isfinite(gates).all(axis=(1, 2)))
     if len(wrong):
         raise ValueError(
@@ -315,7 +327,7 @@ def _grid(model, tokens):
 
 
 def _pixels(images, model):
-    """Images as they look, uint8."""
+    """Images without their normalization, uint8."""
     preprocessing = getattr(model, "preprocessing", None)
     if preprocessing is None:
         preprocessing = Preprocessing(channels=images.shape[-1])

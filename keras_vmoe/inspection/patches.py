@@ -1,18 +1,21 @@
-"""What experts do with patches: pure numpy functions of routing decisions.
+"""Statistics of experts and patches: numpy functions of routing decisions.
 
 Axes: B images, N patches of an image, E experts, K choices of a patch. A patch
 whose expert is -1 has none: it was dropped, or is masked.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from keras import ops
 
 from keras_vmoe.routing.dropless import DroplessPlan
+from keras_vmoe.routing.plans import Plan
 from keras_vmoe.routing.plans import SparsePlan
 
 
-def top_experts(plan):
-    """The experts that serve each token, in the order of its choices.
+def top_experts(plan: Plan) -> np.ndarray:
+    """Returns the experts that serve each token, in the order of its choices.
 
     Args:
         plan: A `Plan` of token choice, such as from `routing.top_k_plan` or
@@ -23,7 +26,7 @@ def top_experts(plan):
         masked.
 
     Raises:
-        TypeError: If tokens do not choose in this plan.
+        TypeError: If the plan is not one of token choice.
 
     Example:
 
@@ -51,12 +54,12 @@ def top_experts(plan):
     return np.where(expert < num_experts, expert, -1).astype("int32")
 
 
-def patch_counts(top, num_experts):
-    """How many patches of each image each expert has.
+def patch_counts(top: np.ndarray, num_experts: int) -> np.ndarray:
+    """Counts the patches of each image per expert.
 
     Args:
-        top: `(B, N)` int array, the expert of each patch, or `(B, N, K)`, of
-            all its choices; -1 for none.
+        top: `(B, N)` int array, the expert of each patch, or `(B, N, K)`, the
+            experts of all its choices; -1 for none.
         num_experts: E.
 
     Returns:
@@ -79,8 +82,8 @@ def patch_counts(top, num_experts):
     return counts.reshape(len(top), num_experts + 1)[:, :num_experts]
 
 
-def experts_per_image(counts):
-    """How many experts have a patch of each image.
+def experts_per_image(counts: np.ndarray) -> np.ndarray:
+    """Counts the experts that have a patch of each image.
 
     Args:
         counts: `(B, E)` array of `patch_counts`.
@@ -96,8 +99,8 @@ def experts_per_image(counts):
     return (np.asarray(counts) > 0).sum(axis=-1)
 
 
-def similarity(counts):
-    """How alike the images are that two experts have patches of.
+def similarity(counts: np.ndarray) -> np.ndarray:
+    """Returns how similar the images are whose patches two experts receive.
 
     `S_ij` is the sum of `c_i + c_j - |c_i - c_j|` over the images where both
     occur, divided by the sum of `c_i + c_j` over those where either does.
@@ -106,8 +109,8 @@ def similarity(counts):
         counts: `(B, E)` array of `patch_counts`.
 
     Returns:
-        `(E, E)` float64 array, 1 on its diagonal. An expert without a patch has
-        NaN there and with others without, and 0 with those that have some.
+        `(E, E)` float64 array, 1 on its diagonal. An expert without patches has
+        NaN there and with other experts without patches, and 0 with the rest.
 
     Example:
 
@@ -135,17 +138,18 @@ def similarity_of(shared, totals):
     """`similarity` from `shared_counts` and the experts' counts `(E,)`."""
     # `c_i + c_j - |c_i - c_j|` is twice the smaller one: 0 unless both occur.
     sums = totals[:, None] + totals
-    # One that is used has nothing in common with one that is not.
     return np.where(sums > 0, 2 * shared / np.maximum(sums, 1), np.nan)
 
 
-def class_counts(counts, labels, num_classes):
-    """How many patches of each class each expert has.
+def class_counts(
+    counts: np.ndarray, labels: np.ndarray | Sequence[int], num_classes: int
+) -> np.ndarray:
+    """Counts the patches of each class per expert.
 
     Args:
         counts: `(B, E)` array of `patch_counts`.
         labels: `(B,)` int array of classes.
-        num_classes: Classes.
+        num_classes: Number of classes.
 
     Returns:
         `(num_classes, E)` array.
@@ -165,15 +169,20 @@ def class_counts(counts, labels, num_classes):
     return found
 
 
-def class_weight(gates, top, labels, num_classes):
-    """The mean weight that the patches of each class give to each expert.
+def class_weight(
+    gates: np.ndarray,
+    top: np.ndarray,
+    labels: np.ndarray | Sequence[int],
+    num_classes: int,
+) -> np.ndarray:
+    """Returns the mean weight of each expert for the patches of each class.
 
     Args:
         gates: `(B, N, E)` array of gates.
-        top: `(B, N, K)` int array of the experts that were chosen; the weight
-            of others is 0. -1 is none.
+        top: `(B, N, K)` int array of the chosen experts; all others have
+            weight 0. -1 for none.
         labels: `(B,)` int array of classes.
-        num_classes: Classes.
+        num_classes: Number of classes.
 
     Returns:
         `(num_classes, E)` float64 array; NaN for a class without images.
@@ -194,25 +203,25 @@ def class_weight(gates, top, labels, num_classes):
 
 
 def mean_weight(gates, top):
-    """`(B, E)`: the mean weight that an image's patches give to each expert."""
+    """`(B, E)`: the mean weight of each expert for an image's patches."""
     gates, top = np.asarray(gates, "float64"), np.asarray(top)
     chosen = (top[..., None] == np.arange(gates.shape[-1])).any(axis=-2)
     return np.where(chosen, gates, 0.0).mean(axis=1)
 
 
-def patches_cdf(counts, num_patches):
-    """How few patches an expert has of the images that it has any of.
+def patches_cdf(counts: np.ndarray, num_patches: int) -> np.ndarray:
+    """Returns the CDF of an expert's patches per image, where it has any.
 
     Args:
         counts: `(B, E)` array of `patch_counts`.
         num_patches: N.
 
     Returns:
-        `(E, N + 1)` float64 array: at n the share of those images of which it
-        has at most n patches; NaN for an expert without a patch.
+        `(E, N + 1)` float64 array: at n the share of those images in which the
+        expert has at most n patches; NaN for an expert without patches.
 
     Raises:
-        ValueError: If an expert has more patches of an image than there are.
+        ValueError: If an expert has more than N patches of an image.
 
     Example:
 
@@ -223,7 +232,7 @@ def patches_cdf(counts, num_patches):
 
 
 def images_by_count(counts, num_patches):
-    """`(E, N + 1)`: the images of which each expert has so many patches."""
+    """`(E, N + 1)`: the number of images by each expert's patch count."""
     counts = np.asarray(counts)
     _check_below("counts", counts, num_patches + 1, "num_patches + 1", least=0)
     return (counts[..., None] == np.arange(num_patches + 1)).sum(axis=0)
@@ -238,8 +247,10 @@ def cdf_of(images):
         return upto / upto[:, -1:]
 
 
-def spatial_share(top, num_experts, grid=None):
-    """Where in the image each expert has its patches.
+def spatial_share(
+    top: np.ndarray, num_experts: int, grid: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Returns where in the image each expert has its patches.
 
     Args:
         top: `(B, N)` int array, the expert of each patch; -1 for none.
@@ -247,9 +258,9 @@ def spatial_share(top, num_experts, grid=None):
         grid: `(rows, columns)` of the patches; None means a square.
 
     Returns:
-        `(E, rows, columns)` float64 array: the share of the images of which the
-        expert has the patch in that place. A place sums to 1 over the experts
-        if every patch has one.
+        `(E, rows, columns)` float64 array: the share of the images in which the
+        expert has the patch at that place. Each place sums to 1 over the
+        experts if every patch has one.
 
     Raises:
         ValueError: If N is not rows times columns.
@@ -265,7 +276,7 @@ def spatial_share(top, num_experts, grid=None):
     if rows * columns != top.shape[1]:
         raise ValueError(
             "`grid` must be the rows and columns of the patches. Received: "
-            f"grid={(rows, columns)} for {top.shape[1]} patches. Name it: "
+            f"grid={(rows, columns)} for {top.shape[1]} patches. Pass it: "
             "spatial_share(top, num_experts, grid=(rows, columns))."
         )
     share = (top == np.arange(num_experts)[:, None, None]).mean(axis=1)

@@ -1,11 +1,15 @@
 """Routing statistics of any model with MoE layers."""
 
+from typing import Any
+
+import keras
+
 from keras_vmoe import layers
 from keras_vmoe._keras import all_layers
 
 
-def routing_statistics(model):
-    """Training statistics of each router since the last reset.
+def routing_statistics(model: keras.Model) -> dict[str, dict[str, Any]]:
+    """Returns the training statistics of each router since the last reset.
 
     Args:
         model: Any Keras model with `MoEMLP` layers, nested ones included.
@@ -14,7 +18,7 @@ def routing_statistics(model):
         Dict from layer name to a dict with the floats `auxiliary_loss`,
         `dropped_share`, `gate_entropy`, `importance_cv2` and
         `experts_per_image`, and `load_share`, a numpy array `(E,)`: means over
-        the training steps. Layers without any are left out.
+        the training steps. Layers without any are omitted.
 
     Example:
 
@@ -28,7 +32,7 @@ def routing_statistics(model):
     return {name: result for name, result in found.items() if result}
 
 
-def reset_routing_statistics(model):
+def reset_routing_statistics(model: keras.Model) -> None:
     """Resets the statistics of all MoE layers of a model.
 
     Args:
@@ -45,7 +49,7 @@ def reset_routing_statistics(model):
 def moe_layers(model):
     """The `MoEMLP` layers of a model or layer by name, nested ones included.
 
-    Layers of different nested models may share a name: the second one becomes
+    Layers of different nested models may share a name: the second becomes
     `<name>_1`, and so on.
     """
     found = {}

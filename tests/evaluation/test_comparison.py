@@ -116,7 +116,7 @@ def test_seeds_from_training_to_the_table(tmp_path):
     weights = (folder / "seed_0" / "model.keras").read_bytes()
     done = run("train", *SMALL, f"--run_dir={folder}", "--seeds", 0, 1, 7)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("finished before") == 2
+    assert done.stdout.count("already finished") == 2
     assert (folder / "seed_0" / "model.keras").read_bytes() == weights
     alone = tmp_path / "alone"
     run("train", *SMALL, f"--run_dir={alone}", "--seed=7")
@@ -138,7 +138,7 @@ def test_seeds_from_training_to_the_table(tmp_path):
     assert f"{mean:.4f} ± {std:.4f}" in done.stdout
     difference = accuracies[2] - mean
     assert f"{difference:+.4f} [" in done.stdout
-    assert "no setting differs but the seed" in done.stdout
+    assert "only the seed differs" in done.stdout
     assert "with 1 seed(s) on a side" in done.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert table.read_text().count("\n") == 3
@@ -153,7 +153,7 @@ def test_seeds_from_training_to_the_table(tmp_path):
 
 def test_how_a_run_of_seeds_goes_on():
     words = cli._how_to_resume(config=object(), seeds=[1, 2])
-    assert words == ". Repeat the command to go on"
+    assert words == ". Repeat the command to resume"
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_images_that_spoil_the_features():
     images = images_of(8)
     images[3, 0, 0, 0] = np.nan
     images[6] = np.inf
-    words = r"of 2 images \(counted from 0: 3, 6\)\. Look at those images"
+    words = r"in 2 images \(counted from 0: 3, 6\)\. Look at those images"
     with pytest.raises(ValueError, match=words):
         evaluation.extract_features(model, [(images, LABELS)])
 

@@ -115,13 +115,13 @@ NAN[7, 1] = np.nan
 @pytest.mark.parametrize(
     ("train", "test", "options", "words"),
     [
-        (replaced(TRAIN, NAN), TEST, {}, r"of 1 image \(counted from 0: 7\)"),
+        (replaced(TRAIN, NAN), TEST, {}, r"in 1 image \(counted from 0: 7\)"),
         (TRAIN, replaced(TEST, labels=TEST[1] + 1), {},
          r"must have a training example. Received: none of \[3\]"),
         (replaced(TRAIN, labels=TRAIN[1] - 1), TEST, {},
          "Labels must be at least 0. Received: -1 in train"),
         (TRAIN, replaced(TEST, TEST[0][:, :4]), {},
-         "features of one model. Received: 5 and 4 features"),
+         "features of the same model. Received: 5 and 4 features"),
         (replaced(TRAIN, labels=TRAIN[1] * 0.5), TEST, {},
          "integer labels .*Received: shapes .12, 5. and .12,., labels of "
          "dtype float64"),

@@ -75,7 +75,7 @@ def test_a_dataset_made_for_another_model():
 def test_labels_and_logits_that_do_not_fit():
     model, images = tiny(), images_of(4)
     for labels, words in (
-        (np.array([0, 3, 10, 1]), "labels from 0 to 10. Take a dataset of"),
+        (np.array([0, 3, 10, 1]), "labels from 0 to 10. Use a dataset of"),
         (np.array([0, -1, 2, 1]), "labels from -1 to 2"),
         (np.eye(10)[:4], r"labels of dtype float64 and shape \(4, 10\)"),
     ):
