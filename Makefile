@@ -16,7 +16,7 @@ $(VENV)/.quickstart-$(BACKEND): setup.py pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.test: setup.py pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -e \
-		".[jax,tensorflow,torch,data,checkpoints,plots,cli,serving,onnx,litert,test]"
+		".[jax,tensorflow,torch,data,checkpoints,plots,cli,serving,onnx,litert,docs,test]"
 	touch $@
 
 .PHONY: quickstart
@@ -69,6 +69,10 @@ lint: $(VENV)/.test  ## Style, types, and that every file compiles.
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/python -m compileall -q $(SOURCES)
+
+.PHONY: docs
+docs: $(VENV)/.test  ## The site, into build/site: no network, no warnings.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 .PHONY: wheel
 wheel: $(VENV)/.test  ## Build the wheel and try it in a bare environment.

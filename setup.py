@@ -39,6 +39,11 @@ EXTRAS = {
         "mixture-of-experts==0.2.3",
         "tf-models-official>=2.20,<2.21",
     ],
+    "docs": [
+        "mkdocs-material>=9.7,<10",
+        "mkdocstrings[python]>=1,<2",
+        "nbconvert>=7.16,<8",
+    ],
     "test": [
         "pytest>=8,<10",
         "pytest-xdist>=3.6,<4",

@@ -33,6 +33,12 @@ MODULES = [
 ]  # fmt: skip
 OUTSIDE = re.compile(r"(?<=\]\()\.\./([^)#]+)")  # Links out of docs/.
 SOURCE = "source/"
+FIGURE = re.compile(r"!\[(.*?)\]\(figures/(\w+)_light\.svg\)")
+PICTURE = (
+    '<picture class="{theme}"><source media="(max-width: 44em)" '
+    'srcset="figures/{name}_narrow_{theme}.svg">'
+    '<img src="figures/{name}_{theme}.svg" alt="{alt}"></picture>'
+)
 
 
 def on_files(files, config):
@@ -43,15 +49,17 @@ def on_files(files, config):
         "reference/command_line.md": _command_line(),
         "reference/presets.md": _presets(),
         "reference/recipes.md": _recipes(),
-        "changelog.md": (ROOT / "CHANGELOG.md").read_text(),
-        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(),
     }
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
+        text = (ROOT / name).read_text()
+        pages[name.lower()] = text.replace("](docs/", "](")
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     for path in sorted((ROOT / "examples").glob("*.ipynb")):
         for name, content in _notebook(path).items():
             files.append(File.generated(config, name, content=content))
-    for file in list(files.documentation_pages()):
+    pages = [x for x in files.documentation_pages() if "/" not in x.src_uri]
+    for file in pages:
         for number, line in enumerate(file.content_string.splitlines(), 1):
             for target in OUTSIDE.findall(line):
                 path = ROOT / target
@@ -67,9 +75,19 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, **_):
-    """Points links out of docs/ to the copies on the site."""
-    up = "../" * page.file.src_uri.count("/")
-    return OUTSIDE.sub(lambda x: f"{up}{SOURCE}{x[1]}", markdown)
+    """Points links out of docs/ to copies, figures to those of each theme."""
+
+    def both_themes(match):
+        alt, name = match.groups()
+        return "".join(
+            PICTURE.format(theme=theme, name=name, alt=alt)
+            for theme in ("light", "dark")
+        )
+
+    if "/" in page.file.src_uri:
+        return markdown
+    markdown = FIGURE.sub(both_themes, markdown)
+    return OUTSIDE.sub(lambda x: SOURCE + x[1], markdown)
 
 
 def public_names(module):

@@ -22,6 +22,7 @@ ROOMS = {
     "_start": set(),
     "_warnings": set(),
     "_files": set(),
+    "_typing": set(),
     "_keras": set(),
     "_preprocessing": set(),
     "routing": set(),
@@ -40,8 +41,8 @@ ROOMS = {
 # The front doors may use all.
 DOORS = {"__init__", "__main__", "cli"}
 EVERYWHERE = {
-    "_checks", "_extras", "_files", "_keras", "_preprocessing", "_warnings",
-    "version",
+    "_checks", "_extras", "_files", "_keras", "_preprocessing", "_typing",
+    "_warnings", "version",
 }  # fmt: skip
 TREES = {path: ast.parse(path.read_text()) for path in ROOT.rglob("*.py")}
 once = pytest.mark.backends("jax")
