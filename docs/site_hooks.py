@@ -210,5 +210,3 @@ def _notebook(path):
     for name, content in resources["outputs"].items():
         pages[folder + name] = content
     return pages
-
-

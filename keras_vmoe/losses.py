@@ -177,22 +177,22 @@ def local_entropy_loss(gates: Tensor, mask: Tensor | None = None) -> Tensor:
         section 2.2. The loss only: there is no training on images and text
         here, for which the paper has one for each modality.
     """
-    entropy = _entropy(gates)[..., None]
+    entropy = _entropy(ops.convert_to_tensor(gates))[..., None]
     return ops.squeeze(_mean_tokens(entropy, mask), axis=-1)
 
 
 def global_entropy_loss(
     gates: Tensor, min_experts: float | None = None, mask: Tensor | None = None
 ) -> Tensor:
-    """What the entropy of the mean gates lacks: low where many are used.
+    """Entropy missing from the mean gates: low where many experts are used.
 
-    `max(0, log(min_experts) - H(mean gates))`: nothing where the mean gates are
-    as spread as over `min_experts` experts of equal use.
+    `max(0, log(min_experts) - H(mean gates))`: 0 where the mean gates are
+    spread at least as evenly as over `min_experts` experts.
 
     Args:
         gates: `(G, S, E)` float tensor, sum 1 over E.
-        min_experts: Experts that are to be used, at least and about, above 0;
-            None means E, with which the loss is 0 for an even use alone.
+        min_experts: Soft minimum of experts in use, above 0; None means E, for
+            which the loss is 0 only where all are used equally.
         mask: Optional `(G, S)` bool tensor, False for tokens to ignore.
 
     Returns:
@@ -211,6 +211,7 @@ def global_entropy_loss(
         [Mustafa et al., 2022](https://arxiv.org/abs/2206.02770) (LIMoE),
         section 2.2 and its threshold. The loss only, as `local_entropy_loss`.
     """
+    gates = ops.convert_to_tensor(gates)
     min_experts = gates.shape[-1] if min_experts is None else min_experts
     check_positive(min_experts=min_experts)
     entropy = _entropy(_mean_tokens(gates, mask))

@@ -136,7 +136,8 @@ def _numbers_selected(found):
     """Values of K to try; none unless tokens choose in all layers."""
     if not all(isinstance(x.router, TopKRouter) for x in found):
         return []
-    return range(1, 1 + min(4, *(x.num_experts for x in found)))
+    of_member = (x.num_experts // x.router.copies for x in found)
+    return range(1, 1 + min(4, *of_member))
 
 
 def ablation_table(rows):

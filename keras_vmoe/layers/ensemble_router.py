@@ -10,6 +10,7 @@ from keras_vmoe._checks import is_integer
 from keras_vmoe._typing import Config
 from keras_vmoe._typing import Tensor
 from keras_vmoe.layers.top_k_router import TopKRouter
+from keras_vmoe.layers.top_k_router import check_min_experts
 
 NEVER = -1e9  # The logit of another member's expert: a gate of exactly 0.
 
@@ -79,6 +80,8 @@ class EnsembleRouter(TopKRouter):
                 f"{num_experts}, ensemble_size={ensemble_size}). Take fewer, "
                 "or more experts."
             )
+        if self.min_experts is not None:
+            check_min_experts(self.min_experts, self.experts_per_member)
 
     @property
     def experts_per_member(self) -> int:

@@ -63,8 +63,8 @@ class TopKRouter(Router):
         local_entropy_loss_weight: Weight of LIMoE's local entropy loss, of the
             gates without noise.
         global_entropy_loss_weight: Weight of LIMoE's global entropy loss.
-        min_experts: Experts that the global entropy loss asks to be used, at
-            least and about; None means E.
+        min_experts: Soft minimum of experts in use that the global entropy loss
+            asks for, at most E; None means E.
         seed: Optional integer seed of the noise.
 
     Call arguments:
@@ -124,7 +124,9 @@ class TopKRouter(Router):
             local_entropy_loss_weight=local_entropy_loss_weight,
             global_entropy_loss_weight=global_entropy_loss_weight,
         )
-        check_positive(min_experts=min_experts or 1)
+        if min_experts is not None:
+            check_positive(min_experts=min_experts)
+            check_min_experts(min_experts, num_experts)
         check_flags(batch_priority=batch_priority, renormalize=renormalize)
         if capacity_factor is None:
             capacity_factor = CAPACITY_FACTOR
@@ -237,6 +239,17 @@ class TopKRouter(Router):
             "global_entropy_loss_weight": self.global_entropy_loss_weight,
             "min_experts": self.min_experts,
         }
+
+
+def check_min_experts(min_experts, num_experts):
+    """Raises if more experts are asked for than there are."""
+    if min_experts > num_experts:
+        raise ValueError(
+            "`min_experts` must be at most the number of experts, in an "
+            "ensemble at most each member's. Received: "
+            f"min_experts={min_experts} of {num_experts}. With more the global "
+            "entropy loss never reaches 0."
+        )
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")

@@ -27,6 +27,8 @@ from keras_vmoe import layers
         ({"gate": "linaer"}, r"`gate` must be one of \[.*'linear'.*\] or a "
          r"Keras layer. Received: gate='linaer'. Did you mean 'linear'\?"),
         ({"gate": 3}, "Received: gate=3"),
+        ({"min_experts": 0}, "Received: min_experts=0"),
+        ({"min_experts": 5}, "at most the number.*Received: min_experts=5 of 4"),
     ],
 )  # fmt: skip
 def test_bad_router(arguments, words):

@@ -231,11 +231,20 @@ def test_a_checkpoint_of_the_reference():
         ({"router": "soft"}, 2, "ensemble_size=2 with router='soft'"),
         (None, 2, "ensemble_size=2 with moe=None"),
         ({}, 1, "ensemble_size=1"),
+        ({"min_experts": 3}, 2, "each member's. Received: min_experts=3 of 2"),
     ],
 )
 def test_bad_arguments(moe, size, words):
     with pytest.raises(ValueError, match=words):
         tiny(moe=moe, ensemble_size=size)
+
+
+@once
+def test_ablations_stay_within_the_members():
+    batch = images_of(5), LABELS
+    rows = evaluation.ablate(randomize(ensemble()), [batch])
+    numbers = [row["change"] for row in rows if "K=" in row["change"]]
+    assert numbers == ["K=1", "K=2"], "each member has two experts"
 
 
 @once
