@@ -10,6 +10,7 @@ import functools
 import operator
 import os
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -28,7 +29,9 @@ from keras_vmoe.data.tensorflow_runtime import tfds
 _RECORD_OVERHEAD = 8 + 4 + 4
 
 
-def find_corrupt(name, split, data_dir=None):
+def find_corrupt(
+    name: str, split: str, data_dir: str | os.PathLike[str] | None = None
+) -> Iterator[str]:
     """Finds corrupt records and images that cannot be decoded.
 
     Reads and decodes the whole split, as fast as training does.

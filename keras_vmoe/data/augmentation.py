@@ -60,7 +60,7 @@ class Augmentation:
     mixup: float = 0.0
     cutmix: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_sizes(
             repeats=self.repeats, rand_augment_layers=self.rand_augment_layers
         )
@@ -83,7 +83,7 @@ class Augmentation:
                     "Inception's crop has (0.08, 1.0)."
                 )
 
-    def check_channels(self, channels):
+    def check_channels(self, channels: int) -> None:
         """Raises if colors of images that are not RGB are to be augmented."""
         names = ("rand_augment", "three_augment", "color_jitter")
         of_colors = [name for name in names if getattr(self, name)]
@@ -95,7 +95,7 @@ class Augmentation:
             )
 
     @property
-    def mixes(self):
+    def mixes(self) -> bool:
         """Whether labels are mixed, and so must be one-hot."""
         return self.mixup > 0 or self.cutmix > 0
 

@@ -19,13 +19,17 @@ import math
 import os
 import pathlib
 import random
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from keras_vmoe import _files
 from keras_vmoe._extras import require
 
-tfds = require("tensorflow_datasets", "data")
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+else:
+    tfds = require("tensorflow_datasets", "data")
 
 NAME = "digits"
 VERSION = "1.0.0"
@@ -33,7 +37,10 @@ _TEST_SHARE = 0.2
 _VALIDATION_SHARE = 0.1
 
 
-class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+# TFDS has no types.
+class Digits(  # type: ignore[call-arg]
+    tfds.core.GeneratorBasedBuilder, skip_registration=True
+):
     """TFDS builder of the digits; each image is 8x8, gray, PNG."""
 
     RELEASE_NOTES = {VERSION: "First division into train, validation, test."}

@@ -4,11 +4,16 @@ Axes: B images in the batch, H and W height and width in pixels.
 """
 
 import os
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from keras_vmoe._checks import is_integer
 from keras_vmoe._preprocessing import Preprocessing
+from keras_vmoe._typing import Tensor
 from keras_vmoe.data.orientation import upright
 from keras_vmoe.data.tensorflow_runtime import checked
 from keras_vmoe.data.tensorflow_runtime import tf
@@ -18,7 +23,12 @@ NO_IMAGE_MEND = "Convert the file, or leave it out."
 STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF")
 
 
-def preprocess(image, image_size, channels=None, preprocessing=None):
+def preprocess(
+    image: Tensor,
+    image_size: int | Sequence[int],
+    channels: int | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+) -> Tensor:
     """Turns one decoded image into a model's input, as in evaluation.
 
     The image is converted to the channels, resized to `image_size` (with
@@ -63,13 +73,13 @@ def preprocess(image, image_size, channels=None, preprocessing=None):
 
 
 def read_images(
-    paths,
-    image_size,
-    test_crop=None,
-    channels=None,
-    exif_orientation=None,
-    preprocessing=None,
-):
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    image_size: int | Sequence[int],
+    test_crop: float | None = None,
+    channels: int | None = None,
+    exif_orientation: bool | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+) -> np.ndarray:
     """Reads image files into a batch, preprocessed as in evaluation.
 
     Args:

@@ -6,7 +6,15 @@ Axes: B images in the batch, H and W height and width in pixels.
 import contextlib
 import functools
 import operator
+import os
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import TypeAlias
 
+import keras
 import numpy as np
 
 from keras_vmoe._checks import check_sizes
@@ -27,34 +35,38 @@ from keras_vmoe.data.sources import open_builder
 from keras_vmoe.data.tensorflow_runtime import tf
 from keras_vmoe.data.tensorflow_runtime import tfds
 
+if TYPE_CHECKING:
+    import tensorflow
+
+Changes: TypeAlias = Augmentation | keras.layers.Layer | Callable[..., Any]
 ENDS = 16  # Examples of each end of a split whose classes are compared.
 
 
 def load(
-    name,
-    split,
-    image_size,
-    batch_size,
-    training,
-    data_dir=None,
+    name: str,
+    split: str,
+    image_size: int | Sequence[int],
+    batch_size: int,
+    training: bool,
+    data_dir: str | os.PathLike[str] | None = None,
     *,
-    num_classes=None,
-    seed=0,
-    epoch=None,
-    class_weights=None,
-    augmentation=None,
-    one_hot=False,
-    test_crop=None,
-    drop_remainder=None,
-    shuffle_buffer=10_000,
-    skip_corrupt=False,
-    cache=False,
-    shard=None,
-    channels=None,
-    exif_orientation=None,
-    preprocessing=None,
-    label=None,
-):
+    num_classes: int | None = None,
+    seed: int = 0,
+    epoch: int | None = None,
+    class_weights: Sequence[float] | np.ndarray | None = None,
+    augmentation: Changes | Sequence[Changes] | None = None,
+    one_hot: bool = False,
+    test_crop: float | None = None,
+    drop_remainder: bool | None = None,
+    shuffle_buffer: int = 10_000,
+    skip_corrupt: bool = False,
+    cache: bool = False,
+    shard: tuple[int, int] | None = None,
+    channels: int | None = None,
+    exif_orientation: bool | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+    label: str | None = None,
+) -> "tensorflow.data.Dataset":
     """Loads an image-classification dataset as batches for a model.
 
     One pass is one epoch. In training, order and augmentation differ from epoch
@@ -136,20 +148,20 @@ def load(
     size = check_image_size(image_size)
     check_sizes(batch_size=batch_size, shuffle_buffer=shuffle_buffer)
     check_sizes(0, seed=seed, epoch=0 if epoch is None else epoch)
-    preprocessing = Preprocessing.of(
+    wanted = Preprocessing.of(
         preprocessing,
         test_crop=test_crop,
         channels=channels,
         exif_orientation=exif_orientation,
     )
-    augmentation, batch_change = batch_changes.split(augmentation)
-    augmentation.check_channels(preprocessing.channels)
+    changes, batch_change = batch_changes.split(augmentation)
+    changes.check_channels(wanted.channels)
     if not training:
-        augmentation, batch_change = Augmentation(), None
+        changes, batch_change = Augmentation(), None
     if drop_remainder is None:
         drop_remainder = training
     mixes = batch_change is not None and batch_change.mixes
-    one_hot = one_hot or augmentation.mixes or mixes
+    one_hot = one_hot or changes.mixes or mixes
     builder = open_builder(name, data_dir)
     schema = read_schema(name, builder.info, label)
     num_classes = resolve_num_classes(name, schema, num_classes)
@@ -161,7 +173,7 @@ def load(
     )
     _check_order(builder, whole, schema.label)
     if batch_change is not None:
-        shape = (*size, preprocessing.channels)
+        shape = (*size, wanted.channels)
         batch_change.try_out(shape, num_classes, one_hot)
     pipeline = Pipeline(
         builder=builder,
@@ -170,11 +182,11 @@ def load(
         num_examples=num_examples,
         num_classes=num_classes,
         size=size,
-        preprocessing=preprocessing,
+        preprocessing=wanted,
         seed=seed if epoch is None else seed_of_epoch(seed, epoch),
         is_one_epoch=epoch is not None,
         class_weights=class_weights,
-        augmentation=augmentation,
+        augmentation=changes,
         one_hot=one_hot,
         batch_change=batch_change,
         is_training=training,
@@ -184,7 +196,7 @@ def load(
     examples = pipeline.examples(shuffle_buffer)
     dataset = pipeline.batches(examples, batch_size, bool(drop_remainder))
     # For `fit`, `evaluate` and `predict` of a model.
-    dataset.preprocessing = preprocessing
+    dataset.preprocessing = wanted
     return dataset
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import operator
+import os
 
 from keras_vmoe._checks import nearest
 from keras_vmoe.data.folders import ImageFolder
@@ -43,7 +44,11 @@ class Schema:
     num_classes: int | None  # None where the dataset does not say.
 
 
-def info(name, data_dir=None, label=None):
+def info(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    label: str | None = None,
+) -> DatasetInfo:
     """Describes a dataset: classes, splits and stored image shape.
 
     Args:
@@ -70,11 +75,11 @@ def info(name, data_dir=None, label=None):
     builder = open_builder(name, data_dir)
     tfds_info = builder.info
     schema = read_schema(name, tfds_info, label)
-    label = tfds_info.features[schema.label]
+    classes = tfds_info.features[schema.label]
     return DatasetInfo(
         name=name,
         num_classes=schema.num_classes,
-        class_names=tuple(label.names) if schema.num_classes else (),
+        class_names=tuple(classes.names) if schema.num_classes else (),
         splits={k: s.num_examples for k, s in tfds_info.splits.items()},
         image_shape=tuple(tfds_info.features[schema.image].shape),
         files=getattr(builder, "counts", None),
