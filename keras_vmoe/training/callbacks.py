@@ -3,9 +3,12 @@
 import csv
 import io
 import math
+import os
 import pathlib
 import statistics
 import time
+from collections.abc import Iterable
+from typing import Any
 
 import keras
 
@@ -16,14 +19,27 @@ from keras_vmoe._extras import require
 from keras_vmoe._warnings import warn
 from keras_vmoe.distribution import _processes
 from keras_vmoe.inspection import _plots
-from keras_vmoe.training.looking import ExpertMaps as ExpertMaps
-from keras_vmoe.training.looking import FewShotEvaluation as FewShotEvaluation
+from keras_vmoe.training.looking import ExpertMaps
+from keras_vmoe.training.looking import FewShotEvaluation
+from keras_vmoe.training.looking import Logs
+
+__all__ = [
+    "ExpertMaps",
+    "FewShotEvaluation",
+    "HistoryFile",
+    "NonFiniteLossError",
+    "RoutingHistory",
+    "RoutingMonitor",
+    "RoutingTensorBoard",
+    "StepTime",
+    "StopOnNonFiniteLoss",
+]
 
 
 class _RoutingCallback(keras.callbacks.Callback):
     """Reads the routing statistics of each epoch."""
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         inspection.reset_routing_statistics(self.model)
 
 
@@ -61,16 +77,18 @@ class RoutingHistory(_RoutingCallback):
     >>> model.fit(x, y, callbacks=[RoutingHistory()])  # doctest: +SKIP
     """
 
-    def __init__(self, per_layer=False, epochs=()):
+    def __init__(
+        self, per_layer: bool = False, epochs: Iterable[dict[str, Any]] = ()
+    ) -> None:
         super().__init__()
         self.per_layer = per_layer
         self.earlier = list(epochs)
         self.epochs = list(epochs)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         self.epochs = list(self.earlier)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         layers = inspection.routing_statistics(self.model)
         if not layers:
             return
@@ -113,7 +131,9 @@ class RoutingMonitor(_RoutingCallback):
     >>> model.fit(x, y, callbacks=[RoutingMonitor()])  # doctest: +SKIP
     """
 
-    def __init__(self, min_load=0.1, max_dropped_share=0.2):
+    def __init__(
+        self, min_load: float = 0.1, max_dropped_share: float = 0.2
+    ) -> None:
         super().__init__()
         self.min_load = min_load
         self.max_dropped_share = max_dropped_share
@@ -124,9 +144,9 @@ class RoutingMonitor(_RoutingCallback):
                     f"`{name}` must be a number between 0 and 1. "
                     f"Received: {name}={value!r}."
                 )
-        self.warnings = []
+        self.warnings: list[str] = []
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         for name, layer in inspection.routing_statistics(self.model).items():
             problems = self._problems(layer)
             if problems:
@@ -175,22 +195,22 @@ class RoutingTensorBoard(_RoutingCallback):
     >>> model.fit(x, y, callbacks=[board])  # doctest: +SKIP
     """
 
-    def __init__(self, log_dir):
+    def __init__(self, log_dir: str | os.PathLike[str]) -> None:
         super().__init__()
         require("matplotlib", "plots")
         self.tensorflow = require("tensorflow", "tensorflow")
         self.log_dir = str(log_dir)
-        self.epochs = []
-        self.writer = None
+        self.epochs: list[dict[str, Any]] = []
+        self.writer: Any = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         self.epochs = []
         if not _processes.is_first_process():
             return  # It only resets the statistics, as all processes must.
         path = pathlib.Path(self.log_dir) / "routing"
         self.writer = self.tensorflow.summary.create_file_writer(str(path))
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         layers = inspection.routing_statistics(self.model)
         if not layers or self.writer is None:
             return
@@ -205,7 +225,7 @@ class RoutingTensorBoard(_RoutingCallback):
                 summary.image(f"{name}/load", heatmap[None])
         self.writer.flush()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs = None) -> None:
         if self.writer is not None:
             self.writer.close()
 
@@ -233,20 +253,22 @@ class StopOnNonFiniteLoss(keras.callbacks.Callback):
     >>> model.fit(x, y, callbacks=[StopOnNonFiniteLoss()])  # doctest: +SKIP
     """
 
-    def __init__(self, checkpoint=None):
+    def __init__(
+        self, checkpoint: str | os.PathLike[str] | None = None
+    ) -> None:
         super().__init__()
         self.checkpoint = checkpoint
         self.epoch = 0
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         self.epoch = epoch
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         loss = float((logs or {}).get("loss", 0.0))
         if not math.isfinite(loss):
             self._stop(f"loss={loss} at step {batch + 1}")
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         # The last step's loss was computed before the last step's update.
         finite = map(keras.ops.isfinite, self.model.trainable_weights)
         if not all(bool(keras.ops.all(x)) for x in finite):
@@ -281,20 +303,20 @@ class StepTime(keras.callbacks.Callback):
     >>> StepTime(steps=10).seconds_per_step
     """
 
-    def __init__(self, steps):
+    def __init__(self, steps: int) -> None:
         super().__init__()
         self.steps = steps
-        self.seconds = []
+        self.seconds: list[float] = []
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         self.start = time.perf_counter()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         if batch + 1 == self.steps:
             self.seconds.append(time.perf_counter() - self.start)
 
     @property
-    def seconds_per_step(self):
+    def seconds_per_step(self) -> float | None:
         seconds = self.seconds[1:] or self.seconds
         return statistics.median(seconds) / self.steps if seconds else None
 
@@ -321,18 +343,23 @@ class HistoryFile(keras.callbacks.Callback):
     >>> callbacks = [routing, HistoryFile("history.csv", routing)]
     """
 
-    def __init__(self, path, routing=None, rows=()):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        routing: RoutingHistory | None = None,
+        rows: Iterable[dict[str, Any]] = (),
+    ) -> None:
         super().__init__()
         self.path = pathlib.Path(path)
         self.routing = routing
         self.earlier = list(rows)
         self.rows = list(rows)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         self.rows = list(self.earlier)
 
-    def on_epoch_end(self, epoch, logs=None):
-        row = {"epoch": epoch + 1}
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
+        row: dict[str, float] = {"epoch": epoch + 1}
         row |= {name: float(value) for name, value in (logs or {}).items()}
         if self.routing is not None and self.routing.epochs:
             row |= _columns(self.routing.epochs[-1])

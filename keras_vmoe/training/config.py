@@ -85,7 +85,7 @@ class ModelConfig:
     dtype: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     remat: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         typed.check_types(self, "model.")
         if self.preset is not None:
             find_preset(self.preset)
@@ -143,7 +143,7 @@ class OptimizerConfig:
     loss: Literal["ce", "bce", "sigmoid"] = "ce"
     label_smoothing: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         typed.check_types(self, "optimizer.")
         typed.check_positive(self, "learning_rate", "clip_norm", "ema")
         _checks.check_not_negative(
@@ -157,12 +157,12 @@ class OptimizerConfig:
             warmup=self.warmup or 0,
             ema=self.ema or 0,
         )
-        given = {name: getattr(self, name) for name in WARMUPS}
-        given = [f"{k}={x}" for k, x in given.items() if x is not None]
-        if len(given) > 1:
+        lengths = {name: getattr(self, name) for name in WARMUPS}
+        words = [f"{k}={x}" for k, x in lengths.items() if x is not None]
+        if len(words) > 1:
             raise ValueError(
                 f"The warm-up must be set by one of {WARMUPS}. "
-                f"Received: {', '.join(given)}. Set the others, which may be "
+                f"Received: {', '.join(words)}. Set the others, which may be "
                 "those of a recipe, to null."
             )
         if self.label_smoothing and self.loss != "ce":
@@ -185,7 +185,7 @@ class CheckpointConfig:
     checkpoints_per_epoch: int = 1
     keep_checkpoints: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         typed.check_types(self, "checkpoint.")
 
 
@@ -206,7 +206,7 @@ class DevicesConfig:
     expert_shards: int | None = None
     shard_dense: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         typed.check_types(self, "devices.")
 
 
@@ -244,7 +244,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     devices: DevicesConfig = DevicesConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.moe, MoEConfig):  # All of it is set.
             settings = MoESettings(**vars(self.moe))
             object.__setattr__(self, "moe", settings)
@@ -279,7 +279,7 @@ class TrainConfig:
             )
 
     @property
-    def family(self):
+    def family(self) -> Literal["vit", "convnext", "swin"]:
         """`"vit"`, `"convnext"` or `"swin"`."""
         preset = self.model.preset
         if preset is not None:
@@ -289,14 +289,14 @@ class TrainConfig:
         return "vit" if self.swin is None else "swin"
 
     @property
-    def part(self):
+    def part(self) -> ModelConfig | ConvNeXtConfig | SwinConfig | None:
         """The settings of the family's sizes."""
         return {"convnext": self.convnext, "swin": self.swin}.get(
             self.family, self.model
         )
 
     @property
-    def image_size(self):
+    def image_size(self) -> int:
         """Side of the images in pixels."""
         default, preset = DEFAULT_IMAGE_SIZE, self.model.preset
         if preset is not None:
@@ -304,7 +304,7 @@ class TrainConfig:
         return self.model.image_size or default
 
     @property
-    def drop_path_rate(self):
+    def drop_path_rate(self) -> float:
         """Rate of the last block, of this model if it depends on it."""
         rate = self.model.drop_path_rate
         if isinstance(rate, dict):
@@ -312,7 +312,7 @@ class TrainConfig:
             return rate.get(dense, 0.0)
         return rate
 
-    def warmup_of(self, steps):
+    def warmup_of(self, steps: int) -> int:
         """Steps of the warm-up.
 
         Args:

@@ -21,12 +21,13 @@ from keras_vmoe.training.architecture import from_scratch
 from keras_vmoe.training.architecture import resolved
 from keras_vmoe.training.config import KINDS
 from keras_vmoe.training.config import VIT_SIZES
+from keras_vmoe.training.config import TrainConfig
 
 # Arrays of the weights' size: weights, gradients, optimizer slots.
 COPIES = {"adamw": 4, "lamb": 4, "sgd": 3}
 
 
-def describe(config):
+def describe(config: TrainConfig) -> str:
     """The settings, cost, memory and steps of a run, as text.
 
     Memory is an estimate: weights, gradients and optimizer slots in float32,

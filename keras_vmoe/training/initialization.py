@@ -1,9 +1,11 @@
 """Models before and after a run: initial weights, frozen parts, restoring."""
 
 import json
+import os
 import pathlib
 import shlex
 
+import keras
 from keras.ops import convert_to_numpy
 
 from keras_vmoe import checkpoints
@@ -43,7 +45,7 @@ def starting_model(config, info):
     return model
 
 
-def restore(run_dir):
+def restore(run_dir: str | os.PathLike[str]) -> keras.Model:
     """Loads the model of a run, finished or stopped.
 
     Args:

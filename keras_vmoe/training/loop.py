@@ -22,6 +22,7 @@ from keras_vmoe.training.architecture import check_init
 from keras_vmoe.training.architecture import resolved
 from keras_vmoe.training.checkpointing import Checkpoints
 from keras_vmoe.training.checkpointing import SaveCheckpoint
+from keras_vmoe.training.config import TrainConfig
 from keras_vmoe.training.description import announcement
 from keras_vmoe.training.initialization import restore
 from keras_vmoe.training.initialization import starting_model
@@ -44,7 +45,7 @@ class RunResult(NamedTuple):
     run_dir: pathlib.Path
 
 
-def train(config):
+def train(config: TrainConfig) -> RunResult:
     """Trains a model and writes a run folder.
 
     The folder holds `config.yaml` (an input of `keras-vmoe train --config`),

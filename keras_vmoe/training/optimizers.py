@@ -1,6 +1,9 @@
 """Keras's optimizers with weight decay by kind of variable; a schedule."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
+from typing import Literal
 
 import keras
 from keras import ops
@@ -8,8 +11,12 @@ from keras import ops
 from keras_vmoe._checks import check_choice
 from keras_vmoe._checks import check_not_negative
 from keras_vmoe._checks import is_number
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Tensor
 from keras_vmoe.distribution import _replicas
 from keras_vmoe.layers.weights import part_of
+
+__all__ = ["SGD", "AdamW", "DecayByKind", "Lamb", "WarmUp"]
 
 
 class DecayByKind:
@@ -32,12 +39,12 @@ class DecayByKind:
 
     def __init__(
         self,
-        *args,
-        expert_weight_decay=None,
-        decay_positions=False,
-        decay_gates=False,
-        **kwargs,
-    ):
+        *args: Any,
+        expert_weight_decay: float | None = None,
+        decay_positions: bool = False,
+        decay_gates: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         if expert_weight_decay is not None:
             check_not_negative(expert_weight_decay=expert_weight_decay)
@@ -45,7 +52,7 @@ class DecayByKind:
         self.decay_positions = decay_positions
         self.decay_gates = decay_gates
 
-    def decay_of(self, variable):
+    def decay_of(self, variable: keras.Variable) -> float:
         """The weight decay of a variable, by what it is.
 
         Args:
@@ -89,21 +96,24 @@ class DecayByKind:
             return grads
         return _replicas.of_sum(super()._clip_gradients, grads)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
-            **super().get_config(),
+            **super().get_config(),  # type: ignore[misc]  # Keras's.
             "expert_weight_decay": self.expert_weight_decay,
             "decay_positions": self.decay_positions,
             "decay_gates": self.decay_gates,
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: Config, custom_objects: Mapping[str, Any] | None = None
+    ) -> Any:
         if "decayed" in config:  # Of version 0.1.0: patterns of paths.
             config = dict(config)
             patterns = " ".join(config.pop("decayed"))
             config["decay_positions"] = "positions" in patterns
-        return super().from_config(config, custom_objects=custom_objects)
+        make = super().from_config  # type: ignore[misc]  # Keras's.
+        return make(config, custom_objects=custom_objects)
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -184,7 +194,14 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
     0.5
     """
 
-    def __init__(self, peak, steps, warmup_steps=0, decay="cosine", end=0.0):
+    def __init__(
+        self,
+        peak: float,
+        steps: int,
+        warmup_steps: int = 0,
+        decay: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine",
+        end: float = 0.0,
+    ) -> None:
         super().__init__()
         check_choice("decay", decay, DECAYS)
         if not is_number(peak) or peak <= 0 or not is_number(end) or end < 0:
@@ -204,7 +221,7 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
         self.decay = decay
         self.end = end
 
-    def __call__(self, step):
+    def __call__(self, step: Tensor) -> Tensor:
         step = ops.cast(step, "float32")
         start = float(max(1, self.warmup_steps))
         warm = self.peak * (step + 1.0) / start
@@ -221,7 +238,7 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
             rate = self.peak
         return ops.where(step < self.warmup_steps, warm, rate)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             "peak": self.peak,
             "steps": self.steps,

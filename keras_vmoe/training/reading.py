@@ -1,6 +1,7 @@
 """What a run reads: images, batches and how its model wants them."""
 
 import dataclasses
+from typing import Any
 from typing import Literal
 
 from keras_vmoe.data import Augmentation
@@ -50,7 +51,7 @@ class DataConfig:
     skip_corrupt: bool = False
     exif_orientation: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         typed.check_types(self, "data.")
         typed.check_positive(self, "test_crop", "validation_share")
         good = (self.test_crop or 1) <= 1
@@ -60,7 +61,7 @@ class DataConfig:
         Preprocessing.of(None, **self.preprocessing)  # Raises for what is none.
 
     @property
-    def preprocessing(self):
+    def preprocessing(self) -> dict[str, Any]:
         """The attributes of the model's `Preprocessing` as far as set."""
         names = (field.name for field in dataclasses.fields(Preprocessing))
         found = {name: getattr(self, name) for name in names}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from typing import TYPE_CHECKING
 from typing import Any
 
 from keras_vmoe.models import ConvNeXtMoE
@@ -49,16 +50,23 @@ SWIN_SIZES = {
 }
 SIZES = {"vit": VIT_SIZES, "convnext": CONVNEXT_SIZES, "swin": SWIN_SIZES}
 MODELS = {"vit": ViTMoE, "convnext": ConvNeXtMoE, "swin": SwinMoE}
-# The attributes of a `MoEConfig`; None is what is not set.
-MoESettings = dataclasses.make_dataclass(
-    "MoESettings",
-    [
-        (name, kind | None if kind is not Any else Any, None)
-        for name, kind in typing.get_type_hints(MoEConfig).items()
-    ],
-    namespace={"__doc__": MoEConfig.__doc__, "__module__": __name__},
-    frozen=True,
-)
+# The attributes of a `MoEConfig`; those that are not set are None.
+if TYPE_CHECKING:
+
+    class MoESettings:  # noqa: D101
+        def __init__(self, **settings: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
+else:
+    MoESettings = dataclasses.make_dataclass(
+        "MoESettings",
+        [
+            (name, kind | None if kind is not Any else Any, None)
+            for name, kind in typing.get_type_hints(MoEConfig).items()
+        ],
+        namespace={"__doc__": MoEConfig.__doc__, "__module__": __name__},
+        frozen=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +93,7 @@ class ConvNeXtConfig:
     layer_scale_init_value: float | None = None
     activation: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         typed.check_types(self, "convnext.")
 
 
@@ -117,7 +125,7 @@ class SwinConfig:
     layer_scale_init_value: float | None = None
     activation: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         typed.check_types(self, "swin.")
 
 

@@ -7,7 +7,10 @@ and `recipe: NAME` bases a file on another.
 """
 
 import dataclasses
+import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from keras_vmoe._checks import nearest
 from keras_vmoe._extras import require
@@ -17,6 +20,8 @@ from keras_vmoe.training.config import GROUPS
 from keras_vmoe.training.config import TrainConfig
 from keras_vmoe.training.typed import from_dict
 from keras_vmoe.training.typed import kinds_of
+
+__all__ = ["load", "names", "read"]
 
 FOLDER = pathlib.Path(__file__).parent
 # The group of each setting whose name is unique.
@@ -28,7 +33,7 @@ GROUP_OF = {
 }
 
 
-def names():
+def names() -> list[str]:
     """Names of the recipes in the package.
 
     Example:
@@ -39,7 +44,7 @@ def names():
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def read(source):
+def read(source: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings of a recipe, including those of the recipe it is based on.
 
     Args:
@@ -94,7 +99,7 @@ def _read(source, above):
     return merge(_read(base, (*above, path.resolve())), settings)
 
 
-def load(source, **settings):
+def load(source: str | os.PathLike[str], **settings: Any) -> TrainConfig:
     """A recipe as a `TrainConfig`.
 
     Args:
@@ -118,7 +123,7 @@ def load(source, **settings):
     return from_dict(TrainConfig, merge(read(source), settings), str(source))
 
 
-def merge(below, above):
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings, overridden by others."""
     merged = {**below, **above}
     for name in below.keys() & above.keys():
@@ -127,7 +132,7 @@ def merge(below, above):
     return merged
 
 
-def read_yaml(path):
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The mapping in a YAML file, a dict."""
     path = pathlib.Path(path)
     jsonargparse = require("jsonargparse", "cli")
