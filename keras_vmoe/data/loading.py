@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import tensorflow
 
 Changes: TypeAlias = Augmentation | keras.layers.Layer | Callable[..., Any]
-ENDS = 16  # Examples of each end of a split whose classes are compared.
+ENDS = 16  # Examples to compare at each end of a split.
 
 
 def load(
@@ -70,50 +70,50 @@ def load(
     """Loads an image-classification dataset as batches for a model.
 
     One pass is one epoch. In training, order and augmentation differ from epoch
-    to epoch; a second run with the same seed, and the same
-    `keras.utils.set_random_seed`, repeats them. In evaluation examples come in
-    the order of the files (of a folder: of each class in turn, so that every
-    slice has its share). Images are resized and normalized as by
-    `preprocess`. Nothing is downloaded. See docs/data.md.
+    to epoch. A second run with the same seed, and the same
+    `keras.utils.set_random_seed`, repeats them. In evaluation, examples come in
+    file order (in a folder of images, the classes take turns, so every slice
+    has its share). Images are resized and normalized as in `preprocess`.
+    Nothing is downloaded. See docs/data.md.
 
     Args:
         name: String, a TFDS dataset: `"cifar10"`, `"name/config"` or
-            `"name:1.0.0"`; `"digits"`, which is embedded in this package; or
+            `"name:1.0.0"`; `"digits"`, embedded in this package; or
             `"image_folder"`: `data_dir/split/class/image.jpg`, or
-            `data_dir/class/image.jpg` with the one split `"train"`.
+            `data_dir/class/image.jpg` with the single split `"train"`.
         split: String, with TFDS's slices and sums, such as `"train[:90%]"`.
         image_size: Integer or pair `(height, width)`, in pixels.
         batch_size: Integer B.
         training: Boolean, whether to shuffle, augment and drop.
-        data_dir: Folder of TFDS datasets. None is TFDS's own, and for
+        data_dir: Folder of TFDS datasets. None means TFDS's default, and for
             `"digits"` the user's cache.
         num_classes: Integer, labels must lie in `[0, num_classes)`. None takes
             it from the dataset.
         seed: Integer of at least 0, seed of the order and the augmentation.
-        epoch: Optional integer of at least 0: every pass is this epoch of a
-            training with this seed, so that a run can be resumed.
+        epoch: Optional integer of at least 0: every pass is this epoch of
+            training with this seed, so a run can be resumed.
         class_weights: Optional positive number per class: how often its images
             are drawn in training, relative to others. An epoch keeps its
             length.
-        augmentation: Of the training images: an `Augmentation`, whose epochs
-            can be repeated; an image augmentation layer of `keras_cv.layers` or
-            `keras.layers`; a function from images `(B, H, W, channels)` in
-            [0, 255] and labels to both; or a list of these, an `Augmentation`
-            first. See docs/data.md.
+        augmentation: Changes of training images: an `Augmentation`, whose
+            epochs can be repeated; an image augmentation layer of
+            `keras_cv.layers` or `keras.layers`; a function from images
+            `(B, H, W, channels)` in [0, 255] and labels to both; or a list of
+            these, an `Augmentation` first. See docs/data.md.
         one_hot: Boolean, whether labels are one-hot; mixed labels always are.
         test_crop: Optional share of the shorter side, in (0, 1], that the
             center crop of evaluation keeps; None takes `preprocessing`'s.
-        drop_remainder: Boolean, whether to drop a last batch that is not full.
-            None drops it in training only.
+        drop_remainder: Boolean, whether to drop a partial last batch. None
+            drops it in training only.
         shuffle_buffer: Integer, number of stored examples to draw from.
         skip_corrupt: Boolean, whether to skip corrupt records and images, with
-            warnings. All files are read once before.
+            warnings. All files are read once beforehand.
         cache: Boolean, whether to cache the stored examples in memory.
         shard: Optional pair `(index, count)`: reads the share of host `index`
             of `count`.
         channels: Integer, channels of the images; None takes
             `preprocessing`'s.
-        exif_orientation: Boolean, whether images are turned upright; None takes
+        exif_orientation: Boolean, whether to turn images upright; None takes
             `preprocessing`'s.
         preprocessing: A `Preprocessing`, such as `model.preprocessing`. None
             means the default, to [-1, 1].
@@ -124,8 +124,8 @@ def load(
     Returns:
         A `tf.data.Dataset` of `(images, labels)`: float32
         `(B, H, W, channels)`, and int32 `(B,)` or float32 `(B, num_classes)`.
-        A model of another mean, standard deviation or orientation refuses it,
-        unless it was mapped, batched or cut since.
+        A model with another mean, standard deviation or orientation rejects it,
+        unless it has since been mapped, batched or cut.
 
     Raises:
         ValueError: An unknown or unprepared dataset or split, a dataset without
@@ -201,8 +201,8 @@ def load(
 
 
 def _part_of(name, builder, split, shard, training, skip_corrupt, least):
-    """The part of a split that is read, and its number of examples."""
-    count_examples(name, builder, split)  # Raises if there is no such split.
+    """The part of a split to read, and its number of examples."""
+    count_examples(name, builder, split)  # Raises if it does not exist.
     if skip_corrupt:
         split = skip_corrupt_records(builder, split)
     if shard is not None:
@@ -221,13 +221,13 @@ def _part_of(name, builder, split, shard, training, skip_corrupt, least):
 
 
 def _check_order(builder, split, label):
-    """Warns if slices are cut from a split stored class by class."""
+    """Warns if slices are taken from a split stored class by class."""
     splits = builder.info.splits
     parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
     for part in parts:
         size = splits[part.splitname].num_examples
         is_slice = (part.from_ or 0, part.to or size) != (0, size)
-        # The order of folders and of the embedded digits is ours.
+        # We order folders and the embedded digits ourselves.
         ours = isinstance(builder, ImageFolder) or builder.name == "digits"
         if is_slice and size >= 2 * ENDS and not ours:
             _check_ends(builder.data_path, part.splitname, label)
@@ -235,7 +235,7 @@ def _check_order(builder, split, label):
 
 @functools.cache
 def _check_ends(folder, split, label):
-    """Warns if the ends of a split are of one class each; reads them once."""
+    """Warns if each end of a split has one class only; reads them once."""
     labels = tfds.builder_from_directory(folder).as_dataset(
         f"{split}[:{ENDS}]+{split}[-{ENDS}:]",
         read_config=tfds.ReadConfig(
@@ -245,7 +245,7 @@ def _check_ends(folder, split, label):
         ),
         decoders=tfds.decode.PartialDecoding({label: True}),
     )
-    # What cannot be read is an error where it is read in earnest.
+    # Unreadable records raise later, when they are actually used.
     with contextlib.suppress(tf.errors.OpError):
         labels = [int(x[label]) for x in labels.as_numpy_iterator()]
         first, last = set(labels[:ENDS]), set(labels[ENDS:])
@@ -278,7 +278,7 @@ def _shard_of(split, shard, training):
 
 
 def _check_weights(weights, num_classes, training):
-    """The weights of the classes in training, nothing in evaluation."""
+    """The class weights in training, None in evaluation."""
     if weights is None:
         return None
     try:

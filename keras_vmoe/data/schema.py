@@ -12,17 +12,17 @@ from keras_vmoe.data.tensorflow_runtime import tfds
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """What is known of a dataset before its images are read.
+    """Facts about a dataset that are known before its images are read.
 
     Attributes:
         name: String, as given to `info` and `load`.
-        num_classes: Integer, or None where the dataset does not say.
+        num_classes: Integer, or None if the dataset does not define it.
         class_names: Tuple of strings, one per class; empty without classes.
         splits: Dictionary of split name to number of examples.
-        image_shape: `(H, W, channels)` as stored, in pixels. Sides that differ
+        image_shape: `(H, W, channels)` as stored, in pixels. Sides that vary
             between images are None.
-        files: Of a folder of images, how many files of which kinds were taken
-            and left out, in words.
+        files: For a folder of images, the numbers of files taken and left out
+            by kind, as text.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Schema:
     label: str  # Key of the feature.
     channels: int
     is_encoded: bool  # Whether images are stored as PNG or JPEG.
-    num_classes: int | None  # None where the dataset does not say.
+    num_classes: int | None  # None if the dataset does not define it.
 
 
 def info(
@@ -87,7 +87,7 @@ def info(
 
 
 def read_schema(name, tfds_info, label=None):
-    """Finds the image and the label of a dataset, or raises a ValueError."""
+    """Finds the image and label of a dataset, or raises a ValueError."""
     features = dict(getattr(tfds_info.features, "items", dict)())
     for image, key in _candidate_keys(tfds_info.supervised_keys):
         key = key if label is None else label
@@ -136,7 +136,7 @@ def _is_label(feature):
 
 
 def resolve_num_classes(name, schema, num_classes):
-    """The number of classes: the caller's, or the dataset's own for None."""
+    """Returns the number of classes: the caller's, else the dataset's."""
     known = schema.num_classes
     if num_classes is None and known is None:
         raise ValueError(
@@ -156,7 +156,7 @@ def resolve_num_classes(name, schema, num_classes):
 
 
 def num_images(name, split, data_dir=None):
-    """How many images a split has, corrupt ones included; see `load`."""
+    """Returns the number of images in a split, corrupt ones included."""
     return count_examples(name, open_builder(name, data_dir), split)
 
 
@@ -167,13 +167,13 @@ def _sizes(splits):
 
 
 def count_examples(name, builder, split):
-    """How many examples a split has; raises a ValueError if there is none."""
+    """Returns the size of a split; raises a ValueError if it does not exist."""
     splits = builder.info.splits
     try:
         if isinstance(builder, ImageFolder):
             return builder.num_examples(split)
         return splits[split].num_examples
-    except (  # AttributeError where it is no string.
+    except (  # AttributeError if it is not a string.
         *(AssertionError, AttributeError, LookupError, ValueError),
         NotImplementedError,
     ) as error:
@@ -186,7 +186,7 @@ def count_examples(name, builder, split):
 
 
 def read_values(name, split, key, data_dir=None):
-    """The values of one feature in the order of evaluation.
+    """Returns the values of one feature in evaluation order.
 
     Args:
         name: String, see `load`.
@@ -195,7 +195,7 @@ def read_values(name, split, key, data_dir=None):
         data_dir: Folder that holds the dataset, see `load`.
 
     Returns:
-        List of numpy arrays, one per example.
+        List of NumPy arrays, one per example.
     """
     read = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
     read.enable_ordering_guard = False
