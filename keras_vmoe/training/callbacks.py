@@ -46,13 +46,13 @@ class _RoutingCallback(keras.callbacks.Callback):
 class RoutingHistory(_RoutingCallback):
     """Adds routing statistics to the logs of every epoch.
 
-    They are means over the epoch's training steps:
+    The statistics are means over the epoch's training steps:
 
     - `auxiliary_loss`: sum of all MoE layers' weighted auxiliary losses.
-    - `dropped_share`: share of the choices that were dropped, in `[0, 1]`.
+    - `dropped_share`: share of dropped choices, in `[0, 1]`.
     - `min_expert_load`, `max_expert_load`: load of the least and the most
       loaded expert of any layer; 1 is an even load.
-    - with `per_layer`, for each MoE layer `<layer>/dropped_share`,
+    - with `per_layer`, for each MoE layer: `<layer>/dropped_share`,
       `<layer>/gate_entropy` (mean entropy of the gates, in nats),
       `<layer>/importance_cv2` (squared coefficient of variation of the experts'
       summed gates), `<layer>/experts_per_image` (share of the experts that
@@ -60,17 +60,17 @@ class RoutingHistory(_RoutingCallback):
       share of the choices that fell on expert e.
 
     Other callbacks see them as metrics: `History`, `CSVLogger`, `TensorBoard`,
-    `EarlyStopping`. Put this callback before those. (Under JAX a layer cannot
+    `EarlyStopping`. Put this callback before them. (Under JAX a layer cannot
     update a `keras.Metric` inside the compiled step, so the routers keep the
-    means, and they are read here once per epoch.)
+    means and this callback reads them once per epoch.)
 
     Args:
         per_layer: Whether to log each layer as well.
-        epochs: Statistics of the epochs before, when a run is resumed.
+        epochs: Statistics of earlier epochs, when a run is resumed.
 
     Attributes:
-        epochs: One dict per epoch, from layer name to that layer's statistics;
-            see `inspection.routing_statistics`.
+        epochs: One dict per epoch, from layer name to layer statistics; see
+            `inspection.routing_statistics`.
 
     Example:
 
@@ -114,8 +114,8 @@ def _summary(layers):
 class RoutingMonitor(_RoutingCallback):
     """Warns of dying experts and of layers that drop too much.
 
-    Checks the means over each epoch's training steps. An expert whose load
-    stays low is trained on few tokens and then chosen by even fewer.
+    Checks the means over each epoch's training steps. An expert with a low load
+    is trained on few tokens, and is then chosen by even fewer.
 
     Args:
         min_load: Load below which an expert counts as dying, relative to an
@@ -206,7 +206,7 @@ class RoutingTensorBoard(_RoutingCallback):
     def on_train_begin(self, logs: Logs = None) -> None:
         self.epochs = []
         if not _processes.is_first_process():
-            return  # It only resets the statistics, as all processes must.
+            return  # All processes must reset the statistics; one writes.
         path = pathlib.Path(self.log_dir) / "routing"
         self.writer = self.tensorflow.summary.create_file_writer(str(path))
 
@@ -239,11 +239,11 @@ class NonFiniteLossError(RuntimeError):
 class StopOnNonFiniteLoss(keras.callbacks.Callback):
     """Raises as soon as the training loss is NaN or infinite.
 
-    Reads the loss after every step, which waits for the step to finish, and at
-    the end of an epoch the weights, which the last update may have ruined.
+    Reads the loss after every step, which waits for the step to finish. At the
+    end of an epoch, also checks the weights, which the last update may ruin.
 
     Args:
-        checkpoint: Optional path of the last good model, for the message.
+        checkpoint: Optional path of the last good model, for the error.
 
     Raises:
         NonFiniteLossError: With the step, counted from 1.
@@ -287,13 +287,13 @@ class StopOnNonFiniteLoss(keras.callbacks.Callback):
 
 
 class StepTime(keras.callbacks.Callback):
-    """Measures the time of a training step, of the median epoch.
+    """Measures the time per training step, in the median epoch.
 
-    The first epoch, which compiles, counts only if there is no other. What
-    happens between epochs, such as validation, does not count.
+    The first epoch, which compiles, counts only if it is the only one. Work
+    between epochs, such as validation, does not count.
 
     Args:
-        steps: Steps of an epoch.
+        steps: Steps per epoch.
 
     Attributes:
         seconds_per_step: None before the first epoch.
@@ -321,18 +321,18 @@ class StepTime(keras.callbacks.Callback):
         return statistics.median(seconds) / self.steps if seconds else None
 
 
-# Not `keras.callbacks.CSVLogger`: appending to its file, a run that was killed
-# between a row and its checkpoint would hold that epoch twice when resumed.
+# Not `keras.callbacks.CSVLogger`, which appends: a run killed between a row and
+# its checkpoint would have that epoch twice when resumed.
 class HistoryFile(keras.callbacks.Callback):
     """Writes the logs of all epochs, and the load of every expert, as CSV.
 
-    The file is rewritten after every epoch, atomically. The load of expert e
-    of a layer is in the column `<layer>/load_<e>`, as a share of the choices.
+    The file is rewritten atomically after every epoch. The column
+    `<layer>/load_<e>` has the load of expert e as a share of the choices.
 
     Args:
         path: CSV file.
         routing: Optional `RoutingHistory`, placed before this callback.
-        rows: Rows of the epochs before, when a run is resumed.
+        rows: Rows of earlier epochs, when a run is resumed.
 
     Attributes:
         rows: One dict per epoch.
@@ -380,7 +380,7 @@ def _columns(layers):
 
 
 def _csv(rows):
-    """Dicts as CSV; the columns are all their keys, in order."""
+    """Formats dicts as CSV; the columns are all keys, in order."""
     text = io.StringIO(newline="")
     columns = dict.fromkeys(key for row in rows for key in row)
     writer = csv.DictWriter(text, columns)

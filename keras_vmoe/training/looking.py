@@ -1,4 +1,4 @@
-"""Callbacks that evaluate a model, or look at its experts, while it trains."""
+"""Callbacks that evaluate a model or visualize its experts in training."""
 
 import os
 import pathlib
@@ -28,15 +28,15 @@ Logs: TypeAlias = dict[str, Any] | None
 
 
 class ExpertMaps(keras.callbacks.Callback):
-    """Writes which expert sees what of some images for TensorBoard.
+    """Writes which expert sees which part of some images, for TensorBoard.
 
-    A picture of all MoE layers after every n-th epoch, as in the report of
-    `inspection.inspect`. Needs TensorFlow and matplotlib.
+    After every n-th epoch it writes a picture of all MoE layers, as in the
+    report of `inspection.inspect`. Needs TensorFlow and matplotlib.
 
     Args:
-        images: `(images, H, W, channels)` array, normalized as the model wants.
+        images: `(images, H, W, channels)` array, normalized for the model.
         log_dir: Folder of the event files, as in `keras.callbacks.TensorBoard`.
-        every: Epochs between two pictures.
+        every: Epochs between pictures.
 
     Raises:
         ImportError: If TensorFlow or matplotlib is missing.
@@ -63,7 +63,7 @@ class ExpertMaps(keras.callbacks.Callback):
         self.writer: Any = None
 
     def on_train_begin(self, logs: Logs = None) -> None:
-        layers_to_look_at(self.model)  # Raises before it trains.
+        layers_to_look_at(self.model)  # Raises before training.
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         if (epoch + 1) % self.every or not _processes.is_first_process():
@@ -92,18 +92,18 @@ class ExpertMaps(keras.callbacks.Callback):
 class FewShotEvaluation(keras.callbacks.Callback):
     """Adds few-shot accuracies to the logs of every n-th epoch.
 
-    The logs are `"<shot>_shot"`: see `evaluation.few_shot`. Other callbacks see
-    them as metrics, NaN in the epochs between; put this callback before those.
+    The logs are named `"<shot>_shot"`; see `evaluation.few_shot`. Callbacks
+    after this one see them as metrics, NaN in the epochs between.
 
     Args:
         train: Batches of `(images, labels)` to draw examples from, such as
             `data.load(..., training=False)`; read at every evaluation.
         test: Batches of the test images.
-        every: Epochs between two evaluations.
+        every: Epochs between evaluations.
         shots: Numbers of examples per class.
         penalty: `"held_out"`, `"test"` or a number; see
             `evaluation.choose_l2`.
-        seeds: Seeds of the choice of examples, whose accuracies are averaged.
+        seeds: Seeds for choosing examples. Their accuracies are averaged.
 
     Raises:
         ValueError: If `every` is not an integer of at least 1.

@@ -1,4 +1,4 @@
-"""Keras's optimizers with weight decay by kind of variable; a schedule."""
+"""Keras optimizers with weight decay by kind of variable; a schedule."""
 
 import math
 from collections.abc import Mapping
@@ -20,21 +20,21 @@ __all__ = ["SGD", "AdamW", "DecayByKind", "Lamb", "WarmUp"]
 
 
 class DecayByKind:
-    """Mixin: decays kernels alone, those of experts at a rate of their own.
+    """Mixin that decays only kernels, with a separate rate for experts.
 
-    Kernels are the variables that a layer calls so, and all matrices of an
-    expert bank. Layers say which variables are those of gates, experts and
-    learned positions, whatever they are called.
+    Kernels are variables with that name, and all matrices of an expert bank.
+    Layers declare which variables belong to gates, experts and learned
+    positions, whatever their names.
 
     Decay is decoupled: each step a decayed variable loses the share
-    `learning_rate * decay` of itself. Under LAMB the trust ratio scales the
-    update alone, as in Keras, and not the decay.
+    `learning_rate * decay` of itself. Under LAMB, as in Keras, the trust ratio
+    scales only the update, not the decay.
 
     Args:
         expert_weight_decay: Decay of the experts' kernels; None means
             `weight_decay`.
-        decay_positions: Whether learned positions are decayed as well.
-        decay_gates: Whether the gates' kernels are decayed as well.
+        decay_positions: Whether to decay learned positions as well.
+        decay_gates: Whether to decay the gates' kernels as well.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class DecayByKind:
         self.decay_gates = decay_gates
 
     def decay_of(self, variable: keras.Variable) -> float:
-        """The weight decay of a variable, by what it is.
+        """Returns the weight decay of a variable, according to its kind.
 
         Args:
             variable: A `keras.Variable`.
@@ -74,8 +74,8 @@ class DecayByKind:
         return float(decay or 0.0) if is_decayed else 0.0
 
     # Private in Keras, which has no public way to decay variables at several
-    # rates: `exclude_from_weight_decay` knows all or nothing, and `update_step`
-    # gets variables without a path on TensorFlow.
+    # rates: `exclude_from_weight_decay` is all or nothing, and on TensorFlow
+    # `update_step` gets variables without a path.
     def _apply_weight_decay(self, variables):
         groups = {}
         for variable in variables:
@@ -90,7 +90,7 @@ class DecayByKind:
 
     # Private in Keras, which has no public way to clip after gradients are
     # accumulated, or to clip the sum over tf.distribute's replicas: it clips
-    # each replica's part by itself.
+    # each replica's part separately.
     def _clip_gradients(self, grads):
         if not (self.clipnorm or self.global_clipnorm or self.clipvalue):
             return grads
@@ -147,7 +147,7 @@ class Lamb(DecayByKind, keras.optimizers.Lamb):
 
     Reference:
         [You et al., 2020](https://arxiv.org/abs/1904.00962), algorithm 2. In
-        the paper the decay is a part of what the trust ratio scales.
+        the paper the trust ratio scales the decay, too.
     """
 
 
@@ -173,20 +173,20 @@ DECAYS = ("cosine", "linear", "rsqrt", "constant")
 class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
     """Linear warm-up from 0, then a decay.
 
-    The first step has `peak / warmup_steps`, step `warmup_steps` the peak.
-    (`keras.optimizers.schedules.CosineDecay` would waste its first step on a
-    learning rate of 0; Keras's other schedules have no warm-up.)
+    The first step uses `peak / warmup_steps`, step `warmup_steps` the peak.
+    (`keras.optimizers.schedules.CosineDecay` would waste the first step on a
+    learning rate of 0. Keras's other schedules have no warm-up.)
 
     Args:
         peak: Highest learning rate.
-        steps: Steps of the whole training.
-        warmup_steps: Steps of the warm-up, below `steps`.
+        steps: Steps of the whole run.
+        warmup_steps: Steps of the warm-up, fewer than `steps`.
         decay: `"cosine"` or `"linear"` down to `end`, `"rsqrt"` (the peak times
             `sqrt(warmup_steps / step)`), or `"constant"`.
         end: Learning rate at the end of a cosine or linear decay.
 
     Raises:
-        ValueError: If the decay is unknown, or a number out of range.
+        ValueError: If the decay is unknown, or a number is out of range.
 
     Example:
 

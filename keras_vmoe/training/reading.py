@@ -1,4 +1,4 @@
-"""What a run reads: images, batches and how its model wants them."""
+"""The data of a run: images, batches and preprocessing."""
 
 import dataclasses
 from typing import Any
@@ -58,11 +58,11 @@ class DataConfig:
         typed.check_value(good, self, "test_crop", "at most 1")
         good = (self.validation_share or 0) < 1
         typed.check_value(good, self, "validation_share", "below 1")
-        Preprocessing.of(None, **self.preprocessing)  # Raises for what is none.
+        Preprocessing.of(None, **self.preprocessing)  # Raises if invalid.
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """The attributes of the model's `Preprocessing` as far as set."""
+        """The attributes of the model's `Preprocessing` that are set."""
         names = (field.name for field in dataclasses.fields(Preprocessing))
         found = {name: getattr(self, name) for name in names}
         return {name: x for name, x in found.items() if x is not None}

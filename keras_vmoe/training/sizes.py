@@ -1,4 +1,4 @@
-"""The sizes of models: their defaults, and which are set."""
+"""Model sizes: their defaults, and which are set."""
 
 import dataclasses
 import typing
@@ -11,7 +11,7 @@ from keras_vmoe.models import SwinMoE
 from keras_vmoe.models import ViTMoE
 from keras_vmoe.training import typed
 
-# The sizes of a model that are neither set nor those of a preset or a file.
+# The defaults of sizes that no setting, preset or file provides.
 VIT_SIZES = {
     "patch_size": 8,
     "hidden_dim": 64,
@@ -130,12 +130,12 @@ class SwinConfig:
 
 
 def family_of(model_class):
-    """`"vit"`, `"convnext"` or `"swin"`."""
+    """Returns `"vit"`, `"convnext"` or `"swin"`."""
     return next(name for name, x in MODELS.items() if x is model_class)
 
 
 def given(settings):
-    """The attributes of a dataclass that are not None."""
+    """Returns the attributes of a dataclass that are not None."""
     names = [field.name for field in dataclasses.fields(settings)]
     values = {name: getattr(settings, name) for name in names}
     return {name: x for name, x in values.items() if x is not None}
