@@ -101,7 +101,7 @@ def test_predict_prints_classes_with_probabilities(trained, tmp_path):
         (["train", "--run_dir=x", "--seed=-1"], "seed=-1"),
         (
             ["train", "--recipe=digits_small", "--epochs=3"],
-            "which may be a recipe's. Set it, too, such as --warmup_epochs 0.3",
+            "which may be a recipe's. Set it too, such as --warmup_epochs 0.3",
         ),
         (
             ["train", "--run_dir=x", "--validation_split=val"],

@@ -1,6 +1,6 @@
 """Datasets: from TensorFlow Datasets (TFDS) to `tf.data`, for any backend.
 
-Importing this room needs neither TensorFlow nor TFDS; calling it needs the
+Importing this package needs neither TensorFlow nor TFDS. Calling it needs the
 extra `data`: `pip install 'keras_vmoe[data]'`.
 """
 

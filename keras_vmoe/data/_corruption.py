@@ -1,7 +1,7 @@
-"""Missing, truncated and corrupt files and images: found, named, skipped.
+"""Finds, names and skips missing, truncated and corrupt files and images.
 
-TFDS finds a truncated file only when it reads it, maybe hours into an epoch,
-and then names neither the file nor a remedy.
+TFDS notices a truncated file only when it reads it, perhaps hours into an
+epoch, and then names neither the file nor a remedy.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import functools
 import operator
 import os
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -28,7 +29,9 @@ from keras_vmoe.data.tensorflow_runtime import tfds
 _RECORD_OVERHEAD = 8 + 4 + 4
 
 
-def find_corrupt(name, split, data_dir=None):
+def find_corrupt(
+    name: str, split: str, data_dir: str | os.PathLike[str] | None = None
+) -> Iterator[str]:
     """Finds corrupt records and images that cannot be decoded.
 
     Reads and decodes the whole split, as fast as training does.
@@ -42,7 +45,7 @@ def find_corrupt(name, split, data_dir=None):
         Strings: path of the image, or file and number of the record.
 
     Raises:
-        ValueError: If there is no such dataset or split.
+        ValueError: If the dataset or split does not exist.
 
     Example:
 
@@ -78,7 +81,7 @@ def find_corrupt(name, split, data_dir=None):
 def named_corruption(name, splits, data_dir=None):
     """Names the image or record where reading fails inside a `with` block.
 
-    TensorFlow's error becomes an OSError. `splits` are those that are read.
+    TensorFlow's error becomes an OSError. `splits` are the splits being read.
     """
     try:
         yield
@@ -99,7 +102,7 @@ def named_corruption(name, splits, data_dir=None):
 
 
 def skip_corrupt_records(builder, split):
-    """The split without corrupt records, with a warning that names some."""
+    """Returns the split without corrupt records; a warning names some."""
     split, places = _whole_records(builder, split)
     if places:
         named = [f"record {record} of {path}" for path, record in places[:5]]
@@ -111,19 +114,19 @@ def skip_corrupt_records(builder, split):
 
 
 def check_files(builder, split, counts=True):
-    """Raises an OSError unless the files of a TFDS split are there and whole.
+    """Raises an OSError unless a TFDS split's files exist and are complete.
 
-    Looks at the size of each file. Only where the sizes do not add up to what
-    was written are records counted, to find the truncated file. Flipped bits
-    are not found.
+    Checks the size of each file. Records are counted, to find the truncated
+    file, only if the sizes do not add up to what was written. Flipped bits are
+    not detected.
 
     Args:
         builder: A `tfds.core.DatasetBuilder`.
         split: String, the split to be read, with slices and sums.
-        counts: Whether files must be whole, not just exist.
+        counts: Whether files must be complete, not only exist.
     """
     if isinstance(builder, ImageFolder):
-        return  # It has just been listed.
+        return  # Just listed.
     wanted = _files_of(builder, split)
     for split_info in builder.info.splits.values():
         paths = [os.fspath(path) for path in split_info.filepaths]
@@ -149,7 +152,7 @@ def _check_counts(builder, split_info, paths):
 
 
 def _count_records(path):
-    """Number of whole records of a TFRecord file; whether nothing follows."""
+    """Counts complete records of a TFRecord file; whether nothing follows."""
     size = os.path.getsize(path)
     count = position = 0
     with open(path, "rb") as file:
@@ -177,9 +180,9 @@ def _files_of(builder, split):
 
 
 def _whole_records(builder, split):
-    """The split without corrupt records, and those: pairs of path and number.
+    """The split without corrupt records, and their pairs of path and number.
 
-    Reads all files once. Raises an OSError if no record is left.
+    Reads all files once. Raises an OSError if no record remains.
     """
     if not _holds_records(builder):
         return split, []
@@ -209,14 +212,14 @@ def _whole_records(builder, split):
 
 
 def corrupt_records(path, length):
-    """Numbers of the corrupt records of a TFRecord file of `length` records."""
-    state = tf.io.gfile.stat(path)  # Of a bucket as well.
+    """Numbers of the corrupt records in a TFRecord file of `length` records."""
+    state = tf.io.gfile.stat(path)  # Buckets as well.
     return _corrupt_records(path, length, state.length, state.mtime_nsec)
 
 
 @functools.cache
 def _corrupt_records(path, length, *state):
-    """As `corrupt_records`; `state` tells whether the file is the same."""
+    """As `corrupt_records`; `state` changes when the file does."""
     corrupt, start = [], 0
     while start < length:
         try:

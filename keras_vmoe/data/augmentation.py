@@ -1,8 +1,8 @@
 """Augmentation of training images, inside tf.data.
 
-Random numbers are a function of a seed, so that an epoch can be repeated and
-read in parallel. Images are augmented one by one, right after decoding; batches
-are mixed.
+Random numbers are a function of a seed, so an epoch can be repeated and read in
+parallel. Images are augmented one by one, right after decoding. Mixing works on
+batches.
 
 Axes: B images in the batch, H and W height and width in pixels.
 """
@@ -60,7 +60,7 @@ class Augmentation:
     mixup: float = 0.0
     cutmix: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_sizes(
             repeats=self.repeats, rand_augment_layers=self.rand_augment_layers
         )
@@ -83,8 +83,8 @@ class Augmentation:
                     "Inception's crop has (0.08, 1.0)."
                 )
 
-    def check_channels(self, channels):
-        """Raises if colors of images that are not RGB are to be augmented."""
+    def check_channels(self, channels: int) -> None:
+        """Raises if color augmentation is set but the images are not RGB."""
         names = ("rand_augment", "three_augment", "color_jitter")
         of_colors = [name for name in names if getattr(self, name)]
         if of_colors and channels != 3:
@@ -95,17 +95,17 @@ class Augmentation:
             )
 
     @property
-    def mixes(self):
-        """Whether labels are mixed, and so must be one-hot."""
+    def mixes(self) -> bool:
+        """Whether labels are mixed, and must therefore be one-hot."""
         return self.mixup > 0 or self.cutmix > 0
 
 
 @functools.cache
 def make_change(augmentation):
-    """The function that augments one image, except for crops; or None.
+    """Returns the function that augments one image, without crops; or None.
 
-    It maps `(H, W, channels)` pixels in [0, 255], of a static shape, and a
-    `(2,)` int64 seed to uint8 pixels. Equal settings share one function, which
+    It maps `(H, W, channels)` pixels in [0, 255] with a static shape, and a
+    `(2,)` int64 seed, to uint8 pixels. Equal settings share one function, which
     is traced once for all pipelines.
     """
     stages = _stages(augmentation)
@@ -115,7 +115,7 @@ def make_change(augmentation):
 
     @tf.function(autograph=False)
     def change(image, seed):
-        # All at once: a draw costs as much as an operation on 224 x 224 pixels.
+        # One draw, as it costs as much as an operation on 224 x 224 pixels.
         numbers = tf.random.stateless_uniform((count,), seed)
         numbers = iter(tf.unstack(numbers))
         image = changes.rounded(image)
@@ -128,7 +128,7 @@ def make_change(augmentation):
 
 @functools.cache
 def make_mix(augmentation):
-    """The function that mixes the images and labels of a batch; or None.
+    """Returns the function that mixes a batch's images and labels; or None.
 
     It maps `(B, H, W, channels)` pixels in [0, 255], one-hot float32 labels
     `(B, classes)` and a `(2,)` int64 seed to float32 images and labels. Equal
@@ -157,7 +157,7 @@ def make_mix(augmentation):
 
 
 def _stages(settings):
-    """Pairs, in order: how many random numbers a stage takes, and the stage."""
+    """Pairs of a stage's number of random numbers and the stage, in order."""
     stages = []
     if settings.flip:
         stages.append((1, changes.flip))

@@ -1,4 +1,4 @@
-"""Augmentation of batches by layers of Keras or Keras-CV, or by a function.
+"""Augmentation of batches with layers of Keras or Keras-CV, or functions.
 
 Axes: B images in the batch, H and W height and width in pixels.
 """
@@ -15,16 +15,16 @@ PIXELS = (0, 255)
 
 
 def split(augmentation):
-    """An `Augmentation`, and the function of batches that comes after it.
+    """Splits into an `Augmentation` and the batch function that follows it.
 
     Args:
-        augmentation: As of `load`.
+        augmentation: As in `load`.
 
     Returns:
         `(Augmentation, BatchChange or None)`.
 
     Raises:
-        ValueError: If it is nothing that `load` takes.
+        ValueError: If `load` does not accept it.
     """
     parts = _flat(augmentation)
     ours = Augmentation()
@@ -39,16 +39,16 @@ def split(augmentation):
                 "layer of Keras or Keras-CV, a function of images and labels, "
                 "or a list of these, an Augmentation first. "
                 f"Received: augmentation={part!r}. Layers that are not for "
-                "images belong into the model."
+                "images belong in the model."
             )
     return ours, BatchChange(parts) if parts else None
 
 
 class BatchChange:
-    """Layers and functions, one after the other.
+    """Layers and functions, applied in turn.
 
-    Called with images `(B, H, W, channels)` float32 in [0, 255] and labels, it
-    returns both. Labels must be one-hot where it `mixes` them.
+    Maps images, `(B, H, W, channels)` float32 in [0, 255], and labels to both.
+    Labels must be one-hot if it `mixes` them.
     """
 
     def __init__(self, parts):
@@ -77,7 +77,7 @@ class BatchChange:
                     "`augmentation` must keep the shape of the labels, "
                     f"{tuple(labels.shape)} of a batch of 2. Received: "
                     f"{_name(part)!r}, which makes {theirs} of them. Return "
-                    "them as they are, or mixed as one-hot ones."
+                    "them unchanged, or mixed one-hot labels."
                 )
 
     def __call__(self, images, labels):
@@ -105,7 +105,7 @@ def _changed(part, images, labels):
 
 
 def _tried(dataset, part):
-    """A dataset after one layer or function; what fails says which."""
+    """A dataset after one layer or function; an error names a failing one."""
     try:
         changed = dataset.map(functools.partial(_changed, part))
         if isinstance(changed.element_spec, tuple):
@@ -121,13 +121,13 @@ def _tried(dataset, part):
 
 
 def _fits(found, wanted):
-    """Whether a shape is that, as far as it is known."""
+    """Whether a shape matches, as far as it is known."""
     sizes = zip(found, wanted, strict=False)
     return len(found) == len(wanted) and all(x in (y, None) for x, y in sizes)
 
 
 def _flat(part):
-    """The layers of lists, and of one that applies all of its own in turn."""
+    """The layers of lists, and of layers that apply all of theirs in turn."""
     if isinstance(part, (keras.Sequential, keras.layers.Pipeline)):
         part = part.layers
     if isinstance(part, (list, tuple)):
@@ -136,7 +136,7 @@ def _flat(part):
 
 
 def _inside(layer):
-    """A layer and those that it chooses from."""
+    """A layer and the layers that it chooses from."""
     yield layer
     for inner in getattr(layer, "layers", None) or ():
         yield from _inside(inner)
@@ -154,7 +154,7 @@ def _mixes(part):
 
 
 def _value_range(layer):
-    """The pixels that a layer wants; [0, 255] if it does not say."""
+    """The range of pixels that a layer expects; the default is [0, 255]."""
     found = _ranges(layer)
     if len(found) > 1:
         raise ValueError(
@@ -166,10 +166,10 @@ def _value_range(layer):
 
 
 def _ranges(layer):
-    """The pixels that a layer says it wants, or those inside."""
+    """The ranges that a layer, or else the layers inside it, declare."""
     for name in ("value_range", "_value_range"):  # Keras-CV's Posterization.
         own = getattr(layer, name, None)
-        if own is not None:  # What those inside get is its own affair.
+        if own is not None:  # It handles the layers inside.
             return {tuple(map(float, own))}
     layers = getattr(layer, "layers", None) or ()
     return {x for inner in layers for x in _ranges(inner)}

@@ -1,8 +1,8 @@
-"""The operations of augmentation on the pixels of one image.
+"""The augmentation operations on the pixels of one image.
 
-Every function takes a uint8 image and the numbers that were drawn from [0, 1)
-for it. Pixels are rounded after each operation, as in the papers' code, which
-works on Pillow's images.
+Every function takes a uint8 image and random numbers from [0, 1). Pixels are
+rounded after each operation, as in the papers' code, which works on Pillow
+images.
 
 Axes: H and W height and width in pixels.
 """
@@ -16,12 +16,12 @@ from keras_vmoe.data import colors
 from keras_vmoe.data.tensorflow_runtime import tf
 
 GREY = 127.5
-SOLARIZE_FROM = 128.0  # Of 3-Augment: pixels above are inverted.
-BLUR = (5, (0.1, 1.0))  # Of 3-Augment: size of the kernel, its deviation.
+SOLARIZE_FROM = 128.0  # 3-Augment inverts pixels above.
+BLUR = (5, (0.1, 1.0))  # 3-Augment's kernel size and its deviation.
 ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), 0.3  # Ratio of sides, to 1 / 0.3.
 SPREAD = 0.05  # Deviation of RandAugment's magnitudes.
-# Ends of RandAugment's ranges: of shears, of translations as a share of the
-# side, of changes of color, contrast and brightness.
+# Ends of RandAugment's ranges: shear, translation as a share of the side, and
+# change of color, contrast or brightness.
 SHEAR, TRANSLATION, ENHANCEMENT = 0.3, 0.45, 0.9
 
 
@@ -46,14 +46,14 @@ def chosen(operations, chance, image, *parameters):
 
 
 def rand_augment(magnitude, image, chance, spread, sign):
-    """One operation of RandAugment."""
+    """Applies one operation of RandAugment."""
     strength = tf.maximum(magnitude + SPREAD * tf.math.ndtri(spread), 0)
     amount = strength * tf.where(sign < 0.5, -1.0, 1.0)
     return chosen(RAND_AUGMENT, chance, image, amount)
 
 
 def _factor(amount):
-    # Never less, even beyond the end of the range.
+    # Bounded below, even beyond the end of the range.
     return tf.maximum(1 + ENHANCEMENT * amount, 1 - ENHANCEMENT)
 
 
@@ -68,8 +68,8 @@ def _sheared(image, amount, axis):
     )
 
 
-# RandAugment's operations, in the ranges of AutoAugment: of an image and an
-# amount, whose 1 and -1 are the ends of the range. The last one does nothing.
+# RandAugment's operations on an image, in AutoAugment's ranges. Amounts of 1
+# and -1 are the ends of the range. The last operation does nothing.
 RAND_AUGMENT = (
     lambda image, _: colors.stretched(image),
     lambda image, _: colors.equalized(image),
@@ -86,11 +86,11 @@ RAND_AUGMENT = (
 
 
 def moved(image, down=None, right=None):
-    """Shifts pixels of an image, which is mirrored at its edges.
+    """Shifts the pixels of an image, mirrored at its edges.
 
     Args:
         image: `(H, W, 3)`.
-        down, right: Shift in pixels, which is rounded: a number, `(H, 1)` or
+        down, right: Shift in pixels, to be rounded: a number, `(H, 1)` or
             `(W,)`; None for 0.
     """
     height, width, _ = image.shape
@@ -113,13 +113,13 @@ def moved(image, down=None, right=None):
 
 
 def three_augment(cv, image, chance, deviation):
-    """One of three: gray, solarized, blurred by Keras-CV's layer."""
+    """Applies one of three: gray, solarize, or Keras-CV's blur."""
     deviation = between(deviation, *BLUR[1])
     return chosen(three_augment_operations(cv), chance, image, deviation)
 
 
 def three_augment_operations(cv):
-    """The operations of 3-Augment on an image and a deviation."""
+    """Returns 3-Augment's operations on an image and a deviation."""
     size, _ = BLUR
     blur = cv.RandomGaussianBlur(size, 1.0)
 
@@ -137,17 +137,17 @@ def three_augment_operations(cv):
 
 
 def color_jitter(strength, image, *numbers):
-    """Brightness, contrast and saturation by 1 - strength to 1 + strength."""
+    """Scales brightness, contrast and saturation by 1 +- strength at most."""
     factors = (between(x, 1 - strength, 1 + strength) for x in numbers)
     return colors.jittered(image, *factors)
 
 
 def span(center, share, size):
-    """The first pixel inside and the first after a rectangle, on one axis.
+    """Returns the first pixel inside a rectangle and the first after it.
 
     Args:
-        center: Tensor of numbers in [0, 1).
-        share: Its length as a share of the image's, of the same shape.
+        center: Tensor of numbers in [0, 1), on one axis.
+        share: Length as a share of the image's, of the same shape.
         size: The image's length in pixels.
     """
     ends = ((center - share / 2) * size, (center + share / 2) * size)

@@ -1,8 +1,8 @@
 """Changes of an image's colors, pixel by pixel.
 
-Where Keras-CV has the same operation, it is the slow definition of the tests:
-on one image of 224 pixels these are two to four times as fast. Constants are
-NumPy's: a node of TensorFlow's graph costs time even where it is not chosen.
+If Keras-CV has the same operation, the tests use it as the slow reference: on
+one image of 224 pixels these are two to four times as fast. Constants are in
+NumPy: a node of TensorFlow's graph costs time even if it is not chosen.
 
 Axes: H and W height and width in pixels. Images are uint8.
 """
@@ -14,13 +14,13 @@ import numpy as np
 from keras_vmoe.data.tensorflow_runtime import tf
 
 SAME = np.eye(3, dtype="float32")  # The matrix of no change.
-# The one that makes gray, as tf.image does.
+# The matrix that makes gray, as tf.image does.
 GREY = np.repeat(np.array([[0.2989], [0.587], [0.114]], "float32"), 3, axis=1)
 LEVELS = 256
 
 
 def recolored(image, matrix, offset=0.0):
-    """An affine map of each pixel's color, rounded and clipped at the end.
+    """Maps each pixel's color affinely, then rounds and clips.
 
     Args:
         image: `(H, W, 3)` uint8.
@@ -31,15 +31,15 @@ def recolored(image, matrix, offset=0.0):
         uint8 of the same shape.
     """
     height, width, _ = image.shape
-    # Four pixels to a row of the product: TensorFlow takes 0.07 ms for that
-    # and 0.15 ms for rows of three numbers.
+    # Four pixels per row of the product: TensorFlow takes 0.07 ms for this, but
+    # 0.15 ms for rows of three numbers.
     group = math.gcd(height * width, 4)
     diagonal = np.eye(group, dtype="float32").reshape(group, 1, group, 1)
     blocks = diagonal * tf.reshape(matrix, (1, 3, 1, 3))
     rows = tf.cast(tf.reshape(image, (-1, 3 * group)), tf.float32)
     rows = rows @ tf.reshape(blocks, (3 * group, 3 * group))
-    # Added by rows of the image: three numbers are slow to broadcast.
-    offset = tf.broadcast_to(offset + 0.5, (width, 3))  # To round, not to cut.
+    # Added row by row: three numbers are slow to broadcast.
+    offset = tf.broadcast_to(offset + 0.5, (width, 3))  # Rounds.
     values = tf.reshape(rows, (height, -1)) + tf.reshape(offset, (-1,))
     return tf.reshape(tf.saturate_cast(values, tf.uint8), image.shape)
 
@@ -57,20 +57,20 @@ def _over_pixels(reduce, image):
 
 
 def saturation(factor):
-    """The matrix of a change of saturation; 0 is gray, 1 is no change."""
+    """Returns the matrix that changes saturation; 0 is gray, 1 no change."""
     return factor * (SAME - GREY) + GREY
 
 
 def contrasted(image, factor):
-    """Contrast around the mean of each channel; 1 is no change."""
+    """Changes contrast around the mean of each channel; 1 is no change."""
     offset = (1 - factor) * channel_means(image)
     return recolored(image, factor * SAME, offset)
 
 
 def jittered(image, light, contrast, color):
-    """Brightness, contrast and saturation, in this order, by one affine map.
+    """Changes brightness, contrast and saturation, in this order, at once.
 
-    Clipped once, at its end, not after each of the three. 1 is no change.
+    One affine map, clipped once at the end, not three times. 1 is no change.
     """
     means = light * channel_means(image)
     matrix = saturation(color)
@@ -79,7 +79,7 @@ def jittered(image, light, contrast, color):
 
 
 def stretched(image):
-    """Each channel stretched to 0 to 255 (AutoContrast)."""
+    """Stretches each channel to 0 to 255 (AutoContrast)."""
     low, high = (
         tf.cast(_over_pixels(reduce, image), tf.float32)
         for reduce in (tf.reduce_min, tf.reduce_max)
@@ -91,14 +91,14 @@ def stretched(image):
 
 
 def solarized(image, threshold):
-    """Inverts all pixels of at least a threshold in [0, 255]."""
+    """Inverts all pixels at or above a threshold in [0, 255]."""
     # Eight times as fast as `tf.where`: 255 - x flips all bits of x.
     bright = image >= tf.cast(tf.math.ceil(threshold), tf.uint8)
     return tf.bitwise.bitwise_xor(image, 255 * tf.cast(bright, tf.uint8))
 
 
 def equalized(image):
-    """Each channel mapped so that all levels are equally frequent."""
+    """Maps each channel so that all levels are equally frequent."""
     height, width, _ = image.shape
     # One histogram and one table for the three channels, one after another.
     channels = np.tile(LEVELS * np.arange(3, dtype="int32"), width)
@@ -115,7 +115,7 @@ def equalized(image):
 def _equalizing(counts):
     """From histograms `(3, 256)` to the new levels, uint8."""
     total = tf.reduce_sum(counts, 1, keepdims=True)
-    # As Keras-CV, which leaves out the rarest level; Pillow the highest one.
+    # Like Keras-CV, which leaves out the rarest level; Pillow the highest.
     used = tf.where(counts == 0, total, counts)
     step = (total - tf.reduce_min(used, 1, keepdims=True)) // (LEVELS - 1)
     below = tf.cumsum(counts, 1, exclusive=True)

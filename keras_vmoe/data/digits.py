@@ -3,14 +3,14 @@
 They are the test part of "Optical Recognition of Handwritten Digits" of the
 UCI repository (Alpaydin and Kaynak, 1998), which ships inside scikit-learn:
 32x32 bitmaps of real handwriting, reduced to 8x8 counts of ink from 0 to 16.
-They are by 13 writers, who wrote none of UCI's training part.
+Their 13 writers wrote none of UCI's training part.
 
-They are split at random, stratified by class, into 1,254 for training, 179 for
+The split is random and stratified by class: 1,254 for training, 179 for
 validation and 364 for test. scikit-learn does not say who wrote which digit, so
 all three splits share the 13 writers: accuracy on `test` says nothing about new
 writers.
 
-This module imports TFDS; import it only where a dataset is opened.
+This module imports TFDS. Import it only where a dataset is opened.
 """
 
 import contextlib
@@ -19,13 +19,17 @@ import math
 import os
 import pathlib
 import random
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from keras_vmoe import _files
 from keras_vmoe._extras import require
 
-tfds = require("tensorflow_datasets", "data")
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+else:
+    tfds = require("tensorflow_datasets", "data")
 
 NAME = "digits"
 VERSION = "1.0.0"
@@ -33,10 +37,13 @@ _TEST_SHARE = 0.2
 _VALIDATION_SHARE = 0.1
 
 
-class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+# TFDS has no types.
+class Digits(  # type: ignore[call-arg]
+    tfds.core.GeneratorBasedBuilder, skip_registration=True
+):
     """TFDS builder of the digits; each image is 8x8, gray, PNG."""
 
-    RELEASE_NOTES = {VERSION: "First division into train, validation, test."}
+    RELEASE_NOTES = {VERSION: "First split into train, validation, test."}
     VERSION = tfds.core.Version(VERSION)
 
     def _info(self):
@@ -81,7 +88,7 @@ def to_gray(counts):
 
 
 def split_indices(labels):
-    """Sorted indices by split: random within each class, always the same."""
+    """Returns sorted indices by split: a fixed random split of each class."""
     # Not `default_rng`: NumPy guarantees only RandomState's stream.
     generator = np.random.RandomState(0)
     parts = {"train": [], "validation": [], "test": []}
@@ -103,26 +110,26 @@ def cache_dir():
 
 
 def prepare(data_dir):
-    """Writes the digits to a folder of TFDS datasets, unless they are there.
+    """Writes the digits to a folder of TFDS datasets, unless they exist.
 
-    Atomically: a killed process leaves nothing that looks whole, and processes
-    that prepare at the same time do not meet.
+    The write is atomic: a killed process leaves nothing that looks complete,
+    and concurrent processes do not interfere.
     """
     target = pathlib.Path(data_dir) / NAME / VERSION
     if target.exists():
         return
     with contextlib.suppress(FileExistsError):
-        # Another process may be faster; its dataset is as good as this one.
+        # Another process may finish first; its dataset is just as good.
         with _files.creating(target) as partial:
             _write(partial.parent)
             os.rename(partial.parent / NAME / VERSION, partial)
 
 
 def _write(data_dir):
-    # TFDS needs it only to write, with an error that names no remedy.
+    # TFDS needs it only to write, and its error names no remedy.
     require("importlib_resources", "data")
-    # TFDS names its folders by Python's `random`, whose state must not depend
-    # on whether the digits were there.
+    # TFDS names its folders with Python's `random`. Its state must not depend
+    # on whether the digits already existed.
     state = random.getstate()
     try:
         sink = io.StringIO()  # TFDS reports at length on both streams.

@@ -1,10 +1,10 @@
 """Folders of images as a dataset: `folder/split/class/image.jpg`.
 
-Without folders of splits, `folder/class/image.jpg`, all is one split, `train`.
+Without split folders, `folder/class/image.jpg`, all is one split, `train`.
 
-TFDS's `ImageFolder` takes hidden folders for classes, leaves out endings that
-it does not know without a word, and can neither slice a split nor repeat an
-order, so that folders are listed and read here.
+TFDS's `ImageFolder` takes hidden folders for classes, silently skips extensions
+that it does not know, and can neither slice a split nor repeat an order.
+Therefore folders are listed and read here.
 """
 
 import collections
@@ -21,26 +21,26 @@ from keras_vmoe.data.tensorflow_runtime import tfds
 NAME = "image_folder"
 LAYOUT = "folder/split/class/image.jpg or folder/class/image.jpg"
 WHOLE = "train"  # The split of a folder without splits.
-# Of files that `decode_image` reads, whichever of these they hold.
+# Extensions of files that `decode_image` reads, whatever format they hold.
 ENDINGS = (
     *(".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pjp"),
     *(".pjpeg", ".png", ".webp"),
 )
-# Folders of systems, archives and programs, by their names or how these begin.
+# Folders of systems, archives and programs, by name or prefix.
 SYSTEM = ("#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 HIDDEN = (".", "__", "@")
 
 
 class ImageFolder:
-    """A folder of images, with or without folders of splits.
+    """A folder of images, with or without split folders.
 
-    The order of a split is one of all classes: each slice of it has its share
-    of each class, of images in a fixed random order.
+    A split interleaves its classes: each slice has its share of each class.
+    Images of a class are in a fixed random order.
 
     Attributes:
-        info: `features` and `splits`, as of `tfds.core.DatasetInfo`.
+        info: `features` and `splits`, as in `tfds.core.DatasetInfo`.
         data_dir: String, the folder.
-        counts: String, how many files of which kinds were taken and left.
+        counts: String, numbers of files taken and left out, by kind.
     """
 
     name = NAME
@@ -83,11 +83,11 @@ class ImageFolder:
         )
 
     def num_examples(self, split):
-        """How many images a split has."""
+        """Returns the number of images in a split."""
         return len(self.files(split)[0])
 
     def files(self, split):
-        """Paths and labels of a split, in its order."""
+        """Returns the paths and labels of a split, in order."""
         parts = tfds.core.ReadInstruction.from_spec(split)
         chosen = []
         for part in parts.to_absolute(self.info.splits):
@@ -96,10 +96,10 @@ class ImageFolder:
         return [path for path, _ in chosen], [to_number(x) for _, x in chosen]
 
     def read(self, split, seed=None, reshuffles=False):
-        """Examples with the stored `image`, `label` and `tfds_id`, the path.
+        """Returns examples: stored `image`, `label`, and `tfds_id`, the path.
 
-        A seed shuffles the whole split, in another order in every pass that
-        `reshuffles`.
+        A seed shuffles the whole split. With `reshuffles`, every pass has a
+        different order.
         """
         paths, labels = self.files(split)
         dataset = tf.data.Dataset.from_tensor_slices((paths, labels))
@@ -117,22 +117,22 @@ class ImageFolder:
 
 
 def _decoded(path):
-    """A path in UTF-8, also where the locale knows ASCII alone."""
+    """A path in UTF-8, even where the locale is ASCII only."""
     return path.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _entries(folder):
-    """Names of the folders in a folder, and of its files; none is hidden."""
+    """Names of the visible folders and files in a folder."""
     folders, files = [], []
     if "://" in folder:
         for name in tf.io.gfile.listdir(folder):
             is_folder = name.endswith("/") or (
-                # Images are many; each question goes to the store.
+                # Images are many, and each query goes to the store.
                 not _is_image(name) and tf.io.gfile.isdir(f"{folder}/{name}")
             )
             (folders if is_folder else files).append(name.rstrip("/"))
     else:
-        # Of bytes, whatever the locale takes them for: TensorFlow reads UTF-8.
+        # As bytes, whatever the locale: TensorFlow reads UTF-8.
         with os.scandir(folder.encode()) as entries:
             for entry in entries:
                 name = entry.name.decode(errors="replace")
@@ -151,10 +151,10 @@ def _is_image(name):
 
 
 def _classes_of_splits(folder):
-    """Of each split the paths of its classes, by name; a count of the rest."""
+    """Each split's paths of classes, by name; a count of the rest."""
     folders, beside = _entries(folder)
     inner = {x: _entries(f"{folder}/{x}") for x in folders}
-    # A folder with images of its own is a class, whatever else is in it.
+    # A folder that directly holds images is a class, whatever else is in it.
     filled = [x for x in inner.values() if any(x)]
     are_classes = all(any(map(_is_image, files)) for _, files in filled)
     if not are_classes and any(classes for classes, _ in filled):
@@ -170,10 +170,10 @@ def _classes_of_splits(folder):
 
 
 def _images_of(found, left):
-    """`(path, class)` of the images of each split, and a word on the rest.
+    """`(path, class)` of each split's images, and what became of the files.
 
-    Adds to the counts of what was `left`; returns those of what was taken, and
-    the folders of classes without an image, too.
+    Adds to the counts of files `left` out. Also returns the counts of files
+    taken, and the class folders without an image.
     """
     taken, files, empty = collections.Counter(), {}, []
     for split, classes in found.items():
@@ -189,7 +189,7 @@ def _images_of(found, left):
             )
             left["folders in classes"] += len(folders)
             empty += [] if images else [path]
-            # Spread evenly over the split, whatever the size of the class.
+            # Spread evenly over the split, regardless of the class's size.
             random.Random(label).shuffle(images)  # noqa: S311
             places += [
                 ((i + 0.5) / len(images), label, f"{path}/{name}")
@@ -201,7 +201,7 @@ def _images_of(found, left):
 
 @functools.cache
 def _warn_once(folder, counts, empty):
-    """Says what is not used, however often a program opens the folder."""
+    """Warns of unused files once, however often a program opens the folder."""
     words = ", ".join(empty[:8])
     words = f" Classes without an image, which count: {words}." if empty else ""
     warn(

@@ -4,11 +4,16 @@ Axes: B images in the batch, H and W height and width in pixels.
 """
 
 import os
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from keras_vmoe._checks import is_integer
 from keras_vmoe._preprocessing import Preprocessing
+from keras_vmoe._typing import Tensor
 from keras_vmoe.data.orientation import upright
 from keras_vmoe.data.tensorflow_runtime import checked
 from keras_vmoe.data.tensorflow_runtime import tf
@@ -18,23 +23,28 @@ NO_IMAGE_MEND = "Convert the file, or leave it out."
 STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF")
 
 
-def preprocess(image, image_size, channels=None, preprocessing=None):
+def preprocess(
+    image: Tensor,
+    image_size: int | Sequence[int],
+    channels: int | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+) -> Tensor:
     """Turns one decoded image into a model's input, as in evaluation.
 
-    The image is converted to the channels, resized to `image_size` (with
-    antialiasing; the aspect ratio is not kept, and nothing is cropped) and
+    The image is converted to `channels`, resized to `image_size` (with
+    antialiasing, without keeping the aspect ratio, and without a crop) and
     normalized.
 
-    The dtype gives the scale of the pixels, as in `tf.image`: uint8 and other
-    integers 0 to 255, uint16 0 to 65535, floats 0 to 1. Other values are
-    refused.
+    The dtype determines the scale of the pixels, as in `tf.image`: uint8 and
+    other integers 0 to 255, uint16 0 to 65535, floats 0 to 1. Values outside
+    are an error.
 
     Args:
         image: `(H, W, C)` array or tensor with 1 (gray), 2 (gray and alpha), 3
             (RGB), 4 (RGB and alpha) or more channels.
         image_size: Integer or pair `(height, width)`, in pixels.
-        channels: Integer, channels of the result; None takes those of
-            `preprocessing`.
+        channels: Integer, channels of the result; None takes
+            `preprocessing`'s.
         preprocessing: A `Preprocessing`, such as `model.preprocessing`; None
             means the default, to [-1, 1].
 
@@ -42,8 +52,8 @@ def preprocess(image, image_size, channels=None, preprocessing=None):
         float32 TensorFlow tensor `(height, width, channels)`.
 
     Raises:
-        ValueError: The shape, the dtype, a pixel or `image_size` is not as
-            above. Inside `tf.data` a wrong pixel raises
+        ValueError: The shape, the dtype, a pixel or `image_size` is invalid.
+            Inside `tf.data` an invalid pixel raises
             `tf.errors.InvalidArgumentError` with the same message.
 
     Example:
@@ -63,21 +73,21 @@ def preprocess(image, image_size, channels=None, preprocessing=None):
 
 
 def read_images(
-    paths,
-    image_size,
-    test_crop=None,
-    channels=None,
-    exif_orientation=None,
-    preprocessing=None,
-):
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    image_size: int | Sequence[int],
+    test_crop: float | None = None,
+    channels: int | None = None,
+    exif_orientation: bool | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+) -> np.ndarray:
     """Reads image files into a batch, preprocessed as in evaluation.
 
     Args:
         paths: A path or a list of paths of PNG, JPEG, WebP, BMP or GIF files.
-            Of an animated GIF the first frame is read.
+            For an animated GIF, the first frame is read.
         image_size: Integer or pair `(height, width)`, in pixels.
-        test_crop, channels, exif_orientation: What is not None takes the place
-            of that of `preprocessing`.
+        test_crop, channels, exif_orientation: Values that are not None
+            override those of `preprocessing`.
         preprocessing: A `Preprocessing`, such as `model.preprocessing`; None
             means the default, to [-1, 1].
 
@@ -86,7 +96,7 @@ def read_images(
 
     Raises:
         FileNotFoundError: A file does not exist.
-        OSError: A file cannot be read or decoded. Its path is in the message.
+        OSError: A file cannot be read or decoded. The message has its path.
         ValueError: `paths` is empty, or `image_size` is invalid.
 
     Example:
@@ -146,7 +156,7 @@ def _read_image(path, size, wanted):
 
 
 def decoded(content, size, preprocessing):
-    """The pixels of an encoded image, as in evaluation.
+    """Decodes an image to pixels, as in evaluation.
 
     Args:
         content: Scalar string tensor or bytes.
@@ -168,12 +178,12 @@ def decoded(content, size, preprocessing):
 
 
 def decoder_of(feature, channels=None):
-    """The function from encoded images of a TFDS feature to their pixels.
+    """Returns the function that decodes images of a TFDS feature to pixels.
 
-    These have the channels of the feature, unless others are given.
+    The pixels have the feature's channels, unless `channels` is given.
 
-    What a file holds counts: of an animation, also in a file that is called a
-    JPEG, the first frame is read, which TFDS's own decoder does not do.
+    The content of a file counts, not its name: the first frame of an animation
+    is read even if the file is named a JPEG. TFDS's own decoder does not.
     """
 
     def decode(content):
@@ -187,9 +197,9 @@ def decoder_of(feature, channels=None):
 
 
 def named_if_none(content, path):
-    """The content of a file, or an error that names it if it is no image.
+    """Returns a file's content, or an error with its path if it is no image.
 
-    TensorFlow's decoder does not know the file.
+    TensorFlow's decoder does not know the path.
     """
     is_image = [tf.strings.substr(content, 0, len(x)) == x for x in STARTS]
     message = (
@@ -201,8 +211,8 @@ def named_if_none(content, path):
 def to_channels(image, size, preprocessing, fast=False):
     """Maps a decoded image to pixels `(*size, channels)` in [0, 255].
 
-    As `preprocess` does, or by a `fast` resize, where there is one; the result
-    is uint8 where no pixel was computed, otherwise float32.
+    As `preprocess` does, or with a `fast` resize where one exists. The result
+    is uint8 if no pixel was computed, otherwise float32.
     """
     channels = preprocessing.channels
     stored = image.shape[-1] if image.shape.rank == 3 else None
@@ -214,12 +224,12 @@ def to_channels(image, size, preprocessing, fast=False):
             f"Received: image.shape={tuple(image.shape)}, channels={channels}. "
             "Set `channels`."
         )
-    # Alpha and copies of gray would only make the resize slower.
+    # Alpha and copies of gray would only slow down the resize.
     if stored != channels:
         image = image[..., : 3 if stored > 2 else 1]
     image = _to_pixels(image)
     if channels == 1 and stored > 2:
-        # In floats: of bytes TensorFlow truncates the result.
+        # In floats: on bytes TensorFlow truncates the result.
         image = tf.image.rgb_to_grayscale(tf.cast(image, tf.float32))
     if tuple(image.shape[:2]) != size:
         is_fast = fast and preprocessing.interpolation == "bilinear"
@@ -233,17 +243,17 @@ def _resize(image, size, interpolation):
     image = tf.image.resize(image, size, interpolation, antialias=True)
     if interpolation == "bilinear":
         return image
-    return tf.clip_by_value(image, 0, 255)  # What bicubic weights overshoot.
+    return tf.clip_by_value(image, 0, 255)  # Bicubic weights overshoot.
 
 
 def resize_by_area(image, size, interpolation="bilinear"):
-    """The resize of training images: fast, and close to that of evaluation.
+    """Resizes training images: fast, and close to evaluation's resize.
 
-    Where both sides shrink, a new pixel is the mean of the area it covers. This
+    If both sides shrink, a new pixel is the mean of the area it covers. This
     takes a quarter of the time of the antialiased resize, whose kernel is twice
-    as wide; on photographs that shrink by 1 to 4 the two differ by a PSNR of
-    34 to 60 dB. Where no side shrinks, plain bilinear interpolation gives the
-    same pixels in a quarter of the time.
+    as wide. On photographs that shrink by 1 to 4, the two agree to a PSNR of
+    34 to 60 dB. If no side shrinks, plain bilinear interpolation gives the same
+    pixels in a quarter of the time.
     """
     sides = tf.shape(image)[:2]
     grows, shrinks = (tf.reduce_all(x) for x in (sides <= size, sides >= size))
@@ -303,14 +313,14 @@ def random_crop(image, padding, seed):
 def decode_and_crop(image, decode, area, seed):
     """Decodes a random window of an image (the crop of Inception).
 
-    Of a JPEG only the window is decoded. Its aspect ratio is 3/4 to 4/3 where
+    For a JPEG, only the window is decoded. Its aspect ratio is 3/4 to 4/3 if
     the image has room for it.
 
     Args:
         image: Encoded bytes, or `(H, W, channels)` pixels.
         decode: Function from the bytes to pixels; None for pixels.
-        area: Lowest and highest share of the area that the window has.
-        seed: Pair of integers, which determines the window.
+        area: Lowest and highest share of the image's area in the window.
+        seed: Pair of integers that determines the window.
 
     Reference:
         [Szegedy et al., 2015](https://arxiv.org/abs/1409.4842), section 6.
@@ -347,10 +357,10 @@ def decode_and_crop(image, decode, area, seed):
 
 
 def center_crop(image, size, share):
-    """The center of an image, as evaluation crops it.
+    """Crops the center of an image, as in evaluation.
 
-    It has the aspect ratio of `size`, and sides of this share of the largest
-    such window.
+    The crop has the aspect ratio of `size`. Its sides are this share of those
+    of the largest such window.
     """
     sides = tf.cast(tf.shape(image)[:2], tf.float32)
     wanted = tf.constant(size, tf.float32)
@@ -360,7 +370,7 @@ def center_crop(image, size, share):
 
 
 def _window(image, begin, size):
-    """A window of an image, of which the number of channels stays known."""
+    """A window of an image, with a static number of channels."""
     window = tf.slice(image, tf.pad(begin, [[0, 1]]), [*tf.unstack(size), -1])
     return tf.ensure_shape(window, (None, None, image.shape[-1]))
 

@@ -6,7 +6,15 @@ Axes: B images in the batch, H and W height and width in pixels.
 import contextlib
 import functools
 import operator
+import os
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import TypeAlias
 
+import keras
 import numpy as np
 
 from keras_vmoe._checks import check_sizes
@@ -27,81 +35,85 @@ from keras_vmoe.data.sources import open_builder
 from keras_vmoe.data.tensorflow_runtime import tf
 from keras_vmoe.data.tensorflow_runtime import tfds
 
-ENDS = 16  # Examples of each end of a split whose classes are compared.
+if TYPE_CHECKING:
+    import tensorflow
+
+Changes: TypeAlias = Augmentation | keras.layers.Layer | Callable[..., Any]
+ENDS = 16  # Examples to compare at each end of a split.
 
 
 def load(
-    name,
-    split,
-    image_size,
-    batch_size,
-    training,
-    data_dir=None,
+    name: str,
+    split: str,
+    image_size: int | Sequence[int],
+    batch_size: int,
+    training: bool,
+    data_dir: str | os.PathLike[str] | None = None,
     *,
-    num_classes=None,
-    seed=0,
-    epoch=None,
-    class_weights=None,
-    augmentation=None,
-    one_hot=False,
-    test_crop=None,
-    drop_remainder=None,
-    shuffle_buffer=10_000,
-    skip_corrupt=False,
-    cache=False,
-    shard=None,
-    channels=None,
-    exif_orientation=None,
-    preprocessing=None,
-    label=None,
-):
+    num_classes: int | None = None,
+    seed: int = 0,
+    epoch: int | None = None,
+    class_weights: Sequence[float] | np.ndarray | None = None,
+    augmentation: Changes | Sequence[Changes] | None = None,
+    one_hot: bool = False,
+    test_crop: float | None = None,
+    drop_remainder: bool | None = None,
+    shuffle_buffer: int = 10_000,
+    skip_corrupt: bool = False,
+    cache: bool = False,
+    shard: tuple[int, int] | None = None,
+    channels: int | None = None,
+    exif_orientation: bool | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+    label: str | None = None,
+) -> "tensorflow.data.Dataset":
     """Loads an image-classification dataset as batches for a model.
 
     One pass is one epoch. In training, order and augmentation differ from epoch
-    to epoch; a second run with the same seed, and the same
-    `keras.utils.set_random_seed`, repeats them. In evaluation examples come in
-    the order of the files (of a folder: of each class in turn, so that every
-    slice has its share). Images are resized and normalized as by
-    `preprocess`. Nothing is downloaded. See docs/data.md.
+    to epoch. A second run with the same seed, and the same
+    `keras.utils.set_random_seed`, repeats them. In evaluation, examples come in
+    file order (in a folder of images, the classes take turns, so every slice
+    has its share). Images are resized and normalized as in `preprocess`.
+    Nothing is downloaded. See docs/data.md.
 
     Args:
         name: String, a TFDS dataset: `"cifar10"`, `"name/config"` or
-            `"name:1.0.0"`; `"digits"`, which is embedded in this package; or
+            `"name:1.0.0"`; `"digits"`, embedded in this package; or
             `"image_folder"`: `data_dir/split/class/image.jpg`, or
-            `data_dir/class/image.jpg` with the one split `"train"`.
+            `data_dir/class/image.jpg` with the single split `"train"`.
         split: String, with TFDS's slices and sums, such as `"train[:90%]"`.
         image_size: Integer or pair `(height, width)`, in pixels.
         batch_size: Integer B.
         training: Boolean, whether to shuffle, augment and drop.
-        data_dir: Folder of TFDS datasets. None is TFDS's own, and for
+        data_dir: Folder of TFDS datasets. None means TFDS's default, and for
             `"digits"` the user's cache.
         num_classes: Integer, labels must lie in `[0, num_classes)`. None takes
             it from the dataset.
         seed: Integer of at least 0, seed of the order and the augmentation.
-        epoch: Optional integer of at least 0: every pass is this epoch of a
-            training with this seed, so that a run can be resumed.
+        epoch: Optional integer of at least 0: every pass is this epoch of
+            training with this seed, so a run can be resumed.
         class_weights: Optional positive number per class: how often its images
             are drawn in training, relative to others. An epoch keeps its
             length.
-        augmentation: Of the training images: an `Augmentation`, whose epochs
-            can be repeated; an image augmentation layer of `keras_cv.layers` or
-            `keras.layers`; a function from images `(B, H, W, channels)` in
-            [0, 255] and labels to both; or a list of these, an `Augmentation`
-            first. See docs/data.md.
+        augmentation: Changes of training images: an `Augmentation`, whose
+            epochs can be repeated; an image augmentation layer of
+            `keras_cv.layers` or `keras.layers`; a function from images
+            `(B, H, W, channels)` in [0, 255] and labels to both; or a list of
+            these, an `Augmentation` first. See docs/data.md.
         one_hot: Boolean, whether labels are one-hot; mixed labels always are.
         test_crop: Optional share of the shorter side, in (0, 1], that the
             center crop of evaluation keeps; None takes `preprocessing`'s.
-        drop_remainder: Boolean, whether to drop a last batch that is not full.
-            None drops it in training only.
+        drop_remainder: Boolean, whether to drop a partial last batch. None
+            drops it in training only.
         shuffle_buffer: Integer, number of stored examples to draw from.
         skip_corrupt: Boolean, whether to skip corrupt records and images, with
-            warnings. All files are read once before.
+            warnings. All files are read once beforehand.
         cache: Boolean, whether to cache the stored examples in memory.
         shard: Optional pair `(index, count)`: reads the share of host `index`
             of `count`.
         channels: Integer, channels of the images; None takes
             `preprocessing`'s.
-        exif_orientation: Boolean, whether images are turned upright; None takes
+        exif_orientation: Boolean, whether to turn images upright; None takes
             `preprocessing`'s.
         preprocessing: A `Preprocessing`, such as `model.preprocessing`. None
             means the default, to [-1, 1].
@@ -112,8 +124,8 @@ def load(
     Returns:
         A `tf.data.Dataset` of `(images, labels)`: float32
         `(B, H, W, channels)`, and int32 `(B,)` or float32 `(B, num_classes)`.
-        A model of another mean, standard deviation or orientation refuses it,
-        unless it was mapped, batched or cut since.
+        A model with another mean, standard deviation or orientation rejects it,
+        unless it has since been mapped, batched or cut.
 
     Raises:
         ValueError: An unknown or unprepared dataset or split, a dataset without
@@ -136,20 +148,20 @@ def load(
     size = check_image_size(image_size)
     check_sizes(batch_size=batch_size, shuffle_buffer=shuffle_buffer)
     check_sizes(0, seed=seed, epoch=0 if epoch is None else epoch)
-    preprocessing = Preprocessing.of(
+    wanted = Preprocessing.of(
         preprocessing,
         test_crop=test_crop,
         channels=channels,
         exif_orientation=exif_orientation,
     )
-    augmentation, batch_change = batch_changes.split(augmentation)
-    augmentation.check_channels(preprocessing.channels)
+    changes, batch_change = batch_changes.split(augmentation)
+    changes.check_channels(wanted.channels)
     if not training:
-        augmentation, batch_change = Augmentation(), None
+        changes, batch_change = Augmentation(), None
     if drop_remainder is None:
         drop_remainder = training
     mixes = batch_change is not None and batch_change.mixes
-    one_hot = one_hot or augmentation.mixes or mixes
+    one_hot = one_hot or changes.mixes or mixes
     builder = open_builder(name, data_dir)
     schema = read_schema(name, builder.info, label)
     num_classes = resolve_num_classes(name, schema, num_classes)
@@ -161,7 +173,7 @@ def load(
     )
     _check_order(builder, whole, schema.label)
     if batch_change is not None:
-        shape = (*size, preprocessing.channels)
+        shape = (*size, wanted.channels)
         batch_change.try_out(shape, num_classes, one_hot)
     pipeline = Pipeline(
         builder=builder,
@@ -170,11 +182,11 @@ def load(
         num_examples=num_examples,
         num_classes=num_classes,
         size=size,
-        preprocessing=preprocessing,
+        preprocessing=wanted,
         seed=seed if epoch is None else seed_of_epoch(seed, epoch),
         is_one_epoch=epoch is not None,
         class_weights=class_weights,
-        augmentation=augmentation,
+        augmentation=changes,
         one_hot=one_hot,
         batch_change=batch_change,
         is_training=training,
@@ -184,13 +196,13 @@ def load(
     examples = pipeline.examples(shuffle_buffer)
     dataset = pipeline.batches(examples, batch_size, bool(drop_remainder))
     # For `fit`, `evaluate` and `predict` of a model.
-    dataset.preprocessing = preprocessing
+    dataset.preprocessing = wanted
     return dataset
 
 
 def _part_of(name, builder, split, shard, training, skip_corrupt, least):
-    """The part of a split that is read, and its number of examples."""
-    count_examples(name, builder, split)  # Raises if there is no such split.
+    """The part of a split to read, and its number of examples."""
+    count_examples(name, builder, split)  # Raises if it does not exist.
     if skip_corrupt:
         split = skip_corrupt_records(builder, split)
     if shard is not None:
@@ -209,13 +221,13 @@ def _part_of(name, builder, split, shard, training, skip_corrupt, least):
 
 
 def _check_order(builder, split, label):
-    """Warns if slices are cut from a split stored class by class."""
+    """Warns if slices are taken from a split stored class by class."""
     splits = builder.info.splits
     parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
     for part in parts:
         size = splits[part.splitname].num_examples
         is_slice = (part.from_ or 0, part.to or size) != (0, size)
-        # The order of folders and of the embedded digits is ours.
+        # We order folders and the embedded digits ourselves.
         ours = isinstance(builder, ImageFolder) or builder.name == "digits"
         if is_slice and size >= 2 * ENDS and not ours:
             _check_ends(builder.data_path, part.splitname, label)
@@ -223,7 +235,7 @@ def _check_order(builder, split, label):
 
 @functools.cache
 def _check_ends(folder, split, label):
-    """Warns if the ends of a split are of one class each; reads them once."""
+    """Warns if each end of a split has one class only; reads them once."""
     labels = tfds.builder_from_directory(folder).as_dataset(
         f"{split}[:{ENDS}]+{split}[-{ENDS}:]",
         read_config=tfds.ReadConfig(
@@ -233,7 +245,7 @@ def _check_ends(folder, split, label):
         ),
         decoders=tfds.decode.PartialDecoding({label: True}),
     )
-    # What cannot be read is an error where it is read in earnest.
+    # Unreadable records raise later, when they are actually used.
     with contextlib.suppress(tf.errors.OpError):
         labels = [int(x[label]) for x in labels.as_numpy_iterator()]
         first, last = set(labels[:ENDS]), set(labels[ENDS:])
@@ -266,7 +278,7 @@ def _shard_of(split, shard, training):
 
 
 def _check_weights(weights, num_classes, training):
-    """The weights of the classes in training, nothing in evaluation."""
+    """The class weights in training, None in evaluation."""
     if weights is None:
         return None
     try:

@@ -8,7 +8,7 @@ from keras_vmoe.data.tensorflow_runtime import tf
 
 
 def _partners(images, labels, seed, alpha):
-    """Images, their partners, those' labels, a share of Beta(alpha, alpha)."""
+    """Images, partners, partners' labels, shares from Beta(alpha, alpha)."""
     seeds = tf.random.split(seed, 3)
     count = tf.shape(images)[0]
     order = tf.argsort(tf.random.stateless_uniform((count,), seeds[0]))
@@ -16,7 +16,7 @@ def _partners(images, labels, seed, alpha):
         tf.random.stateless_gamma((count,), seeds[i], alpha) for i in (1, 2)
     )
     share = tf.math.divide_no_nan(mine, mine + other)
-    # Gathered as they are, which is mostly as bytes.
+    # Gathered before the cast: images are mostly still bytes.
     images, others = (
         tf.cast(x, tf.float32) for x in (images, tf.gather(images, order))
     )
@@ -35,7 +35,7 @@ def mixup(alpha, images, labels, seed):
 def cutmix(alpha, images, labels, seed):
     """CutMix ([Yun et al., 2019](https://arxiv.org/abs/1905.04899)).
 
-    The label's share is that of the area that is pasted.
+    Labels are mixed by the share of the pasted area.
     """
     seeds = tf.random.split(seed, 3)
     images, others, their_labels, share = _partners(
@@ -50,8 +50,8 @@ def cutmix(alpha, images, labels, seed):
         is_inside = (begin[:, None] <= place) & (place < end[:, None])
         inside.append(tf.cast(is_inside, tf.float32))
     rows, columns = inside
-    # By arithmetic, as `tf.where` is slow; with the channels in the columns, as
-    # broadcasting few numbers is slow.
+    # Arithmetic, because `tf.where` is slow. The channels are in the columns,
+    # because broadcasting few numbers is slow.
     columns_of_all = tf.repeat(columns, shape[3], axis=1)
     pasted = rows[:, :, None] * columns_of_all[:, None]
     pasted = tf.reshape(pasted, shape)

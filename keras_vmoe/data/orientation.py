@@ -1,20 +1,20 @@
-"""The orientation that EXIF notes in JPEG, PNG and WebP files, in a graph.
+"""The EXIF orientation of JPEG, PNG and WebP files, read in a graph.
 
-TensorFlow decodes pixels as they are stored: photographs of phones lie on their
-side. Written in its operations, this runs in `tf.data` and in a served graph
-alike. Damaged EXIF counts as none.
+TensorFlow decodes pixels as stored, so photographs from phones lie on their
+side. This module uses only its operations, and so runs in `tf.data` and in a
+served graph alike. Damaged EXIF counts as none.
 """
 
 from keras_vmoe.data.tensorflow_runtime import tf
 
 TAG = 0x0112
-# What precedes EXIF. Of a JPEG it is in one of the first segments.
+# Marks before EXIF. In a JPEG it is in one of the first segments.
 JPEG, PNG, WEBP = b"Exif\0\0", b"eXIf", b"EXIF"
 SEGMENT = 2**16  # The longest EXIF of a JPEG, in bytes.
 
 
 def upright(image, content):
-    """Turns decoded pixels as the EXIF of their file says.
+    """Turns decoded pixels upright, according to the EXIF of their file.
 
     Args:
         image: `(H, W, C)` tensor, decoded from the file.
@@ -33,7 +33,7 @@ def upright(image, content):
             tf.reduce_any(number == numbers)
             for numbers in ([3, 4, 7, 8], [2, 3, 6, 7])
         ]
-        # A slice of dynamic strides takes longer than decoding.
+        # A slice with dynamic strides takes longer than decoding.
         return tf.raw_ops.Reverse(tensor=swapped, dims=[*mirrored, False])
 
     channels = image.shape[-1]
@@ -42,7 +42,7 @@ def upright(image, content):
 
 
 def orientation(content):
-    """The EXIF orientation of a file, 1 to 8, as int32; 1 where it has none."""
+    """Returns the EXIF orientation, 1 to 8, as int32; 1 without EXIF."""
 
     def after(content, mark):
         parts = tf.strings.split(content, mark, maxsplit=1)
@@ -73,13 +73,13 @@ def _of_tiff(tiff):
     """The orientation in the first directory of a TIFF file."""
     is_little = tf.strings.substr(tiff, 0, 4) == b"II*\0"
     is_big = tf.strings.substr(tiff, 0, 4) == b"MM\0*"
-    # Zeros: an offset that leads out of the file finds no entries.
+    # With zeros, an offset beyond the end of the file finds no entries.
     data = tf.io.decode_raw(tf.strings.join([tiff, b"\0" * 8]), tf.uint8)
     data = tf.cast(data, tf.int64)
 
     def number(digits):
         size = digits.shape[-1]
-        powers = [256**i for i in range(size)]  # A slice backwards is logged.
+        powers = [256**i for i in range(size)]  # A reversed slice is logged.
         powers = tf.where(is_little, powers, powers[::-1])
         powers = tf.cast(powers, tf.int64)
         return tf.reduce_sum(digits * powers, -1)
@@ -93,6 +93,6 @@ def _of_tiff(tiff):
     values = number(entries[:, 8:10])
     good = (number(entries[:, :2]) == TAG) & (values >= 1) & (values <= 8)
     found = tf.reduce_max(tf.where(good, values, 1))
-    # Of no entries the maximum is the least integer.
+    # Without entries, the maximum is the smallest integer.
     found = tf.where(is_little | is_big, tf.maximum(found, 1), 1)
     return tf.cast(found, tf.int32)

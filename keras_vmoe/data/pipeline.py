@@ -55,9 +55,9 @@ class Pipeline:
     cache: bool = False
 
     def examples(self, shuffle_buffer=1):
-        """Stored examples, each with a random number: `(example, number)`.
+        """Returns stored examples with random numbers: `(example, number)`.
 
-        In training they are shuffled, and repeated where the augmentation is.
+        In training they are shuffled, and repeated if augmentation is.
         """
         dataset = self._read()
         if self.cache:
@@ -78,27 +78,27 @@ class Pipeline:
                 lambda x: tf.data.Dataset.from_tensors(x).repeat(repeats)
             )
             dataset = _cut(dataset, self.num_examples)
-        # A function of the seed, the epoch and the example's position in it:
+        # A function of the seed, the epoch and the example's position in it, so
         # crops do not depend on threads.
         numbers = self._numbers()
         if self.class_weights is None:
             return tf.data.Dataset.zip(dataset, numbers)
-        # Each pass of an epoch draws others, as the numbers go on.
+        # Each pass within an epoch draws new examples: the numbers continue.
         dataset = tf.data.Dataset.zip(dataset.repeat(), numbers)
         return _cut(dataset.filter(self._is_drawn), self.num_examples)
 
     def _numbers(self):
-        """Random numbers, others in every pass unless that is one epoch's."""
+        """Random numbers, new in every pass unless it is one epoch only."""
         return tf.data.Dataset.random(
             self.seed, rerandomize_each_iteration=not self.is_one_epoch
         )
 
     def _is_drawn(self, example, number):
-        """Whether an example is used, by its class's weight."""
+        """Whether an example is drawn, according to its class's weight."""
         weights = tf.constant(self.class_weights)
         label = tf.cast(example[self.schema.label], tf.int32)
         label = tf.clip_by_value(label, 0, self.num_classes - 1)
-        # Another random number than those of the example's crop.
+        # Independent of the random numbers of the example's crop.
         x = tf.random.stateless_uniform((), [number, self.seed + 1])
         return x * tf.reduce_max(weights) < weights[label]
 
@@ -107,7 +107,7 @@ class Pipeline:
         """Whether the copies of an image are decoded together.
 
         Not if each has its own random crop, some are left out, or corrupt
-        images are named.
+        images are reported.
         """
         return (
             self.augmentation.repeats > 1
@@ -117,11 +117,11 @@ class Pipeline:
         )
 
     def batches(self, examples, batch_size, drop_remainder):
-        """Batches `(images, labels)` of what `examples` returns."""
+        """Returns batches `(images, labels)` of the output of `examples`."""
         if self.skip_corrupt:
             dataset = self.decoded(examples).filter(_is_readable())
             dataset = dataset.map(lambda *decoded: decoded[:3])
-            if self.is_training:  # Others take the place of corrupt ones.
+            if self.is_training:  # Others replace corrupt ones.
                 dataset = _cut(dataset.repeat(), examples.cardinality())
         else:
             dataset = examples.map(self._image, tf.data.AUTOTUNE)
@@ -132,7 +132,7 @@ class Pipeline:
         return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
 
     def _every_nth(self, dataset, n):
-        """A share `1 / n` of the examples, which differs by epoch."""
+        """A share `1 / n` of the examples, different in each epoch."""
         size, chosen = self.num_examples, -(-self.num_examples // n)
         offsets = (
             self._numbers()
@@ -149,8 +149,8 @@ class Pipeline:
     def decoded(self, examples):
         """Decodes images one by one: `(image, label, number, name, is_good)`.
 
-        An image that cannot be decoded is black. `examples` is what the method
-        of this name returns, with `skip_corrupt`.
+        An image that cannot be decoded is black. `examples` is the output of
+        the method of this name, with `skip_corrupt`.
         """
         spec = examples.map(self._image).element_spec[0]
 
@@ -174,7 +174,7 @@ class Pipeline:
     def _read(self):
         """Reads examples with images as stored, mostly compressed.
 
-        They are decoded after the shuffle, whose buffer would otherwise hold
+        They are decoded after the shuffle. Otherwise its buffer would hold
         decoded photographs (5 GB of them for ImageNet).
         """
         shuffles = self.is_training
@@ -190,7 +190,7 @@ class Pipeline:
             enable_ordering_guard=False,
             try_autocache=False,
             skip_prefetch=True,
-            add_tfds_id=self.skip_corrupt,  # To name what is skipped.
+            add_tfds_id=self.skip_corrupt,  # Names skipped examples.
         )
         skip = {schema.image: tfds.decode.SkipDecoding()}
         with _without_tfds_warnings():
@@ -205,7 +205,7 @@ class Pipeline:
             )
 
     def _image(self, example, number):
-        """From a stored example to an augmented image, a label, the number."""
+        """Maps a stored example to an augmented image, a label, the number."""
         if not self._decodes_once:
             example = self._with_pixels(example, number)
         image = example[self.schema.image]
@@ -214,12 +214,12 @@ class Pipeline:
             image = random_crop(image, padding, [number, self.seed])
         change = make_change(self.augmentation)
         if change is not None:
-            # Another seed than that of the crop.
+            # A different seed from the crop's.
             image = _traced(change, image, tf.stack([number, ~self.seed]))
         return image, tf.cast(example[self.schema.label], tf.int64), number
 
     def _with_pixels(self, example, number=None):
-        """An example whose image is decoded to pixels of the right size."""
+        """An example with its image decoded to pixels of the right size."""
         image = stored = example[self.schema.image]
         decode = None
         if self.schema.is_encoded:
@@ -244,9 +244,9 @@ class Pipeline:
 
     @property
     def _turns(self):
-        """Whether images are turned as EXIF says.
+        """Whether images are turned upright, according to EXIF.
 
-        Those of one size were encoded from pixels, without EXIF.
+        Images of a fixed size were encoded from pixels, without EXIF.
         """
         shape = self.builder.info.features[self.schema.image].shape
         return self.preprocessing.exif_orientation and None in shape[:2]
@@ -256,7 +256,7 @@ class Pipeline:
         labels = self._checked_labels(labels)
         mix = make_mix(self.augmentation)
         if mix is not None:
-            # Another seed than that of the first image's changes.
+            # A different seed from the first image's changes.
             seed = tf.stack([~numbers[0], ~self.seed])
             images, labels = _traced(mix, images, labels, seed)
         images = tf.cast(images, tf.float32)
@@ -266,7 +266,7 @@ class Pipeline:
 
     def _checked_labels(self, labels):
         """Labels in range, one-hot if wanted."""
-        # By the batch: one by one they cost as much as decoding a small image.
+        # Per batch: one by one, it costs as much as decoding a small image.
         message = (
             f"Labels must lie in [0, {self.num_classes}). "
             "Received: label={shown} "
@@ -283,7 +283,7 @@ class Pipeline:
 
 
 def _traced(function, *inputs):
-    """Applies a `tf.function`, traced once and not for each pipeline."""
+    """Applies a `tf.function`, traced once rather than per pipeline."""
     specs = [tf.TensorSpec(x.shape, x.dtype) for x in inputs]
     with tf.init_scope():
         function = function.get_concrete_function(*specs)
@@ -291,20 +291,20 @@ def _traced(function, *inputs):
 
 
 def _cut(dataset, length):
-    """The first examples of a dataset that has at least so many."""
+    """The first `length` examples of a dataset with at least so many."""
     length_is_known = tf.data.experimental.assert_cardinality(length)
     return dataset.take(length).apply(length_is_known)
 
 
 def seed_of_epoch(seed, epoch):
-    """A seed below 2**31 for one epoch of a training with a seed."""
+    """Returns a seed below 2**31 for one epoch of training with `seed`."""
     state = np.random.SeedSequence([seed, epoch]).generate_state(1)
     return int(state[0] >> 1)
 
 
 @functools.cache
 def _is_readable():
-    """A filter of readable images, which warns of each other one once."""
+    """A filter of readable images; warns once of each unreadable one."""
     skipped = set()  # Training reopens its datasets every epoch.
 
     def skip(name):
@@ -330,8 +330,8 @@ def _is_readable():
 def _without_tfds_warnings():
     """Suppresses warnings of TFDS while it opens a dataset.
 
-    It warns that an ordered dataset is shuffled, which is done on purpose, and
-    of its own use of a deprecated property.
+    It warns that an ordered dataset is shuffled, which is intended, and of its
+    own use of a deprecated property.
     """
     logger = logging.getLogger("absl")
     level = logger.level

@@ -2,6 +2,7 @@
 
 import dataclasses
 import operator
+import os
 
 from keras_vmoe._checks import nearest
 from keras_vmoe.data.folders import ImageFolder
@@ -11,17 +12,17 @@ from keras_vmoe.data.tensorflow_runtime import tfds
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """What is known of a dataset before its images are read.
+    """Facts about a dataset that are known before its images are read.
 
     Attributes:
         name: String, as given to `info` and `load`.
-        num_classes: Integer, or None where the dataset does not say.
+        num_classes: Integer, or None if the dataset does not define it.
         class_names: Tuple of strings, one per class; empty without classes.
         splits: Dictionary of split name to number of examples.
-        image_shape: `(H, W, channels)` as stored, in pixels. Sides that differ
+        image_shape: `(H, W, channels)` as stored, in pixels. Sides that vary
             between images are None.
-        files: Of a folder of images, how many files of which kinds were taken
-            and left out, in words.
+        files: For a folder of images, the numbers of files taken and left out
+            by kind, as text.
     """
 
     name: str
@@ -40,10 +41,14 @@ class Schema:
     label: str  # Key of the feature.
     channels: int
     is_encoded: bool  # Whether images are stored as PNG or JPEG.
-    num_classes: int | None  # None where the dataset does not say.
+    num_classes: int | None  # None if the dataset does not define it.
 
 
-def info(name, data_dir=None, label=None):
+def info(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    label: str | None = None,
+) -> DatasetInfo:
     """Describes a dataset: classes, splits and stored image shape.
 
     Args:
@@ -70,11 +75,11 @@ def info(name, data_dir=None, label=None):
     builder = open_builder(name, data_dir)
     tfds_info = builder.info
     schema = read_schema(name, tfds_info, label)
-    label = tfds_info.features[schema.label]
+    classes = tfds_info.features[schema.label]
     return DatasetInfo(
         name=name,
         num_classes=schema.num_classes,
-        class_names=tuple(label.names) if schema.num_classes else (),
+        class_names=tuple(classes.names) if schema.num_classes else (),
         splits={k: s.num_examples for k, s in tfds_info.splits.items()},
         image_shape=tuple(tfds_info.features[schema.image].shape),
         files=getattr(builder, "counts", None),
@@ -82,7 +87,7 @@ def info(name, data_dir=None, label=None):
 
 
 def read_schema(name, tfds_info, label=None):
-    """Finds the image and the label of a dataset, or raises a ValueError."""
+    """Finds the image and label of a dataset, or raises a ValueError."""
     features = dict(getattr(tfds_info.features, "items", dict)())
     for image, key in _candidate_keys(tfds_info.supervised_keys):
         key = key if label is None else label
@@ -131,7 +136,7 @@ def _is_label(feature):
 
 
 def resolve_num_classes(name, schema, num_classes):
-    """The number of classes: the caller's, or the dataset's own for None."""
+    """Returns the number of classes: the caller's, else the dataset's."""
     known = schema.num_classes
     if num_classes is None and known is None:
         raise ValueError(
@@ -151,7 +156,7 @@ def resolve_num_classes(name, schema, num_classes):
 
 
 def num_images(name, split, data_dir=None):
-    """How many images a split has, corrupt ones included; see `load`."""
+    """Returns the number of images in a split, corrupt ones included."""
     return count_examples(name, open_builder(name, data_dir), split)
 
 
@@ -162,13 +167,13 @@ def _sizes(splits):
 
 
 def count_examples(name, builder, split):
-    """How many examples a split has; raises a ValueError if there is none."""
+    """Returns the size of a split; raises a ValueError if it does not exist."""
     splits = builder.info.splits
     try:
         if isinstance(builder, ImageFolder):
             return builder.num_examples(split)
         return splits[split].num_examples
-    except (  # AttributeError where it is no string.
+    except (  # AttributeError if it is not a string.
         *(AssertionError, AttributeError, LookupError, ValueError),
         NotImplementedError,
     ) as error:
@@ -181,7 +186,7 @@ def count_examples(name, builder, split):
 
 
 def read_values(name, split, key, data_dir=None):
-    """The values of one feature in the order of evaluation.
+    """Returns the values of one feature in evaluation order.
 
     Args:
         name: String, see `load`.
@@ -190,7 +195,7 @@ def read_values(name, split, key, data_dir=None):
         data_dir: Folder that holds the dataset, see `load`.
 
     Returns:
-        List of numpy arrays, one per example.
+        List of NumPy arrays, one per example.
     """
     read = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
     read.enable_ordering_guard = False

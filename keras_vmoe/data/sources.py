@@ -1,4 +1,4 @@
-"""Opens prepared datasets from disk; nothing here downloads."""
+"""Opens prepared datasets from disk, without downloads."""
 
 import os
 import pathlib
@@ -86,13 +86,13 @@ def _broken(name, data_dir, reason):
 
 
 def _not_found(name, data_dir):
-    """The error for a name that no readable dataset has."""
+    """The error for a name without a readable dataset."""
     folder = pathlib.Path(_dataset_folder(str(name), data_dir))
     for file in folder.rglob("dataset_info.json"):
-        # TFDS does not see a dataset without its features.
+        # TFDS does not find a dataset without its features.
         if not (file.parent / "features.json").exists():
             return _broken(name, data_dir, "features.json is missing")
-    # Without those of the community, whose list is on the network.
+    # Without community datasets, whose list is on the network.
     registered = tfds.list_builders(with_community_datasets=False)
     prepared = prepared_datasets(data_dir)
     received = (
@@ -118,7 +118,7 @@ def _not_found(name, data_dir):
 
 
 def prepared_datasets(data_dir):
-    """Lists what is prepared in a folder, as names that `load` accepts."""
+    """Lists the prepared datasets in a folder, as names that `load` accepts."""
     names = set()
     for root in map(pathlib.Path, _data_dirs(data_dir)):
         for depth in ("*/*", "*/*/*"):

@@ -1,6 +1,6 @@
-"""TensorFlow as a reader of images: imported late, and kept off the GPUs.
+"""TensorFlow as an image reader: imported late, and kept off the GPUs.
 
-`tf` and `tfds` stand for the modules, which are imported at first use.
+`tf` and `tfds` stand for the modules, which are imported on first use.
 """
 
 import functools
@@ -10,11 +10,11 @@ import keras
 from keras_vmoe._extras import require
 
 
-# Cached also because AutoGraph leaves cached functions alone: it warns when
-# it meets an import inside a function that `tf.data` maps.
+# Cached also because AutoGraph leaves cached functions alone: it warns about
+# an import inside a function that `tf.data` maps.
 @functools.cache
 def import_tensorflow():
-    """Returns TensorFlow, without its hold on the GPUs where Keras has none.
+    """Returns TensorFlow, kept off the GPUs unless it is the backend.
 
     TensorFlow reserves all memory of every GPU it sees. Under the JAX and
     PyTorch backends it only feeds the model, so the GPUs are hidden from it.
@@ -32,7 +32,7 @@ def import_tfds():
 
 
 class LazyModule:
-    """A module whose names are looked up when they are used."""
+    """A module whose names are looked up on use."""
 
     def __init__(self, load):
         self._load = load
@@ -50,7 +50,7 @@ def hide_gpus(tf):
     try:
         tf.config.set_visible_devices([], "GPU")
     except RuntimeError:
-        # It has started: the program uses TensorFlow itself, and has chosen.
+        # The program has started TensorFlow itself, and chosen its devices.
         pass
 
 
@@ -58,7 +58,7 @@ def checked(value, is_valid, message, shown):
     """Returns `value`, or fails with a message if `is_valid` is False.
 
     `{shown}` in the message becomes the value of the tensor `shown`. Eagerly it
-    is a ValueError; `tf.data` knows no Python exceptions, and raises
+    raises a ValueError. `tf.data` has no Python exceptions, and raises
     `tf.errors.InvalidArgumentError` with the same message.
     """
     if tf.executing_eagerly():

@@ -4,16 +4,16 @@ from keras_vmoe.data.images import decoded
 from keras_vmoe.data.tensorflow_runtime import tf
 
 MAX_PIXELS = 2**25  # 100 MB of decoded RGB.
-# How a PNG begins; its size is in the chunk that must come first.
+# Start of a PNG. The chunk that must come first holds its size.
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 JPEG_SCAN, USUAL_SCANS = b"\xff\xda", 10
 
 
 def decoded_or_nan(content, size, preprocessing, max_pixels=MAX_PIXELS):
-    """As `decoded`; NaN for what is no JPEG or PNG, or of too many pixels.
+    """As `decoded`; NaN unless it is a JPEG or PNG within `max_pixels`.
 
-    An invalid file must not fail the request: a server may have put images of
-    other clients into the same batch.
+    An invalid file must not fail the request: the server may have batched it
+    with images of other clients.
     """
 
     def decode(content):
@@ -29,11 +29,11 @@ def decoded_or_nan(content, size, preprocessing, max_pixels=MAX_PIXELS):
 
 
 def _check_pixels(content, limit):
-    """Fails unless this begins like a JPEG or PNG of at most so many pixels.
+    """Fails unless the header is a JPEG's or PNG's within `limit` pixels.
 
-    Read from the file's header: a few bytes can ask for gigabytes of pixels. A
-    JPEG may also encode all of its pixels in many scans: one of more scans than
-    usual may have the fewer pixels.
+    A few bytes can ask for gigabytes of pixels, so the header is checked first.
+    A JPEG may also encode all of its pixels in many scans: the more scans
+    beyond the usual number, the fewer pixels it may have.
     """
 
     def of_jpeg():
@@ -50,7 +50,7 @@ def _check_pixels(content, limit):
     is_png = tf.equal(tf.strings.substr(content, 0, len(PNG)), PNG)
     is_jpeg = tf.io.is_jpeg(content)
     sides = tf.cond(is_png, of_png, of_jpeg)
-    # Each side as well: the product of two could overflow.
+    # Each side as well: their product could overflow.
     fits = tf.reduce_all(sides <= limit) & (tf.reduce_prod(sides) <= limit)
     return tf.debugging.Assert(
         (is_png | is_jpeg) & fits,

@@ -1,4 +1,4 @@
-"""The architecture of a run: settings over those of a preset or a file."""
+"""The architecture of a run: settings that override a preset or a file."""
 
 import dataclasses
 import pathlib
@@ -20,7 +20,7 @@ from keras_vmoe.training.sizes import family_of
 from keras_vmoe.training.sizes import given
 
 CONFIG, MODEL = "config.yaml", "model.keras"  # In a run folder.
-# What the experts' weights depend on, beside the placement.
+# Settings that the experts' weights depend on, besides the placement.
 EXPERTS = (
     "num_experts", "router", "gate", "hidden_dim", "mlp_ratio",
     "shared_hidden_dim",
@@ -28,19 +28,19 @@ EXPERTS = (
 
 
 def resolved(config):
-    """A `TrainConfig` with every size that its model will have.
+    """Returns a `TrainConfig` with every size of its model.
 
-    What is not set, preprocessing too, is that of the file to start from
-    (`init`), else that of the preset, else the default.
+    Settings that are not set, preprocessing included, come from the file to
+    start from (`init`), else the preset, else the defaults.
 
     Args:
         config: A `TrainConfig`.
 
     Returns:
-        A `TrainConfig`; this function leaves it as it is.
+        A `TrainConfig` that this function would return unchanged.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If settings contradict the file.
     """
     settings, start, family = config.model, None, config.family
@@ -77,25 +77,25 @@ def resolved(config):
 
 
 def _family_of(sizes):
-    """The family of a model, by the names of its sizes."""
+    """The family of a model, according to the names of its sizes."""
     if "num_layers" in sizes:
         return "vit"
     return "swin" if "window_size" in sizes else "convnext"
 
 
 def _patch_size(sizes):
-    """Of a ConvNeXt that names none, as `ConvNeXtMoE` has it."""
+    """The patch size of a ConvNeXt that sets none, as in `ConvNeXtMoE`."""
     return 16 if sizes["isotropic"] else 4
 
 
 def from_scratch(config):
-    """A resolved configuration, without the file that has had its say."""
+    """Returns a resolved configuration without the file to start from."""
     settings = dataclasses.replace(config.model, init=None, upcycle=False)
     return dataclasses.replace(config, model=settings)
 
 
 def check_init(config):
-    """Raises if a run is to fine-tune a model and none is named."""
+    """Raises if a run must fine-tune a model but names none."""
     if config.model.needs_init and config.model.init is None:
         raise ValueError(
             "A recipe for fine-tuning needs a model to start from. Received: "
@@ -153,7 +153,7 @@ def _architecture_of(path):
         _, config_of, _ = FAMILIES[family]
         known = {**SIZES[family], "moe": None, **config_of(arrays)}
         wanted = getattr(arrays, "preprocessing", {})
-        if "channels" in known:  # Not three, of which the mean is.
+        if "channels" in known:  # The mean is for three.
             wanted = {"channels": known["channels"]}
         return {**known, "preprocessing": wanted}
     model = models.load(path, compile=False)
@@ -175,7 +175,7 @@ def _architecture_of(path):
 
 
 def _check_same(settings, start, found, names):
-    """Raises if the settings are not those of the file's model."""
+    """Raises if the settings differ from the file's model."""
     wrong = [
         f"{name}={found.get(name)!r} for {start.get(name)!r}"
         for name in sorted(names)
@@ -190,7 +190,7 @@ def _check_same(settings, start, found, names):
             f"{2 * ours['num_experts']}, or leave `upcycle` out."
         )
     if not settings.upcycle:
-        # Of a dense model, or one to be, it is said once.
+        # If either model is dense, one line is enough.
         names = {**theirs, **ours} if theirs and ours else ["num_experts"]
         wrong += [
             f"moe.{name}={ours.get(name)!r} for {theirs.get(name)!r}"
@@ -202,14 +202,14 @@ def _check_same(settings, start, found, names):
         if ours and all(x.startswith(more) for x in wrong):
             mend = "Leave them out, or let --upcycle make experts of its MLPs."
         raise ValueError(
-            "The architecture is that of the file to start from. Received: "
+            "The architecture must match the file to start from. Received: "
             f"init={settings.init!r} with other settings, {', '.join(wrong)}. "
             f"{mend}"
         )
 
 
 def _experts(sizes):
-    """What the weights of experts depend on, the placement as blocks."""
+    """Settings that experts' weights depend on, with placement as blocks."""
     if sizes["moe"] is None:
         return {}
     moe = models.MoEConfig.from_dict(sizes["moe"])

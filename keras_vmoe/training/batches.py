@@ -13,9 +13,9 @@ from keras_vmoe.training.config import DataConfig
 
 
 def with_splits(config, info):
-    """A configuration whose `validation_share` is cut off `train_split`.
+    """Returns a configuration with `validation_share` cut from `train_split`.
 
-    A dataset without a test split is tested on the same images.
+    Without a test split, the same images are used for the test.
     """
     reads = config.data
     if reads.validation_share is None:
@@ -24,7 +24,7 @@ def with_splits(config, info):
     validates = reads.validation_split != DataConfig.validation_split
     if validates or name not in info.splits:
         raise ValueError(
-            "`validation_share` must be cut off a whole split, without another "
+            "`validation_share` must be taken from a whole split, without another "
             "validation_split. "
             f"Received: validation_share={reads.validation_share}, "
             f"train_split={name!r}, "
@@ -49,10 +49,10 @@ def with_splits(config, info):
 
 
 def datasets(config, info):
-    """The datasets of training (its first epoch), validation and test.
+    """Loads the datasets for training (first epoch), validation and test.
 
-    Each of several processes trains on its part of the images, and reads all
-    images of validation and test.
+    Each of several processes trains on its share of the images, and reads all
+    validation and test images.
     """
     whole = {"training": False, "shard": None}
     one_hot = is_one_hot(config)
@@ -64,7 +64,7 @@ def datasets(config, info):
 
 
 def load(config, info, split, training=True, **options):
-    """One of the run's datasets, or this process's part of it."""
+    """Loads one of the run's datasets, or this process's share of it."""
     processes = _processes.num_processes()
     images, seed = config.data, config.seed
     batch_size = images.batch_size
@@ -73,7 +73,7 @@ def load(config, info, split, training=True, **options):
         batch_size //= processes
         index = _processes.process_id()
         options["shard"] = (index, processes)
-        seed = seed_of_epoch(seed, index)  # Or all would crop the same way.
+        seed = seed_of_epoch(seed, index)  # Otherwise all would crop alike.
     try:
         return data.load(
             images.dataset,
@@ -106,27 +106,27 @@ def check_batches(config, model, strategy):
     group = max([1, *(x for x in groups if x != "batch")])
     replicas = _replicas.num_replicas(strategy)
     if replicas == 1:
-        return  # Where the last group may be partial.
+        return  # One device allows a partial last group.
     processes = _processes.num_processes()
     _replicas.check_batch(config.data.batch_size, group, replicas, processes)
 
 
 def parts_of(config, length):
-    """Steps between two checkpoints, and the number of checkpoints."""
+    """Returns the steps between checkpoints and the number of checkpoints."""
     parts = config.checkpoint.checkpoints_per_epoch
     if parts > length:
         raise ValueError(
-            "An epoch must have a step for each of its checkpoints. Received: "
+            "An epoch must have at least one step per checkpoint. Received: "
             f"checkpoints_per_epoch={parts} with {length} steps per epoch."
         )
     return length // parts, config.epochs * parts
 
 
 def batches(config, info, first_step, length):
-    """Batches of one epoch after another, without end.
+    """Yields batches of one epoch after another, without end.
 
-    Each epoch of `length` batches is a dataset of its own, a function of the
-    seed and the epoch's number: it does not depend on what was read before.
+    Each epoch of `length` batches is a separate dataset, a function of the seed
+    and the epoch's number: it does not depend on earlier reads.
     """
     first_epoch, done = divmod(first_step, length)
     for epoch in itertools.count(first_epoch):
@@ -137,10 +137,10 @@ def batches(config, info, first_step, length):
 
 
 def stream(config, info, first_step, example, strategy):
-    """What `fit` reads: batches, of a static shape on several devices.
+    """Returns the input of `fit`: batches, of static shape on several devices.
 
-    (Keras drops the static shape of a generator's batches. A TPU needs it, and
-    so do several processes, which would wait forever at another one.)
+    (Keras drops the static shape of a generator's batches. A TPU needs it. So
+    do several processes, which would wait forever on a different shape.)
     """
     length = len(example)
     source = functools.partial(batches, config, info, first_step, length)

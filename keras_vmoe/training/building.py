@@ -19,7 +19,7 @@ MOMENTUM = 0.9  # Of SGD.
 
 
 def make_strategy(config):
-    """The distribution or strategy of a run; None on one device."""
+    """Returns the distribution or strategy of a run; None on one device."""
     devices, optimizer = config.devices, config.optimizer
     name, processes = devices.distribution, _processes.num_processes()
     if name is None:
@@ -60,7 +60,7 @@ def make_strategy(config):
 
 
 def _experts_of(config):
-    """How many experts a model will have, and whether they are dropless."""
+    """The number of experts of a model, and whether routing is dropless."""
     moe = resolved(config).moe
     if moe is None:
         return None, False
@@ -70,7 +70,7 @@ def _experts_of(config):
 
 
 def make_model(config, num_classes):
-    """The model of a `TrainConfig`, newly initialized."""
+    """Makes the model of a `TrainConfig`, newly initialized."""
     config = resolved(config)
     sizes, moe = config.model, config.moe
     if moe is not None:
@@ -101,7 +101,7 @@ def make_model(config, num_classes):
 def compile_model(model, config, steps):
     """Compiles a model with the optimizer, loss and metrics of a run.
 
-    Its steps include those that only accumulate gradients.
+    `steps` includes steps that only accumulate gradients.
     """
     settings = config.optimizer
     arguments = {"momentum": MOMENTUM} if settings.name == "sgd" else {}
@@ -113,7 +113,7 @@ def compile_model(model, config, steps):
         decay_gates=settings.decay_gates,
         global_clipnorm=settings.clip_norm,
         use_ema=settings.ema is not None,
-        # Keras moves the average every step, also between two updates.
+        # Keras moves the average every step, even between updates.
         ema_momentum=(settings.ema or 0.99) ** (1 / settings.accumulate),
         gradient_accumulation_steps=(
             settings.accumulate if settings.accumulate > 1 else None
@@ -127,7 +127,7 @@ def compile_model(model, config, steps):
 
 
 def make_schedule(config, steps):
-    """The learning rate schedule of a run with so many steps."""
+    """Returns the learning rate schedule of a run with so many steps."""
     return optimizers.WarmUp(
         config.optimizer.learning_rate,
         steps=steps,
@@ -138,7 +138,7 @@ def make_schedule(config, steps):
 
 
 def make_loss(config):
-    """The loss of a run, as a function of logits."""
+    """Returns the loss of a run, on logits."""
     if config.optimizer.loss == "bce":
         return keras.losses.BinaryCrossentropy(from_logits=True)
     if config.optimizer.loss == "sigmoid":

@@ -3,9 +3,12 @@
 import csv
 import io
 import math
+import os
 import pathlib
 import statistics
 import time
+from collections.abc import Iterable
+from typing import Any
 
 import keras
 
@@ -16,27 +19,40 @@ from keras_vmoe._extras import require
 from keras_vmoe._warnings import warn
 from keras_vmoe.distribution import _processes
 from keras_vmoe.inspection import _plots
-from keras_vmoe.training.looking import ExpertMaps as ExpertMaps
-from keras_vmoe.training.looking import FewShotEvaluation as FewShotEvaluation
+from keras_vmoe.training.looking import ExpertMaps
+from keras_vmoe.training.looking import FewShotEvaluation
+from keras_vmoe.training.looking import Logs
+
+__all__ = [
+    "ExpertMaps",
+    "FewShotEvaluation",
+    "HistoryFile",
+    "NonFiniteLossError",
+    "RoutingHistory",
+    "RoutingMonitor",
+    "RoutingTensorBoard",
+    "StepTime",
+    "StopOnNonFiniteLoss",
+]
 
 
 class _RoutingCallback(keras.callbacks.Callback):
     """Reads the routing statistics of each epoch."""
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         inspection.reset_routing_statistics(self.model)
 
 
 class RoutingHistory(_RoutingCallback):
     """Adds routing statistics to the logs of every epoch.
 
-    They are means over the epoch's training steps:
+    The statistics are means over the epoch's training steps:
 
     - `auxiliary_loss`: sum of all MoE layers' weighted auxiliary losses.
-    - `dropped_share`: share of the choices that were dropped, in `[0, 1]`.
+    - `dropped_share`: share of dropped choices, in `[0, 1]`.
     - `min_expert_load`, `max_expert_load`: load of the least and the most
       loaded expert of any layer; 1 is an even load.
-    - with `per_layer`, for each MoE layer `<layer>/dropped_share`,
+    - with `per_layer`, for each MoE layer: `<layer>/dropped_share`,
       `<layer>/gate_entropy` (mean entropy of the gates, in nats),
       `<layer>/importance_cv2` (squared coefficient of variation of the experts'
       summed gates), `<layer>/experts_per_image` (share of the experts that
@@ -44,33 +60,35 @@ class RoutingHistory(_RoutingCallback):
       share of the choices that fell on expert e.
 
     Other callbacks see them as metrics: `History`, `CSVLogger`, `TensorBoard`,
-    `EarlyStopping`. Put this callback before those. (Under JAX a layer cannot
+    `EarlyStopping`. Put this callback before them. (Under JAX a layer cannot
     update a `keras.Metric` inside the compiled step, so the routers keep the
-    means, and they are read here once per epoch.)
+    means and this callback reads them once per epoch.)
 
     Args:
         per_layer: Whether to log each layer as well.
-        epochs: Statistics of the epochs before, when a run is resumed.
+        epochs: Statistics of earlier epochs, when a run is resumed.
 
     Attributes:
-        epochs: One dict per epoch, from layer name to that layer's statistics;
-            see `inspection.routing_statistics`.
+        epochs: One dict per epoch, from layer name to layer statistics; see
+            `inspection.routing_statistics`.
 
     Example:
 
     >>> model.fit(x, y, callbacks=[RoutingHistory()])  # doctest: +SKIP
     """
 
-    def __init__(self, per_layer=False, epochs=()):
+    def __init__(
+        self, per_layer: bool = False, epochs: Iterable[dict[str, Any]] = ()
+    ) -> None:
         super().__init__()
         self.per_layer = per_layer
         self.earlier = list(epochs)
         self.epochs = list(epochs)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         self.epochs = list(self.earlier)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         layers = inspection.routing_statistics(self.model)
         if not layers:
             return
@@ -96,8 +114,8 @@ def _summary(layers):
 class RoutingMonitor(_RoutingCallback):
     """Warns of dying experts and of layers that drop too much.
 
-    Checks the means over each epoch's training steps. An expert whose load
-    stays low is trained on few tokens and then chosen by even fewer.
+    Checks the means over each epoch's training steps. An expert with a low load
+    is trained on few tokens, and is then chosen by even fewer.
 
     Args:
         min_load: Load below which an expert counts as dying, relative to an
@@ -113,7 +131,9 @@ class RoutingMonitor(_RoutingCallback):
     >>> model.fit(x, y, callbacks=[RoutingMonitor()])  # doctest: +SKIP
     """
 
-    def __init__(self, min_load=0.1, max_dropped_share=0.2):
+    def __init__(
+        self, min_load: float = 0.1, max_dropped_share: float = 0.2
+    ) -> None:
         super().__init__()
         self.min_load = min_load
         self.max_dropped_share = max_dropped_share
@@ -124,9 +144,9 @@ class RoutingMonitor(_RoutingCallback):
                     f"`{name}` must be a number between 0 and 1. "
                     f"Received: {name}={value!r}."
                 )
-        self.warnings = []
+        self.warnings: list[str] = []
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         for name, layer in inspection.routing_statistics(self.model).items():
             problems = self._problems(layer)
             if problems:
@@ -175,22 +195,22 @@ class RoutingTensorBoard(_RoutingCallback):
     >>> model.fit(x, y, callbacks=[board])  # doctest: +SKIP
     """
 
-    def __init__(self, log_dir):
+    def __init__(self, log_dir: str | os.PathLike[str]) -> None:
         super().__init__()
         require("matplotlib", "plots")
         self.tensorflow = require("tensorflow", "tensorflow")
         self.log_dir = str(log_dir)
-        self.epochs = []
-        self.writer = None
+        self.epochs: list[dict[str, Any]] = []
+        self.writer: Any = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         self.epochs = []
         if not _processes.is_first_process():
-            return  # It only resets the statistics, as all processes must.
+            return  # All processes must reset the statistics; one writes.
         path = pathlib.Path(self.log_dir) / "routing"
         self.writer = self.tensorflow.summary.create_file_writer(str(path))
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         layers = inspection.routing_statistics(self.model)
         if not layers or self.writer is None:
             return
@@ -205,7 +225,7 @@ class RoutingTensorBoard(_RoutingCallback):
                 summary.image(f"{name}/load", heatmap[None])
         self.writer.flush()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs = None) -> None:
         if self.writer is not None:
             self.writer.close()
 
@@ -219,11 +239,11 @@ class NonFiniteLossError(RuntimeError):
 class StopOnNonFiniteLoss(keras.callbacks.Callback):
     """Raises as soon as the training loss is NaN or infinite.
 
-    Reads the loss after every step, which waits for the step to finish, and at
-    the end of an epoch the weights, which the last update may have ruined.
+    Reads the loss after every step, which waits for the step to finish. At the
+    end of an epoch, also checks the weights, which the last update may ruin.
 
     Args:
-        checkpoint: Optional path of the last good model, for the message.
+        checkpoint: Optional path of the last good model, for the error.
 
     Raises:
         NonFiniteLossError: With the step, counted from 1.
@@ -233,20 +253,22 @@ class StopOnNonFiniteLoss(keras.callbacks.Callback):
     >>> model.fit(x, y, callbacks=[StopOnNonFiniteLoss()])  # doctest: +SKIP
     """
 
-    def __init__(self, checkpoint=None):
+    def __init__(
+        self, checkpoint: str | os.PathLike[str] | None = None
+    ) -> None:
         super().__init__()
         self.checkpoint = checkpoint
         self.epoch = 0
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         self.epoch = epoch
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         loss = float((logs or {}).get("loss", 0.0))
         if not math.isfinite(loss):
             self._stop(f"loss={loss} at step {batch + 1}")
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         # The last step's loss was computed before the last step's update.
         finite = map(keras.ops.isfinite, self.model.trainable_weights)
         if not all(bool(keras.ops.all(x)) for x in finite):
@@ -265,13 +287,13 @@ class StopOnNonFiniteLoss(keras.callbacks.Callback):
 
 
 class StepTime(keras.callbacks.Callback):
-    """Measures the time of a training step, of the median epoch.
+    """Measures the time per training step, in the median epoch.
 
-    The first epoch, which compiles, counts only if there is no other. What
-    happens between epochs, such as validation, does not count.
+    The first epoch, which compiles, counts only if it is the only one. Work
+    between epochs, such as validation, does not count.
 
     Args:
-        steps: Steps of an epoch.
+        steps: Steps per epoch.
 
     Attributes:
         seconds_per_step: None before the first epoch.
@@ -281,36 +303,36 @@ class StepTime(keras.callbacks.Callback):
     >>> StepTime(steps=10).seconds_per_step
     """
 
-    def __init__(self, steps):
+    def __init__(self, steps: int) -> None:
         super().__init__()
         self.steps = steps
-        self.seconds = []
+        self.seconds: list[float] = []
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         self.start = time.perf_counter()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         if batch + 1 == self.steps:
             self.seconds.append(time.perf_counter() - self.start)
 
     @property
-    def seconds_per_step(self):
+    def seconds_per_step(self) -> float | None:
         seconds = self.seconds[1:] or self.seconds
         return statistics.median(seconds) / self.steps if seconds else None
 
 
-# Not `keras.callbacks.CSVLogger`: appending to its file, a run that was killed
-# between a row and its checkpoint would hold that epoch twice when resumed.
+# Not `keras.callbacks.CSVLogger`, which appends: a run killed between a row and
+# its checkpoint would have that epoch twice when resumed.
 class HistoryFile(keras.callbacks.Callback):
     """Writes the logs of all epochs, and the load of every expert, as CSV.
 
-    The file is rewritten after every epoch, atomically. The load of expert e
-    of a layer is in the column `<layer>/load_<e>`, as a share of the choices.
+    The file is rewritten atomically after every epoch. The column
+    `<layer>/load_<e>` has the load of expert e as a share of the choices.
 
     Args:
         path: CSV file.
         routing: Optional `RoutingHistory`, placed before this callback.
-        rows: Rows of the epochs before, when a run is resumed.
+        rows: Rows of earlier epochs, when a run is resumed.
 
     Attributes:
         rows: One dict per epoch.
@@ -321,18 +343,23 @@ class HistoryFile(keras.callbacks.Callback):
     >>> callbacks = [routing, HistoryFile("history.csv", routing)]
     """
 
-    def __init__(self, path, routing=None, rows=()):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        routing: RoutingHistory | None = None,
+        rows: Iterable[dict[str, Any]] = (),
+    ) -> None:
         super().__init__()
         self.path = pathlib.Path(path)
         self.routing = routing
         self.earlier = list(rows)
         self.rows = list(rows)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         self.rows = list(self.earlier)
 
-    def on_epoch_end(self, epoch, logs=None):
-        row = {"epoch": epoch + 1}
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
+        row: dict[str, float] = {"epoch": epoch + 1}
         row |= {name: float(value) for name, value in (logs or {}).items()}
         if self.routing is not None and self.routing.epochs:
             row |= _columns(self.routing.epochs[-1])
@@ -353,7 +380,7 @@ def _columns(layers):
 
 
 def _csv(rows):
-    """Dicts as CSV; the columns are all their keys, in order."""
+    """Formats dicts as CSV; the columns are all keys, in order."""
     text = io.StringIO(newline="")
     columns = dict.fromkeys(key for row in rows for key in row)
     writer = csv.DictWriter(text, columns)

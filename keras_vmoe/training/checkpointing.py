@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what a killed training continues from."""
+"""Checkpoints, from which a killed training run resumes."""
 
 import itertools
 import json
@@ -18,26 +18,26 @@ from keras_vmoe.models.saving import size_of
 NAME = "epoch_{:06d}"
 WEIGHTS, PARTS, STATE = ".weights.h5", ".parts", ".json"
 UNFINISHED = "*.orbax-checkpoint-tmp*"  # Folders of killed processes.
-# What a corrupt state file raises, or a missing weights file.
+# Errors from a corrupt state file or a missing weights file.
 CORRUPT = (FileNotFoundError, KeyError, TypeError, ValueError)
 
 
 # Not `keras.callbacks.BackupAndRestore` or `ModelCheckpoint`: a kill while they
-# write leaves a corrupt file in place of the last good one, they keep neither
-# the noise nor the history, and several processes would all write.
+# write replaces the last good file with a corrupt one, they keep neither the
+# noise nor the history, and several processes would all write.
 class Checkpoints:
     """The checkpoints in a folder, one per epoch; the newest are kept.
 
     A checkpoint is a Keras weights file, with the weights, the optimizer state
-    and the seeds of the routers' noise, and next to it a small state file with
-    its checksum. Several processes write a folder of Orbax instead, each its
-    parts, and the state file has the sizes of its files. The state file is
+    and the seeds of the routers' noise. A small state file next to it has its
+    checksum. Several processes write an Orbax folder instead, each its own
+    parts, and the state file has the sizes of the files. The state file is
     written last: a checkpoint without one does not count. Any number of
-    processes reads both.
+    processes can read both kinds.
 
     Args:
-        folder: Folder of the checkpoints; made when the first is saved.
-        keep: How many to keep, at least 1.
+        folder: Folder of the checkpoints, created with the first.
+        keep: Number of checkpoints to keep, at least 1.
     """
 
     def __init__(self, folder, keep=2):
@@ -48,7 +48,7 @@ class Checkpoints:
     def save(self, model, epoch, state):
         """Saves a checkpoint and a state, then removes the oldest ones.
 
-        On a full disk it raises an OSError, and the others stay as they are.
+        A full disk raises an OSError and leaves the others unchanged.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / NAME.format(epoch)
@@ -71,9 +71,9 @@ class Checkpoints:
     def restore(self, model):
         """Restores the newest intact checkpoint and warns of corrupt ones.
 
-        Returns the state that was saved, with `epoch` and with arrays as lists;
-        None without a checkpoint. The model must be compiled, and one of the
-        same variables, or a ValueError is raised.
+        Returns the saved state, with `epoch` and with arrays as lists, or None
+        without a checkpoint. The model must be compiled and have the same
+        variables, or a ValueError is raised.
         """
         for epoch in reversed(self.epochs()):
             path = self.folder / NAME.format(epoch)
@@ -103,13 +103,13 @@ class Checkpoints:
         return None
 
     def epochs(self):
-        """The epochs of all checkpoints, in order."""
+        """Returns the epochs of all checkpoints, in order."""
         stems = (path.stem for path in self.folder.glob(f"epoch_*{STATE}"))
         return sorted(int(stem.removeprefix("epoch_")) for stem in stems)
 
 
 class SaveCheckpoint(keras.callbacks.Callback):
-    """Saves a checkpoint after every epoch, with what `state()` returns."""
+    """Saves a checkpoint after every epoch, with the value of `state()`."""
 
     def __init__(self, checkpoints, state):
         super().__init__()
@@ -121,16 +121,16 @@ class SaveCheckpoint(keras.callbacks.Callback):
 
 
 def _save_file(model, path):
-    """Writes a weights file; what its state file says of it."""
+    """Writes a weights file; returns the entries of its state file."""
     with _files.replacing(path, size_of(model)) as partial:
         model.save_weights(partial, overwrite=True)
         return {"crc32": _checksum(partial)}
 
 
 def _save_parts(model, folder):
-    """Writes a folder to which every process adds.
+    """Writes a folder with parts from every process.
 
-    Returns what its state file says of it, to the first process; None to the
+    Returns the entries of its state file to the first process, None to the
     others.
     """
     is_first = _processes.is_first_process()
@@ -150,12 +150,12 @@ def _save_parts(model, folder):
 
 
 def _names(variables):
-    """The path and the shape of each."""
+    """The path and the shape of each variable."""
     return [[x.path, list(x.shape)] for x in variables]
 
 
 def _check_parts(folder, files):
-    """Raises unless all files are there, of their sizes."""
+    """Raises unless all files exist with their recorded sizes."""
     for name, size in files.items():
         held = (folder / name).stat().st_size
         if held != size:
@@ -170,9 +170,9 @@ def _load_parts(model, folder, names):
     for mine, theirs in pairs:
         if mine[1] != theirs[1]:  # Paths may hold automatic names.
             raise ValueError(
-                "A checkpoint must be one of the model's variables. Received: "
+                "A checkpoint must have the model's variables. Received: "
                 f"{folder}, with {theirs} where the model has {mine}. Restore "
-                "it into the model that it was saved of."
+                "it into the model that it was saved from."
             )
     _shards.restore(folder, variables)
 

@@ -26,20 +26,20 @@ WARMUPS = ("warmup", "warmup_epochs", "warmup_steps")
 class ModelConfig:
     """The dense part of the model: a preset, or the sizes of a `ViTMoE`.
 
-    A size that is None is that of the file to start from (`init`), else that
-    of the preset, else the default.
+    A size that is None comes from the file to start from (`init`), else the
+    preset, else the default.
 
     Attributes:
         preset: Model of a paper; see `keras-vmoe presets`.
         family: Accept models of this family only.
         image_size: Pixels; default: the preset's, or 32.
         init: Pretrained weights: .keras, run, checkpoint.
-        needs_init: Refuse to train without init.
+        needs_init: Require init.
         upcycle: Make experts of the MLPs or experts of init.
         freeze: Part that is not trained.
         head_bias: Initial value of the head's bias.
         capacity_factor: Experts'; default: the model's.
-        drop_path_rate: Last block's, or a dict by preset.
+        drop_path_rate: Rate of the last block, or a dict by preset.
         patch_size: Side of a patch, in pixels.
         hidden_dim: Features of a token.
         num_layers: Encoder blocks.
@@ -55,7 +55,7 @@ class ModelConfig:
         layer_scale_init_value: Initial layer scale; default: none.
         activation: Of MLPs and experts.
         dtype: Policy.
-        remat: Compute blocks again instead of keeping them.
+        remat: Recompute blocks instead of storing them.
     """
 
     preset: str | None = None
@@ -85,7 +85,7 @@ class ModelConfig:
     dtype: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     remat: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         typed.check_types(self, "model.")
         if self.preset is not None:
             find_preset(self.preset)
@@ -143,7 +143,7 @@ class OptimizerConfig:
     loss: Literal["ce", "bce", "sigmoid"] = "ce"
     label_smoothing: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         typed.check_types(self, "optimizer.")
         typed.check_positive(self, "learning_rate", "clip_norm", "ema")
         _checks.check_not_negative(
@@ -157,13 +157,13 @@ class OptimizerConfig:
             warmup=self.warmup or 0,
             ema=self.ema or 0,
         )
-        given = {name: getattr(self, name) for name in WARMUPS}
-        given = [f"{k}={x}" for k, x in given.items() if x is not None]
-        if len(given) > 1:
+        lengths = {name: getattr(self, name) for name in WARMUPS}
+        words = [f"{k}={x}" for k, x in lengths.items() if x is not None]
+        if len(words) > 1:
             raise ValueError(
                 f"The warm-up must be set by one of {WARMUPS}. "
-                f"Received: {', '.join(given)}. Set the others, which may be "
-                "those of a recipe, to null."
+                f"Received: {', '.join(words)}. Set the others, which may come "
+                "from a recipe, to null."
             )
         if self.label_smoothing and self.loss != "ce":
             raise ValueError(
@@ -185,7 +185,7 @@ class CheckpointConfig:
     checkpoints_per_epoch: int = 1
     keep_checkpoints: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         typed.check_types(self, "checkpoint.")
 
 
@@ -206,7 +206,7 @@ class DevicesConfig:
     expert_shards: int | None = None
     shard_dense: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         typed.check_types(self, "devices.")
 
 
@@ -215,7 +215,7 @@ class TrainConfig:
     """A training run. The defaults train a V-MoE on the embedded digits.
 
     Attributes:
-        run_dir: New, or of a stopped run.
+        run_dir: New folder, or a stopped run's.
         epochs: Passes over the training split.
         seed: Makes a run repeatable on one machine.
         backend: Keras backend.
@@ -244,7 +244,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     devices: DevicesConfig = DevicesConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.moe, MoEConfig):  # All of it is set.
             settings = MoESettings(**vars(self.moe))
             object.__setattr__(self, "moe", settings)
@@ -258,7 +258,7 @@ class TrainConfig:
             raise ValueError(
                 f"`warmup_epochs` must be below epochs={self.epochs}. "
                 f"Received: warmup_epochs={warmup}, which may be a recipe's. "
-                f"Set it, too, such as --warmup_epochs {self.epochs / 10:g}."
+                f"Set it too, such as --warmup_epochs {self.epochs / 10:g}."
             )
         self._check_sizes()
         start_is_enough = self.model.init and not self.model.preset
@@ -273,13 +273,13 @@ class TrainConfig:
         size = self.model.ensemble_size
         if size is not None and self.optimizer.loss != "ce":
             raise ValueError(
-                "An ensemble answers with the log of a mean softmax. Received: "
+                "An ensemble outputs the log of a mean softmax. Received: "
                 f"loss={self.optimizer.loss!r} with ensemble_size={size}. Set "
                 "loss='ce'."
             )
 
     @property
-    def family(self):
+    def family(self) -> Literal["vit", "convnext", "swin"]:
         """`"vit"`, `"convnext"` or `"swin"`."""
         preset = self.model.preset
         if preset is not None:
@@ -289,14 +289,14 @@ class TrainConfig:
         return "vit" if self.swin is None else "swin"
 
     @property
-    def part(self):
+    def part(self) -> ModelConfig | ConvNeXtConfig | SwinConfig | None:
         """The settings of the family's sizes."""
         return {"convnext": self.convnext, "swin": self.swin}.get(
             self.family, self.model
         )
 
     @property
-    def image_size(self):
+    def image_size(self) -> int:
         """Side of the images in pixels."""
         default, preset = DEFAULT_IMAGE_SIZE, self.model.preset
         if preset is not None:
@@ -304,20 +304,20 @@ class TrainConfig:
         return self.model.image_size or default
 
     @property
-    def drop_path_rate(self):
-        """Rate of the last block, of this model if it depends on it."""
+    def drop_path_rate(self) -> float:
+        """Rate of the last block, for this preset if rates differ by preset."""
         rate = self.model.drop_path_rate
         if isinstance(rate, dict):
             dense = (self.model.preset or "").partition("_e")[0]
             return rate.get(dense, 0.0)
         return rate
 
-    def warmup_of(self, steps):
-        """Steps of the warm-up.
+    def warmup_of(self, steps: int) -> int:
+        """Returns the number of warm-up steps.
 
         Args:
-            steps: Steps of the whole run, including those that only accumulate
-                gradients.
+            steps: Steps of the whole run, including steps that only
+                accumulate gradients.
 
         Returns:
             An integer.

@@ -21,19 +21,20 @@ from keras_vmoe.training.architecture import from_scratch
 from keras_vmoe.training.architecture import resolved
 from keras_vmoe.training.config import KINDS
 from keras_vmoe.training.config import VIT_SIZES
+from keras_vmoe.training.config import TrainConfig
 
 # Arrays of the weights' size: weights, gradients, optimizer slots.
 COPIES = {"adamw": 4, "lamb": 4, "sgd": 3}
 
 
-def describe(config):
-    """The settings, cost, memory and steps of a run, as text.
+def describe(config: TrainConfig) -> str:
+    """Returns the settings, cost, memory and steps of a run, as text.
 
     Memory is an estimate: weights, gradients and optimizer slots in float32,
-    and the activations of all layers for a batch. A run folder that is taken
-    and a dataset that is not there, or is not what a run needs, are noted at
-    the end; the steps are then those of 1,000 images, and the classes the
-    preset's where the dataset does not say.
+    and the activations of all layers for a batch. Notes at the end report a
+    run folder in use, and a dataset that is missing or unsuitable. Steps are
+    then for 1,000 images, and the number of classes is the preset's if the
+    dataset does not define it.
 
     Args:
         config: A `TrainConfig`.
@@ -92,7 +93,7 @@ def describe(config):
 
 
 def _num_classes(config, info):
-    """The classes of the dataset or, where it has no word, of the preset."""
+    """The number of classes of the dataset, else of the preset."""
     if info is not None and info.num_classes is not None:
         return info.num_classes
     preset = config.model.preset
@@ -100,7 +101,7 @@ def _num_classes(config, info):
 
 
 def _steps(config, length):
-    """A line on the steps of a run, for 1,000 images if they are not there."""
+    """A line on the steps of a run; without a dataset, per 1,000 images."""
     if length is None:
         steps = 1000 / config.data.batch_size
         epochs = counted(config.epochs, "epoch")
@@ -113,7 +114,7 @@ def _steps(config, length):
 
 
 def announcement(config, info, done):
-    """What a run is going to do after so many epochs, and how it is stopped."""
+    """Describes a run after `done` epochs, and how to stop it."""
     sizes, moe, reads = config.model, config.moe, config.data
     kind = KINDS[config.family]
     if config.family == "vit":
@@ -139,20 +140,20 @@ def announcement(config, info, done):
     ]
     if reads.test_split == reads.validation_split:
         lines.append(
-            f"test: on the images of the validation, {reads.test_split}; "
+            f"test: on the validation images, {reads.test_split}; "
             "--test_split names others"
         )
     if done:
         lines.append(f"resumed after epoch {done}")
     lines.append(
         "Ctrl-C stops the run; the same command resumes it after its last "
-        "whole epoch."
+        "complete epoch."
     )
     return "\n".join(lines)
 
 
 def _used(config):
-    """The settings, without those that other families set aside."""
+    """The settings, without ViT sizes that other families do not use."""
     settings = run_folder.settings_of(config)
     if config.family != "vit":
         for name in VIT_SIZES:
@@ -161,7 +162,7 @@ def _used(config):
 
 
 def _sizes(model):
-    """The arguments that a model was made with, under its class."""
+    """The arguments of a model, under its class."""
     given = json.loads(json.dumps(model.get_config()))
     given["moe"] = given["moe"] and _set(given["moe"])
     for name in ("name", "trainable", "parts"):

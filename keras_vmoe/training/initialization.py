@@ -1,9 +1,11 @@
 """Models before and after a run: initial weights, frozen parts, restoring."""
 
 import json
+import os
 import pathlib
 import shlex
 
+import keras
 from keras.ops import convert_to_numpy
 
 from keras_vmoe import checkpoints
@@ -27,11 +29,11 @@ from keras_vmoe.training.run_folder import CONFIG
 from keras_vmoe.training.run_folder import MODEL
 
 POSITIONS = "positions/embedding"
-ANY_STEPS = 2**31  # For the schedule of a model that is not trained.
+ANY_STEPS = 2**31  # For the schedule of a model that is not trained further.
 
 
 def starting_model(config, info):
-    """The model of a run before its first step."""
+    """Returns the model of a run before its first step."""
     config = resolved(config)
     init, upcycle = config.model.init, config.model.upcycle
     model = make_model(from_scratch(config), info.num_classes)
@@ -43,20 +45,20 @@ def starting_model(config, info):
     return model
 
 
-def restore(run_dir):
+def restore(run_dir: str | os.PathLike[str]) -> keras.Model:
     """Loads the model of a run, finished or stopped.
 
     Args:
         run_dir: Folder of the run.
 
     Returns:
-        The model of the last complete epoch: from the newest checkpoint while
-        there are checkpoints, else from `model.keras`. With `optimizer.ema` its
-        weights are the averages.
+        The model of the last complete epoch: from the newest checkpoint if one
+        exists, else from `model.keras`. With `optimizer.ema` its weights are
+        the averages.
 
     Raises:
         FileNotFoundError: If the folder holds neither.
-        ValueError: If its configuration is not one of a run.
+        ValueError: If its configuration is not a run's.
 
     Example:
 
@@ -76,7 +78,7 @@ def restore(run_dir):
             )
         raise FileNotFoundError(
             f"A run folder must hold {MODEL} or a checkpoint. Received: "
-            f"{str(run_dir)!r}, which has neither. To continue a stopped run: "
+            f"{str(run_dir)!r}, which has neither. To resume a stopped run: "
             f"keras-vmoe train --config {shlex.quote(str(run_dir / CONFIG))}"
         )
     config = from_scratch(recipes.load(run_dir / CONFIG))
@@ -86,7 +88,7 @@ def restore(run_dir):
     compile_model(model, config, ANY_STEPS)
     if kept.restore(model) is None:
         raise ValueError(
-            "One checkpoint of the run must be intact. Received: "
+            "At least one checkpoint of the run must be intact. Received: "
             f"{str(run_dir)!r}, where all are corrupt. Train it again."
         )
     if config.optimizer.ema:
@@ -97,11 +99,11 @@ def restore(run_dir):
 def initialize(model, path, class_names=(), moe=None):
     """Loads pretrained weights into a model, for fine-tuning.
 
-    They are those of a `.keras` file, a run folder, or a checkpoint that
-    `checkpoints.read` knows. The head keeps its initial weights where the
-    classes differ from `class_names`; learned positions are resized. A model
-    that they do not fit is left unchanged. With `moe`, the argument of
-    `models.upcycle`, experts are made of the MLPs or experts of the file.
+    The weights come from a `.keras` file, a run folder, or a checkpoint that
+    `checkpoints.read` supports. The head keeps its initial weights if the
+    classes differ from `class_names`. Learned positions are resized. If the
+    weights do not fit, the model stays unchanged. With `moe`, the argument of
+    `models.upcycle`, the file's MLPs or experts are upcycled.
     """
     path = pathlib.Path(path)
     run_dir = path if path.is_dir() else path.parent
@@ -128,9 +130,9 @@ def _same_classes(run_dir, class_names):
 
 
 def copy_weights(source, model, with_head=True):
-    """Copies the weights of one model to another, by their paths.
+    """Copies the weights of one model to another, by path.
 
-    Positions may have another shape, and the head, which then stays as it is.
+    Positions may differ in shape. So may the head, which then stays unchanged.
     """
     theirs = {w.path: convert_to_numpy(w) for w in source.weights}
     ours = {w.path: w for w in model.weights}

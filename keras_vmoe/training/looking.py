@@ -1,8 +1,15 @@
-"""Callbacks that evaluate a model, or look at its experts, while it trains."""
+"""Callbacks that evaluate a model or visualize its experts in training."""
 
+import os
 import pathlib
+from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
+from typing import Literal
+from typing import TypeAlias
 
 import keras
+import numpy as np
 
 from keras_vmoe import evaluation
 from keras_vmoe import inspection
@@ -17,17 +24,19 @@ from keras_vmoe.inspection import _plots
 from keras_vmoe.inspection import pictures
 from keras_vmoe.inspection.inspecting import layers_to_look_at
 
+Logs: TypeAlias = dict[str, Any] | None
+
 
 class ExpertMaps(keras.callbacks.Callback):
-    """Writes which expert sees what of some images for TensorBoard.
+    """Writes which expert sees which part of some images, for TensorBoard.
 
-    A picture of all MoE layers after every n-th epoch, as in the report of
-    `inspection.inspect`. Needs TensorFlow and matplotlib.
+    After every n-th epoch it writes a picture of all MoE layers, as in the
+    report of `inspection.inspect`. Needs TensorFlow and matplotlib.
 
     Args:
-        images: `(images, H, W, channels)` array, normalized as the model wants.
+        images: `(images, H, W, channels)` array, normalized for the model.
         log_dir: Folder of the event files, as in `keras.callbacks.TensorBoard`.
-        every: Epochs between two pictures.
+        every: Epochs between pictures.
 
     Raises:
         ImportError: If TensorFlow or matplotlib is missing.
@@ -40,18 +49,23 @@ class ExpertMaps(keras.callbacks.Callback):
     >>> model.fit(x, y, callbacks=[maps])  # doctest: +SKIP
     """
 
-    def __init__(self, images, log_dir, every=1):
+    def __init__(
+        self,
+        images: np.ndarray,
+        log_dir: str | os.PathLike[str],
+        every: int = 1,
+    ) -> None:
         super().__init__()
         check_sizes(every=every)
         require("matplotlib", "plots")
         self.tensorflow = require("tensorflow", "tensorflow")
         self.images, self.log_dir, self.every = images, str(log_dir), every
-        self.writer = None
+        self.writer: Any = None
 
-    def on_train_begin(self, logs=None):
-        layers_to_look_at(self.model)  # Raises before it trains.
+    def on_train_begin(self, logs: Logs = None) -> None:
+        layers_to_look_at(self.model)  # Raises before training.
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         if (epoch + 1) % self.every or not _processes.is_first_process():
             return
         if self.writer is None:
@@ -69,7 +83,7 @@ class ExpertMaps(keras.callbacks.Callback):
             self.tensorflow.summary.image("experts", picture[None])
         self.writer.flush()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs = None) -> None:
         if self.writer is not None:
             self.writer.close()
             self.writer = None
@@ -78,18 +92,18 @@ class ExpertMaps(keras.callbacks.Callback):
 class FewShotEvaluation(keras.callbacks.Callback):
     """Adds few-shot accuracies to the logs of every n-th epoch.
 
-    The logs are `"<shot>_shot"`: see `evaluation.few_shot`. Other callbacks see
-    them as metrics, NaN in the epochs between; put this callback before those.
+    The logs are named `"<shot>_shot"`; see `evaluation.few_shot`. Callbacks
+    after this one see them as metrics, NaN in the epochs between.
 
     Args:
         train: Batches of `(images, labels)` to draw examples from, such as
             `data.load(..., training=False)`; read at every evaluation.
         test: Batches of the test images.
-        every: Epochs between two evaluations.
+        every: Epochs between evaluations.
         shots: Numbers of examples per class.
         penalty: `"held_out"`, `"test"` or a number; see
             `evaluation.choose_l2`.
-        seeds: Seeds of the choice of examples, whose accuracies are averaged.
+        seeds: Seeds for choosing examples. Their accuracies are averaged.
 
     Raises:
         ValueError: If `every` is not an integer of at least 1.
@@ -102,13 +116,13 @@ class FewShotEvaluation(keras.callbacks.Callback):
 
     def __init__(
         self,
-        train,
-        test,
-        every=1,
-        shots=(1, 5, 10, 25),
-        penalty="held_out",
-        seeds=(0, 1, 2),
-    ):
+        train: Iterable[tuple[Any, Any]],
+        test: Iterable[tuple[Any, Any]],
+        every: int = 1,
+        shots: Sequence[int] = (1, 5, 10, 25),
+        penalty: Literal["held_out", "test"] | float = "held_out",
+        seeds: Sequence[int] = (0, 1, 2),
+    ) -> None:
         super().__init__()
         check_sizes(every=every)
         check_rule(penalty)
@@ -116,18 +130,18 @@ class FewShotEvaluation(keras.callbacks.Callback):
         self.train, self.test, self.every = train, test, every
         self.shots, self.penalty, self.seeds = shots, penalty, seeds
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         if logs is None:
             return
         if (epoch + 1) % self.every:
             logs.update(dict.fromkeys(self._names(), float("nan")))
             return
-        sets = [
+        train, test = (
             evaluation.extract_features(self.model, dataset)
             for dataset in (self.train, self.test)
-        ]
+        )
         found = evaluation.few_shot(
-            *sets, self.shots, l2_regs_for(self.penalty), self.seeds
+            train, test, self.shots, l2_regs_for(self.penalty), self.seeds
         )
         chosen = evaluation.choose_l2([found], self.penalty)
         accuracy = found.accuracy_at(chosen).mean(axis=0)

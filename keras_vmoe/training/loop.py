@@ -22,6 +22,7 @@ from keras_vmoe.training.architecture import check_init
 from keras_vmoe.training.architecture import resolved
 from keras_vmoe.training.checkpointing import Checkpoints
 from keras_vmoe.training.checkpointing import SaveCheckpoint
+from keras_vmoe.training.config import TrainConfig
 from keras_vmoe.training.description import announcement
 from keras_vmoe.training.initialization import restore
 from keras_vmoe.training.initialization import starting_model
@@ -44,20 +45,20 @@ class RunResult(NamedTuple):
     run_dir: pathlib.Path
 
 
-def train(config):
+def train(config: TrainConfig) -> RunResult:
     """Trains a model and writes a run folder.
 
     The folder holds `config.yaml` (an input of `keras-vmoe train --config`),
-    `classes.json`, `history.csv`, checkpoints of the last epochs while it
-    trains, `model.keras` (the model of the last epoch, written when the run
-    ends or is interrupted; `restore` gives that of a killed run) and, at the
-    end, `curves.png`, `predictions.npz` (of the test images) and `result.json`.
-    Test images are used once, after the training.
+    `classes.json`, `history.csv`, checkpoints of the last epochs during
+    training, `model.keras` (the model of the last epoch, written when the run
+    ends or is interrupted; for a killed run, use `restore`) and, at the end,
+    `curves.png`, `predictions.npz` (of the test images) and `result.json`.
+    Test images are used once, after training.
 
-    A stopped run continues from its last checkpoint when it is started again
-    with the same settings, and ends as if it had never stopped: weights,
-    optimizer state, noise, order and augmentation of the images are those of
-    that epoch.
+    A stopped run, started again with the same settings, resumes from its last
+    checkpoint and ends as if it had never stopped. The checkpoint restores
+    weights, optimizer state and noise; the epoch determines the order and
+    augmentation of the images.
 
     Args:
         config: A `TrainConfig`.
@@ -66,18 +67,18 @@ def train(config):
         A `RunResult`.
 
     Raises:
-        ValueError: If the configuration fits no model or dataset (nothing has
-            been written then), or differs from that of the run in the folder.
+        ValueError: If the configuration fits no model or dataset (before
+            anything is written), or differs from that of the run in the folder.
         FileExistsError: If the run folder holds a finished run or other files.
         BlockingIOError: If another process trains in the folder.
         NonFiniteLossError: If the loss becomes NaN; the model of the last good
-            epoch stays in the folder.
+            epoch remains in the folder.
 
     Example:
 
     >>> train(TrainConfig(epochs=10))  # doctest: +SKIP
     """
-    require("matplotlib", "plots")  # Before an hour of training, not after.
+    require("matplotlib", "plots")  # Before training, not after.
     if config.tensorboard:
         require("tensorboard", "data")
     if _processes.num_processes() > 1:
@@ -98,7 +99,7 @@ def train(config):
 
 
 def _train(config, strategy, stack):
-    """A run, in the scope of its strategy; `stack` holds its folder."""
+    """Trains in the scope of the strategy; `stack` holds the run folder."""
     info = data.info(config.data.dataset, config.data.data_dir)
     config = batches.with_splits(config, info)
     train_data, validation_data, test_data = batches.datasets(config, info)
@@ -150,7 +151,7 @@ def _train(config, strategy, stack):
                     verbose=_verbosity(),
                     callbacks=[clock, *parts],
                 )
-        elif average:  # As `fit` does at its end.
+        elif average:  # As at the end of `fit`.
             model.optimizer.finalize_variable_values(model.trainable_variables)
         models.save(model, run_dir / run_folder.MODEL)
         test = evaluation.measure(model, test_data, routing=False)
@@ -158,7 +159,7 @@ def _train(config, strategy, stack):
         _plot(history.rows, routing.epochs, run_dir / "curves.png")
         facts = {**_costs(model), "seconds_per_step": clock.seconds_per_step}
         run_folder.write_result(run_dir, test, facts)
-    # All leave together: JAX ends a process whose peers take too long.
+    # All exit together: JAX ends a process whose peers take too long.
     _processes.check_agreement("end of the run", epochs=epochs)
     return RunResult(test.accuracy, model, run_dir)
 
@@ -175,11 +176,11 @@ def _plot(rows, routing, path):
 
 @contextlib.contextmanager
 def _last_epoch_kept(run_dir, checkpoints):
-    """Writes `model.keras` of the last complete epoch if a run is stopped."""
+    """Writes the last complete epoch's `model.keras` if a run is stopped."""
     try:
         yield
     except (KeyboardInterrupt, callbacks.NonFiniteLossError):
-        # With several processes, the others may not get here.
+        # With several processes, the others may not reach this point.
         if checkpoints.epochs() and _processes.num_processes() == 1:
             models.save(restore(run_dir), run_dir / run_folder.MODEL)
         raise
@@ -194,14 +195,14 @@ def _naming_corruption(config):
 
 
 def _verbosity():
-    """Of `fit`: silent, a progress bar, or a line per epoch."""
+    """The verbosity of `fit`: silent, a progress bar, or a line per epoch."""
     if not _processes.is_first_process():
         return 0
     return 1 if sys.stdout.isatty() else 2
 
 
 def _tensorboard(config, folder):
-    """Callbacks that write logs for TensorBoard, if they are wanted."""
+    """Callbacks that write logs for TensorBoard, if set."""
     if not config.tensorboard:
         return []
     routing = callbacks.RoutingTensorBoard(folder)

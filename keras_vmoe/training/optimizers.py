@@ -1,6 +1,9 @@
-"""Keras's optimizers with weight decay by kind of variable; a schedule."""
+"""Keras optimizers with weight decay by kind of variable; a schedule."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
+from typing import Literal
 
 import keras
 from keras import ops
@@ -8,36 +11,40 @@ from keras import ops
 from keras_vmoe._checks import check_choice
 from keras_vmoe._checks import check_not_negative
 from keras_vmoe._checks import is_number
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Tensor
 from keras_vmoe.distribution import _replicas
 from keras_vmoe.layers.weights import part_of
 
+__all__ = ["SGD", "AdamW", "DecayByKind", "Lamb", "WarmUp"]
+
 
 class DecayByKind:
-    """Mixin: decays kernels alone, those of experts at a rate of their own.
+    """Mixin that decays only kernels, with a separate rate for experts.
 
-    Kernels are the variables that a layer calls so, and all matrices of an
-    expert bank. Layers say which variables are those of gates, experts and
-    learned positions, whatever they are called.
+    Kernels are variables with that name, and all matrices of an expert bank.
+    Layers declare which variables belong to gates, experts and learned
+    positions, whatever their names.
 
     Decay is decoupled: each step a decayed variable loses the share
-    `learning_rate * decay` of itself. Under LAMB the trust ratio scales the
-    update alone, as in Keras, and not the decay.
+    `learning_rate * decay` of itself. Under LAMB, as in Keras, the trust ratio
+    scales only the update, not the decay.
 
     Args:
         expert_weight_decay: Decay of the experts' kernels; None means
             `weight_decay`.
-        decay_positions: Whether learned positions are decayed as well.
-        decay_gates: Whether the gates' kernels are decayed as well.
+        decay_positions: Whether to decay learned positions as well.
+        decay_gates: Whether to decay the gates' kernels as well.
     """
 
     def __init__(
         self,
-        *args,
-        expert_weight_decay=None,
-        decay_positions=False,
-        decay_gates=False,
-        **kwargs,
-    ):
+        *args: Any,
+        expert_weight_decay: float | None = None,
+        decay_positions: bool = False,
+        decay_gates: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         if expert_weight_decay is not None:
             check_not_negative(expert_weight_decay=expert_weight_decay)
@@ -45,8 +52,8 @@ class DecayByKind:
         self.decay_positions = decay_positions
         self.decay_gates = decay_gates
 
-    def decay_of(self, variable):
-        """The weight decay of a variable, by what it is.
+    def decay_of(self, variable: keras.Variable) -> float:
+        """Returns the weight decay of a variable, according to its kind.
 
         Args:
             variable: A `keras.Variable`.
@@ -67,8 +74,8 @@ class DecayByKind:
         return float(decay or 0.0) if is_decayed else 0.0
 
     # Private in Keras, which has no public way to decay variables at several
-    # rates: `exclude_from_weight_decay` knows all or nothing, and `update_step`
-    # gets variables without a path on TensorFlow.
+    # rates: `exclude_from_weight_decay` is all or nothing, and on TensorFlow
+    # `update_step` gets variables without a path.
     def _apply_weight_decay(self, variables):
         groups = {}
         for variable in variables:
@@ -83,27 +90,30 @@ class DecayByKind:
 
     # Private in Keras, which has no public way to clip after gradients are
     # accumulated, or to clip the sum over tf.distribute's replicas: it clips
-    # each replica's part by itself.
+    # each replica's part separately.
     def _clip_gradients(self, grads):
         if not (self.clipnorm or self.global_clipnorm or self.clipvalue):
             return grads
         return _replicas.of_sum(super()._clip_gradients, grads)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
-            **super().get_config(),
+            **super().get_config(),  # type: ignore[misc]  # Keras's.
             "expert_weight_decay": self.expert_weight_decay,
             "decay_positions": self.decay_positions,
             "decay_gates": self.decay_gates,
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: Config, custom_objects: Mapping[str, Any] | None = None
+    ) -> Any:
         if "decayed" in config:  # Of version 0.1.0: patterns of paths.
             config = dict(config)
             patterns = " ".join(config.pop("decayed"))
             config["decay_positions"] = "positions" in patterns
-        return super().from_config(config, custom_objects=custom_objects)
+        make = super().from_config  # type: ignore[misc]  # Keras's.
+        return make(config, custom_objects=custom_objects)
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
@@ -137,7 +147,7 @@ class Lamb(DecayByKind, keras.optimizers.Lamb):
 
     Reference:
         [You et al., 2020](https://arxiv.org/abs/1904.00962), algorithm 2. In
-        the paper the decay is a part of what the trust ratio scales.
+        the paper the trust ratio scales the decay, too.
     """
 
 
@@ -163,20 +173,20 @@ DECAYS = ("cosine", "linear", "rsqrt", "constant")
 class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
     """Linear warm-up from 0, then a decay.
 
-    The first step has `peak / warmup_steps`, step `warmup_steps` the peak.
-    (`keras.optimizers.schedules.CosineDecay` would waste its first step on a
-    learning rate of 0; Keras's other schedules have no warm-up.)
+    The first step uses `peak / warmup_steps`, step `warmup_steps` the peak.
+    (`keras.optimizers.schedules.CosineDecay` would waste the first step on a
+    learning rate of 0. Keras's other schedules have no warm-up.)
 
     Args:
         peak: Highest learning rate.
-        steps: Steps of the whole training.
-        warmup_steps: Steps of the warm-up, below `steps`.
+        steps: Steps of the whole run.
+        warmup_steps: Steps of the warm-up, fewer than `steps`.
         decay: `"cosine"` or `"linear"` down to `end`, `"rsqrt"` (the peak times
             `sqrt(warmup_steps / step)`), or `"constant"`.
         end: Learning rate at the end of a cosine or linear decay.
 
     Raises:
-        ValueError: If the decay is unknown, or a number out of range.
+        ValueError: If the decay is unknown, or a number is out of range.
 
     Example:
 
@@ -184,7 +194,14 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
     0.5
     """
 
-    def __init__(self, peak, steps, warmup_steps=0, decay="cosine", end=0.0):
+    def __init__(
+        self,
+        peak: float,
+        steps: int,
+        warmup_steps: int = 0,
+        decay: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine",
+        end: float = 0.0,
+    ) -> None:
         super().__init__()
         check_choice("decay", decay, DECAYS)
         if not is_number(peak) or peak <= 0 or not is_number(end) or end < 0:
@@ -204,7 +221,7 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
         self.decay = decay
         self.end = end
 
-    def __call__(self, step):
+    def __call__(self, step: Tensor) -> Tensor:
         step = ops.cast(step, "float32")
         start = float(max(1, self.warmup_steps))
         warm = self.peak * (step + 1.0) / start
@@ -221,7 +238,7 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
             rate = self.peak
         return ops.where(step < self.warmup_steps, warm, rate)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             "peak": self.peak,
             "steps": self.steps,

@@ -1,6 +1,7 @@
-"""What a run reads: images, batches and how its model wants them."""
+"""The data of a run: images, batches and preprocessing."""
 
 import dataclasses
+from typing import Any
 from typing import Literal
 
 from keras_vmoe.data import Augmentation
@@ -50,18 +51,18 @@ class DataConfig:
     skip_corrupt: bool = False
     exif_orientation: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         typed.check_types(self, "data.")
         typed.check_positive(self, "test_crop", "validation_share")
         good = (self.test_crop or 1) <= 1
         typed.check_value(good, self, "test_crop", "at most 1")
         good = (self.validation_share or 0) < 1
         typed.check_value(good, self, "validation_share", "below 1")
-        Preprocessing.of(None, **self.preprocessing)  # Raises for what is none.
+        Preprocessing.of(None, **self.preprocessing)  # Raises if invalid.
 
     @property
-    def preprocessing(self):
-        """The attributes of the model's `Preprocessing` as far as set."""
+    def preprocessing(self) -> dict[str, Any]:
+        """The attributes of the model's `Preprocessing` that are set."""
         names = (field.name for field in dataclasses.fields(Preprocessing))
         found = {name: getattr(self, name) for name in names}
         return {name: x for name, x in found.items() if x is not None}

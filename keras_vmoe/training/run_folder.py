@@ -39,9 +39,9 @@ FREE = (
 
 @contextlib.contextmanager
 def open_run(config, class_names):
-    """Makes a run folder, or opens that of a stopped run of these settings.
+    """Creates a run folder, or opens that of a stopped run with these settings.
 
-    No other run can be started in it until the context is left.
+    No other run can start in it until the context exits.
     """
     check_run(config, class_names)
     run_dir, settings = pathlib.Path(config.run_dir), settings_of(config)
@@ -67,10 +67,10 @@ def check_free(config):
 
 
 def is_finished(config):
-    """Whether its folder holds this run, finished.
+    """Whether the folder holds this run, finished.
 
     Raises:
-        FileExistsError: If it holds a finished run of other settings.
+        FileExistsError: If it holds a finished run with other settings.
     """
     run_dir = pathlib.Path(config.run_dir)
     if not (run_dir / RESULT).exists():
@@ -82,12 +82,12 @@ def is_finished(config):
     different = [
         f"{name}: {there.get(name)!r} there, {value!r} here"
         for name, value in here.items()
-        # What is not set may have been taken from the data set.
+        # Unset values may have been taken from the dataset.
         if value not in (None, there.get(name)) and name not in FREE
     ]
     if different:
         raise FileExistsError(
-            "A finished run is kept only if its settings are these. Received: "
+            "A finished run is kept only if its settings match. Received: "
             f"run_dir={str(run_dir)!r}, where these differ: "
             f"{'; '.join(different)}. Name another folder."
         )
@@ -102,17 +102,17 @@ def check_run(config, class_names):
 
 
 def settings_of(config):
-    """A configuration as plain values, with the backend in use."""
+    """Returns a configuration as plain values, with the backend in use."""
     settings = dataclasses.asdict(config)
     settings["backend"] = keras.backend.backend()
     if config.moe is not None:
         moe = MoEConfig.from_dict(given(config.moe)).to_dict()
         settings["moe"] = {x: moe[x] for x in given(config.moe)}
-    return json.loads(json.dumps(settings))  # Tuples are lists in YAML.
+    return json.loads(json.dumps(settings))  # YAML has lists, not tuples.
 
 
 def write_result(run_dir, test, facts):
-    """Marks a run as finished, which no longer needs its checkpoints.
+    """Marks a run as finished; its checkpoints are no longer needed.
 
     Args:
         run_dir: Folder.
@@ -137,11 +137,11 @@ def _check_same(run_dir, settings, class_names):
             f"{kind}. Name another folder or remove this one."
         )
     if not any(run_dir.glob(f"{CHECKPOINTS}/*")):
-        return  # It was stopped before there was anything to resume.
+        return  # Stopped before the first checkpoint.
     config = resolved(recipes.load(run_dir / CONFIG))
     there, here = flat(settings_of(config)), flat(settings)
     there["backend"] = config.backend
-    # The datasets may be in another folder, but with the same classes.
+    # Datasets may move to another folder, but must keep their classes.
     there["classes"] = json.loads((run_dir / CLASSES).read_text())
     here["classes"] = list(class_names)
     different = [
@@ -151,7 +151,7 @@ def _check_same(run_dir, settings, class_names):
     ]
     if different:
         raise ValueError(
-            "A stopped run is resumed with the settings that it was started "
+            "A stopped run must be resumed with the settings it was started "
             f"with. Received: run_dir={str(run_dir)!r}, where these differ: "
             f"{'; '.join(different)}. Name another folder, or use: --config "
             f"{shlex.quote(str(run_dir / CONFIG))}"
@@ -159,6 +159,6 @@ def _check_same(run_dir, settings, class_names):
 
 
 def _is_empty(folder):
-    """Whether a folder holds nothing but our half-written files."""
+    """Whether a folder holds nothing but our partially written files."""
     names = (path.name for path in folder.iterdir())
     return all(name.startswith(_files.PARTIAL) for name in names)

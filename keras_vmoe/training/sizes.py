@@ -1,7 +1,8 @@
-"""The sizes of models: their defaults, and which are set."""
+"""Model sizes: their defaults, and which are set."""
 
 import dataclasses
 import typing
+from typing import TYPE_CHECKING
 from typing import Any
 
 from keras_vmoe.models import ConvNeXtMoE
@@ -10,7 +11,7 @@ from keras_vmoe.models import SwinMoE
 from keras_vmoe.models import ViTMoE
 from keras_vmoe.training import typed
 
-# The sizes of a model that are neither set nor those of a preset or a file.
+# The defaults of sizes that no setting, preset or file provides.
 VIT_SIZES = {
     "patch_size": 8,
     "hidden_dim": 64,
@@ -49,16 +50,23 @@ SWIN_SIZES = {
 }
 SIZES = {"vit": VIT_SIZES, "convnext": CONVNEXT_SIZES, "swin": SWIN_SIZES}
 MODELS = {"vit": ViTMoE, "convnext": ConvNeXtMoE, "swin": SwinMoE}
-# The attributes of a `MoEConfig`; None is what is not set.
-MoESettings = dataclasses.make_dataclass(
-    "MoESettings",
-    [
-        (name, kind | None if kind is not Any else Any, None)
-        for name, kind in typing.get_type_hints(MoEConfig).items()
-    ],
-    namespace={"__doc__": MoEConfig.__doc__, "__module__": __name__},
-    frozen=True,
-)
+# The attributes of a `MoEConfig`; those that are not set are None.
+if TYPE_CHECKING:
+
+    class MoESettings:  # noqa: D101
+        def __init__(self, **settings: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
+else:
+    MoESettings = dataclasses.make_dataclass(
+        "MoESettings",
+        [
+            (name, kind | None if kind is not Any else Any, None)
+            for name, kind in typing.get_type_hints(MoEConfig).items()
+        ],
+        namespace={"__doc__": MoEConfig.__doc__, "__module__": __name__},
+        frozen=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +93,7 @@ class ConvNeXtConfig:
     layer_scale_init_value: float | None = None
     activation: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         typed.check_types(self, "convnext.")
 
 
@@ -117,17 +125,17 @@ class SwinConfig:
     layer_scale_init_value: float | None = None
     activation: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         typed.check_types(self, "swin.")
 
 
 def family_of(model_class):
-    """`"vit"`, `"convnext"` or `"swin"`."""
+    """Returns `"vit"`, `"convnext"` or `"swin"`."""
     return next(name for name, x in MODELS.items() if x is model_class)
 
 
 def given(settings):
-    """The attributes of a dataclass that are not None."""
+    """Returns the attributes of a dataclass that are not None."""
     names = [field.name for field in dataclasses.fields(settings)]
     values = {name: getattr(settings, name) for name in names}
     return {name: x for name, x in values.items() if x is not None}

@@ -9,7 +9,7 @@ from keras_vmoe import _checks
 
 
 def kinds_of(cls):
-    """The types of a dataclass's attributes, without a `| None`."""
+    """Returns the types of a dataclass's attributes, without `| None`."""
     kinds = typing.get_type_hints(cls)
     for name, kind in kinds.items():
         if isinstance(kind, types.UnionType):
@@ -19,9 +19,9 @@ def kinds_of(cls):
 
 
 def from_dict(cls, settings, what):
-    """An instance of a dataclass, and of those inside it.
+    """Makes an instance of a dataclass, and of the dataclasses inside it.
 
-    An unknown key is an error that says `what` has it, and the nearest key.
+    For an unknown key, the error names `what` has it and the nearest key.
     """
     if not isinstance(settings, dict):
         raise ValueError(
@@ -34,7 +34,7 @@ def from_dict(cls, settings, what):
 
 
 def convert(kind, value, name):
-    """A plain value as a setting of this type."""
+    """Converts a plain value to a setting of this type."""
     if value is None or not dataclasses.is_dataclass(kind):
         return tuple(value) if isinstance(value, list) else value
     if hasattr(kind, "from_dict"):
@@ -43,12 +43,12 @@ def convert(kind, value, name):
 
 
 def check_types(config, group=""):
-    """Raises unless flags, words and sizes are what their types say.
+    """Raises unless flags, words and sizes match their types.
 
-    Numbers of NumPy become those of Python, which files hold.
+    NumPy numbers become Python numbers, which files can hold.
 
-    A setting that may only be an integer is a size, of at least 1; a `seed` is
-    not. `group` comes before the names in messages.
+    A setting that can only be an integer is a size, at least 1, except `seed`.
+    `group` precedes the names in messages.
     """
     for field, kind in typing.get_type_hints(type(config)).items():
         value = _checks.plain(getattr(config, field))

@@ -9,7 +9,7 @@ from keras_vmoe import distribution
 class Validation(keras.callbacks.Callback):
     """Adds the loss and accuracy on a dataset to the logs of every epoch.
 
-    They are `val_loss` and `val_accuracy`, as on one device. (The validation of
+    The logs are `val_loss` and `val_accuracy`, as on one device. (Validation in
     `fit` would drop a last batch that several devices cannot share evenly, or
     route it in other groups.) Put it before the callbacks that read the logs.
 
@@ -18,13 +18,13 @@ class Validation(keras.callbacks.Callback):
             labels are integers `(B,)` or distributions `(B, classes)`.
         loss: Keras loss, or function from labels and logits to `(B,)`.
         average: Optional `keras.callbacks.SwapEMAWeights` of the same `fit`,
-            whose averaged weights are measured.
+            whose averaged weights are evaluated.
     """
 
     def __init__(self, dataset, loss, average=None):
         super().__init__()
         self.dataset = dataset
-        # Without Keras's mean, which tf.distribute divides by its replicas.
+        # Without Keras's mean, which tf.distribute divides by replicas.
         self.losses = getattr(loss, "call", loss)
         self.average = average
 

@@ -120,7 +120,7 @@ def test_pixels_of_another_range_come_back():
         (lambda: lambda x, y: x, "return both. Received: '<lambda>', which f"),
         (lambda: lambda x: x, "which fails: .*takes 1 positional argument"),
         (lambda: lambda x, y: None, "return both. Received: '<lambda>'"),
-        (lambda: KERAS.Dropout(0.5), "belong into the model"),
+        (lambda: KERAS.Dropout(0.5), "belong in the model"),
         (lambda: KERAS.RandomFlip, "an Augmentation first. Received"),
         (lambda: "flip", "Received: augmentation='flip'"),
         (lambda: [KERAS.RandomFlip(), data.Augmentation()], "Augmentation f"),

@@ -134,7 +134,7 @@ def test_corrupt_images_are_named_or_left_out(config, folder, capsys):
         result = training.train(config)
     assert len(history(result.run_dir)) == 1
     printed = capsys.readouterr().out
-    assert "test: on the images of the validation, train[12:]; " in printed
+    assert "test: on the validation images, train[12:]; " in printed
     assert ", train[:12], in 1 epoch\n" in printed
     reads = recipes.load(result.run_dir / "config.yaml").data
     assert reads.train_split == "train[:12]"
@@ -248,7 +248,7 @@ def test_two_runs_in_a_folder(config, tmp_path):
         (dict(train_split="training"), "Received: split='training'"),
         (
             dict(validation_share=0.1),
-            "cut off a whole split.*train_split='train.:128.'",
+            "taken from a whole split.*train_split='train.:128.'",
         ),
         (
             dict(

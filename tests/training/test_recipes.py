@@ -224,7 +224,7 @@ def write(tmp_path, text):
         ("moe: {images_per_group: null}", "Write 'batch', or leave it out"),
         ("[1, 2]", "must be a mapping of names to values"),
         ("", "recipe.yaml, which holds None. An empty one is {}"),
-        ("recipe: none/x.yaml", "must be a YAML file that exists. Received: n"),
+        ("recipe: none/x.yaml", "must be an existing YAML file. Received: n"),
         ("a: [", "must be a YAML file. Received: .*recipe.yaml"),
     ],
 )

@@ -1,13 +1,16 @@
 """Recipes: settings of runs as YAML files, including those of the papers.
 
-A recipe is a file such as those in this folder, or the `config.yaml` of a run:
-settings of a `TrainConfig` in groups. The names of groups may be left out
-(`learning_rate` is `optimizer.learning_rate`), as in files of version 0.1.0,
-and `recipe: NAME` bases a file on another.
+A recipe is a file such as those in this folder, or the `config.yaml` of a run.
+It holds settings of a `TrainConfig` in groups. Group names may be left out
+(`learning_rate` is `optimizer.learning_rate`), as in files of version 0.1.0.
+`recipe: NAME` bases a file on another.
 """
 
 import dataclasses
+import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from keras_vmoe._checks import nearest
 from keras_vmoe._extras import require
@@ -17,6 +20,8 @@ from keras_vmoe.training.config import GROUPS
 from keras_vmoe.training.config import TrainConfig
 from keras_vmoe.training.typed import from_dict
 from keras_vmoe.training.typed import kinds_of
+
+__all__ = ["load", "names", "read"]
 
 FOLDER = pathlib.Path(__file__).parent
 # The group of each setting whose name is unique.
@@ -28,8 +33,8 @@ GROUP_OF = {
 }
 
 
-def names():
-    """Names of the recipes in the package.
+def names() -> list[str]:
+    """Returns the names of the recipes in the package.
 
     Example:
 
@@ -39,18 +44,18 @@ def names():
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def read(source):
-    """The settings of a recipe, including those of the recipe it is based on.
+def read(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads the settings of a recipe, including those of the recipe it extends.
 
     Args:
         source: Name of a recipe, or path of a YAML file.
 
     Returns:
-        Dict of `TrainConfig`'s attributes, groups as dicts; only what is set.
+        Dict of `TrainConfig`'s attributes that are set, with groups as dicts.
 
     Raises:
-        ValueError: If there is no such recipe, or it has an unknown key; the
-            message has the nearest.
+        ValueError: If the recipe does not exist, or has an unknown key. The
+            message has the nearest name.
 
     Example:
 
@@ -61,14 +66,14 @@ def read(source):
 
 
 def _read(source, above):
-    """The settings of a recipe on which those `above` it are based."""
+    """Reads the settings of a recipe that the recipes `above` it extend."""
     path = pathlib.Path(source)
     if str(source) in names():
         path = FOLDER / f"{source}.yaml"
     elif not path.is_file():
         if path.suffix or len(path.parts) > 1:
             raise ValueError(
-                "A file of settings must be a YAML file that exists. "
+                "A settings file must be an existing YAML file. "
                 f"Received: {source}. `keras-vmoe --help` names the recipes."
             )
         raise ValueError(
@@ -94,20 +99,20 @@ def _read(source, above):
     return merge(_read(base, (*above, path.resolve())), settings)
 
 
-def load(source, **settings):
-    """A recipe as a `TrainConfig`.
+def load(source: str | os.PathLike[str], **settings: Any) -> TrainConfig:
+    """Loads a recipe as a `TrainConfig`.
 
     Args:
         source: Name of a recipe, or path of a YAML file.
-        **settings: Attributes that override the recipe's; for groups, dicts
-            with some of theirs.
+        **settings: Attributes that override the recipe's. A group is a dict
+            of some of its attributes.
 
     Returns:
         A `TrainConfig`.
 
     Raises:
-        ValueError: If there is no such recipe or setting, or the recipe is for
-            models of another family.
+        ValueError: If the recipe or a setting does not exist, or the recipe is
+            for models of another family.
 
     Example:
 
@@ -118,8 +123,8 @@ def load(source, **settings):
     return from_dict(TrainConfig, merge(read(source), settings), str(source))
 
 
-def merge(below, above):
-    """Nested settings, overridden by others."""
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested settings, with those `above` overriding those `below`."""
     merged = {**below, **above}
     for name in below.keys() & above.keys():
         if isinstance(below[name], dict) and isinstance(above[name], dict):
@@ -127,8 +132,8 @@ def merge(below, above):
     return merged
 
 
-def read_yaml(path):
-    """The mapping in a YAML file, a dict."""
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads the mapping in a YAML file as a dict."""
     path = pathlib.Path(path)
     jsonargparse = require("jsonargparse", "cli")
     yaml = require("yaml", "cli")
@@ -149,7 +154,7 @@ def read_yaml(path):
 
 
 def _grouped(settings, path):
-    """Settings in their groups, under their current names."""
+    """Sorts settings into their groups, under their current names."""
     known = kinds_of(TrainConfig)
     if _is_old(settings, path):
         settings = {name: _renamed(name, x) for name, x in settings.items()}
@@ -178,10 +183,10 @@ def _grouped(settings, path):
 
 
 def _is_old(settings, path):
-    """Whether a file is of version 0.1.0, by the names that only it has.
+    """Whether a file is from version 0.1.0, by names that only it has.
 
-    It had no groups but `model`, whose name it shares with today's. Where a
-    file could be of both, a null that each reads in its own way is an error.
+    Its only group was `model`, whose name is still in use. If a file could be
+    from either version, a null that each would read differently is an error.
     """
     parts = {x: y for x, y in settings.items() if isinstance(y, dict)}
     if parts.keys() & (set(GROUPS) - {"model"}):
@@ -208,7 +213,7 @@ OLD_PARTS = ("model", "convnext")
 
 
 def _renamed(name, value):
-    """A setting of version 0.1.0 in today's words."""
+    """A setting of version 0.1.0 under its current name."""
     if name == "moe" and isinstance(value, dict):
         return of_version_0_1(value)
     if name in OLD_PARTS and isinstance(value, dict):
