@@ -1,6 +1,7 @@
 """How a model wants its images: a value, which `keras_vmoe.data` exports."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 from typing import Self
 
@@ -95,7 +96,7 @@ class Preprocessing:
 
     @classmethod
     def of(
-        cls, value: "Preprocessing | dict[str, Any] | None", **settings: Any
+        cls, value: "Preprocessing | Mapping[str, Any] | None", **settings: Any
     ) -> Self:
         """A `Preprocessing` of one, a dict of its attributes, or None.
 

@@ -223,6 +223,7 @@ def evaluate(
     wanted = data.Preprocessing.of(opened.preprocessing, test_crop=test_crop)
     found = of_run(model, "evaluate", dataset, split, data_dir)
     dataset, split, data_dir = found
+    reads: dict[str, Any]
     reads = {"split": split, "data_dir": data_dir, "batch_size": batch_size}
     reads["skip_corrupt"] = skip_corrupt
     count, notes = None, []

@@ -129,7 +129,7 @@ def read_images(
         exif_orientation=exif_orientation,
     )
     images = [_read_image(path, size, wanted) for path in paths]
-    return wanted.normalized(tf.stack(images)).numpy()
+    return np.asarray(wanted.normalized(tf.stack(images)))
 
 
 def _read_image(path, size, wanted):

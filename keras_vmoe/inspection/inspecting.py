@@ -147,7 +147,8 @@ def inspect(
     num_classes = _num_classes(model, class_names)
     factors = _capacities(capacities)
     probe = keras.Model(model.inputs[0], [layer.input for layer in chosen])
-    gathered, left = None, math.inf if max_images is None else max_images
+    gathered: Any = None
+    left = math.inf if max_images is None else max_images
     for tokens, images, labels in predictions(probe, dataset, verbose):
         tokens = tokens if isinstance(tokens, list) else [tokens]
         if gathered is None:
@@ -162,7 +163,6 @@ def inspect(
         left -= len(images)
         if left <= 0:
             break
-    assert gathered is not None  # An empty data set raises before.
     return gathered.result(class_names, image_names)
 
 

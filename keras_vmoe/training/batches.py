@@ -24,8 +24,8 @@ def with_splits(config, info):
     validates = reads.validation_split != DataConfig.validation_split
     if validates or name not in info.splits:
         raise ValueError(
-            "`validation_share` must be taken from a whole split, without another "
-            "validation_split. "
+            "`validation_share` must be taken from a whole split, without "
+            "another validation_split. "
             f"Received: validation_share={reads.validation_share}, "
             f"train_split={name!r}, "
             f"validation_split={reads.validation_split!r}. Leave the share "

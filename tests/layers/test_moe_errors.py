@@ -28,7 +28,7 @@ from keras_vmoe import layers
          r"Keras layer. Received: gate='linaer'. Did you mean 'linear'\?"),
         ({"gate": 3}, "Received: gate=3"),
         ({"min_experts": 0}, "Received: min_experts=0"),
-        ({"min_experts": 5}, "at most the number.*Received: min_experts=5 of 4"),
+        ({"min_experts": 5}, "at most.*Received: min_experts=5 of 4"),
     ],
 )  # fmt: skip
 def test_bad_router(arguments, words):

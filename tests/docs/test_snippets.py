@@ -1,0 +1,111 @@
+"""Python in README and docs runs as it stands, page by page."""
+
+import ast
+import builtins
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+
+import pytest
+
+import keras_vmoe
+from tests.docs.pages import PAGES
+from tests.docs.pages import ROOT
+from tests.docs.pages import blocks
+
+pytestmark = pytest.mark.backends("torch")
+RUN = [x for x in PAGES if any(not y.needs for y in blocks(x))]
+TRAIN = """
+from keras_vmoe import training
+training.train(training.TrainConfig(run_dir="runs/digits", epochs=1))
+"""
+IMAGE = """
+import keras, sklearn.datasets
+image = sklearn.datasets.load_digits().images[7][..., None]
+keras.utils.save_img("seven.png", image * 15.9, scale=False)
+"""
+
+
+def run(script, folder):
+    """Runs a script in a fresh interpreter; returns what it says and prints."""
+    path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [sys.executable, "-W", "error::SyntaxWarning", script],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a reader of "Get started" would be: a run, and an image."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "start.py").write_text(TRAIN + IMAGE)
+    done = run("start.py", folder)
+    assert not done.returncode, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+def test_page(page, folder):
+    """Blocks of a page run one after the other; lines are those of the page."""
+    lines = []
+    for block in blocks(page):
+        if not block.needs:
+            lines += [""] * (block.line - 1 - len(lines))
+            lines += block.text.splitlines()
+    script = folder / f"{page.stem}.md"  # Its name and lines in tracebacks.
+    script.write_text("\n".join(lines))
+    done = run(script.name, folder)
+    assert not done.returncode, f"{page}\n{done.stderr[-3000:]}"
+
+
+def package_object(node):
+    """What of this package is called here, or None."""
+    names = []
+    while isinstance(node, ast.Attribute):
+        names, node = [node.attr, *names], node.value
+    if not isinstance(node, ast.Name) or not hasattr(keras_vmoe, node.id):
+        return None
+    found = importlib.import_module(f"keras_vmoe.{node.id}")
+    for name in names:
+        found = getattr(found, name)
+    return found
+
+
+def check_call(call):
+    """Raises if a call of this package is not one that its signature takes."""
+    function = package_object(call.func)
+    if callable(function) and all(k.arg for k in call.keywords):
+        given = dict.fromkeys(k.arg for k in call.keywords)
+        inspect.signature(function).bind(*call.args, **given)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_are_imported_and_calls_fit(page):
+    """A block imports what it uses; variables may be those of a block above.
+
+    Of blocks that need what a test does not have, too.
+    """
+    known = set(dir(builtins))
+    for block in blocks(page):
+        nodes, imported = list(ast.walk(ast.parse(block.text))), set()
+        for node in nodes:
+            match node:
+                case ast.Import(names) | ast.ImportFrom(names=names):
+                    imported |= {(x.asname or x.name) for x in names}
+                case ast.Name(name, ast.Store()) | ast.arg(name):
+                    known.add(name)
+                case ast.ClassDef(name) | ast.FunctionDef(name):
+                    known.add(name)
+                case ast.Call():
+                    check_call(node)
+        used = {x.id for x in nodes if isinstance(x, ast.Name)}
+        missing = used - known - imported
+        assert not missing, f"{page}:{block.line}: {sorted(missing)}"
