@@ -1,4 +1,4 @@
-"""Files of Keras: weights of a model of another image size."""
+"""Keras files: weights of a model of another image size."""
 
 import dataclasses
 import pathlib
@@ -22,15 +22,15 @@ POSITIONS = "layers/learned_positions/vars"
 
 
 def load_keras(model, path, grid=None):
-    """Loads a file of Keras into a `ViTMoE`, its learned positions resized.
+    """Loads a Keras file into a `ViTMoE`, and resizes its learned positions.
 
-    The arguments are those of `checkpoints.load`. The head of a `.keras` file
-    of other classes is left out.
+    Takes the arguments of `checkpoints.load`. Leaves out the head of a `.keras`
+    file with other classes.
     """
     if isinstance(model, models.ConvNeXtMoE):
         raise TypeError(
-            "Files of Keras are read into a ViTMoE here, whose positions are "
-            f"resized. Received: model={model.name!r}, a ConvNeXtMoE. "
+            "Keras files are only read into a ViTMoE here, to resize its "
+            f"positions. Received: model={model.name!r}, a ConvNeXtMoE. "
             "`models.load` opens its .keras files, `model.load_weights` reads "
             ".weights.h5, and `checkpoints.load_keras_applications` takes a "
             "model of keras.applications."
@@ -58,8 +58,7 @@ def load_keras(model, path, grid=None):
     if model.num_classes is not None:
         warn(
             f"The head of the file has {loaded.num_classes or 0} classes and "
-            f"that of the model {model.num_classes}: the model's stays as it "
-            "is."
+            f"that of the model {model.num_classes}: the model keeps its own."
         )
     for layer in model.layers:
         if layer.name != "head":
@@ -68,9 +67,9 @@ def load_keras(model, path, grid=None):
 
 
 def _compare(file, model, path):
-    """Raises, before a weight changes, unless a file is of such a model.
+    """Raises, before a weight changes, unless a file fits the model.
 
-    Keras would ignore what the model lacks.
+    Keras would ignore weights that the model lacks.
     """
     own = file.with_name("own.weights.h5")
     model.save_weights(own)
@@ -83,14 +82,14 @@ def _compare(file, model, path):
     ]
     if words:
         raise ValueError(
-            "The file must hold the weights of a model of the same settings. "
+            "The file must hold the weights of a model with equal settings. "
             f"Received: {path}, where these differ: {some(words)}. Make the "
-            "model as that of the file was made."
+            "model with the settings of the file."
         )
 
 
 def _shapes(file):
-    """Shapes of the weights of a model in a file, by their places."""
+    """Shapes of a model's weights in a file, by path."""
     shapes = {}
 
     def see(name, item):
@@ -114,7 +113,7 @@ def _resize(file, model, grid):
             own = tuple(map(int, stored["grid"]))
             if pair("grid", grid or own) != own:
                 raise ValueError(
-                    "`grid` must be that of the file. "
+                    "`grid` must match the file. "
                     f"Received: grid={grid} for {own}. Leave it out."
                 )
             grid = own

@@ -12,7 +12,7 @@ from keras_vmoe.checkpoints.files import CORRUPT
 from keras_vmoe.checkpoints.files import MAX_COMPRESSION
 from keras_vmoe.checkpoints.files import CheckpointError
 
-# Their names, and the names of the same arrays in V-MoE's program.
+# Their names, and those of the same arrays in V-MoE's program.
 NAMES = (
     ("Transformer/encoderblock_", "Encoder/encoderblock_"),
     ("Transformer/", "Encoder/"),
@@ -32,7 +32,7 @@ READ_HEADER = {
 
 
 def read_npz(path):
-    """Arrays of a local `.npz` file by V-MoE's names, after checking all."""
+    """Reads a local `.npz` file by V-MoE's names, after checking all of it."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()

@@ -9,18 +9,18 @@ from keras_vmoe.checkpoints.files import CORRUPT
 from keras_vmoe.checkpoints.files import MAX_COMPRESSION
 from keras_vmoe.checkpoints.files import CheckpointError
 
-STATE = "state"  # What the program calls the folder of the training state.
+STATE = "state"  # The program's folder of the training state.
 # One of these is in the folder of every checkpoint, whatever its version.
 MARKS = (STATE, "_METADATA", "_CHECKPOINT_METADATA", "checkpoint")
 
 
 def holds_orbax(folder):
-    """Whether a folder looks like one of Orbax."""
+    """Whether a folder looks like an Orbax checkpoint."""
     return any((folder / mark).exists() for mark in MARKS)
 
 
 def read_orbax(folder):
-    """Arrays by name of the folder of one step, or of the state in it."""
+    """Reads arrays by name from a step's folder, or from the state in it."""
     orbax = require("orbax.checkpoint", "checkpoints")
     import jax
 

@@ -16,8 +16,8 @@ from keras_vmoe.checkpoints.assignment import POSITIONS
 from keras_vmoe.checkpoints.files import CheckpointError
 
 BLOCK = "Encoder/encoderblock_{}"
-# Layers with a weight and a bias: their name, ours, and which axes the weight
-# has here. Where a stage and a block are named, ours count through all stages.
+# Layers with a weight and a bias: their name, ours, and the order of the
+# weight's axes here. Where a name has stage and block, ours count all blocks.
 DENSE, CONV, DEPTHWISE, NORM = (1, 0), (2, 3, 1, 0), (2, 3, 0, 1), (0,)
 VIT = (
     (r"patch_embed\.proj", "embedding", CONV),
@@ -82,7 +82,7 @@ TRANSFORMERS = (
     (r"layernorm\.", "norm."),
 )
 OF_TRANSFORMERS = "embeddings.patch_embeddings.projection.weight"
-# By the name that only they have.
+# By a name that only they have.
 FAMILIES = {
     "patch_embed.proj.weight": VIT,
     "stem.0.weight": TIMM,
@@ -104,20 +104,20 @@ UNUSED = ("mask_token",)  # Of DINOv2's training.
 # What other programs put before all names.
 PREFIXES = ("module.", "model.", "backbone.")
 XXLARGE = 384  # Features of the first stage of a ConvNeXt-XXL.
-# Features of an attention head, which no shape tells: of all but ViT-H, SO400M,
+# Features of an attention head, which no shape gives: all but ViT-H, SO400M,
 # -g, -G and giants. `load` takes the model's.
 HEAD_DIM = 64
 OTHER_HEAD_DIMS = {1152: 72, 1280: 80, 1408: 88, 1664: 104}
-# Of timm's `config.json`, and ours.
+# Keys of timm's `config.json`, and ours.
 BESIDE = {"interpolation": "interpolation", "crop_pct": "test_crop"}
 
 
 class TorchArrays(dict):
-    """Arrays by our names, and what their model is beside them.
+    """Arrays by our names, and facts about their model.
 
     Attributes:
-        arguments: Arguments of the model that no shape tells.
-        preprocessing: Dict of what is known of a `Preprocessing`.
+        arguments: Arguments of the model that no shape gives.
+        preprocessing: Dict of the known attributes of a `Preprocessing`.
         of_class: Whether the class token has a position.
     """
 
@@ -133,13 +133,13 @@ class TorchArrays(dict):
 
     @property
     def is_gated(self):
-        """Whether the MLPs are SwiGLU's, which are no MLPs of ours."""
+        """Whether the MLPs are SwiGLU, which our models do not have."""
         mlp = f"{BLOCK.format(0)}/Mlp/Dense_"
         first, second = (np.shape(self.get(f"{mlp}{i}/kernel")) for i in (0, 1))
         return bool(first and second) and first[1:] == (2 * second[0],)
 
     def with_heads(self, num_heads):
-        """The arrays, their attention cut into so many heads."""
+        """Returns the arrays with attention split into `num_heads` heads."""
         found = dict(self)
         for name, x in self.items():
             if "/SelfAttention/" in name and x.ndim > 1:
@@ -175,12 +175,12 @@ def read_safetensors(path):
 
 
 def by_our_names(arrays, path, preprocessing=None):
-    """Arrays of PyTorch's model by our names; others keep their own.
+    """Renames a PyTorch model's arrays to ours; others keep their names.
 
     Args:
         arrays: Dict of numpy arrays.
-        path: Of their file, for messages.
-        preprocessing: Dict of what is known of it.
+        path: Path of their file, for messages.
+        preprocessing: Dict of its known attributes.
     """
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in arrays):
@@ -211,18 +211,18 @@ def by_our_names(arrays, path, preprocessing=None):
     scale = any("_scale" in name for name in ours)
     preprocessing = preprocessing or {}
     if table is VIT and not scale:
-        known = {}  # Of augreg's or DeiT's: nobody can tell.
+        known = {}  # Augreg's or DeiT's: the arrays do not say.
         if "mean" not in preprocessing:
             warn(
                 f"{path} does not say how images are normalized: mean and std "
-                "127.5 are assumed, as of timm's augreg. Its config.json "
-                "beside it, or `model.preprocessing`, would say so."
+                "127.5 are assumed, as in timm's augreg. Put its config.json "
+                "beside it, or set `model.preprocessing`."
             )
     arguments = {"activation": "gelu"}
     if scale:
         arguments["layer_scale_init_value"] = 1e-5
-    # Not with registers, nor in DeiT III; DINOv2, which has a layer scale, too,
-    # has patches of 14 pixels, as of DeiT III's models only ViT-H.
+    # Not with registers, nor in DeiT III. DINOv2, which also has a layer scale,
+    # has patches of 14 pixels; of DeiT III's models only ViT-H does.
     shape = np.shape(ours.get("embedding/kernel"))
     of_dinov2 = shape[:1] == (14,) and shape[-1] != 1280
     of_class = (of_dinov2 or not scale) and "registers" not in ours
@@ -279,7 +279,7 @@ def _renamed(name, x, table, starts):
 
 
 def weight_or_bias(match, ours, axes, x, starts):
-    """The weight or the bias of a layer of ours."""
+    """The weight or bias of one of our layers."""
     numbers = match.groups()[:-1]
     if ours.startswith("block"):
         numbers = (_number(match, starts),)
@@ -334,7 +334,7 @@ def _number(match, starts):
 
 
 def _check_kind(arrays, table, path):
-    """Raises for a model that our arrays would not be all of."""
+    """Raises for a model that has more than our arrays."""
     wrong = None
     if table is VIT and "pos_embed" not in arrays:
         wrong = "a ViT without learned positions (such as of rotary ones)"
@@ -343,13 +343,13 @@ def _check_kind(arrays, table, path):
         wrong = "a ConvNeXt-XXL, whose norms have another epsilon"
     if wrong:
         raise CheckpointError(
-            "The arrays must be all that a ViTMoE or a ConvNeXtMoE is made of. "
+            "The arrays must fully define a ViTMoE or a ConvNeXtMoE. "
             f"Received: {path}, {wrong}. Take the weights of another model."
         )
 
 
 def _beside(path):
-    """What timm's `config.json` beside a file says of the preprocessing."""
+    """The preprocessing in timm's `config.json` beside a file."""
     file = path.with_name("config.json")
     try:
         config = json.loads(file.read_text())["pretrained_cfg"]
@@ -365,14 +365,14 @@ def _beside(path):
         try:
             Preprocessing.of({ours: value})
         except ValueError:
-            warn(f"{file}: {theirs}={value!r} is not among ours and left out.")
+            warn(f"{file}: {theirs}={value!r} is unknown and ignored.")
         else:
             found[ours] = value
     return found
 
 
 def _unknown(arrays, path):
-    """The message on arrays of no family that is known."""
+    """The message for arrays of no known family."""
     kinds = {
         "a ViT of timm or DINOv2 of Transformers": VIT,
         "a ConvNeXt of timm": TIMM,

@@ -5,6 +5,8 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from keras_vmoe.checkpoints.keras_applications import load_convnext
 from keras_vmoe.checkpoints.reading import read
 from keras_vmoe.checkpoints.reading import reader_of
 from keras_vmoe.checkpoints.sharded_index import read_index
+from keras_vmoe.checkpoints.swin import SwinArrays
 from keras_vmoe.checkpoints.swin import load_swin
 from keras_vmoe.checkpoints.vmoe import load_vmoe
 from keras_vmoe.models.base import image_pair
@@ -28,7 +31,10 @@ BLOCK = r"Encoder/encoderblock_(\d+)"
 STEM = "stem/kernel"  # Of a ConvNeXt.
 
 
-def vmoe_config(arrays, image_size=None):
+def vmoe_config(
+    arrays: str | os.PathLike[str] | Mapping[str, Any],
+    image_size: int | Sequence[int] | None = None,
+) -> dict[str, Any]:
     """Infers the arguments of `ViTMoE` from the shapes of a checkpoint.
 
     Settings without weights are not known: the number of selected experts
@@ -36,11 +42,11 @@ def vmoe_config(arrays, image_size=None):
     tokens or experts choose. Set those in the result.
 
     Args:
-        arrays: Path of a checkpoint, as of `checkpoints.read` (of a sharded one
-            only the index is read), or a dict from the reference's names to
+        arrays: Path of a checkpoint, as in `checkpoints.read` (only the index
+            of a sharded one is read), or a dict from the reference's names to
             arrays.
-        image_size: Side of the images in pixels, or `(height, width)`. None is
-            that of the position embedding, or 224 without one.
+        image_size: Side of the images in pixels, or `(height, width)`. None
+            means that of the position embedding, or 224 without one.
 
     Returns:
         Dict of `ViTMoE`'s arguments.
@@ -119,7 +125,7 @@ def _config(shapes, image_size, of_class):
 
 
 def _ensemble_size(shapes):
-    """M of a gate `(D, M, E / M)`; None where gates are no ensemble's."""
+    """M of a gate `(D, M, E / M)`; None without an ensemble."""
     gates = [x for name, x in shapes.items() if name.endswith(GATE)]
     return gates[0][1] if gates and len(gates[0]) == 3 else None
 
@@ -133,7 +139,7 @@ def _image_size(shapes, pooling, patch_size, of_class):
     side = math.isqrt(max(0, num_patches))
     if side**2 != num_patches or not side:
         raise ValueError(
-            "The patches must form a square, or the image size be given. "
+            "The patches must form a square unless the image size is given. "
             f"Received: {num_patches} patches. Set "
             "`image_size=(height, width)`."
         )
@@ -171,13 +177,16 @@ def _moe(shapes, num_layers):
     return moe, mlp_dim
 
 
-def convnext_config(arrays, image_size=224):
-    """Infers the arguments of the dense `ConvNeXtMoE` of a checkpoint.
+def convnext_config(
+    arrays: str | os.PathLike[str] | Mapping[str, Any],
+    image_size: int | Sequence[int] | None = 224,
+) -> dict[str, Any]:
+    """Infers the arguments of a checkpoint's dense `ConvNeXtMoE`.
 
     Args:
-        arrays: Path of a safetensors file, or what `checkpoints.read` returns.
+        arrays: Path of a safetensors file, or the result of `checkpoints.read`.
         image_size: Side of the images in pixels, `(height, width)`, or None for
-            any; no array tells.
+            any; the arrays do not tell.
 
     Returns:
         Dict of `ConvNeXtMoE`'s arguments.
@@ -224,16 +233,18 @@ def convnext_config(arrays, image_size=224):
     }
 
 
-def swin_config(arrays, image_size=None):
-    """Infers the arguments of the `SwinMoE` of a checkpoint.
+def swin_config(
+    arrays: SwinArrays, image_size: int | Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Infers the arguments of a checkpoint's `SwinMoE`.
 
-    K, the capacity factor and batch priority are in no array: they are those
-    of the published models.
+    No array gives K, the capacity factor and batch priority: they are those of
+    the published models.
 
     Args:
-        arrays: What `read_swin` returns.
-        image_size: Side of the images in pixels, or `(height, width)`. None is
-            16 windows' sides, of 12 if no file says their side: 192.
+        arrays: The result of `read_swin`.
+        image_size: Side of the images in pixels, or `(height, width)`. None
+            means 16 times the windows' side, or 192 if no file gives it.
 
     Returns:
         Dict of `SwinMoE`'s arguments.
@@ -296,12 +307,13 @@ def _swin_config(shapes, window_size, image_size):
 
 
 def made_of(arrays, image_size=None, num_selected_experts=None):
-    """The model of arrays, with these weights.
+    """Makes the model of a checkpoint, with its weights.
 
     Args:
-        arrays: What `read` returns.
-        image_size: Side of the images in pixels; None is the weights', or 224.
-        num_selected_experts: K; None is V-MoE's 2.
+        arrays: The result of `read`.
+        image_size: Side of the images in pixels; None means the weights', or
+            224.
+        num_selected_experts: K; None means V-MoE's 2.
     """
     kind, config_of, assigned = FAMILIES[getattr(arrays, "family", "vit")]
     if kind is ConvNeXtMoE:
@@ -317,7 +329,7 @@ def made_of(arrays, image_size=None, num_selected_experts=None):
     return assigned(kind(**config), arrays)
 
 
-# Model, what finds its arguments, what assigns arrays to it.
+# Model, and the functions that find its arguments and assign its arrays.
 FAMILIES = {
     "vit": (ViTMoE, vmoe_config, load_vmoe),
     "convnext": (ConvNeXtMoE, convnext_config, load_convnext),

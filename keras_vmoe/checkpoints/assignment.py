@@ -36,7 +36,7 @@ def assign(model, weights, arrays, mend=VMOE_MEND):
 
     Raises:
         ValueError: If arrays are missing, unknown, of another shape or not of
-            real numbers; the message lists them. No weight has changed then.
+            real numbers; the message lists them. Then no weight has changed.
     """
     named = {id(weight) for weight in weights.values()}
     weights |= {w.path: w for w in model.weights if id(w) not in named}
@@ -80,14 +80,14 @@ def assign(model, weights, arrays, mend=VMOE_MEND):
 
 
 def some(names, most=5):
-    """The first of many names, and how many more there are."""
+    """The first of many names, and the number of the rest."""
     more = len(names) - most
     rest = [f"and {more} more"] if more > 0 else []
     return "; ".join([*names[:most], *rest]) or "none"
 
 
-def with_head(arrays, model):
-    """Arrays without a head get one of no class, which is another head."""
+def with_head(arrays, model) -> dict:
+    """Gives arrays without a head one of no class, for `fit_head`."""
     if model.num_classes is None or HEAD[0] in arrays:
         return arrays
     features = model.get_layer("head").kernel.shape[0]
@@ -96,11 +96,11 @@ def with_head(arrays, model):
 
 
 def fit_head(arrays, model):
-    """Arrays with a newly initialized head where the classes differ.
+    """Returns arrays with a newly initialized head if the classes differ.
 
     Args:
         arrays: Dict from name to numpy array.
-        model: A model, without whose head the arrays lose theirs.
+        model: A model; if it has no head, the arrays lose theirs.
     """
     kernel, bias = (arrays.get(name) for name in HEAD)
     if kernel is None or bias is None:
@@ -111,7 +111,7 @@ def fit_head(arrays, model):
     features, num_classes = head.kernel.shape
     whole = np.ndim(bias) == 1 and np.shape(kernel) == (features, len(bias))
     if not whole or len(bias) == num_classes:
-        return arrays  # It fits, or the shapes are compared and reported.
+        return arrays  # It fits, or `assign` reports the shapes.
     warn(
         f"The head of the checkpoint has {len(bias)} classes and that of the "
         f"model {num_classes}: the model's is newly initialized."
@@ -127,18 +127,18 @@ def fit_head(arrays, model):
 def fit_positions(
     embedding, model, grid=None, of_class=True, interpolation="bilinear"
 ):
-    """Position embeddings `(1, N, D)`, resized to the patches of a `ViTMoE`.
+    """Resizes position embeddings `(1, N, D)` to the patches of a `ViTMoE`.
 
-    Those of another rank are returned as they are: `assign` reports them.
+    Returns those of another rank unchanged: `assign` reports them.
 
     Args:
         embedding: Array.
         model: A `ViTMoE` with learned positions.
-        grid: `(rows, columns)` of its patches. None takes the square that the
-            tokens make up, else the model's.
-        of_class: Whether the class token has one of them; else it gets zeros.
-            What the grid says counts more.
-        interpolation: As of `resize_positions`.
+        grid: `(rows, columns)` of its patches. None means the square that the
+            tokens form, else the model's.
+        of_class: Whether the class token has a position; else it gets zeros.
+            The grid takes precedence.
+        interpolation: As in `resize_positions`.
     """
     shape, ours = np.shape(embedding), grid_of(model)
     if len(shape) != 3 or shape[0] != 1:
@@ -152,8 +152,8 @@ def fit_positions(
         grid = (side, side) if count - num_extra == side**2 else ours
         if count - num_extra != math.prod(grid) or not side:
             raise ValueError(
-                "Learned positions must be those of a square of patches, or "
-                f"their grid be given. Received: {count} positions for a model "
+                "Learned positions must be those of a square of patches unless "
+                f"`grid` is given. Received: {count} positions for a model "
                 f"of {ours[0]} x {ours[1]} patches. Pass grid=(rows, columns) "
                 "to `checkpoints.load`."
             )
@@ -164,12 +164,12 @@ def fit_positions(
 
 
 def num_class_positions(count, grid, of_class):
-    """How many of the positions of a model with a class token are that's.
+    """The number of the class token's positions, in a model that has one.
 
     Args:
         count: Positions.
-        grid: `(rows, columns)` or an integer; None if it is not known.
-        of_class: Whether there is one, if the grid does not tell.
+        grid: `(rows, columns)` or an integer; None if it is unknown.
+        of_class: Whether it has one, if the grid does not tell.
     """
     if grid is not None:
         num_patches = math.prod(pair("grid", grid))
@@ -179,7 +179,7 @@ def num_class_positions(count, grid, of_class):
 
 
 def known_to(model, known):
-    """The `Preprocessing` of a model, with what is known of its weights'.
+    """Returns a model's `Preprocessing` with the weights' known attributes.
 
     Args:
         model: A `ViTMoE` or `ConvNeXtMoE`.
@@ -205,7 +205,7 @@ def grid_of(model):
 
 
 def check_model(model, kind):
-    """Raises unless the model is of a kind."""
+    """Raises unless the model is a `kind`."""
     if not isinstance(model, kind):
         raise TypeError(
             f"`model` must be a {kind.__name__}. "

@@ -1,4 +1,4 @@
-"""Files of checkpoints, local or remote: read completely or refused."""
+"""Checkpoint files, local or remote: read completely or rejected."""
 
 import contextlib
 import os
@@ -36,7 +36,7 @@ class CheckpointError(ValueError):
 
 @contextlib.contextmanager
 def open_checkpoint(path):
-    """Opens a file of a checkpoint as a `Reader`.
+    """Opens a checkpoint file as a `Reader`.
 
     TensorFlow opens paths with a scheme, such as `gs://`.
     """
@@ -64,12 +64,12 @@ def open_checkpoint(path):
 
 
 def _missing(path):
-    """The error for a local file that is not there."""
+    """The error for a missing local file."""
     folder = pathlib.Path(path).parent
     found = sorted(str(p.with_suffix("")) for p in folder.glob("*.index"))
     return FileNotFoundError(
         "A checkpoint is named by its prefix, without `.index` and `.data-...`,"
-        f" and all its files must be there. Received: {path}, which does not "
+        f" and all its files must exist. Received: {path}, which does not "
         f"exist. Checkpoints in its folder: {found or 'none'}."
     )
 
@@ -94,10 +94,10 @@ class Reader:
         )
 
     def check_left(self, length):
-        """Raises unless `length` more bytes are in the file."""
+        """Raises unless the file has `length` more bytes."""
         left = self.size - self.tell()
         if length > left:
-            raise self.error(f"{length} bytes must follow and {left} are there")
+            raise self.error(f"{length} bytes must follow and {left} are left")
 
     def read(self, length):
         """The next `length` bytes."""
@@ -122,7 +122,7 @@ class Reader:
             raise self.error("the file ends early")
 
     def header(self, kind):
-        """The number in the header of what starts here.
+        """Reads the number in the header of the next value.
 
         Args:
             kind: `"map"` (its entries), `"array"` (its items), `"string"` or
@@ -137,7 +137,7 @@ class Reader:
         raise self.error(f"no {kind} starts with the byte {code:#04x}")
 
     def string(self):
-        """The string that starts here."""
+        """Reads the next string."""
         data = self.read(self.header("string"))
         try:
             return data.decode()
@@ -145,7 +145,7 @@ class Reader:
             raise self.error("a name is not in UTF-8") from None
 
     def extension_header(self):
-        """`(type, length)` of the extension that starts here."""
+        """Reads the `(type, length)` of the next extension."""
         code = self.read(1)[0]
         if 0xD4 <= code <= 0xD8:
             length = 1 << (code - 0xD4)

@@ -24,16 +24,18 @@ MEND = (
 )
 
 
-def load_keras_applications(model, keras_model):
+def load_keras_applications(
+    model: ConvNeXtMoE, keras_model: keras.Model
+) -> ConvNeXtMoE:
     """Assigns the weights of a `keras.applications` ConvNeXt to a dense twin.
 
     Both then give the same logits for the same images. A `keras.applications`
     model with `include_preprocessing=True` normalizes pixels in [0, 255]
-    itself; ours takes images normalized by `model.preprocessing`, which becomes
-    that of `keras_model`, or without one in it that of ImageNet, with which
-    the weights were trained; crop and interpolation stay. A head that is
-    missing or has other classes is newly initialized, with a warning. For an
-    MoE model call `models.upcycle` on the twin.
+    itself. Ours takes images normalized by `model.preprocessing`, which becomes
+    that of `keras_model` or, if it has none, ImageNet's, with which the weights
+    were trained. Crop and interpolation stay. A head that is missing or has
+    other classes is newly initialized, with a warning. For an MoE model, call
+    `models.upcycle` on the twin.
 
     Args:
         model: A `ConvNeXtMoE` with `moe=None` and the same depths and dims.
@@ -74,14 +76,14 @@ def _check_dense(model):
     check_model(model, ConvNeXtMoE)
     if model.moe is not None:
         raise ValueError(
-            "`model` must be dense: its MLPs are what experts start from. "
+            "`model` must be dense: experts start from its MLPs. "
             f"Received: model={model.name!r} with {model.moe.num_experts} "
             "experts. Load the twin with moe=None, then call `models.upcycle`."
         )
 
 
 def _assign(model, arrays, preprocessing):
-    """Weights by our names, and what is known of the preprocessing."""
+    """Assigns arrays by our names, and the known preprocessing."""
     preprocessing = known_to(model, preprocessing)
     arrays = fit_head(with_head(arrays, model), model)
     assign(model, _weights(model), arrays, MEND)
@@ -99,7 +101,7 @@ def _normalization(keras_model):
             mean = ops.convert_to_numpy(layer.mean).ravel().astype(float)
             std = ops.convert_to_numpy(layer.variance).ravel().astype(float)
             mean, std = (mean - offset) / scale, np.sqrt(std) / scale
-            # What float32 has added.
+            # Without float32's rounding errors.
             return {"mean": mean.round(4), "std": std.round(4)}
     return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
@@ -122,7 +124,7 @@ def _weights(model):
     return weights
 
 
-# What follows the model's name in Keras's names of layers, and our name.
+# Keras's names of layers, after the model's name, and ours.
 LAYERS = (
     (r"stem_conv", "stem"),
     (r"stem_layernorm", "stem_norm"),
@@ -166,7 +168,7 @@ def _block_numbers(found):
 
 
 def _our_name(name, numbers):
-    """Our name of one of Keras's layers, or None."""
+    """Our name for a Keras layer, or None."""
     for pattern, ours in LAYERS:
         match = re.fullmatch(rf"(?:.*_)?{pattern}", name)
         if match and "block" in ours:
@@ -177,7 +179,7 @@ def _our_name(name, numbers):
 
 
 def _arrays(name, layer):
-    """The arrays of one of Keras's layers."""
+    """The arrays of a Keras layer."""
     if isinstance(layer, keras.layers.LayerNormalization):
         variables = scale_bias(name, layer)
     elif isinstance(layer, (keras.layers.Dense, keras.layers.Conv2D)):

@@ -3,6 +3,10 @@
 import os
 import pathlib
 import zipfile
+from collections.abc import Callable
+from collections.abc import Sequence
+
+import numpy as np
 
 from keras_vmoe.checkpoints._keras import KERAS_FILES
 from keras_vmoe.checkpoints._keras import load_keras
@@ -17,23 +21,29 @@ from keras_vmoe.checkpoints.swin import is_swin
 from keras_vmoe.checkpoints.swin import load_swin
 from keras_vmoe.checkpoints.swin import read_swin
 from keras_vmoe.checkpoints.vmoe import load_vmoe
+from keras_vmoe.models.base import MoEModel
 
 
-def load(model, path, progress=None, grid=None):
+def load(
+    model: MoEModel,
+    path: str | os.PathLike[str],
+    progress: Callable[[int, int], object] | None = None,
+    grid: int | Sequence[int] | None = None,
+) -> MoEModel:
     """Assigns a pretrained checkpoint of any known format to a model.
 
     Args:
         model: A `ViTMoE` of the same architecture, which
-            `checkpoints.vmoe_config` finds; for a ConvNeXt's weights the dense
-            `ConvNeXtMoE`, for those of a Swin-MoE the `SwinMoE` of
-            `checkpoints.swin_config`. `models.upcycle` makes an MoE model of a
-            dense one.
-        path: As of `read`, or a `.weights.h5` or `.keras` file of a model of
-            this architecture, whatever its image size. All but the former
-            say how images are preprocessed, which the model then does.
-        progress: As of `read`.
-        grid: As of `load_vmoe`; files of Keras know their own, `.weights.h5`
-            of version 0.1.0 do not.
+            `checkpoints.vmoe_config` finds; for ConvNeXt weights the dense
+            `ConvNeXtMoE`, for Swin-MoE weights the `SwinMoE` of
+            `checkpoints.swin_config`. `models.upcycle` turns a dense model into
+            an MoE model.
+        path: As in `read`, or a `.weights.h5` or `.keras` file of a model of
+            this architecture and any image size. All but `.weights.h5` give
+            the preprocessing of the images, which the model takes over.
+        progress: As in `read`.
+        grid: As in `load_vmoe`; Keras files know their own, except
+            `.weights.h5` of version 0.1.0.
 
     Returns:
         The model.
@@ -55,7 +65,10 @@ def load(model, path, progress=None, grid=None):
     return {"convnext": load_convnext, "swin": load_swin}[family](model, arrays)
 
 
-def read(path, progress=None):
+def read(
+    path: str | os.PathLike[str],
+    progress: Callable[[int, int], object] | None = None,
+) -> dict[str, np.ndarray]:
     """Reads a checkpoint of a ViT, V-MoE, ConvNeXt or Swin in any known format.
 
     Args:
@@ -63,21 +76,20 @@ def read(path, progress=None):
             of an Orbax checkpoint of the same program (one step, or the
             training state in it), `.npz` file of a ViT (augreg), or safetensors
             file of timm's `vit_*`, `deit3_*` and DINOv2, of Transformers'
-            DINOv2, or of a ConvNeXt of timm, torchvision or its authors. Of a
-            Swin-MoE `NAME.pth`, with which the names of its files begin
+            DINOv2, or of a ConvNeXt of timm, torchvision or its authors. For a
+            Swin-MoE `NAME.pth`, the common start of its file names
             (`NAME.pth.rank0`, ..., `NAME.pth.master`).
-        progress: Optional function of `(bytes so far, bytes in all)`, called
+        progress: Optional function of `(bytes so far, total bytes)`, called
             while a sharded checkpoint is read.
 
     Returns:
-        Dict from V-MoE's names, or of a ConvNeXt's or Swin's from ours, to
-        numpy arrays.
+        Dict from V-MoE's names (ours for a ConvNeXt or Swin) to numpy arrays.
         Of a training state only the parameters are returned.
 
     Raises:
-        FileNotFoundError: If there is nothing of this name.
+        FileNotFoundError: If the path does not exist.
         CheckpointError: If a file is truncated, corrupt or of another format.
-        ImportError: If a library is missing that the format needs.
+        ImportError: If a library that the format needs is missing.
 
     Example:
 
@@ -92,7 +104,7 @@ def read(path, progress=None):
 
 
 def reader_of(path):
-    """What reads a local folder or file; None for sharded checkpoints."""
+    """The reader of a local folder or file; None for sharded checkpoints."""
     if "://" in os.fspath(path):
         return None
     path = pathlib.Path(path)
@@ -114,7 +126,7 @@ def reader_of(path):
 
 
 def _check_folder(folder):
-    """Raises unless the folder is that of an Orbax checkpoint."""
+    """Raises unless the folder is an Orbax checkpoint."""
     prefixes = sorted(str(x.with_suffix("")) for x in folder.glob("*.index"))
     if prefixes:
         raise CheckpointError(
@@ -127,7 +139,7 @@ def _check_folder(folder):
 
 
 def _check_no_pickle(path):
-    """Raises for a file of PyTorch, which could run any program."""
+    """Raises for a PyTorch file, which could run any code."""
     with open(path, "rb") as file:
         start = file.read(2)
     is_pickle = start[:1] == b"\x80" and start[1:] <= b"\5"
@@ -136,8 +148,8 @@ def _check_no_pickle(path):
             is_pickle = any(x.endswith("data.pkl") for x in archive.namelist())
     if is_pickle:
         raise CheckpointError(
-            "A checkpoint must not be a pickle, which can run any program when "
-            f"it is opened. Received: {path}, which was not. Take the "
+            "A checkpoint must not be a pickle, which can run any code when it "
+            f"is opened. Received: {path}, which was not. Take the "
             "safetensors file of the same weights, or write one: "
             "safetensors.torch.save_file(torch.load(path, weights_only=True), "
             "'model.safetensors')."
@@ -146,8 +158,8 @@ def _check_no_pickle(path):
 
 def _unknown(path):
     return CheckpointError(
-        "A checkpoint must be the prefix of a sharded one of V-MoE, the folder "
-        "of one of Orbax, a .npz file of a ViT, or a .safetensors file. "
+        "A checkpoint must be the prefix of a sharded V-MoE checkpoint, an "
+        "Orbax folder, a .npz file of a ViT, or a .safetensors file. "
         f"Received: {path}, which is none of these. Run folders, .keras and "
         ".weights.h5 files need no conversion: the commands, `models.load` and "
         "`checkpoints.load` read them."

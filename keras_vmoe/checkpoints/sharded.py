@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,20 +18,22 @@ from keras_vmoe.checkpoints.sharded_index import read_index
 
 CHUNKS_KEY = "__msgpack_array_chunk_a87ca2__"
 NDARRAY, SLICES = 1, 6  # Types of MessagePack extensions.
-HEADER = 4096  # Bytes that the bounds of a chunk take at most.
+HEADER = 4096  # Most bytes that the bounds of a chunk take.
 
 
-def read_vmoe(prefix, progress=None):
+def read_vmoe(
+    prefix: str | os.PathLike[str],
+    progress: Callable[[int, int], object] | None = None,
+) -> dict[str, np.ndarray]:
     """Reads a checkpoint of the reference program.
 
-    Bytes go from the file to the arrays without a copy, so that the peak of
-    memory is the size of the arrays (and of one chunk where an array was cut
-    across its rows).
+    Bytes go from the file to the arrays without a copy: peak memory is the size
+    of the arrays (and of one chunk where an array was cut across its rows).
 
     Args:
         prefix: Path without `.index` and `.data-00000-of-00001`. Paths such as
             `gs://...` are opened by TensorFlow.
-        progress: Optional function of `(bytes so far, bytes in all)`.
+        progress: Optional function of `(bytes so far, total bytes)`.
 
     Returns:
         Dict from name, such as `"Encoder/encoderblock_0/LayerNorm_0/scale"`, to
@@ -52,8 +56,8 @@ def read_vmoe(prefix, progress=None):
     total, done = sum(x.nbytes for x in index.entries.values()), 0
     arrays = {}
     with contextlib.ExitStack() as stack:
-        # An index may claim any size: arrays are made once the files are known
-        # to hold all the bytes.
+        # An index may claim any size: arrays are made only once the files are
+        # known to hold all bytes.
         for name, chunks in _plan(index, stack).items():
             entry = index.entries[name]
             array = arrays[name] = np.empty(entry.shape, entry.dtype)

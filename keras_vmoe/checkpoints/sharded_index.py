@@ -26,7 +26,7 @@ MAX_SHARDS = 100_000
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What the index says of one array."""
+    """The index entry of one array."""
 
     number: int  # Its position in the sorted index.
     shape: tuple
@@ -51,7 +51,7 @@ class Index:
 
 
 def read_index(prefix):
-    """Reads the `.index` file of a prefix, as `read_vmoe`, into an `Index`."""
+    """Reads the `.index` file of a `read_vmoe` prefix into an `Index`."""
     msgpack = require("msgpack", "checkpoints")
     prefix = str(prefix).removesuffix(".index")
     with open_checkpoint(f"{prefix}.index") as reader:
@@ -90,7 +90,7 @@ def _is_index(value, end):
 
 
 def _parameters(entries):
-    """The parameters alone, where the index holds a whole training state."""
+    """The parameters alone, if the index holds a whole training state."""
     prefix = "params/"
     inside = {k: v for k, v in entries.items() if k.startswith(prefix)}
     return {k.removeprefix(prefix): v for k, v in inside.items()} or entries

@@ -1,14 +1,16 @@
 """Weights of Swin-MoE (microsoft/Swin-Transformer), one file for each GPU.
 
 The experts of a run on W GPUs are in `NAME.pth.rank0` to `.rank<W - 1>`, all
-that the GPUs share in `NAME.pth.master`; a dense model, or one that was
-gathered, is in `NAME.pth.rank0` or `NAME.pth.global` alone. Files are pickles
-of PyTorch, opened with `weights_only`: nothing in them is run.
+that the GPUs share in `NAME.pth.master`; a dense or gathered model is in
+`NAME.pth.rank0` or `NAME.pth.global` alone. Files are PyTorch pickles, opened
+with `weights_only`: no code in them runs.
 """
 
+import os
 import pathlib
 import pickle
 import re
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -26,8 +28,8 @@ from keras_vmoe.checkpoints.assignment import known_to
 from keras_vmoe.checkpoints.files import CheckpointError
 from keras_vmoe.models.swin import SwinMoE
 
-PART = r"\.(rank\d+|master|global)"  # Ends of the names of files.
-# As the tables of `_torch`.
+PART = r"\.(rank\d+|master|global)"  # Ends of file names.
+# Like the tables of `_torch`.
 BLOCK = r"layers\.(\d)\.blocks\.(\d+)"
 NAMES = (
     (r"patch_embed\.proj", "stem", CONV),
@@ -48,7 +50,7 @@ NAMES = (
 )
 EXPERTS = "mlp._moe_layer.experts.batched_"
 TABLE = "layers.0.blocks.0.attn.relative_coords_table"
-# What the authors' program makes anew, and Tutel's count of experts.
+# Buffers that the authors' program makes anew, and Tutel's count of experts.
 UNUSED = (
     "relative_coords_table", "relative_position_index", "attn_mask",
     "_num_global_experts",
@@ -56,17 +58,19 @@ UNUSED = (
 
 
 class SwinArrays(dict):
-    """Arrays by our names, and what their model is beside them.
+    """Arrays by our names, and facts about their model.
 
     Attributes:
         window_size: Side of the windows in the first stage; None if no file
-            says so.
-        preprocessing: Dict of what is known of a `Preprocessing`.
+            gives it.
+        preprocessing: Dict of the known attributes of a `Preprocessing`.
     """
 
     family = "swin"
 
-    def __init__(self, arrays, window_size):
+    def __init__(
+        self, arrays: Mapping[str, np.ndarray], window_size: int | None
+    ) -> None:
         super().__init__(arrays)
         self.window_size = window_size
         imagenet = vars(Preprocessing.imagenet())
@@ -74,7 +78,7 @@ class SwinArrays(dict):
 
 
 def is_swin(path):
-    """Whether a path names such files: one of them, or what all begin with."""
+    """Whether a path is one of such files, or their common start."""
     path = pathlib.Path(path)
     if re.search(rf"{PART}$", path.name):
         return path.is_file()
@@ -85,18 +89,18 @@ def is_swin(path):
     )
 
 
-def read_swin(path):
+def read_swin(path: str | os.PathLike[str]) -> SwinArrays:
     """Reads the files of a Swin-MoE, one for each GPU that it was trained on.
 
     Args:
-        path: `NAME.pth`, with which the names of all files begin, or the path
-            of one of them.
+        path: `NAME.pth`, the common start of all file names, or the path of
+            one file.
 
     Returns:
         `SwinArrays`, a dict from our names to numpy arrays.
 
     Raises:
-        FileNotFoundError: If there are none.
+        FileNotFoundError: If no file exists.
         CheckpointError: If a file is missing, corrupt, of another number of
             GPUs or holds more than arrays, or if the arrays are not those of a
             Swin-MoE with a linear router.
@@ -125,13 +129,13 @@ def read_swin(path):
         )
     shared = next(x for x in ("global", "master", "rank0") if x in files)
     state = _read(files[shared])
-    ranks = {  # Not what they share, which each may hold.
+    ranks = {  # Not shared arrays, which each may hold.
         int(name[4:]): {k: x for k, x in _read(file).items() if EXPERTS in k}
         for name, file in files.items()
         if name.startswith("rank")
     }
     starts = _starts([*state, *(name for x in ranks.values() for name in x)])
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for name, x in state.items():
         if EXPERTS not in name and not name.endswith(UNUSED):
             found |= _renamed(name, x, starts, path)
@@ -154,7 +158,7 @@ def _read(file):
     ) as error:
         raise CheckpointError(
             "A file of a Swin-MoE must be whole and hold nothing but arrays: "
-            "no program in it is run. Received: "
+            "no code in it is run. Received: "
             f"{file} ({str(error).splitlines()[0][:200]})."
         ) from error
     state = content.get("model", content) if isinstance(content, dict) else {}
@@ -182,7 +186,7 @@ def _starts(names):
 
 
 def _moe_blocks(state, starts):
-    """Our names of the blocks with experts, and the start of theirs."""
+    """Our names of the blocks with experts, and the start of their names."""
     found = (
         re.match(rf"{BLOCK}\.mlp\._moe_layer\.gates", name) for name in state
     )
@@ -197,7 +201,7 @@ def _moe_blocks(state, starts):
 
 def _renamed(name, x, starts, path):
     """One of the authors' arrays as a dict of ours."""
-    # Theirs is behind a stage, ours before the next.
+    # Theirs ends a stage, ours starts the next.
     theirs = re.sub(
         r"^layers\.(\d)\.downsample",
         lambda m: f"layers.{int(m[1]) + 1}.downsample",
@@ -234,7 +238,7 @@ def _experts(block, start, gate, ranks, files):
     others = [r for r, x in shapes.items() if x != (local, hidden, features)]
     if others:
         raise CheckpointError(
-            "All GPUs must have as many experts. Received: "
+            "All GPUs must have equally many experts. Received: "
             f"{files[f'rank{others[0]}'].name} with {shapes[others[0]]} after "
             f"{(local, hidden, features)}, of a training on another number of "
             "GPUs. Keep the files of one training in a folder."
@@ -255,8 +259,8 @@ def _experts(block, start, gate, ranks, files):
     bias = f"{start}fc2_bias"
     if any(np.any(ranks[r].get(bias, 0)) for r in range(world)):
         raise CheckpointError(
-            "The experts' second layers must have no bias, as the published "
-            f"ones. Received: one in {block}, that is not 0."
+            "The experts' second layers must have no bias, as in the published "
+            f"models. Received: one in {block}, that is not 0."
         )
     experts = f"{block}_moe/experts/"
     return {
@@ -301,8 +305,8 @@ def load_swin(model, arrays):
 
     Args:
         model: A `SwinMoE` of the same architecture, of any image size. A model
-            of other windows needs the `pretrained_window_sizes` of the
-            training: 12, 12, 12 and 6 of the published models.
+            with other windows needs the `pretrained_window_sizes` of the
+            training: 12, 12, 12 and 6 for the published models.
         arrays: `SwinArrays`.
 
     Returns:

@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,12 +24,16 @@ from keras_vmoe.layers.soft_router import SoftGate
 from keras_vmoe.models.vit import ViTMoE
 
 
-def load_vmoe(model, arrays, grid=None):
+def load_vmoe(
+    model: ViTMoE,
+    arrays: str | os.PathLike[str] | Mapping[str, Any],
+    grid: int | Sequence[int] | None = None,
+) -> ViTMoE:
     """Assigns a checkpoint of the reference program to a model.
 
-    All is checked before the first assignment: a model is loaded completely or
-    left unchanged. Learned position embeddings of another resolution are
-    resized bilinearly. A head of another number of classes is newly
+    All arrays are checked before the first assignment: a model is loaded
+    completely or left unchanged. Learned position embeddings of another
+    resolution are resized bilinearly. A head with other classes is newly
     initialized, with a warning; a model without a head takes none.
     `model.preprocessing` then maps pixels to [-1, 1], as the reference program
     does; crop and interpolation stay.
@@ -84,7 +90,7 @@ def load_vmoe(model, arrays, grid=None):
     return model
 
 
-def _joined_gates(arrays, model):
+def _joined_gates(arrays, model) -> dict:
     """An ensemble's gates `(D, M, E / M)` as `(D, E)`."""
     for name, x in arrays.items():
         if not name.endswith(GATE) or np.ndim(x) != 3:
@@ -100,7 +106,7 @@ def _joined_gates(arrays, model):
 
 
 def _check_arguments(model, arrays):
-    """Raises for an activation other than that of the training, and SwiGLU."""
+    """Raises for SwiGLU, and for an activation other than the training's."""
     arguments = arrays.arguments
     if arrays.is_gated:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""The exchange of an MoE layer's buffers between devices, `ExpertParallel`.
+"""Exchanges an MoE layer's buffers between devices, for `ExpertParallel`.
 
 With constraints on both sides of the exchange between groups and experts, XLA
-compiles it to an all-to-all; with one alone, it would gather experts' weights.
+compiles it to an all-to-all; with only one, it would gather experts' weights.
 """
 
 import keras
@@ -13,14 +13,14 @@ from keras_vmoe.distribution.expert_parallel import ExpertParallel
 
 
 def exchanged(bank, buffers):
-    """What a bank makes of buffers that travel to its weights and back.
+    """Applies a bank to buffers that travel to its weights and back.
 
     Args:
         bank: Function from `(G, E, C, D)` buffers to the same shape.
-        buffers: `(G, E, C, D)` tensor; each group lies where its images are.
+        buffers: `(G, E, C, D)` tensor; each group is where its images are.
 
     Returns:
-        `(G, E, C, D)` tensor, laid out as the buffers.
+        `(G, E, C, D)` tensor, laid out like the buffers.
     """
     parallel = _expert_parallel()
     if parallel is None:

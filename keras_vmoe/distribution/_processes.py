@@ -1,7 +1,7 @@
 """Several processes that train one model, each on its own devices: JAX.
 
 Every process runs the same program. Code that only one process may run, such as
-writing a file, asks `is_first_process`.
+writing a file, checks `is_first_process`.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import sys
+from typing import Any
 
 import keras
 import numpy as np
@@ -24,13 +25,17 @@ from keras_vmoe.version import __version__
 TIMEOUTS = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 30}
 
 
-def initialize(job_addresses=None, num_processes=None, process_id=None):
-    """Joins this process with the others, before anything is computed.
+def initialize(
+    job_addresses: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins this process with the others, before any computation.
 
-    Like `keras.distribution.initialize`, but the loss of a process is noticed
-    within 30 seconds, not 100, and all processes must have the same seed. If
-    none was set, the first process draws one for all. Does nothing without
-    arguments and without Keras's environment variables for them
+    Like `keras.distribution.initialize`, but a lost process is noticed within
+    30 seconds, not 100, and all processes must have the same seed. If none was
+    set, the first process draws one for all. Does nothing if neither arguments
+    nor Keras's environment variables for them are set
     (`KERAS_DISTRIBUTION_JOB_ADDRESSES`, `_NUM_PROCESSES`, `_PROCESS_ID`).
 
     Args:
@@ -47,7 +52,7 @@ def initialize(job_addresses=None, num_processes=None, process_id=None):
 
     >>> initialize("host0:1234", 2, process_id=0)  # doctest: +SKIP
     """
-    given = {
+    given: dict[str, Any] = {
         "job_addresses": job_addresses,
         "num_processes": num_processes,
         "process_id": process_id,
@@ -103,7 +108,7 @@ def _agree_on_a_seed():
 
 
 def num_processes():
-    """How many processes train together; 1 unless on JAX."""
+    """The number of processes that train together; 1 unless on JAX."""
     if keras.backend.backend() != "jax":
         return 1
     import jax
@@ -114,7 +119,7 @@ def num_processes():
 
 
 def process_id():
-    """Which of the processes this one is, from 0."""
+    """The index of this process, from 0."""
     if num_processes() == 1:
         return 0
     import jax
@@ -131,7 +136,7 @@ def leave(status):
     """Ends this process, one of several, without Python's teardown.
 
     A run has hung in the teardown, which destroys objects of tf.data and JAX
-    whose threads are still there. After success all processes end together;
+    whose threads still run. After success all processes end together;
     after an error JAX would wait for the others, which may wait for this one.
 
     Args:
@@ -159,7 +164,7 @@ def versions():
 def check_agreement(what, **values):
     """Raises in all processes unless they all have the same values.
 
-    It is a barrier as well.
+    This is also a barrier.
 
     Args:
         what: What is compared, for the message.
@@ -207,8 +212,8 @@ def gathered(variables, folder):
     """Lets the first process read whole variables, to write them to a file.
 
     All processes must enter it, and leave together when the first is done. They
-    leave their parts in a folder, and the first reads one variable at a time.
-    With a single process nothing happens.
+    write their parts to a folder, and the first reads one variable at a time.
+    A single process does nothing.
 
     Args:
         variables: Keras variables.

@@ -1,4 +1,4 @@
-"""Variables of several processes on a disk that all of them see: Orbax.
+"""Variables of several processes on a shared disk, stored by Orbax.
 
 Each process writes and reads its own parts, one variable at a time.
 """
@@ -14,7 +14,7 @@ def save(folder, variables):
     """Writes variables to a folder; all processes must call it.
 
     Args:
-        folder: `pathlib.Path`; it has its name when it is complete.
+        folder: `pathlib.Path`; it has this name once it is complete.
         variables: Keras variables.
     """
     largest = max(x.value.nbytes for x in variables)
@@ -24,10 +24,9 @@ def save(folder, variables):
 
 
 def restore(folder, variables):
-    """Assigns what `save` wrote of variables of the same shapes.
+    """Assigns the values that `save` wrote to variables of the same shapes.
 
-    The processes, devices and shardings may be others; all processes must call
-    it.
+    Processes, devices and shardings may differ; all processes must call it.
     """
     with _reader(folder) as read:
         for i, variable in enumerate(variables):
@@ -38,7 +37,7 @@ def restore(folder, variables):
 
 
 class Stored:
-    """An array in a folder, which is read whenever NumPy wants it."""
+    """An array in a folder, read whenever NumPy asks for it."""
 
     def __init__(self, folder, index):
         self.folder = folder
@@ -60,7 +59,7 @@ def _value(variable):
 
 
 def _checkpointer(largest=None, **processes):
-    """Orbax's, which copies about `largest` bytes at a time."""
+    """Orbax's checkpointer, which copies about `largest` bytes at a time."""
     orbax = require("orbax.checkpoint", "checkpoints")
     gigabytes = None if largest is None else (largest + 1024) / 1e9
     options = orbax.options.MultiprocessingOptions(**processes)

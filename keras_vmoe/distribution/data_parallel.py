@@ -1,10 +1,14 @@
-"""Data parallelism on JAX: that of Keras, with early errors."""
+"""Keras's data parallelism on JAX, with early errors."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 
+from keras_vmoe._typing import Shape
 from keras_vmoe.distribution._processes import check_agreement
 
-UNKNOWN = -2  # The cardinality that tf.data gives to unknown lengths.
+UNKNOWN = -2  # tf.data's cardinality of unknown lengths.
 
 
 class DataParallel(keras.distribution.DataParallel):
@@ -13,7 +17,7 @@ class DataParallel(keras.distribution.DataParallel):
     Like `keras.distribution.DataParallel`, but each of several processes reads
     its own part of every batch from a `tf.data.Dataset` (see
     `data.load(shard=...)`), and datasets that would deadlock the processes are
-    refused before the first step.
+    rejected before the first step.
 
     Args:
         devices: Optional list of devices, as from
@@ -31,7 +35,7 @@ class DataParallel(keras.distribution.DataParallel):
     >>> model = ViTMoE(...); model.fit(...)  # doctest: +SKIP
     """
 
-    def __init__(self, devices=None):
+    def __init__(self, devices: Sequence[str] | None = None) -> None:
         # With True, Keras takes only datasets from several processes. It would
         # shard them itself, if `distribute_dataset` were not overridden.
         super().__init__(
@@ -39,8 +43,8 @@ class DataParallel(keras.distribution.DataParallel):
             auto_shard_dataset=True,
         )
 
-    def distribute_dataset(self, dataset):
-        """A `tf.data.Dataset` of this process's part of every batch."""
+    def distribute_dataset(self, dataset: Any) -> Any:
+        """Returns a `tf.data.Dataset` of this process's part of every batch."""
         if self.num_processes == 1:
             return dataset
         number, shapes = int(dataset.cardinality()), _shapes(dataset)
@@ -60,17 +64,19 @@ class DataParallel(keras.distribution.DataParallel):
         check_agreement("batches", number=number, shapes=shapes)
         return dataset
 
-    def get_data_layout(self, data_shape):
+    def get_data_layout(
+        self, data_shape: Shape
+    ) -> keras.distribution.TensorLayout:
         self.check_images(data_shape[0])
         return super().get_data_layout(data_shape)
 
-    def check_images(self, batch_size):
+    def check_images(self, batch_size: int | None) -> None:
         """Raises unless a batch can be split evenly over the devices."""
         # Keras passes this process's part of a batch, `predict` all of it.
         devices = self.device_mesh.devices.size // self.num_processes
         if batch_size is not None and batch_size % devices:
             raise ValueError(
-                "The images of a batch are split evenly over the devices. "
+                "The images of a batch must split evenly over the devices. "
                 f"Received: a batch of {batch_size} for {devices} devices. "
                 "Choose a multiple of their number, and drop the remainder."
             )

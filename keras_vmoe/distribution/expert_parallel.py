@@ -1,15 +1,17 @@
 """Expert parallelism: each device holds some of the experts, JAX only."""
 
 import re
+from collections.abc import Sequence
 
 import keras
 import numpy as np
 
 from keras_vmoe._checks import is_integer
+from keras_vmoe._typing import Shape
 from keras_vmoe.distribution.data_parallel import DataParallel
 
 REPLICA, EXPERT = "replica", "expert"
-DATA = (REPLICA, EXPERT)  # In this order: the other permutes all buffers.
+DATA = (REPLICA, EXPERT)  # The other order permutes all buffers.
 # The variables of an MoE layer's bank, whose first axis is E; see `MoEMLP`.
 EXPERTS = re.compile(r"(^|/)experts/")
 
@@ -19,10 +21,10 @@ class ExpertParallel(DataParallel):
 
     The devices form a mesh `(replica, expert)`. Batches are sharded over all
     of them. Each device holds `1 / num_expert_shards` of the experts' weights
-    and optimizer slots. Tokens travel to their experts and back by two
-    all-to-alls in the forward pass of each MoE layer, and by two in its
-    gradient. The results are those of one device: groups do not depend on the
-    number of devices.
+    and optimizer slots. Tokens travel to their experts and back in two
+    all-to-alls in the forward pass of each MoE layer, and two in its gradient.
+    The results match those of one device: groups do not depend on the number
+    of devices.
 
     Set it before the model is created. A batch must hold a whole number of
     groups for each device: `batch_size` must be divisible by `images_per_group`
@@ -55,7 +57,12 @@ class ExpertParallel(DataParallel):
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), appendix B.
     """
 
-    def __init__(self, num_expert_shards, devices=None, shard_dense=False):
+    def __init__(
+        self,
+        num_expert_shards: int,
+        devices: Sequence[str] | None = None,
+        shard_dense: bool = False,
+    ) -> None:
         if keras.backend.backend() != "jax":
             raise ValueError(
                 "`ExpertParallel` needs the JAX backend. Received: the backend "
@@ -71,16 +78,18 @@ class ExpertParallel(DataParallel):
         )
         # Skips both `DataParallel`, whose mesh has one axis: Keras does not
         # export their base class.
-        super(keras.distribution.DataParallel, self).__init__(mesh, REPLICA)
+        super(keras.distribution.DataParallel, self).__init__(mesh, REPLICA)  # type: ignore[call-arg]
         self.num_expert_shards = num_expert_shards
         self.num_devices = len(devices)
         self.shard_dense = shard_dense
         self._has_experts = num_expert_shards == 1
 
-    def get_data_layout(self, data_shape):
+    def get_data_layout(
+        self, data_shape: Shape
+    ) -> keras.distribution.TensorLayout:
         if not self._has_experts:
             raise ValueError(
-                "The model must have experts to be sharded over devices. "
+                "The model must have experts to shard over devices. "
                 f"Received: num_expert_shards={self.num_expert_shards} and a "
                 "model without experts. Set the distribution before creating a "
                 "model with MoE layers, or use distribution.DataParallel."
@@ -88,7 +97,9 @@ class ExpertParallel(DataParallel):
         self.check_images(data_shape[0])
         return self.layout(DATA, *[None] * (len(data_shape) - 1))
 
-    def get_variable_layout(self, variable):
+    def get_variable_layout(
+        self, variable: keras.Variable
+    ) -> keras.distribution.TensorLayout:
         layout = getattr(variable, "_layout", None)
         if layout is not None:
             return layout
@@ -105,19 +116,21 @@ class ExpertParallel(DataParallel):
                 )
             self._has_experts = True
             return self.layout(EXPERT, *rest)
-        # Not of convolutions: XLA would gather images, not the small kernels.
+        # Not convolutions': XLA would gather images, not the small kernels.
         if self.shard_dense and len(variable.shape) in (2, 3):
             return self._dense_layout(variable.shape)
         return self.layout(*[None] * len(variable.shape))
 
-    def get_tensor_layout(self, path):
+    def get_tensor_layout(
+        self, path: str
+    ) -> keras.distribution.TensorLayout | None:
         # Outputs of the model's own layers stay with their images. XLA would
         # otherwise move these instead of gathering sharded kernels.
         is_of_model = path.count("/") == 1
         return self.layout(DATA) if self.shard_dense and is_of_model else None
 
     def _dense_layout(self, shape):
-        """Shards the largest axis that the devices divide."""
+        """Shards the largest axis divisible by the number of devices."""
         axes = [None] * len(shape)
         good = [
             i for i, size in enumerate(shape) if not size % self.num_devices
@@ -126,7 +139,9 @@ class ExpertParallel(DataParallel):
             axes[max(good, key=lambda i: shape[i])] = DATA
         return self.layout(*axes)
 
-    def layout(self, *axes):
+    def layout(
+        self, *axes: str | tuple[str, ...] | None
+    ) -> keras.distribution.TensorLayout:
         """The layout of a tensor with its dimensions sharded over `axes`."""
         return _Layout(axes, self.device_mesh)
 
@@ -135,7 +150,7 @@ class _Layout(keras.distribution.TensorLayout):
     """A layout that can shard one dimension over several axes of the mesh."""
 
     def _validate_axes(self):
-        pass  # Keras would take a tuple of axes for an unknown axis.
+        pass  # Keras would reject a tuple of axes as an unknown axis.
 
 
 def _check_shards(num_expert_shards, num_devices):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -11,17 +12,17 @@ from keras_vmoe.distribution._replicas import num_replicas
 
 
 def predictions(model, dataset, verbose=0):
-    """What a model makes of each batch of a dataset, as `predict`.
+    """Yields a model's outputs for each batch of a dataset, as `predict`.
 
     Args:
-        model: As of `predict`.
+        model: As in `predict`.
         dataset: Iterable of batches of `(images, labels)`, or of images; with
-            several processes the same in each.
+            several processes the same in all.
         verbose: Whether to show a progress bar.
 
     Yields:
         `(outputs, images, labels)` as NumPy arrays, several outputs as a list;
-        labels are None without any.
+        labels are None if missing.
 
     Raises:
         ValueError: If the dataset is empty.
@@ -44,13 +45,13 @@ def predictions(model, dataset, verbose=0):
         )
 
 
-def predict(model, images):
-    """The outputs of a model for a batch of images, as on one device.
+def predict(model: keras.Model, images: np.ndarray) -> Any:
+    """Returns a model's outputs for a batch of images, as on one device.
 
     Under a Keras distribution or a tf.distribute strategy the images are split
     over the devices in whole groups. Devices without a group get zeros, whose
-    outputs are dropped again: groups are independent. Only a partial group is
-    computed by every device.
+    outputs are dropped: groups are independent. Only a partial group is
+    computed on every device.
 
     Args:
         model: A functional model with one input, whose outputs have one row
@@ -81,7 +82,7 @@ def predict(model, images):
         filled = np.pad(images[:whole], padding)
         outputs = _on_all(model, filled, parallel)
 
-        def kept(x):  # Several rows of an image, where an ensemble has copies.
+        def kept(x):  # An ensemble has several rows for each image.
             return x[: whole * (len(x) // len(filled))]
 
         parts.append(keras.tree.map_structure(kept, outputs))
@@ -142,7 +143,7 @@ def _call(model, images, sharding, parallel):
 
 @functools.lru_cache(maxsize=4)
 def _compiled(model, whole, on_one):
-    """The compiled model; `on_one` tells apart what constraints differ in."""
+    """The compiled model; `on_one` separates those whose constraints differ."""
     del on_one
     import jax
 

@@ -3,6 +3,7 @@
 import glob
 import math
 import os
+from typing import Any
 
 import keras
 
@@ -16,17 +17,22 @@ NAMES = {
 }
 
 
-def resolve(name, num_experts=None, num_expert_shards=None, shard_dense=False):
+def resolve(
+    name: str,
+    num_experts: int | None = None,
+    num_expert_shards: int | None = None,
+    shard_dense: bool = False,
+) -> Any:
     """Makes a Keras distribution or a tf.distribute strategy.
 
     The model must be created and trained in its `scope()`. With JAX the names
     are `"data_parallel"` and `"expert_parallel"`, for the classes of this
     package; with TensorFlow `"mirrored"` (all GPUs, or else the logical CPUs)
-    and `"tpu"`. `"auto"` takes the best of them that the machine supports.
+    and `"tpu"`. `"auto"` picks the best one that the machine supports.
 
     Args:
         name: One of these names.
-        num_experts: Optional E, of the layers to shard.
+        num_experts: Optional E of the layers to shard.
         num_expert_shards: Number of devices that experts are sharded over. None
             means the largest that divides the devices and the experts.
         shard_dense: Whether "expert_parallel" shards the dense kernels too.
@@ -35,8 +41,8 @@ def resolve(name, num_experts=None, num_expert_shards=None, shard_dense=False):
         An object with a `scope()`; None if `"auto"` finds a single device.
 
     Raises:
-        ValueError: If the backend does not have `name`, or if it does not shard
-            weights and is told to.
+        ValueError: If the backend does not have `name`, or if weights are to be
+            sharded and `name` does not shard them.
         RuntimeError: If there is no TPU.
     """
     backend = keras.backend.backend()
@@ -67,7 +73,7 @@ def resolve(name, num_experts=None, num_expert_shards=None, shard_dense=False):
 
 
 def _best(backend, num_experts):
-    """The name of the best that this machine supports, or None."""
+    """The name of the best one that this machine supports, or None."""
     if backend == "jax":
         if len(keras.distribution.list_devices()) == 1:
             return None
@@ -85,7 +91,7 @@ def _best(backend, num_experts):
 
 
 def _mirrored():
-    """Without several workers, with which Keras's `fit` fails."""
+    """One worker's strategy: with several, Keras's `fit` fails."""
     import tensorflow as tf
 
     kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"

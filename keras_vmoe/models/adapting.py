@@ -1,7 +1,10 @@
-"""A model for other work: its feature maps, another head, other images."""
+"""Adapting a model: feature maps, a new head, other image sizes."""
 
 import itertools
 import re
+from collections.abc import Sequence
+from typing import Any
+from typing import Literal
 
 import keras
 
@@ -13,27 +16,29 @@ from keras_vmoe.layers.positions import resize_positions
 from keras_vmoe.models.base import MoEModel
 
 
-def features(model, layers=None):
-    """A model that also gives feature maps, for detection or segmentation.
+def features(
+    model: MoEModel, layers: str | int | Sequence[str | int] | None = None
+) -> keras.Model:
+    """Returns a model that also outputs feature maps.
 
-    It shares the weights of the model. A ViT's class token is left out of the
-    maps.
+    The new model, for detection or segmentation, shares the given model's
+    weights. The maps leave out a ViT's class token.
 
     Args:
         model: A `ViTMoE`, `ConvNeXtMoE` or `SwinMoE`.
-        layers: One or several: names of blocks (`"block_3"`, or 3, or -1 for
-            the last) and, but for a ViT, stages (`"stage_0"`, what its last
-            block gives). None means all blocks of a ViT, and all stages of
-            others.
+        layers: One or several names of blocks (`"block_3"`, or 3, or -1 for
+            the last) and, except in a ViT, stages (`"stage_0"`, the output of
+            its last block). None means all blocks of a ViT, and all stages of
+            other models.
 
     Returns:
-        A `keras.Model` from images to a dict: `"output"`, what the model gives,
-        and for each name `(B, H, W, D)`, where H and W are its rows and columns
-        of patches.
+        A `keras.Model` from images to a dict: `"output"`, the model's output,
+        and for each name a map `(B, H, W, D)`, where H and W count rows and
+        columns of patches.
 
     Raises:
         TypeError: If `model` is another Keras model.
-        ValueError: If there is no such block or stage.
+        ValueError: If a block or stage does not exist.
 
     Example:
 
@@ -49,15 +54,16 @@ def features(model, layers=None):
     if layers is None:
         stages = [name for name in ends if name.startswith("stage")]
         layers = stages or list(ends)
-    if isinstance(layers, str) or is_integer(layers):
-        layers = [layers]
-    names = [_name_of(x, ends) for x in layers]
+    wanted: Any = layers
+    if isinstance(wanted, str) or is_integer(wanted):
+        wanted = [wanted]
+    names = [_name_of(x, ends) for x in wanted]
     outputs = {name: _map_of(model, ends[name]) for name in names}
     return keras.Model(model.input, {**outputs, "output": model.output})
 
 
-def with_head(model, num_classes):
-    """A copy of a model for other classes, with a new head.
+def with_head(model: MoEModel, num_classes: int | None) -> MoEModel:
+    """Returns a copy of a model with a new head, for other classes.
 
     Args:
         model: A `ViTMoE`, `ConvNeXtMoE` or `SwinMoE`.
@@ -65,7 +71,7 @@ def with_head(model, num_classes):
             features `(B, D)`.
 
     Returns:
-        A model with weights of its own: those of the model, but for the head.
+        A model with its own weights, copied except for the head.
 
     Raises:
         TypeError: If `model` is another Keras model.
@@ -80,25 +86,29 @@ def with_head(model, num_classes):
     return _copy(model, num_classes=num_classes)
 
 
-def with_image_size(model, image_size, interpolation="bilinear"):
-    """A copy of a model for images of another size.
+def with_image_size(
+    model: MoEModel,
+    image_size: int | Sequence[int] | None,
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+) -> MoEModel:
+    """Returns a copy of a model for images of another size.
 
-    Learned positions are resized, see `checkpoints.resize_positions`. With a
-    `capacity_factor` the buffers of the experts fit the new number of tokens.
+    Learned positions are resized; see `checkpoints.resize_positions`. With a
+    `capacity_factor` the experts' buffers fit the new number of tokens.
 
     Args:
         model: A `ViTMoE`, `ConvNeXtMoE` or `SwinMoE`.
-        image_size: Side of the images in pixels, or `(height, width)`; of a
-            ConvNeXt also None, for any.
-        interpolation: Of learned positions: `"bilinear"`, or `"bicubic"` as
-            timm does.
+        image_size: Side of the images in pixels, or `(height, width)`; for a
+            ConvNeXt also None, for any size.
+        interpolation: For learned positions: `"bilinear"`, or `"bicubic"` as
+            in timm.
 
     Returns:
-        A model with weights of its own.
+        A model with its own weights.
 
     Raises:
         TypeError: If `model` is another Keras model.
-        ValueError: If the size is not made of whole patches.
+        ValueError: If the images do not divide into whole patches.
 
     Example:
 
@@ -110,7 +120,7 @@ def with_image_size(model, image_size, interpolation="bilinear"):
 
 
 def _copy(model, interpolation="bilinear", **changes):
-    """A model of other arguments, with the weights of layers as they are."""
+    """Returns a model with other arguments and the same weights."""
     _check(model)
     config = {**model.get_config(), **changes}
     if "num_classes" in changes:  # A new head is trained.
@@ -143,14 +153,14 @@ def _check(model):
 
 
 def _ends(model):
-    """The layers that blocks and stages end with, by their names."""
+    """Maps blocks and stages to the names of their last layers."""
     ends = {}
     for layer in model.layers:
         match = re.fullmatch(r"(block_\d+)(_\w+)?_add", layer.name)
         if match:  # The last one of a block counts.
             ends[match[1]] = layer.name
     if hasattr(model, "depths"):
-        depths = model.depths  # Of an isotropic ConvNeXt, perhaps a number.
+        depths = model.depths  # Perhaps a number if isotropic.
         depths = depths if isinstance(depths, (list, tuple)) else [depths]
         for stage, end in enumerate(itertools.accumulate(depths)):
             ends[f"stage_{stage}"] = ends[f"block_{end - 1}"]
@@ -164,7 +174,7 @@ def _name_of(layer, ends):
         layer = f"block_{layer % count if -count <= layer < count else layer}"
     if layer not in ends:
         raise ValueError(
-            f"`layers` must be of {[*ends]}. "
+            f"`layers` must be among {[*ends]}. "
             f"Received: {layer!r}.{nearest(layer, ends)}"
         )
     return layer

@@ -1,9 +1,12 @@
-"""What the models of the papers have in common."""
+"""The common base of the papers' models."""
 
 import dataclasses
+import os
 import types
 import typing
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -18,6 +21,8 @@ from keras_vmoe._checks import nearest
 from keras_vmoe._checks import plain
 from keras_vmoe._keras import all_layers
 from keras_vmoe._preprocessing import Preprocessing
+from keras_vmoe._typing import Config
+from keras_vmoe._typing import Tensor
 from keras_vmoe._warnings import warn
 from keras_vmoe.layers.parts import hand_down
 from keras_vmoe.layers.parts import set_state_of_parts
@@ -26,24 +31,24 @@ from keras_vmoe.models import rematerialization
 from keras_vmoe.models.moe import MoEConfig
 from keras_vmoe.models.moe import of_version_0_1
 
-# Arguments of version 0.1.0, under which its `.keras` files hold them.
+# Argument names of version 0.1.0, also in its `.keras` files.
 RENAMED = {
     "drop_path": "drop_path_rate",
     "layer_scale": "layer_scale_init_value",
 }
 
 
-# Of a pixel that is normalized: ImageNet's statistics stay below 3.
+# Larger pixels are not normalized: by ImageNet's statistics all are below 3.
 LIMIT = 32
 
 
 class Options(typing.TypedDict, total=False):
-    """The arguments that models of every family take by keyword."""
+    """Keyword arguments common to all model families."""
 
     activation: str
     channels: int
     drop_path_rate: float
-    dtype: typing.Any
+    dtype: Any
     layer_scale_init_value: float | None
     name: str
     preprocessing: Preprocessing | dict | None
@@ -52,13 +57,15 @@ class Options(typing.TypedDict, total=False):
 
 
 class MoEModel(keras.Model):
-    """A functional model made by its arguments, not by its graph.
+    """A functional model defined by its arguments, not by its graph.
 
-    A subclass builds its graph in `__init__` and hands over its arguments.
-    Each becomes an attribute of its name (`dtype`: `layers_dtype`).
+    A subclass builds its graph in `__init__` and passes its arguments on.
+    Each becomes an attribute of the same name (`dtype`: `layers_dtype`).
     """
 
-    def __init__(self, inputs, outputs, arguments):
+    def __init__(
+        self, inputs: Any, outputs: Any, arguments: Mapping[str, Any]
+    ) -> None:
         arguments = dict(arguments)
         super().__init__(
             inputs,
@@ -77,23 +84,30 @@ class MoEModel(keras.Model):
         hand_down(self)
 
     @property
-    def preprocessing(self):
+    def preprocessing(self) -> Preprocessing:
         """The `data.Preprocessing` of the model's images."""
         return self._preprocessing
 
     @preprocessing.setter
-    def preprocessing(self, value):
+    def preprocessing(
+        self, value: Preprocessing | Mapping[str, Any] | None
+    ) -> None:
         channels = self.input_shape[-1]
-        value = Preprocessing.of(value)
-        if value.channels != channels:
+        made: Preprocessing = Preprocessing.of(value)
+        if made.channels != channels:
             raise ValueError(
                 "`preprocessing` must have the channels of the model. "
-                f"Received: preprocessing.channels={value.channels} for "
+                f"Received: preprocessing.channels={made.channels} for "
                 f"{channels}."
             )
-        self._preprocessing = value
+        self._preprocessing = made
 
-    def call(self, inputs, training=None, mask=None):
+    def call(
+        self,
+        inputs: Any,
+        training: bool | None = None,
+        mask: Any = None,
+    ) -> Tensor:
         (images,) = keras.tree.flatten(inputs)
         self._check_size(images.shape)
         if keras.backend.backend() == "tensorflow":
@@ -119,51 +133,53 @@ class MoEModel(keras.Model):
                 "The images of a model must have the shape (B, "
                 f"{', '.join(map(str, self.input_shape[1:]))}). Received: "
                 f"images of shape {tuple(shape)}. Resize them, as "
-                "`keras_vmoe.data.load` does, or the model by "
+                "`keras_vmoe.data.load` does, or the model with "
                 "`keras_vmoe.models.with_image_size`."
             )
 
-    def fit(self, x=None, *args, **kwargs):
+    def fit(
+        self, x: Any = None, *args: Any, **kwargs: Any
+    ) -> keras.callbacks.History:
         self._check_pixels(x)
         check_preprocessing(self, kwargs.get("validation_data"))
         is_tensorflow = keras.backend.backend() == "tensorflow"
         if is_tensorflow and self.optimizer and not self.optimizer.built:
-            # A first step that makes variables is traced twice.
+            # A first step that creates variables is traced twice.
             with self.distribute_strategy.scope():
                 self.optimizer.build(self.trainable_variables)
         return super().fit(x, *args, **kwargs)
 
-    def evaluate(self, x=None, *args, **kwargs):
+    def evaluate(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         self._check_pixels(x)
         return super().evaluate(x, *args, **kwargs)
 
-    def predict(self, x, *args, **kwargs):
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         self._check_pixels(x)
         return super().predict(x, *args, **kwargs)
 
-    def train_on_batch(self, x, *args, **kwargs):
+    def train_on_batch(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         self._check_first_pixels(x)
         return super().train_on_batch(x, *args, **kwargs)
 
-    def test_on_batch(self, x, *args, **kwargs):
+    def test_on_batch(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         self._check_first_pixels(x)
         return super().test_on_batch(x, *args, **kwargs)
 
-    def predict_on_batch(self, x):
+    def predict_on_batch(self, x: Any) -> Any:
         self._check_first_pixels(x)
         return super().predict_on_batch(x)
 
     def _check_first_pixels(self, x):
-        """As `_check_pixels`, of the first batch: a loop need not wait."""
+        """Checks the pixels of the first batch only: a loop need not wait."""
         if self._looks_at_batches:
             self._looks_at_batches = False
             self._check_pixels(x)
 
     def _check_pixels(self, x):
-        """Raises or warns of images that are not normalized as the model's.
+        """Raises or warns if images are not normalized for the model.
 
-        Floats of datasets, generators and loaders pass: their first batch could
-        be read only for a second time, or by every compiled step.
+        Floats from datasets, generators and loaders pass: checking would read
+        their first batch a second time, or run in every compiled step.
         """
         check_preprocessing(self, x)
         images = next(iter(keras.tree.flatten(x)), None)
@@ -175,24 +191,29 @@ class MoEModel(keras.Model):
                 self._warn_of_pixels(f"values up to {largest:g}")
 
     def _warn_of_pixels(self, found):
-        """Warns once of images that are not normalized, if any are to be."""
+        """Warns once of unnormalized images, unless the model takes them."""
         brightest = self.preprocessing.normalized(np.full(1, 255, "float32"))
         if self._warns_of_pixels and np.max(brightest) <= LIMIT:
             self._warns_of_pixels = False
             warn(
-                "The images of a model must be normalized as its preprocessing "
-                f"says. Received: {found}. Pass `model.preprocessing.normalized"
-                "(x)` for pixels of 0 to 255, or read them by "
+                "Images must be normalized by the model's preprocessing. "
+                f"Received: {found}. Pass `model.preprocessing.normalized(x)` "
+                "for pixels in [0, 255], or read them with "
                 "`keras_vmoe.data.load`."
             )
 
-    def quantize(self, *args, **kwargs):
+    def quantize(self, *args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():
-            # Of each layer that has nothing to quantize.
+            # Keras warns of each layer that has nothing to quantize.
             warnings.filterwarnings("ignore", "Layer .* have a `quantize`")
             super().quantize(*args, **kwargs)
 
-    def export(self, filepath, format="tf_saved_model", **kwargs):  # noqa: A002
+    def export(
+        self,
+        filepath: str | os.PathLike[str],
+        format: str = "tf_saved_model",  # noqa: A002
+        **kwargs: Any,
+    ) -> Any:
         found = {getattr(x, "activation", None) for x in all_layers(self)}
         is_right = keras.backend.backend() == "tensorflow"
         is_right &= keras.activations.gelu not in found
@@ -204,7 +225,7 @@ class MoEModel(keras.Model):
             )
         return super().export(filepath, format=format, **kwargs)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = {name: getattr(self, name) for name in self._argument_names}
         return {
             **config,
@@ -217,7 +238,9 @@ class MoEModel(keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: Config, custom_objects: Mapping[str, Any] | None = None
+    ) -> typing.Self:
         if RENAMED.keys() & config.keys() and isinstance(config["moe"], dict):
             config = {**config, "moe": of_version_0_1(config["moe"])}
         config = {RENAMED.get(k, k): v for k, v in config.items()}
@@ -226,34 +249,34 @@ class MoEModel(keras.Model):
         set_state_of_parts(model, found)
         return model
 
-    def with_graph(self, inputs, outputs):
-        """A model of the same arguments around another graph."""
+    def with_graph(self, inputs: Any, outputs: Any) -> typing.Self:
+        """Returns a model with the same arguments around another graph."""
         model = type(self).__new__(type(self))
         arguments = {**self.get_config(), "moe": self.moe}
-        del arguments["parts"]  # The layers of the graph know it.
+        del arguments["parts"]  # The graph's layers hold them.
         MoEModel.__init__(model, inputs, outputs, arguments)
         return model
 
     @property
-    def moe_layers(self):
+    def moe_layers(self) -> list[layers.MoEMLP]:
         """The model's `MoEMLP` layers, from first to last."""
         return [
             layer for layer in self.layers if isinstance(layer, layers.MoEMLP)
         ]
 
 
-def complete(model_class, arguments, options: Options, **defaults):
-    """All arguments of a model as a namespace, checked.
+def complete(model_class, arguments, options: Mapping[str, Any], **defaults):
+    """Returns all arguments of a model as a checked namespace.
 
     Args:
         model_class: The model's class, for the message.
         arguments: Dict of the arguments of its family.
-        options: What the user gave of the `Options`.
+        options: The `Options` that the user set.
         **defaults: Defaults of the options that differ between families.
 
     Returns:
-        A namespace, `moe` as a `MoEConfig` or None and `dtype` as the name of
-        the policy.
+        A namespace, with `moe` as a `MoEConfig` or None and `dtype` as the name
+        of the policy.
 
     Raises:
         TypeError: If an option is unknown; Keras would ignore it.
@@ -300,10 +323,10 @@ def blocks(
     ensemble_size=None,
     **kwargs,
 ):
-    """For each block its MLP or MoE layer and the options of its branches.
+    """Yields each block's MLP or MoE layer and its branches' options.
 
-    `sizes` are `(features, hidden_dim)` of each block, `sparse` the indices of
-    those with a MoE layer.
+    `sizes` holds `(features, hidden_dim)` for each block, `sparse` the indices
+    of the blocks with a MoE layer.
     """
     kwargs |= {"activation": settings.activation, "dtype": settings.dtype}
     for i, (features, hidden_dim) in enumerate(sizes):
@@ -325,7 +348,7 @@ def blocks(
 
 
 def image_input(settings):
-    """The symbolic images `(B, H, W, channels)` of a model, of any size."""
+    """Returns a model's symbolic images, `(B, H, W, channels)`."""
     size = (None, None)
     if settings.image_size is not None:
         size = image_pair(settings.image_size)
@@ -333,7 +356,7 @@ def image_input(settings):
 
 
 def classifier(x, settings, kernel_initializer):
-    """From features `(B, D)` to logits, or the features without classes."""
+    """Maps features `(B, D)` to logits; without classes, returns them."""
     if settings.num_classes is None:
         return x
     return keras.layers.Dense(
@@ -345,10 +368,10 @@ def classifier(x, settings, kernel_initializer):
 
 
 def check_preprocessing(model, dataset):
-    """Raises for a dataset of `data.load` that was made for other models."""
+    """Raises if `data.load` made the dataset for another model."""
     ours, theirs = (getattr(x, "preprocessing", None) for x in (model, dataset))
     if not all(isinstance(x, Preprocessing) for x in (ours, theirs)):
-        return  # Others may have an attribute of this name, too.
+        return  # Other objects may have such an attribute, too.
     found = {
         name: (getattr(theirs, name), getattr(ours, name))
         for name in ("mean", "std", "exif_orientation")
@@ -356,7 +379,7 @@ def check_preprocessing(model, dataset):
     wrong = [f"{k}={x} for {y}" for k, (x, y) in found.items() if x != y]
     if wrong:
         raise ValueError(
-            "A dataset must be preprocessed as the model wants it. "
+            "A dataset must be preprocessed as the model expects. "
             f"Received: a dataset of {', '.join(wrong)}. Pass "
             "`preprocessing=model.preprocessing` to `data.load`."
         )

@@ -1,4 +1,4 @@
-"""New models around the variables of others."""
+"""New models that share the variables of others."""
 
 import functools
 import itertools
@@ -18,22 +18,22 @@ def is_graph(model):
 
 
 def clone_around(model, change=None, change_config=None):
-    """A model of new layers around the same variables, not compiled.
+    """Returns an uncompiled model of new layers with the same variables.
 
     Args:
         model: A functional or sequential Keras model; nested ones are cloned
             as well.
-        change: Function from a `MoEMLP` to the layer in its place; None puts
-            one of the same settings there.
-        change_config: Function from the `MoEConfig` of our models to that of
-            the clone; None leaves it.
+        change: Function from a `MoEMLP` to its replacement; None makes one
+            with the same settings.
+        change_config: Function from the `MoEConfig` of a `MoEModel` to the
+            clone's; None keeps it.
 
     Returns:
-        A model: of the same class where it is one of ours, or where Keras's
+        A model, of the same class if it is a `MoEModel` or if Keras's
         `clone_model` keeps the class.
 
     Raises:
-        ValueError: If MoE layers are hidden inside of other layers.
+        ValueError: If MoE layers are hidden inside other layers.
     """
 
     def copy(layer):
@@ -52,25 +52,25 @@ def clone_around(model, change=None, change_config=None):
 
 
 def _sharing(layer):
-    """A layer of the same variables and sublayers, to stand in another graph.
+    """Returns a layer with the same variables and sublayers, for a new graph.
 
-    A layer that is called a second time has two outputs, and features of the
-    new model could no longer be taken by name. A copy by `from_config` would
-    fill memory with weights of its own first: here Keras's constructor makes a
-    layer without parts, which then gets those of the other. Where the parts
-    do not say all that the layer is, it is called a second time after all.
+    A layer that is called a second time has two outputs, and the new model
+    could no longer find its features by name. A copy from `from_config` would
+    first fill memory with its own weights. Instead, Keras's constructor makes a
+    layer without parts, which then gets the parts of the other. If the parts do
+    not fully define the layer, the layer itself is called a second time.
     """
     if not isinstance(layer, keras.layers.Layer):  # An operation.
         return type(layer).from_config(layer.get_config())
     if any(isinstance(x, layers.MoEMLP) for x in all_layers(layer)):
         raise ValueError(
-            "MoE layers must stand in the graph of a functional model. "
+            "MoE layers must be in the graph of a functional model. "
             f"Received: {layer.name!r}, a {type(layer).__name__} that holds "
             "one. Call it on the tensors themselves."
         )
     try:
         new = type(layer).__new__(type(layer), **layer.get_config())
-    except NotImplementedError:  # Of Keras, for a layer without a config.
+    except NotImplementedError:  # By Keras, for a layer without a config.
         return layer
     keras.layers.Layer.__init__(
         new,
@@ -89,10 +89,10 @@ def _sharing(layer):
 
 
 def _attributes(layer):
-    """The attributes of a layer by name, without those of its class.
+    """Returns the attributes of a layer, not of its class, by name.
 
-    They come in the order in which the layer made its variables and sublayers,
-    which is that of its weights in files, whatever its `__init__` began with.
+    They are in the order in which the layer created its variables and
+    sublayers, as files store its weights, whatever its `__init__` set first.
     """
     parts = [*layer.variables, *all_layers(layer)]
     order = {id(part): i for i, part in enumerate(parts)}
@@ -108,7 +108,7 @@ def _attributes(layer):
 
 @functools.cache
 def _of_every_layer():
-    """Names of the attributes by which Keras does its own bookkeeping."""
+    """Names of the attributes that Keras uses for its own bookkeeping."""
     layer = keras.layers.Layer()
     layer.part = keras.layers.Layer()
     layer.part.build(())

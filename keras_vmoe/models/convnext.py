@@ -1,6 +1,9 @@
 """ConvNeXtMoE: ConvNeXt with the sparse MoE layers of the Sweet Spot paper."""
 
 import itertools
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 from typing import Unpack
 
 import keras
@@ -13,6 +16,7 @@ from keras_vmoe.layers.normalization import LayerNormalization
 from keras_vmoe.layers.patches import patch_conv
 from keras_vmoe.layers.weights import small_normal
 from keras_vmoe.models import base
+from keras_vmoe.models.moe import MoEConfig
 from keras_vmoe.models.placement import stage_blocks
 
 NUM_SELECTED_EXPERTS = 1  # K of the Sweet Spot paper's ConvNeXt.
@@ -25,12 +29,12 @@ class ConvNeXtMoE(base.MoEModel):
     A functional model. Its layers are named `stem`, `stem_norm`,
     `downsample_<stage>_norm`, `downsample_<stage>`, `block_<i>_conv`,
     `block_<i>_norm`, `block_<i>_mlp` or `block_<i>_moe`, `pooling`, `norm`,
-    `head`; blocks are counted from 0 through all stages. What leaves a block is
-    the output of `block_<i>_add`. Experts work on the positions of the feature
-    map. Logits are float32 under every dtype policy.
+    `head`; blocks are counted from 0 through all stages. A block's output is
+    that of `block_<i>_add`. Experts work on the positions of the feature map.
+    Logits are float32 under every dtype policy.
 
     Args:
-        depths: Blocks of each stage; of an isotropic model a number or a list
+        depths: Blocks of each stage; for an isotropic model a number or a list
             of one.
         dims: Features of each stage, as many as `depths`.
         num_classes: Classes; None leaves the head out, and the model returns
@@ -45,7 +49,7 @@ class ConvNeXtMoE(base.MoEModel):
         moe: None for the dense twin, or a dict of `models.MoEConfig`'s
             attributes, such as `layers` (`"every_2"`, `"stage"`, `"last_3"`,
             `"last_2"` or block indices; see `models.placement`),
-            `num_experts`, `mlp_ratio` (that of the experts). K is 1 unless set.
+            `num_experts`, `mlp_ratio` (of the experts). K is 1 unless set.
         drop_path_rate: Stochastic depth: probability of dropping a residual
             branch of an image in the last block. It rises linearly from 0 in
             the first block.
@@ -53,13 +57,13 @@ class ConvNeXtMoE(base.MoEModel):
             it out, as the authors do in isotropic models.
         activation: Activation of the MLPs and experts; see `layers.MLP`.
         channels: Channels of the images.
-        preprocessing: The `data.Preprocessing` of its images, or a dict of its
-            attributes; None means the default, to [-1, 1]. It is kept in
-            `.keras` files; loaders of other people's weights set it.
+        preprocessing: `data.Preprocessing` of the images, or a dict of its
+            attributes. None means the default, to [-1, 1]. `.keras` files store
+            it, and loaders of pretrained weights set it.
         dtype: Dtype policy of the layers, such as `"mixed_bfloat16"`. None
             means the global one.
-        remat: Whether to compute the blocks again for their gradients instead
-            of keeping what they computed: less memory, more time in training.
+        remat: Whether to recompute the blocks for their gradients instead of
+            keeping their activations: training takes less memory and more time.
             On JAX's CPU it saves nothing.
         name: Name of the model.
 
@@ -93,16 +97,16 @@ class ConvNeXtMoE(base.MoEModel):
 
     def __init__(
         self,
-        depths,
-        dims,
-        num_classes,
-        isotropic=False,
-        image_size=224,
-        patch_size=None,
-        mlp_ratio=4,
-        moe=None,
+        depths: int | Sequence[int],
+        dims: int | Sequence[int],
+        num_classes: int | None,
+        isotropic: bool = False,
+        image_size: int | Sequence[int] | None = 224,
+        patch_size: int | None = None,
+        mlp_ratio: float = 4,
+        moe: Mapping[str, Any] | MoEConfig | None = None,
         **options: Unpack[base.Options],
-    ):
+    ) -> None:
         settings = base.complete(
             ConvNeXtMoE,
             {
@@ -162,7 +166,7 @@ def _stack(x, stages, settings):
 
 
 def _convolution(features, patch_size, name, settings):
-    """The stem, or what halves the height and width of a feature map."""
+    """The stem, or a convolution that halves a feature map."""
     return patch_conv(
         features,
         patch_size,

@@ -1,9 +1,10 @@
-"""What a model costs: parameters, multiply-adds, memory of activations."""
+"""The cost of a model: parameters, multiply-adds, activation memory."""
 
 import dataclasses
 import functools
 import math
 import re
+from contextlib import AbstractContextManager
 
 import keras
 
@@ -25,13 +26,13 @@ class Cost:
 
     Attributes:
         params: Parameters.
-        active_params: Parameters that work on one token, of a MoE layer's
-            experts as many as a token visits on average.
+        active_params: Parameters that work on one token; of a MoE layer's
+            experts, as many as a token visits on average.
         macs: Multiply-adds of matrix products and convolutions per image, the
             papers' "FLOPs", empty slots of the experts included.
         activation_bytes: Outputs of all layers for one image in their compute
-            dtype, buffers and hidden features of experts included: an estimate
-            of what a training step keeps per image.
+            dtype, the experts' buffers and hidden features included: an
+            estimate of the memory that a training step keeps per image.
     """
 
     params: int
@@ -42,25 +43,25 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one layer does for one image.
+    """The work of one layer for one image.
 
     Attributes:
         macs: Multiply-adds of matrix products and convolutions.
-        values: Numbers that it makes besides its output.
+        values: Values that it computes besides its output.
     """
 
     macs: float = 0
     values: float = 0
 
-    def __add__(self, other):
+    def __add__(self, other: "Work") -> "Work":
         return Work(self.macs + other.macs, self.values + other.values)
 
 
-def cost(model):
-    """Counts what a model costs, from its graph.
+def cost(model: keras.Model) -> Cost:
+    """Counts the cost of a model from its graph.
 
-    Counts, for one image, the layers of Keras with a kernel and the layers of
-    this package; another layer with a matrix gets a warning.
+    Counts, for one image, Keras's layers with a kernel and this package's
+    layers; any other layer with a matrix causes a warning.
 
     Args:
         model: A functional or sequential Keras model with one image input of
@@ -96,7 +97,7 @@ def cost(model):
         keras.KerasTensor((1, *tensor.shape[1:]), dtype=tensor.dtype)
         for tensor in model.inputs
     ]
-    calls = []
+    calls: list[tuple] = []
     _copy(model, images, calls)
     params = model.count_params()
     sparse = {layer for layer, *_ in calls if isinstance(layer, layers.MoEMLP)}
@@ -109,13 +110,13 @@ def cost(model):
 
 
 def _copy(model, specs, calls):
-    """Goes through a graph with inputs of other shapes, in a copy of it.
+    """Traverses a copy of a graph with inputs of other shapes.
 
-    `calls` gets the `(layer, work, bytes per value)` of each call of a layer.
+    Appends the `(layer, work, bytes per value)` of each layer call to `calls`.
     """
     graph = model
     if isinstance(model, keras.Sequential) or model.compiled:
-        # Keras would call the one by its list, and compile the other's copy.
+        # Keras would run a Sequential by its list, and compile the other copy.
         graph = keras.Model(model.inputs, model.outputs)
     inputs = [keras.Input(batch_shape=x.shape, dtype=x.dtype) for x in specs]
     keras.models.clone_model(
@@ -126,7 +127,7 @@ def _copy(model, specs, calls):
 
 
 class _Counted(keras.Operation):
-    """Stands for a layer in the copy of a graph, and notes what it does."""
+    """Replaces a layer in the copy of a graph, and records its work."""
 
     def __init__(self, layer, calls):
         super().__init__()
@@ -208,7 +209,7 @@ def _(layer, inputs, outputs):
 
 @work.register(layers.MoEMLP)
 def _(layer, inputs, outputs):
-    rows = inputs.shape[0]  # Several, where an ensemble has copies.
+    rows = inputs.shape[0]  # Several in an ensemble.
     num_tokens, features = math.prod(inputs.shape[1:-1]), inputs.shape[-1]
     slots = slots_of(layer, num_tokens)
     gate = [w for w in layer.router.gate_layer.weights if len(w.shape) > 1]
@@ -229,7 +230,7 @@ def _(layer, inputs, outputs):
 
 
 def _attention_work(layer, num_queries, tokens):
-    """Of a number of queries to all tokens."""
+    """The work of queries that attend to all tokens."""
     rows, num_tokens, features = tokens.shape
     projected = rows * 2 * (num_queries + num_tokens) * features
     scores = rows * num_queries * num_tokens
@@ -245,11 +246,11 @@ def _mlp_work(layer, num_tokens):
 
 
 def slots_of(layer, num_tokens):
-    """Slots per image, on average, in a `MoEMLP` of that many tokens."""
+    """Average slots per image in a `MoEMLP` with `num_tokens` tokens."""
     router = layer.router
     if isinstance(router, layers.SoftRouter):
         return layer.num_experts * router.gate_layer.mu.shape[-1]
-    # A router of a user's own may have neither.
+    # A custom router may have neither.
     selected = getattr(router, "num_selected_experts", 1)
     factor = getattr(router, "capacity_factor", 1.0)
     if factor == "dropless":
@@ -276,11 +277,11 @@ def _size(variable):
     return math.prod(variable.shape)
 
 
-def without_weights():
-    """A context in which models are built with shapes but no weights.
+def without_weights() -> AbstractContextManager[None]:
+    """Returns a context that builds models with shapes but no weights.
 
     Their cost can be counted, however large they are. Do not train or save
-    them: wherever a weight is asked for, it is drawn anew.
+    them: every access to a weight draws it anew.
 
     Example:
 

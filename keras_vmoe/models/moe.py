@@ -1,9 +1,10 @@
-"""What a model needs to know to make its MoE layers."""
+"""The settings of a model's MoE layers."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 from typing import Literal
+from typing import Self
 
 import keras
 
@@ -20,26 +21,26 @@ class MoEConfig:
     """The `moe` argument of the models, checked.
 
     Users write a dict; `from_dict` checks its keys. The settings from
-    `num_selected_experts` on are the router's own. Those that are left at None
-    have the router's default; K is that of the model, 2 in a ViT and 1 in a
+    `num_selected_experts` on belong to the router. None means the router's
+    default, except for K, whose default is the model's: 2 in a ViT and 1 in a
     ConvNeXt.
 
     Attributes:
         layers: Placement; see `models.placement`.
         num_experts: E.
         router: `"top_k"`, `"expert_choice"`, `"soft"` or `"bias_balanced"`, or
-            a router without weights yet, which only describes: each layer of
-            the model gets one of its settings. (A router that is given to
-            layers themselves is used by them, and shared.)
+            an unbuilt router, which serves as a template: each layer of the
+            model gets a new one with its settings. (Layers that are given a
+            router directly use that router, and share it.)
         images_per_group: Images that are routed together, or `"batch"` for
             all; None means 8.
-        hidden_dim: F of an expert; None means that of the dense MLP.
+        hidden_dim: F of an expert; None means the dense MLP's.
         mlp_ratio: F / D of an expert, instead of `hidden_dim`.
         shared_hidden_dim: Hidden features of an expert that sees every token;
             None for no such expert. See `layers.SharedExpertMoEMLP`.
         dropout: Dropout rate inside the experts; None means the dense MLPs'.
         num_selected_experts: K of a top-K router.
-        capacity_factor: Room of the experts relative to an even load, or
+        capacity_factor: Capacity of the experts relative to an even load, or
             `"dropless"`.
         batch_priority: Whether a top-K router serves confident tokens first.
         renormalize: Whether a top-K router divides the combine weights of a
@@ -48,8 +49,8 @@ class MoEConfig:
         update_rate: Change of a `bias_balanced` router's bias per step.
         noise_std: Standard deviation of the logits' noise in training, in
             units of `1 / E`.
-        gate: `"linear"`, `"cosine"` or `"l2"`, or a layer without weights yet
-            from tokens to logits, which only describes, as a router.
+        gate: `"linear"`, `"cosine"` or `"l2"`, or an unbuilt layer from tokens
+            to logits, which serves as a template like a router.
         importance_loss_weight: Weight of the importance loss.
         load_loss_weight: Weight of the load loss.
         gshard_loss_weight: Weight of GShard's balance loss.
@@ -83,11 +84,11 @@ class MoEConfig:
     global_entropy_loss_weight: float | None = None
     min_experts: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         settings = self.router_settings()
         if None not in (self.hidden_dim, self.mlp_ratio):
             raise ValueError(
-                "The hidden features of an expert are given or follow from "
+                "The hidden features of an expert are set or follow from "
                 f"`mlp_ratio`. Received: hidden_dim={self.hidden_dim} together "
                 f"with mlp_ratio={self.mlp_ratio}. Leave one of them out."
             )
@@ -101,7 +102,7 @@ class MoEConfig:
             part = getattr(self, name)
             if isinstance(part, keras.layers.Layer) and part.built:
                 raise ValueError(
-                    f"A model makes a {name} for each of its MoE layers, of "
+                    f"A model makes a {name} for each of its MoE layers, with "
                     f"the settings of the given one. Received: {name}="
                     f"{part.name!r}, which has weights: they would not be "
                     f"used. Pass a new one, or `layers.MoEMLP(router=...)`."
@@ -110,7 +111,7 @@ class MoEConfig:
             if settings:
                 both = [f"{key}={value!r}" for key, value in settings.items()]
                 raise ValueError(
-                    "A router object brings its own settings. "
+                    "A router object has its own settings. "
                     f"Received: router={self.router.name} together with "
                     f"{', '.join(both)}. Set these on the router, or name the "
                     "router by a string."
@@ -120,12 +121,12 @@ class MoEConfig:
                 f"`router` must be one of {sorted(ROUTERS)} or a router "
                 f"object. Received: router={self.router!r}."
                 f"{nearest(self.router, ROUTERS)} "
-                "A router object is made by, say, layers.TopKRouter(8)."
+                "Make a router object with, say, layers.TopKRouter(8)."
             )
 
     @classmethod
-    def from_dict(cls, moe):
-        """Makes a config of a dict, another config, or a serialized one.
+    def from_dict(cls, moe: "Mapping[str, Any] | MoEConfig") -> Self:
+        """Makes a config from a dict, another config or a serialized one.
 
         Args:
             moe: Dict of this class's attributes, or a `MoEConfig`.
@@ -150,7 +151,7 @@ class MoEConfig:
         check_keys("`moe`", moe, known)
         for name in PARTS:
             if isinstance(moe.get(name), dict):
-                # A layer of Keras may come as `class_name` and `config` alone.
+                # A Keras layer may come with `class_name` and `config` alone.
                 part = {"module": "keras.layers", **moe[name]}
                 try:
                     moe[name] = keras.layers.deserialize(part)
@@ -164,8 +165,8 @@ class MoEConfig:
             moe.setdefault("num_experts", moe["router"].num_experts)
         return cls(**moe)
 
-    def to_dict(self):
-        """A dict that `from_dict` and JSON take."""
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a dict for `from_dict` and JSON."""
         config = {
             x.name: getattr(self, x.name) for x in dataclasses.fields(self)
         }
@@ -177,29 +178,29 @@ class MoEConfig:
             config["layers"] = list(self.layers)
         return config
 
-    def router_settings(self):
-        """The settings for the router that are not left to its defaults."""
+    def router_settings(self) -> dict[str, Any]:
+        """Returns the router's settings that differ from None."""
         settings = {key: getattr(self, key) for key in ROUTER_FIELDS}
         return {k: v for k, v in settings.items() if v is not None}
 
     def make_layer(
         self,
-        block,
-        features,
-        hidden_dim,
-        name,
-        num_selected_experts,
-        ensemble_size=None,
-        **kwargs,
-    ):
-        """A new MoE layer.
+        block: int,
+        features: int,
+        hidden_dim: int,
+        name: str,
+        num_selected_experts: int,
+        ensemble_size: int | None = None,
+        **kwargs: Any,
+    ) -> moe_layers.MoEMLP:
+        """Makes a new MoE layer.
 
         Args:
             block: Index of the layer's block.
             features: D.
-            hidden_dim: Hidden features of the MLP that the layer stands for.
+            hidden_dim: Hidden features of the MLP that the layer replaces.
             name: Name of the layer.
-            num_selected_experts: K, where this config leaves it open.
+            num_selected_experts: K, if this config does not set it.
             ensemble_size: Members of an ensemble; None for no ensemble.
             **kwargs: `activation`, `dropout` and `dtype` of the layer.
 
@@ -230,14 +231,18 @@ class MoEConfig:
         )
 
     def make_router(
-        self, block, num_selected_experts, dtype, ensemble_size=None
-    ):
-        """A new router for one layer.
+        self,
+        block: int,
+        num_selected_experts: int,
+        dtype: Any,
+        ensemble_size: int | None = None,
+    ) -> keras.layers.Layer:
+        """Makes a new router for one layer.
 
         Args:
             block: Index of the layer's block. A router with a seed is copied
                 with `seed + block`, so that no two layers draw the same noise.
-            num_selected_experts: K, where this config leaves it open.
+            num_selected_experts: K, if this config does not set it.
             dtype: Dtype policy of the layer.
             ensemble_size: Members of an ensemble; None for no ensemble.
 
@@ -245,7 +250,7 @@ class MoEConfig:
             A router.
 
         Raises:
-            ValueError: If a setting is none of this router's.
+            ValueError: If the router has no such setting.
         """
         if ensemble_size is not None and self.router != "top_k":
             raise ValueError(
@@ -272,7 +277,7 @@ class MoEConfig:
         return router(self.num_experts, dtype=dtype, name="router", **settings)
 
 
-PARTS = ("router", "gate")  # May be layers, which describe.
+PARTS = ("router", "gate")  # May be layers, as templates.
 ROUTER_FIELDS = (
     "num_selected_experts",
     "capacity_factor",
@@ -293,7 +298,7 @@ ROUTER_FIELDS = (
 
 
 def of_version_0_1(moe):
-    """The `moe` argument of version 0.1.0, a dict, in today's words."""
+    """Converts the `moe` dict of version 0.1.0 to today's settings."""
     moe = dict(moe)
     factor = moe.get("capacity_factor", "auto")
     moe["capacity_factor"] = {"auto": None, None: "dropless"}.get(

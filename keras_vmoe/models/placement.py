@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Sequence
 
 import keras
 
@@ -12,7 +13,9 @@ from keras_vmoe._keras import all_layers
 from keras_vmoe.layers import MoEMLP
 
 
-def moe_blocks(layers, num_layers, more_names=""):
+def moe_blocks(
+    layers: str | Sequence[int], num_layers: int, more_names: str = ""
+) -> tuple[int, ...]:
     """Resolves a placement to block indices.
 
     V-MoE counts over odd blocks: `every_2` is blocks 1, 3, 5, ..., and
@@ -22,14 +25,14 @@ def moe_blocks(layers, num_layers, more_names=""):
         layers: `"every_<n>"` (blocks n - 1, 2n - 1, ...), `"last_<n>"`, or a
             sequence of block indices.
         num_layers: Blocks of the model.
-        more_names: Further names that the caller takes, for the message.
+        more_names: More names that the caller accepts, for the message.
 
     Returns:
         Tuple of increasing block indices.
 
     Raises:
         ValueError: If the name is unknown, if an index is out of range or
-            stands twice, or if there are fewer blocks than asked for.
+            repeated, or if the model has too few blocks.
 
     Example:
 
@@ -38,7 +41,7 @@ def moe_blocks(layers, num_layers, more_names=""):
 
     Reference:
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 2.2
-        and its program's configurations.
+        and the configurations of its code.
     """
     if isinstance(layers, str):
         return _named(layers, num_layers, more_names)
@@ -52,17 +55,19 @@ def moe_blocks(layers, num_layers, more_names=""):
     return tuple(sorted(layers))
 
 
-def stage_blocks(layers, depths):
+def stage_blocks(
+    layers: str | Sequence[int], depths: Sequence[int]
+) -> tuple[int, ...]:
     """Resolves a placement in a model of several stages to block indices.
 
-    Blocks are counted from 0 through all stages. A model of one stage is
-    resolved by `moe_blocks`, but for `"stage"`.
+    Blocks are counted from 0 through all stages. `moe_blocks` resolves a model
+    of one stage, except for `"stage"`.
 
     Args:
         layers: `"stage"` (the last block of each stage), `"last_1"`, `"last_2"`
-            (that of the last stage or two), `"last_3"` (these two, and the
-            middle block of the penultimate stage, `depth // 2`), or what
-            `moe_blocks` takes.
+            (of the last one or two stages), `"last_3"` (these two and the
+            middle block of the penultimate stage, `depth // 2`), or a placement
+            for `moe_blocks`.
         depths: Blocks of each stage.
 
     Returns:
@@ -100,15 +105,17 @@ def stage_blocks(layers, depths):
     return named[layers]
 
 
-def moe_layers(model, names=None):
-    """The MoE layers of a functional model, all or those of some names.
+def moe_layers(
+    model: keras.Model, names: str | Sequence[str] | None = None
+) -> list[MoEMLP]:
+    """Returns the MoE layers of a functional model, all or by name.
 
     Args:
         model: A functional model with `MoEMLP` layers of its own.
         names: Their names, or one name; None means all.
 
     Raises:
-        ValueError: If there are none, or none of a name.
+        ValueError: If the model has none, or none of a name.
     """
     found = {x.name: x for x in model.layers if isinstance(x, MoEMLP)}
     if not found:
@@ -119,9 +126,9 @@ def moe_layers(model, names=None):
             and any(isinstance(x, MoEMLP) for x in all_layers(part))
         ]
         mend = (
-            f"Take the model inside, `model.get_layer({inner[0]!r})`."
+            f"Use the inner model, `model.get_layer({inner[0]!r})`."
             if inner
-            else "`models.upcycle` makes experts of the MLPs of a dense model."
+            else "`models.upcycle` turns MLPs of a dense model into experts."
         )
         raise ValueError(
             "The model must have MoE layers to look at. Received: model="
@@ -130,10 +137,10 @@ def moe_layers(model, names=None):
     if names is None:
         return list(found.values())
     names = [names] if isinstance(names, str) else list(names)
-    for name in names or [None]:
+    for name in names or (None,):
         if name not in found:
             raise ValueError(
-                f"`layers` must be MoE layers of the model, of {[*found]}. "
+                f"`layers` must be MoE layers of the model: {[*found]}. "
                 f"Received: {name!r}.{nearest(name, found)}"
             )
     return [layer for name, layer in found.items() if name in names]
@@ -165,8 +172,8 @@ def _named(layers, num_layers, more_names):
         raise ValueError(
             f"A model of {counted(num_layers, 'block')} is too small for this "
             f"many MoE layers. Received: layers={layers!r} (the default is "
-            "'last_2'). 'last_<n>' counts over odd blocks, of which there are "
-            f"{num_layers // 2}; take fewer, a list of block indices, or no "
-            "experts (moe=None)."
+            f"'last_2'). 'last_<n>' counts over the {num_layers // 2} odd "
+            "blocks; take fewer, a list of block indices, or no experts "
+            "(moe=None)."
         )
     return blocks[-number:] if kind == "last" else blocks

@@ -1,4 +1,4 @@
-"""The sizes of the papers' models, and what is printed of them."""
+"""The sizes of the papers' models and the figures printed for them."""
 
 # Name: hidden_dim, num_layers, num_heads, mlp_dim, patch size; millions of
 # parameters of the dense model, with 32 experts in `last_<n>` and in `every_2`.
@@ -59,7 +59,7 @@ SWIN_SIZES = {
         (16, "518.7", "85.5*"), (32, "955.3", "85.5*"),
     ),
 }  # fmt: skip
-# Image size: side of the windows, and those of the pretraining by stage.
+# Image size: side of the windows, and by stage that of the pretraining.
 SWIN_WINDOWS = {192: (12, None), 224: (14, (12, 12, 12, 6))}
 SWIN_EXPERTS = {
     # Every second block of the third stage, and the last of the fourth.
@@ -69,10 +69,10 @@ SWIN_EXPERTS = {
     "batch_priority": True,
     "dropout": 0.1,
 }
-# Dense model, experts, placement, mlp_ratio of the experts (None: that of the
-# dense MLP); as printed, where it is: millions of parameters and of active
-# ones, giga multiply-adds, images per second, accuracy; a note. (The totals
-# leave the gates out.)
+# Dense model, experts, placement, mlp_ratio of the experts (None: the dense
+# MLP's); if printed: millions of parameters and of active ones, giga
+# multiply-adds, images per second, accuracy; a note. (The totals leave out the
+# gates.)
 _ACTIVE = "the printed active count and GFLOPs of a ViT follow from no K"
 SWEET_SPOT_MODELS = (
     ("vit_s16", 4, "last_2", None, "29.1", "25.0", None, None, "79.8", _ACTIVE),

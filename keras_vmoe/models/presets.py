@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+from typing import Any
 
 from keras_vmoe.models.base import MoEModel
 from keras_vmoe.models.convnext import ConvNeXtMoE
@@ -47,7 +48,7 @@ class Preset:
         paper_accuracy: ImageNet-1k accuracy in percent, as printed; with a
             star after pretraining on ImageNet-21k; V-MoE's after JFT.
         paper_classes: Classes of the model that the paper counts.
-        num_classes: Classes unless set.
+        num_classes: Default number of classes.
         moe: Its `moe` argument.
         note: Where the printed figures contradict the sizes, or each other.
     """
@@ -77,7 +78,7 @@ class Preset:
 
     @property
     def description(self):
-        """One line for people."""
+        """A one-line description."""
         if self.moe is None:
             return f"{self.model.__name__} without MoE: {self.source}"
         return (
@@ -180,7 +181,7 @@ def _swin():
                     row = dataclasses.replace(
                         dense, name=f"{dense.name}_e{experts}", moe=moe
                     )
-                if not pretrained:  # What is printed.
+                if not pretrained:  # The printed figures.
                     row = dataclasses.replace(
                         row, paper_params=params, paper_active=active,
                         paper_accuracy=accuracy, note=note[0] if note else None,
@@ -194,7 +195,7 @@ def _vit(sizes, **more):
 
 
 def _sparse(dense, num_experts, placement, mlp_ratio=None, *printed):
-    """The row of a dense model with experts, and what is printed of it."""
+    """The row of a dense model with experts, and its printed figures."""
     name = f"{dense.name}_e{num_experts}_{placement.replace('_', '')}"
     moe = {"num_experts": num_experts, "layers": placement}
     if mlp_ratio is not None:
@@ -217,11 +218,11 @@ PRESETS = {
 }
 
 
-def presets():
-    """The names of all presets.
+def presets() -> dict[str, str]:
+    """Returns the names of all presets.
 
     Returns:
-        Dict from name to a line that describes it and names its source.
+        Dict from name to a one-line description with its source.
 
     Example:
 
@@ -231,29 +232,31 @@ def presets():
     return {name: preset.description for name, preset in PRESETS.items()}
 
 
-def from_preset(name, load_weights=False, **overrides) -> MoEModel:
-    """Makes a model of the papers.
+def from_preset(
+    name: str, load_weights: bool = False, **overrides: Any
+) -> MoEModel:
+    """Makes one of the papers' models.
 
-    Stochastic depth belongs to a recipe and is 0 here. V-MoE's presets are the
-    models that the paper counts, with an extra layer before the head; the
-    released ones have none: set `representation_size=None` for their weights,
-    or take `checkpoints.vmoe_config`.
+    Stochastic depth belongs to a training recipe and is 0 here. V-MoE's presets
+    are the models that the paper counts, with an extra layer before the head.
+    The released models lack it: for their weights, set
+    `representation_size=None` or use `checkpoints.vmoe_config`.
 
     Args:
         name: One of `presets()`.
         load_weights: Must be False: weights are initialized at random. The
-            package hosts none; those that others released are read by
-            `keras_vmoe.checkpoints`.
+            package hosts none; `keras_vmoe.checkpoints` reads those that others
+            released.
         **overrides: Other arguments of the model, such as `num_classes`,
             `image_size`, `drop_path_rate` or `dtype`. A dict for `moe` changes
-            only the settings that it names; None takes the experts out.
+            only the settings that it names; None removes the experts.
 
     Returns:
         A `ViTMoE`, `ConvNeXtMoE` or `SwinMoE`.
 
     Raises:
-        ValueError: If the preset is unknown; the message lists the nearest
-            names. If weights are asked for.
+        ValueError: If the preset is unknown (the message lists the nearest
+            names), or if weights are requested.
         TypeError: If an argument is unknown.
 
     Example:

@@ -1,4 +1,4 @@
-"""Rematerialization: blocks are computed again, and not kept."""
+"""Rematerialization: recomputes blocks instead of keeping activations."""
 
 import itertools
 
@@ -9,13 +9,14 @@ from keras_vmoe.layers.moe import MoEMLP
 
 
 def segments(model):
-    """Models of the same layers, each from one residual sum to the next.
+    """Splits a model into models from one residual sum to the next.
 
     Args:
         model: A functional model of one input and one output.
 
     Returns:
-        A list of functional models; the model is one after the other.
+        A list of functional models of the same layers; their sequence is the
+        model.
     """
     sums = [x.output for x in model.layers if isinstance(x, keras.layers.Add)]
     ends = [model.inputs[0], *sums, model.outputs[0]]
@@ -26,18 +27,18 @@ def segments(model):
 
 
 def train_in_segments(segments, x):
-    """The outputs of a model in training, of which little is kept.
+    """Runs a model in training and keeps few activations.
 
-    For the gradient each backend keeps what goes into a segment and runs the
-    segment again. It must then see the same seeds and change no state twice:
-    a segment runs on values, and what it changes are results.
+    For the gradient each backend keeps the inputs of a segment and runs the
+    segment again. That run must see the same seeds and change no state twice:
+    a segment runs on values, and returns changed states as results.
 
     Args:
-        segments: The models that `segments` made.
+        segments: Models from `segments`.
         x: Inputs of the first.
 
     Returns:
-        Outputs of the last. Losses and states are those of a single run.
+        Outputs of the last. Losses and states match those of a single run.
     """
     for segment in segments:
         learned = [v for v in segment.variables if v.trainable]
@@ -53,7 +54,7 @@ def train_in_segments(segments, x):
 
 def _on_values(segment, learned, states):
     """A function of inputs and learned values, without side effects."""
-    # PyTorch's are changed in place before they are read again.
+    # PyTorch changes them in place before they are read again.
     before = [(state, ops.copy(state.value)) for state in states]
 
     def run(x, *values):

@@ -1,6 +1,8 @@
 """Adaptive compute: the same weights under other routing settings."""
 
 import dataclasses
+from typing import Any
+from typing import Literal
 
 import keras
 
@@ -14,29 +16,29 @@ from keras_vmoe.models.cloning import is_graph
 
 
 def set_routing(
-    model,
-    capacity_factor=None,
-    num_selected_experts=None,
-    batch_priority=None,
-    images_per_group=None,
-    **others,
-):
+    model: keras.Model,
+    capacity_factor: float | Literal["dropless"] | None = None,
+    num_selected_experts: int | None = None,
+    batch_priority: bool | None = None,
+    images_per_group: int | Literal["batch"] | None = None,
+    **others: Any,
+) -> keras.Model:
     """Makes a model with the same weights and other routing settings.
 
     This is V-MoE's dial at test time: fewer slots and Batch Prioritized
-    Routing save compute, more experts per token cost some. Settings left at
-    None stay as they are.
+    Routing save compute, more experts per token cost some. None leaves a
+    setting unchanged.
 
-    The new model shares the weights of the given one: it needs no memory of its
-    own and follows further training; `keras.Model.save` writes it as a whole.
-    Both models are made of the same gates, experts and dense layers: freezing
-    those of one freezes the other's.
-    It is compiled as the given model is, with a new optimizer.
+    The new model shares the given model's weights: it needs no extra memory and
+    follows further training; `keras.Model.save` writes it as a whole. Both
+    consist of the same gates, experts and dense layers: freezing them in one
+    model freezes them in the other. The new model is compiled like the given
+    one, with a new optimizer.
 
     Args:
         model: A `ViTMoE` or any functional or sequential Keras model with
             `MoEMLP` layers, nested ones included.
-        capacity_factor: Room of the experts relative to an even load, or
+        capacity_factor: Capacity of the experts relative to an even load, or
             "dropless".
         num_selected_experts: K.
         batch_priority: Whether confident tokens are served first.
@@ -80,7 +82,7 @@ def set_routing(
 
 
 def _check(model, settings):
-    """Raises unless there is something to set, and a model to set it in."""
+    """Raises unless a setting is given and the model can take it."""
     if not settings:
         raise ValueError(
             "At least one routing setting must be given. Received: none (None "
@@ -110,14 +112,14 @@ def _compile_alike(clone, model):
         clone.compile_from_config(model.get_compile_config())
     except (TypeError, ValueError) as error:
         warn(
-            "The new model is not compiled: loss or metrics of the given one "
-            f"cannot be serialized ({error}). Call its `compile`, or register "
-            "them by keras.saving.register_keras_serializable."
+            "The new model is not compiled: the loss or metrics of the given "
+            f"one cannot be serialized ({error}). Call its `compile`, or "
+            "register them with keras.saving.register_keras_serializable."
         )
 
 
 def _with_routing(layer, images_per_group=None, **settings):
-    """A MoE layer with another router around the same weights."""
+    """Returns a MoE layer with another router and the same weights."""
     router, changes = layer.router, {}
     if settings:
         changes["router"] = router.sharing(
@@ -143,7 +145,7 @@ def _settings_for(router, settings, layer):
     for name, value in settings.items():
         if name not in config or isinstance(router, layers.SoftRouter):
             raise ValueError(
-                f"The {type(router).__name__} of {layer!r} has no such dial. "
+                f"The {type(router).__name__} of {layer!r} lacks this setting. "
                 f"Received: {name}={value!r}. Leave it out."
             )
     if _is_dropless(settings) and "batch_priority" in config:

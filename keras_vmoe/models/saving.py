@@ -1,6 +1,7 @@
-"""`.keras` files: written atomically, checked before they are read."""
+"""`.keras` files: written atomically, checked before reading."""
 
 import math
+import os
 import pathlib
 import zipfile
 
@@ -13,11 +14,11 @@ from keras_vmoe.distribution import _processes
 SLACK, SLACK_PER_VARIABLE = 2**16, 2**12
 
 
-def save(model, path):
-    """Saves a model so that `path` is always a complete file or none.
+def save(model: keras.Model, path: str | os.PathLike[str]) -> pathlib.Path:
+    """Saves a model atomically: `path` is a complete file or absent.
 
-    The file is written beside `path` under another name and then renamed: a
-    full disk or a killed process leaves the previous file. In a run of several
+    The file is written next to `path` under another name and then renamed: a
+    full disk or a killed process leaves the previous file. With several
     processes all must call this, and the first writes.
 
     Args:
@@ -29,7 +30,7 @@ def save(model, path):
 
     Raises:
         ValueError: If `path` does not end in `.keras`.
-        OSError: If it cannot be written; the previous file is kept.
+        OSError: If the file cannot be written; the previous one is kept.
 
     Example:
 
@@ -47,7 +48,7 @@ def save(model, path):
 
 
 def size_of(model):
-    """At most this many bytes are in a file of a model and its optimizer."""
+    """An upper bound on the bytes of a model's file, optimizer included."""
     variables = _processes.variables_of(model)
     numbers = sum(
         math.prod(x.shape) * (8 if str(x.dtype).endswith("64") else 4)
@@ -56,7 +57,7 @@ def size_of(model):
     return numbers + SLACK + SLACK_PER_VARIABLE * len(variables)
 
 
-def load(path, compile=True):
+def load(path: str | os.PathLike[str], compile: bool = True) -> keras.Model:
     """Loads a `.keras` file after checking that it is complete.
 
     Args:
@@ -66,11 +67,11 @@ def load(path, compile=True):
             `jit_compile`, which PyTorch takes for `torch.compile`.
 
     Returns:
-        The model, compiled if it was saved so and `compile` says so.
+        The model, compiled if it was saved compiled and `compile` is True.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is no model, or truncated or corrupt.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not a model, truncated or corrupt.
 
     Example:
 

@@ -1,5 +1,8 @@
 """SwinMoE: the Swin transformer with sparse MoE layers."""
 
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 from typing import Unpack
 
 import keras
@@ -15,6 +18,7 @@ from keras_vmoe.layers.weights import small_normal
 from keras_vmoe.layers.windows import MergePatches
 from keras_vmoe.layers.windows import WindowAttention
 from keras_vmoe.models import base
+from keras_vmoe.models.moe import MoEConfig
 from keras_vmoe.models.placement import stage_blocks
 
 NUM_SELECTED_EXPERTS = 1  # K of Swin-MoE.
@@ -29,11 +33,11 @@ class SwinMoE(base.MoEModel):
     `downsample_<stage>_patches`, `downsample_<stage>_norm`,
     `downsample_<stage>`, `block_<i>_attention`, `block_<i>_mlp` or
     `block_<i>_moe`, `norm`, `pooling`, `head`; blocks are counted from 0
-    through all stages. What leaves a block is the output of
+    through all stages. A block's output is that of
     `block_<i>_mlp_add`. Experts work on the positions of the feature map.
     Logits are float32 under every dtype policy.
 
-    In every second block of a stage windows are shifted by half of their side.
+    Every second block of a stage shifts its windows by half their side.
     As in the authors' MoE models, blocks are pre-norm with dot-product
     attention, the position bias is a small MLP of an offset's logarithm, and
     the second layer of MLPs and experts has no bias.
@@ -44,18 +48,18 @@ class SwinMoE(base.MoEModel):
         num_heads: Attention heads of each stage; must divide its features.
         num_classes: Classes; None leaves the head out, and the model returns
             features `(B, D)`.
-        window_size: Side of a window, in positions of the feature map. Where a
-            map's side is no longer, its windows have that side.
+        window_size: Side of a window, in positions of the feature map. If a
+            map's side is not longer, its windows have that side.
         image_size: Side of the images in pixels, or `(height, width)`. Maps
-            that are not made of whole windows are filled up with zeros.
+            that do not divide into whole windows are padded with zeros.
         patch_size: Side of the stem's patches.
         mlp_ratio: F / D of the dense MLPs.
         pretrained_window_sizes: Side of the windows of each stage that the
-            position biases were trained with, where they were others.
+            position biases were trained with, if different.
         moe: None for the dense twin, or a dict of `models.MoEConfig`'s
             attributes, such as `layers` (`"every_2"`, `"stage"`, `"last_2"` or
             block indices; see `models.placement`), `num_experts`, `dropout`
-            (that of the experts). K is 1 unless set.
+            (of the experts). K is 1 unless set.
         drop_path_rate: Stochastic depth: probability of dropping a residual
             branch of an image in the last block. It rises linearly from 0 in
             the first block.
@@ -63,13 +67,13 @@ class SwinMoE(base.MoEModel):
             out, as the authors do.
         activation: Activation of the MLPs and experts; see `layers.MLP`.
         channels: Channels of the images.
-        preprocessing: The `data.Preprocessing` of its images, or a dict of its
-            attributes; None means the default, to [-1, 1]. It is kept in
-            `.keras` files; loaders of other people's weights set it.
+        preprocessing: `data.Preprocessing` of the images, or a dict of its
+            attributes. None means the default, to [-1, 1]. `.keras` files store
+            it, and loaders of pretrained weights set it.
         dtype: Dtype policy of the layers, such as `"mixed_bfloat16"`. None
             means the global one.
-        remat: Whether to compute the blocks again for their gradients instead
-            of keeping what they computed: less memory, more time in training.
+        remat: Whether to recompute the blocks for their gradients instead of
+            keeping their activations: training takes less memory and more time.
             On JAX's CPU it saves nothing.
         name: Name of the model.
 
@@ -104,18 +108,18 @@ class SwinMoE(base.MoEModel):
 
     def __init__(
         self,
-        depths,
-        dims,
-        num_heads,
-        num_classes,
-        window_size=7,
-        image_size=224,
-        patch_size=4,
-        mlp_ratio=4,
-        pretrained_window_sizes=None,
-        moe=None,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        num_heads: Sequence[int],
+        num_classes: int | None,
+        window_size: int = 7,
+        image_size: int | Sequence[int] = 224,
+        patch_size: int = 4,
+        mlp_ratio: float = 4,
+        pretrained_window_sizes: Sequence[int] | None = None,
+        moe: Mapping[str, Any] | MoEConfig | None = None,
         **options: Unpack[base.Options],
-    ):
+    ) -> None:
         settings = base.complete(
             SwinMoE,
             {
@@ -187,7 +191,7 @@ def _encoder(x, stages, settings):
 
 
 def _merge(x, features, stage, settings):
-    """Half the height and width of a feature map, and other features."""
+    """Halves the height and width of a feature map, with new features."""
     name = f"downsample_{stage}"
     x = MergePatches(dtype=settings.dtype, name=f"{name}_patches")(x)
     x = _norm(f"{name}_norm", settings)(x)

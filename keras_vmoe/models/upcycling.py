@@ -1,6 +1,8 @@
 """Sparse upcycling: a MoE model that starts from a dense one."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -13,30 +15,36 @@ from keras_vmoe.models.base import MoEModel
 from keras_vmoe.models.moe import MoEConfig
 
 
-def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
+def upcycle(
+    model: MoEModel,
+    moe: Mapping[str, Any] | MoEConfig,
+    noise_std: float = 0.0,
+    preserve_outputs: bool = False,
+    seed: int = 0,
+) -> MoEModel:
     """Makes a MoE model whose experts start as copies of the dense MLPs.
 
-    A model of E experts makes one of a multiple of E in the same blocks: expert
-    e starts as a copy of expert e mod E, and so do its gate's weights. With
-    twice as many experts and twice the K, it starts with the model's outputs if
-    nothing is dropped.
+    A model with E experts becomes one with a multiple of E in the same blocks:
+    expert e and its gate's weights start as copies of those of expert e mod E.
+    With twice the experts and twice the K, it starts with the model's outputs
+    if no token is dropped.
 
-    Of a dense model all other weights are copied; gates are initialized at
+    From a dense model all other weights are copied; gates are initialized at
     random, so the model needs further training. It starts with the dense
     model's outputs if the gates of a token sum to 1 (`renormalize=True`, or
     K = E) and no token is dropped. With K = 1 and `renormalize` outputs differ
-    only by rounding (2.4e-7 of logits of order 1 in float32), but the gate
+    only by rounding (2.4e-7 for logits of order 1 in float32), but the gate
     learns from the auxiliary losses alone.
 
-    What is frozen stays frozen: a bank that starts from a frozen MLP is, while
-    its new router is trained.
+    Frozen layers stay frozen: a bank that starts from a frozen MLP is frozen,
+    while its new router is trained.
 
     Args:
         model: A `ViTMoE` or `ConvNeXtMoE`, dense or with experts.
-        moe: The `moe` argument of the new model, over that of `model`; experts
-            have the hidden features of what they start from.
+        moe: The `moe` argument of the new model, which overrides that of
+            `model`; experts have the hidden features of their sources.
         noise_std: Standard deviation of noise added to the experts' kernels,
-            relative to that of the kernel's own values.
+            relative to that of the kernel.
         preserve_outputs: Whether to set `renormalize=True` and
             `capacity_factor="dropless"`, which keeps the dense model's outputs.
         seed: Seed of the noise.
@@ -45,10 +53,10 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
         A new model of the same class, not compiled.
 
     Raises:
-        ValueError: If the model is quantized, if experts would have other
-            hidden features than the MLPs or experts that they start from or be
-            no multiple of them, if nothing would change, or if
-            `preserve_outputs` contradicts `moe`.
+        ValueError: If the model is quantized, if experts differ from their
+            source MLPs or experts in hidden features, or are not a multiple of
+            them, if nothing would change, or if `preserve_outputs` contradicts
+            `moe`.
 
     Example:
 
@@ -64,8 +72,8 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
     if not isinstance(model, MoEModel):
         raise ValueError(
             "`model` must be a ViTMoE or ConvNeXtMoE. "
-            f"Received: model={model!r}. Weights of other models are read by "
-            "`keras_vmoe.checkpoints`."
+            f"Received: model={model!r}. `keras_vmoe.checkpoints` reads the "
+            "weights of other models."
         )
     modes = {x.quantization_mode for x in all_layers(model)} - {None}
     if modes:
@@ -83,7 +91,7 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
         raise ValueError(
             "`moe` must add experts or change them. Received: "
             f"num_experts={moe.num_experts}, layers={moe.layers!r} and what "
-            "else the model has. Set more of either."
+            "else the model has. Add experts or layers."
         )
     if preserve_outputs and model.moe is not None:
         raise ValueError(
@@ -120,8 +128,8 @@ def upcycle(model, moe, noise_std=0.0, preserve_outputs=False, seed=0):
     return sparse
 
 
-def _preserving(moe, noise_std):
-    """The config whose model has the function of the dense one."""
+def _preserving(moe, noise_std) -> MoEConfig:
+    """The config that preserves the outputs of the dense model."""
     wrong = {
         name: getattr(moe, name)
         for name, good in (
@@ -138,10 +146,10 @@ def _preserving(moe, noise_std):
     if wrong:
         given = ", ".join(f"{key}={value!r}" for key, value in wrong.items())
         raise ValueError(
-            "Only a dropless top-K router with renormalized gates, no shared "
-            "expert and no noise on the kernels keep the outputs of the dense "
-            f"model. Received: preserve_outputs=True together with {given}. "
-            "Leave these out, or `preserve_outputs`."
+            "Keeping the outputs of the dense model takes a dropless top-K "
+            "router with renormalized gates, no shared expert and no noise on "
+            f"the kernels. Received: preserve_outputs=True together with "
+            f"{given}. Leave these out, or `preserve_outputs`."
         )
     return dataclasses.replace(
         moe, renormalize=True, capacity_factor="dropless"
@@ -149,10 +157,10 @@ def _preserving(moe, noise_std):
 
 
 def _copy_experts(source, layer, noise_std, generator):
-    """Every expert becomes a copy, with noise of its own."""
+    """Makes every expert a copy, with its own noise."""
     if source.hidden_dim != layer.hidden_dim:
         raise ValueError(
-            "Experts have the hidden features of what they start from. "
+            "Experts must have the hidden features of their source. "
             f"Received: {layer.hidden_dim} for the experts of {layer.name!r} "
             f"and {source.hidden_dim} in {source.name!r}. Leave `hidden_dim` "
             "and `mlp_ratio` out."
@@ -191,8 +199,8 @@ def _tile(source, layer):
     )
     if not fits or type(source.router) is not type(layer.router):
         raise ValueError(
-            "Experts start from experts under the same router and gate, of "
-            f"which they are a multiple. Received: num_experts="
+            "Experts must be a multiple of their source's, under the same "
+            "router and gate. Received: num_experts="
             f"{layer.num_experts} with a {type(layer.router).__name__} for "
             f"{source.num_experts} with a {type(source.router).__name__}. Take "
             f"{2 * source.num_experts} experts, say, and the source's router."

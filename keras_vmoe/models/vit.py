@@ -1,5 +1,9 @@
 """ViTMoE: the vision transformer with sparse MoE layers of V-MoE."""
 
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import Literal
 from typing import Unpack
 
 import keras
@@ -9,6 +13,7 @@ from keras_vmoe._checks import check_choice
 from keras_vmoe._checks import check_flags
 from keras_vmoe._checks import check_rates
 from keras_vmoe._checks import check_sizes
+from keras_vmoe._typing import Tensor
 from keras_vmoe.layers import _blocks
 from keras_vmoe.layers import ensemble
 from keras_vmoe.layers import patches
@@ -19,6 +24,7 @@ from keras_vmoe.layers.ensemble import mean_probability
 from keras_vmoe.layers.normalization import LayerNormalization
 from keras_vmoe.layers.stochastic import SeededDropout
 from keras_vmoe.models import base
+from keras_vmoe.models.moe import MoEConfig
 from keras_vmoe.models.placement import moe_blocks
 
 NUM_SELECTED_EXPERTS = 2  # K of V-MoE.
@@ -32,8 +38,8 @@ class ViTMoE(base.MoEModel):
 
     A functional model. Its layers are named `embedding`, `class_token`,
     `positions`, `registers`, `block_<i>_attention`, `block_<i>_mlp` or
-    `block_<i>_moe`, `norm`, `pooling`, `pre_logits`, `head`. What leaves a
-    block, residual branches included, is the output of `block_<i>_mlp_add`.
+    `block_<i>_moe`, `norm`, `pooling`, `pre_logits`, `head`. A block's
+    output, residual branches included, is that of `block_<i>_mlp_add`.
 
     Defaults are V-MoE's: pre-norm blocks, LayerNorm epsilon 1e-6, gelu in its
     tanh approximation, learned positions added after the class token is
@@ -59,15 +65,15 @@ class ViTMoE(base.MoEModel):
             `num_selected_experts`, `capacity_factor`, `images_per_group`.
         dropout: Dropout rate after the position embeddings and attention, and
             inside the MLPs and experts, in `[0, 1)`.
-        num_registers: Learned tokens behind the class token, which is pooled;
+        num_registers: Learned tokens after the class token, which is pooled;
             None leaves them out.
         qk_norm: Whether to normalize queries and keys in the attention, as in
             ViT-22B and Soft MoE; see `layers.attention.SelfAttention`.
-        ensemble_size: Members of an efficient ensemble (E3): images are copied
-            that often before the first block with experts, and each member has
-            its own part of the experts. Members are trained one by one, by a
-            softmax cross-entropy or another loss of logits; the model answers
-            with the log of their mean probability. None is no ensemble.
+        ensemble_size: Members of an efficient ensemble (E3). Images are copied
+            for each before the first block with experts, and each member has
+            its own share of the experts. Each is trained on its own, with
+            softmax cross-entropy or another loss on logits; the model returns
+            the log of their mean probability. None means no ensemble.
         drop_path_rate: Stochastic depth: probability of dropping a residual
             branch of an image in the last block. It rises linearly from 0 in
             the first block.
@@ -75,13 +81,13 @@ class ViTMoE(base.MoEModel):
             leaves it out.
         activation: Activation of the MLPs and experts; see `layers.MLP`.
         channels: Channels of the images.
-        preprocessing: The `data.Preprocessing` of its images, or a dict of its
-            attributes; None means the default, to [-1, 1]. It is kept in
-            `.keras` files; loaders of other people's weights set it.
+        preprocessing: `data.Preprocessing` of the images, or a dict of its
+            attributes. None means the default, to [-1, 1]. `.keras` files store
+            it, and loaders of pretrained weights set it.
         dtype: Dtype policy of the layers, such as `"mixed_bfloat16"`. None
             means the global one.
-        remat: Whether to compute the blocks again for their gradients instead
-            of keeping what they computed: less memory, more time in training.
+        remat: Whether to recompute the blocks for their gradients instead of
+            keeping their activations: training takes less memory and more time.
             On JAX's CPU it saves nothing.
         name: Name of the model.
 
@@ -91,7 +97,7 @@ class ViTMoE(base.MoEModel):
         training: Whether to route with noise and add auxiliary losses.
 
     Returns:
-        `(B, num_classes)` float32 logits; of an ensemble in training
+        `(B, num_classes)` float32 logits; for an ensemble in training
         `(B, ensemble_size, num_classes)`.
 
     Raises:
@@ -117,23 +123,23 @@ class ViTMoE(base.MoEModel):
 
     def __init__(
         self,
-        image_size,
-        patch_size,
-        hidden_dim,
-        num_layers,
-        num_heads,
-        mlp_dim,
-        num_classes,
-        pooling="token",
-        representation_size=None,
-        position_embedding="learned",
-        moe=None,
-        dropout=0.0,
-        num_registers=None,
-        qk_norm=False,
-        ensemble_size=None,
+        image_size: int | Sequence[int],
+        patch_size: int,
+        hidden_dim: int,
+        num_layers: int,
+        num_heads: int,
+        mlp_dim: int,
+        num_classes: int | None,
+        pooling: Literal["token", "gap", "map"] = "token",
+        representation_size: int | None = None,
+        position_embedding: Literal["learned", "sincos2d"] = "learned",
+        moe: Mapping[str, Any] | MoEConfig | None = None,
+        dropout: float = 0.0,
+        num_registers: int | None = None,
+        qk_norm: bool = False,
+        ensemble_size: int | None = None,
         **options: Unpack[base.Options],
-    ):
+    ) -> None:
         settings = base.complete(
             ViTMoE,
             {
@@ -172,10 +178,15 @@ class ViTMoE(base.MoEModel):
         super().__init__(images, _head(x, settings), vars(settings))
 
     def compute_loss(
-        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
-    ):
+        self,
+        x: Any = None,
+        y: Tensor = None,
+        y_pred: Tensor = None,
+        sample_weight: Tensor = None,
+        training: bool = True,
+    ) -> Tensor:
         if y is not None and _has_members(y_pred):
-            # The members one by one: the mean over them is that of the batch.
+            # Each member on its own: the mean over them is the batch's.
             size, classes = y_pred.shape[1:]
             y_pred = ops.reshape(y_pred, (-1, classes))
             y = ops.repeat(y, size, axis=0)
@@ -183,7 +194,9 @@ class ViTMoE(base.MoEModel):
                 sample_weight = ops.repeat(sample_weight, size, axis=0)
         return super().compute_loss(x, y, y_pred, sample_weight, training)
 
-    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+    def compute_metrics(
+        self, x: Any, y: Tensor, y_pred: Tensor, sample_weight: Tensor = None
+    ) -> dict[str, Any]:
         if _has_members(y_pred):
             y_pred = mean_probability(y_pred)
         return super().compute_metrics(x, y, y_pred, sample_weight)
@@ -216,7 +229,7 @@ def _check(settings):
     check_sizes(2, ensemble_size=settings.ensemble_size or 2)
     if settings.ensemble_size is not None and settings.moe is None:
         raise ValueError(
-            "The members of an ensemble differ by their experts. Received: "
+            "The members of an ensemble differ in their experts. Received: "
             f"ensemble_size={settings.ensemble_size} with moe=None. Set `moe`."
         )
 

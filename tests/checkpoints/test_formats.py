@@ -192,7 +192,7 @@ def test_nothing_there(tmp_path):
 def test_an_unknown_format(tmp_path, name):
     path = tmp_path / name
     path.mkdir() if name == "folder" else path.write_bytes(b"PK\x03\x04"[2:])
-    words = f"V-MoE, the folder of one of Orbax, a .npz .*{name}, which is n"
+    words = f"V-MoE checkpoint, an Orbax folder, a .npz .*{name}, which is n"
     for function in (checkpoints.read, checkpoints.vmoe_config):
         with pytest.raises(checkpoints.CheckpointError, match=words):
             function(path)
@@ -326,7 +326,7 @@ def test_keras_files_of_another_resolution(tmp_path):
     with pytest.warns(UserWarning, match="checkpoints.load.model, path"):
         model.load_weights(weights, skip_mismatch=True)
     before = arrays_of(model)
-    with pytest.raises(ValueError, match="`grid` must be that of the file"):
+    with pytest.raises(ValueError, match="`grid` must match the file"):
         checkpoints.load(model, weights, grid=(4, 2))
     for changes in ({"num_layers": 1}, {"num_layers": 3}, {"mlp_dim": 8}):
         sizes = {"num_layers": 2, "image_size": (8, 16), **changes}
@@ -348,7 +348,7 @@ def test_keras_files_of_another_resolution(tmp_path):
             np.testing.assert_array_equal(array, expected[name])
     classes = randomize(tiny(num_layers=2, moe=None, num_classes=3))
     head = arrays_of(classes)["head/kernel"]
-    with pytest.warns(UserWarning, match="has 10 classes.*stays as it is"):
+    with pytest.warns(UserWarning, match="has 10 classes.*keeps its own"):
         checkpoints.load(classes, path)
     np.testing.assert_array_equal(arrays_of(classes)["head/kernel"], head)
     checkpoints.load(tiny(num_layers=2, moe=None, num_classes=None), path)

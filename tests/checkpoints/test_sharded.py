@@ -303,7 +303,7 @@ def test_lengths_beyond_the_end(tmp_path):
                 reader.advance(2**40)
     path.write_bytes(b"\xdb\xff\xff\xff\xff")
     with open_checkpoint(path) as reader:
-        words = "4294967295 bytes must follow and 0 are there"
+        words = "4294967295 bytes must follow and 0 are left"
         with pytest.raises(checkpoints.CheckpointError, match=words):
             reader.string()
 

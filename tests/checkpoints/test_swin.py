@@ -198,7 +198,7 @@ class Program:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"model": Program()}, "no program in it is run"),
+        ({"model": Program()}, "no code in it is run"),
         ({"model": {}}, "a `model` with arrays"),
         ({"model": {"fc.weight": torch.ones(2, 2)}}, "with fc.weight"),
         (

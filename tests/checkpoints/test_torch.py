@@ -159,7 +159,7 @@ def test_positions_that_are_no_square(tmp_path):
     config = checkpoints.vmoe_config(file, 64)
     ours = models.ViTMoE(**config)
     with pytest.raises(
-        ValueError, match=r"or their grid be given. Received: 9"
+        ValueError, match=r"unless `grid` is given. Received: 9"
     ):
         checkpoints.load(ours, file)
     checkpoints.load(ours, file, grid=(2, 4))
@@ -346,7 +346,7 @@ def test_one_value_beside_a_file_that_is_not_ours(tmp_path):
     config = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "lanczos"}
     text = json.dumps({"pretrained_cfg": config})
     (tmp_path / "config.json").write_text(text)
-    with pytest.warns(UserWarning, match="interpolation='lanczos' is not"):
+    with pytest.warns(UserWarning, match="interpolation='lanczos' is unknown"):
         found = checkpoints.read(file).preprocessing
     assert data.Preprocessing.of(found) == data.Preprocessing(127.5, 63.75)
 

@@ -250,7 +250,7 @@ def test_a_convnext_and_a_model_of_ones_own():
 
 @pytest.mark.backends("torch")
 def test_what_cannot_be_looked_at():
-    with pytest.raises(ValueError, match="`models.upcycle` makes experts"):
+    with pytest.raises(ValueError, match="`models.upcycle` turns MLPs of a"):
         inspection.inspect(tiny(moe=None), batches())
     words = "Received: 'block_2_moe'. Did you mean 'block_[13]_moe'"
     with pytest.raises(ValueError, match=words):
@@ -426,7 +426,7 @@ def test_bad_batches():
     with pytest.raises(ValueError, match="for image 8 .counted from 0"):
         inspection.inspect(tiny(moe={"images_per_group": 1}), [first, second])
     inner = keras.Sequential([keras.Input((8, 8, 3)), model])
-    with pytest.raises(ValueError, match="Take the model inside, `model.get_"):
+    with pytest.raises(ValueError, match="Use the inner model, `model.get_"):
         inspection.inspect(inner, batches())
 
 

@@ -84,8 +84,8 @@ def test_blocks_that_are_not_there():
         (tiny(), 4, "'block_4'"),
         (tiny(), -5, "'block_-5'"),
         (tiny(), "blok_3", "Did you mean 'block_3'"),
-        (tiny(), "stage_0", "must be of"),
-        (convnext(), "stage_2", "must be of"),
+        (tiny(), "stage_0", "must be among"),
+        (convnext(), "stage_2", "must be among"),
     ):
         with pytest.raises(ValueError, match=words):
             models.features(model, [layer])

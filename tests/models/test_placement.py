@@ -54,8 +54,8 @@ INDICES = (
         ("last", NAMES + "'last'"),
         ("", NAMES + "''"),
         ("last_3", "A model of 4 blocks is too small for this many MoE "
-         "layers. Received: layers='last_3' .* 'last_<n>' counts over odd "
-         "blocks, of which there are 2"),
+         "layers. Received: layers='last_3' .* 'last_<n>' counts over "
+         "the 2 odd blocks"),
         ("every_5", "too small for this many.*Received: layers='every_5'"),
         ([4], INDICES + r"\[4\]"),
         ([-1], INDICES + r"\[-1\]"),

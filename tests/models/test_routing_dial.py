@@ -293,14 +293,14 @@ def test_a_layer_used_twice_is_changed_once():
         (None, {"capacity_factor": 1.0},
          "must have MoE layers. Received: model='vit_moe' without any"),
         ({"router": "soft", "images_per_group": 1}, {"capacity_factor": 2.0},
-         "SoftRouter of 'block_1_moe' has no such dial. "
+         "SoftRouter of 'block_1_moe' lacks this setting. "
          "Received: capacity_factor=2.0"),
         ({"router": "soft", "images_per_group": 1}, {"images_per_group": 4},
          "routes each image alone. Received: images_per_group=4"),
         ({"router": "soft", "images_per_group": 1}, {"images_per_group": 8},
          "routes each image alone. Received: images_per_group=8"),
         ({"router": "expert_choice"}, {"num_selected_experts": 1},
-         "ExpertChoiceRouter of 'block_1_moe' has no such dial. "
+         "ExpertChoiceRouter of 'block_1_moe' lacks this setting. "
          "Received: num_selected_experts=1. Leave it out"),
         ({"router": "expert_choice"}, {"batch_priority": True},
          "Received: batch_priority=True"),

@@ -136,7 +136,7 @@ def test_pixels_are_warned_about_once(kind):
 
     is_float = kind in ("batch", "floats")
     received = "values up to 255" if is_float else "images of uint8"
-    words = rf"as its prepro.*Received: {received}.*`model.preprocessing.norm"
+    words = rf"model's prepro.*Received: {received}.*`model.preprocessing.norm"
     with pytest.warns(UserWarning, match=words) as warned:
         see()
     (warning,) = (x for x in warned if x.category is UserWarning)

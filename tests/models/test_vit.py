@@ -356,7 +356,7 @@ def test_two_models_do_not_share_a_mutable_config():
          "router.num_experts=3 and num_experts=4"),
         ({"moe": {"router": layers.TopKRouter(4, name="mine"),
                   "capacity_factor": 2.0}},
-         "brings its own settings. Received: router=mine together with "
+         "has its own settings. Received: router=mine together with "
          "capacity_factor=2.0. Set these on the router"),
         ({"dropout": 1.5}, "1.5"),
         ({"drop_path_rate": 1.5}, "drop_path_rate=1.5"),

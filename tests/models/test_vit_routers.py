@@ -160,7 +160,7 @@ def test_the_shared_expert_has_the_activation_and_dropout_of_the_model():
          "'expert_choice', 'soft', 'top_k'\\]"),
         ({"router": layers.SoftRouter(4, name="mine"), "num_slots": 3,
           "images_per_group": 1},
-         "brings its own settings. Received: router=mine together with "
+         "has its own settings. Received: router=mine together with "
          "num_slots=3"),
     ],
 )  # fmt: skip
