@@ -88,6 +88,8 @@ def vmoe_config(
 
 
 def _of_convnext(shapes):
+    if "stem_norm/scale" in shapes and "block_0_attention_norm/scale" in shapes:
+        return " of a Swin (`swin_config`)"
     return " of a ConvNeXt (`convnext_config`)" if STEM in shapes else ""
 
 
@@ -254,7 +256,7 @@ def swin_config(
     """
     shapes = {name: np.shape(x) for name, x in arrays.items()}
     try:
-        return _swin_config(shapes, arrays.window_size or 12, image_size)
+        return _swin_config(shapes, arrays.window_sizes, image_size)
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(
             "The arrays must be those of a Swin-MoE. Received: "
@@ -263,7 +265,8 @@ def swin_config(
         ) from error
 
 
-def _swin_config(shapes, window_size, image_size):
+def _swin_config(shapes, window_sizes, image_size):
+    window_size = window_sizes.get(0, 12)
     attention = r"block_(\d+)_attention/bias_output/kernel"
     found = (re.fullmatch(attention, name) for name in shapes)
     heads = {int(m[1]): shapes[m[0]][1] for m in found if m}
@@ -303,6 +306,11 @@ def _swin_config(shapes, window_size, image_size):
         "mlp_ratio": hidden // width,
         "moe": moe,
         **({} if channels == 3 else {"channels": channels}),
+        **(
+            {"pretrained_window_sizes": tuple(window_sizes.values())}
+            if image_size and list(window_sizes) == list(range(len(depths)))
+            else {}
+        ),
     }
 
 

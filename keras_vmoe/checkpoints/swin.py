@@ -49,7 +49,8 @@ NAMES = (
     (r"head", "head", DENSE),
 )
 EXPERTS = "mlp._moe_layer.experts.batched_"
-TABLE = "layers.0.blocks.0.attn.relative_coords_table"
+TABLE = r"layers\.(\d)\.blocks\.0\.attn\.relative_coords_table"
+ESCAPES = r"\x1b\[[\d;]*m"  # Bold letters in PyTorch's messages.
 # Buffers that the authors' program makes anew, and Tutel's count of experts.
 UNUSED = (
     "relative_coords_table", "relative_position_index", "attn_mask",
@@ -61,18 +62,17 @@ class SwinArrays(dict):
     """Arrays by our names, and facts about their model.
 
     Attributes:
-        window_size: Side of the windows in the first stage; None if no file
-            gives it.
+        window_sizes: Side of the windows by stage, where a file gives it.
         preprocessing: Dict of the known attributes of a `Preprocessing`.
     """
 
     family = "swin"
 
     def __init__(
-        self, arrays: Mapping[str, np.ndarray], window_size: int | None
+        self, arrays: Mapping[str, np.ndarray], window_sizes: dict[int, int]
     ) -> None:
         super().__init__(arrays)
-        self.window_size = window_size
+        self.window_sizes = window_sizes
         imagenet = vars(Preprocessing.imagenet())
         self.preprocessing = {k: imagenet[k] for k in ("mean", "std")}
 
@@ -80,13 +80,19 @@ class SwinArrays(dict):
 def is_swin(path):
     """Whether a path is one of such files, or their common start."""
     path = pathlib.Path(path)
-    if re.search(rf"{PART}$", path.name):
-        return path.is_file()
-    parent = path.parent
-    return not path.exists() and any(
-        (parent / f"{path.name}.{end}").is_file()
-        for end in ("rank0", "master", "global")
-    )
+    named = re.search(rf"{PART}$", path.name)
+    return bool((named or not path.exists()) and _files_of(path))
+
+
+def _files_of(path):
+    """The files of one training, by what their names end with."""
+    start = re.sub(rf"{PART}$", "", path.name)
+    found = {}
+    for file in path.parent.glob("*"):
+        match = re.fullmatch(re.escape(start) + PART, file.name)
+        if match:
+            found[match[1]] = file
+    return found
 
 
 def read_swin(path: str | os.PathLike[str]) -> SwinArrays:
@@ -115,36 +121,46 @@ def read_swin(path: str | os.PathLike[str]) -> SwinArrays:
         `models/swin_transformer_moe.py`.
     """
     path = pathlib.Path(path)
-    start = re.sub(rf"{PART}$", "", path.name)
-    files = {}
-    for file in path.parent.glob("*"):
-        match = re.fullmatch(re.escape(start) + PART, file.name)
-        if match:
-            files[match[1]] = file
+    files = _files_of(path)
     if not files:
         raise FileNotFoundError(
             "The files of a Swin-MoE are NAME.pth.rank0, NAME.pth.rank1 and so "
             f"on, and NAME.pth.master. Received: {path}, of which there is "
             "none."
         )
-    shared = next(x for x in ("global", "master", "rank0") if x in files)
-    state = _read(files[shared])
-    ranks = {  # Not shared arrays, which each may hold.
-        int(name[4:]): {k: x for k, x in _read(file).items() if EXPERTS in k}
+    ranks = {
+        int(name[4:]): _read(file)
         for name, file in files.items()
         if name.startswith("rank")
+    }
+    shared = next((x for x in ("global", "master") if x in files), None)
+    state = _read(files[shared]) if shared else ranks[min(ranks)]
+    if all(EXPERTS in name for name in state):
+        raise CheckpointError(
+            "One file must hold the arrays that all GPUs share: gates, "
+            f"attention, norms. Received: {counted(len(files), 'file')} of "
+            f"{path}, without .master. Copy or download it."
+        )
+    if not ranks:  # A model that was gathered.
+        ranks, files = {0: state}, {"rank0": files[shared]}
+    ranks = {  # Not shared arrays, which each may hold.
+        rank: {name: x for name, x in arrays.items() if EXPERTS in name}
+        for rank, arrays in ranks.items()
     }
     starts = _starts([*state, *(name for x in ranks.values() for name in x)])
     found: dict[str, np.ndarray] = {}
     for name, x in state.items():
         if EXPERTS not in name and not name.endswith(UNUSED):
             found |= _renamed(name, x, starts, path)
+    # Hidden features of an MLP by its features: all have the same ratio.
+    dense = found.get("block_0_mlp/hidden/kernel", np.empty((1, 4))).shape
     for name, start in _moe_blocks(state, starts).items():
         gate = found[f"{name}_moe/gate/kernel"]
-        found |= _experts(name, start, gate, ranks, files)
-    table = state.get(TABLE)
-    window_size = None if table is None else (table.shape[1] + 1) // 2
-    return SwinArrays(found, window_size)
+        whole = gate.shape[0] * dense[1] // dense[0]
+        found |= _experts(name, start, gate, whole, ranks, files)
+    tables = ((re.fullmatch(TABLE, name), x) for name, x in state.items())
+    window_sizes = {int(m[1]): (x.shape[1] + 1) // 2 for m, x in tables if m}
+    return SwinArrays(found, window_sizes)
 
 
 def _read(file):
@@ -154,12 +170,13 @@ def _read(file):
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (
         *(pickle.UnpicklingError, RuntimeError, EOFError, OSError),
-        *(ValueError, KeyError, AttributeError),
+        *(ValueError, LookupError, AttributeError),
     ) as error:
+        reason = re.sub(ESCAPES, "", str(error)).partition(". ")[0]
         raise CheckpointError(
             "A file of a Swin-MoE must be whole and hold nothing but arrays: "
             "no code in it is run. Received: "
-            f"{file} ({str(error).splitlines()[0][:200]})."
+            f"{file} ({reason.splitlines()[0][:200]})."
         ) from error
     state = content.get("model", content) if isinstance(content, dict) else {}
     arrays = {
@@ -220,7 +237,7 @@ def _renamed(name, x, starts, path):
     )
 
 
-def _experts(block, start, gate, ranks, files):
+def _experts(block, start, gate, whole, ranks, files):
     """The experts of a block, from the files of all GPUs."""
     features, num_experts = gate.shape
     shapes = {
@@ -243,9 +260,11 @@ def _experts(block, start, gate, ranks, files):
             f"{(local, hidden, features)}, of a training on another number of "
             "GPUs. Keep the files of one training in a folder."
         )
-    slices = _slices(hidden, features, local)
+    # GPUs that share an expert.
+    slices = whole // hidden if local == 1 and whole % hidden == 0 else 1
     world = num_experts * slices // local
     _check_ranks(ranks, world, num_experts, local, slices, files)
+    _check_arrays(start, (local, hidden, features), ranks, files)
 
     def joined(name):
         """`(E, hidden, ...)` of arrays `(local, hidden / slices, ...)`."""
@@ -270,10 +289,22 @@ def _experts(block, start, gate, ranks, files):
     }
 
 
-def _slices(hidden, features, local):
-    """GPUs that share an expert, of 4 times the features; 1 or more."""
-    whole = 4 * features
-    return whole // hidden if local == 1 and whole % hidden == 0 else 1
+def _check_arrays(start, shape, ranks, files):
+    """Raises unless each GPU has all arrays of a block's experts."""
+    for rank, arrays in ranks.items():
+        for name, wanted in (
+            ("fc1_w", shape),
+            ("fc1_bias", shape[:2]),
+            ("fc2_w", shape),
+        ):
+            found = arrays.get(f"{start}{name}")
+            if found is None or found.shape != wanted:
+                shown = "without it" if found is None else f"{found.shape}"
+                raise CheckpointError(
+                    f"Each GPU's file must hold {start}{name} of shape "
+                    f"{wanted}. Received: {files[f'rank{rank}'].name}, {shown}."
+                    " Copy or download it again."
+                )
 
 
 def _check_ranks(ranks, world, num_experts, local, slices, files):

@@ -116,7 +116,8 @@ def with_image_size(
     >>> with_image_size(model, (32, 64)).input_shape
     (None, 32, 64, 3)
     """
-    return _copy(model, interpolation, image_size=image_size)
+    _check(model)
+    return _copy(model, interpolation, **model.for_images(image_size))
 
 
 def _copy(model, interpolation="bilinear", **changes):

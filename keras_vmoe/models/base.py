@@ -83,6 +83,10 @@ class MoEModel(keras.Model):
             self._segments = lambda: parts
         hand_down(self)
 
+    def for_images(self, image_size: Any) -> dict[str, Any]:
+        """Returns the arguments that change for images of another size."""
+        return {"image_size": image_size}
+
     @property
     def preprocessing(self) -> Preprocessing:
         """The `data.Preprocessing` of the model's images."""

@@ -1,5 +1,6 @@
 """SwinMoE: the Swin transformer with sparse MoE layers."""
 
+import itertools
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -154,6 +155,18 @@ class SwinMoE(base.MoEModel):
         )(x)
         x = base.classifier(x, settings, small_normal())
         super().__init__(images, x, vars(settings))
+
+    def for_images(self, image_size: Any) -> dict[str, Any]:
+        """Returns the arguments that change for images of another size.
+
+        Windows may change their side; the position bias of an offset stays.
+        """
+        first = itertools.accumulate(self.depths[:-1], initial=0)
+        layers = [self.get_layer(f"block_{i}_attention") for i in first]
+        windows = self.pretrained_window_sizes or tuple(
+            layer.windows.side for layer in layers
+        )
+        return {"image_size": image_size, "pretrained_window_sizes": windows}
 
 
 def _encoder(x, stages, settings):

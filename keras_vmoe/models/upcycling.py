@@ -40,7 +40,7 @@ def upcycle(
     while its new router is trained.
 
     Args:
-        model: A `ViTMoE` or `ConvNeXtMoE`, dense or with experts.
+        model: A `ViTMoE`, `ConvNeXtMoE` or `SwinMoE`, dense or with experts.
         moe: The `moe` argument of the new model, which overrides that of
             `model`; experts have the hidden features of their sources.
         noise_std: Standard deviation of noise added to the experts' kernels,
@@ -71,7 +71,7 @@ def upcycle(
     """
     if not isinstance(model, MoEModel):
         raise ValueError(
-            "`model` must be a ViTMoE or ConvNeXtMoE. "
+            "`model` must be a ViTMoE, ConvNeXtMoE or SwinMoE. "
             f"Received: model={model!r}. `keras_vmoe.checkpoints` reads the "
             "weights of other models."
         )

@@ -54,7 +54,9 @@ def shared_arrays(model):
         found[f"{theirs}.{kind}"] = x
     # What the program makes anew.
     table = np.zeros((1, 7, 7, 2), "float32")  # Windows of 4.
-    found["layers.0.blocks.0.attn.relative_coords_table"] = table
+    for stage in range(2):
+        name = f"layers.{stage}.blocks.0.attn.relative_coords_table"
+        found[name] = table
     found["layers.0.blocks.1.attn_mask"] = np.zeros((4, 16, 16), "float32")
     return found
 
@@ -179,6 +181,60 @@ def test_a_file_that_is_missing(tmp_path):
         checkpoints.read(path)
     with pytest.raises(FileNotFoundError):
         checkpoints.read(tmp_path / "other.pth")
+    path = write(tmp_path, sparse(), 4)
+    (tmp_path / "swin.pth.master").unlink()
+    with pytest.raises(checkpoints.CheckpointError, match="without .master"):
+        checkpoints.read(path)
+    path = write(tmp_path, sparse(), 4, master=False)
+    (tmp_path / "swin.pth.rank0").unlink()
+    for name in (path, f"{path}.rank0"):
+        with pytest.raises(checkpoints.CheckpointError, match="without .rank0"):
+            checkpoints.read(name)
+
+
+def test_a_model_that_was_gathered(tmp_path):
+    model = sparse()
+    (experts,) = rank_arrays(model, 1)
+    save(tmp_path / "swin.pth.global", {**shared_arrays(model), **experts})
+    made = models.SwinMoE(**checkpoints.swin_config(
+        checkpoints.read(tmp_path / "swin.pth"), image_size=16
+    ))  # fmt: skip
+    checkpoints.load(made, tmp_path / "swin.pth")
+    np.testing.assert_array_equal(outputs(made), outputs(model))
+
+
+@pytest.mark.parametrize("change", ["no array", "no block", "another shape"])
+def test_a_rank_without_its_arrays(tmp_path, change):
+    path = write(tmp_path, sparse(), 4)
+    arrays = rank_arrays(sparse(), 4)[1]
+    first = next(x for x in arrays if x.endswith("fc1_bias"))
+    if change == "another shape":
+        arrays[first] = arrays[first][:, :-1]
+    else:
+        arrays.pop(first)
+    if change == "no block":
+        start = first.removesuffix("fc1_bias")
+        arrays = {k: x for k, x in arrays.items() if not k.startswith(start)}
+    save(f"{path}.rank1", arrays)
+    words = "must hold layers.*Received: swin.pth.rank1"
+    with pytest.raises(checkpoints.CheckpointError, match=words):
+        checkpoints.read(path)
+
+
+def test_an_expert_on_each_gpu_of_another_ratio(tmp_path):
+    model = sparse(mlp_ratio=2)
+    path = write(tmp_path, model, 4)
+    made = models.SwinMoE(**checkpoints.swin_config(checkpoints.read(path), 16))
+    checkpoints.load(made, path)
+    np.testing.assert_array_equal(outputs(made), outputs(model))
+
+
+def test_images_of_another_size_keep_the_bias_of_an_offset(tmp_path):
+    path = write(tmp_path, sparse(), 4)
+    config = checkpoints.swin_config(checkpoints.read(path), image_size=32)
+    assert config["pretrained_window_sizes"] == (4, 4)
+    with pytest.raises(ValueError, match="`swin_config`"):
+        checkpoints.vmoe_config(path)
 
 
 def test_files_of_another_number_of_gpus(tmp_path):
@@ -218,9 +274,10 @@ def test_files_of_something_else(tmp_path, capsys, content, words):
 def test_a_broken_file(tmp_path):
     path = write(tmp_path, sparse(), 2)
     file = tmp_path / "swin.pth.rank1"
-    file.write_bytes(file.read_bytes()[:2000])
-    with pytest.raises(checkpoints.CheckpointError, match="whole and hold"):
-        checkpoints.read(path)
+    for content in (file.read_bytes()[:2000], b"abc"):
+        file.write_bytes(content)
+        with pytest.raises(checkpoints.CheckpointError, match="whole and hold"):
+            checkpoints.read(path)
 
 
 def test_a_bias_that_has_no_place(tmp_path):

@@ -414,6 +414,11 @@ def test_images_of_another_size_and_another_head():
     for mine, theirs in zip(*(x.weights for x in attention), strict=True):
         np.testing.assert_array_equal(float64(mine), float64(theirs))
     assert models.with_head(model, 3).output_shape == (None, 3)
+    # A window of 4 becomes one of 6: an offset keeps its position bias.
+    larger = models.with_image_size(tiny(window_size=6), 24)
+    assert tuple(larger.pretrained_window_sizes) == (6, 4)
+    layer = larger.get_layer("block_2_attention")
+    assert layer.windows.side == 6 and layer.pretrained_window_size == 4
 
 
 @pytest.mark.backends("torch")
