@@ -72,6 +72,7 @@ lint: $(VENV)/.test  ## Style, types, and that every file compiles.
 
 .PHONY: docs
 docs: $(VENV)/.test  ## The site, into build/site: no network, no warnings.
+	@echo "To read it, with its search: python -m http.server -d build/site"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 .PHONY: wheel

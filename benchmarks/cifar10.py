@@ -117,33 +117,42 @@ def main():
 
 
 def plot():
-    """Draws the kept rows: training accuracy by epoch, test accuracy."""
+    """Draws the kept rows of ViT and ConvNeXt: mean and spread of seeds."""
     from matplotlib.figure import Figure
 
     with open(RESULTS, newline="") as file:
         rows = list(csv.DictReader(file))
-    families = sorted({row["family"] for row in rows}, reverse=True)
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    panels = figure.subplots(1, len(families), squeeze=False)[0]
-    for panel, family in zip(panels, families, strict=True):
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for panel, family in zip(
+        figure.subplots(1, 2), ("vit", "convnext"), strict=True
+    ):
         for color, variant in enumerate(VARIANTS):
             mine = [
                 row
                 for row in rows
                 if (row["family"], row["model"]) == (family, variant)
             ]
-            style = {"color": f"C{color}", "alpha": 0.7}
-            for i, row in enumerate(mine):
-                curve = [float(x) for x in row["train_accuracy"].split()]
-                epochs = range(1, len(curve) + 1)
-                label = None if i else variant
-                panel.plot(epochs, curve, label=label, **style)
-                test = float(row["test_accuracy"])
-                panel.plot(len(curve) + 0.3, test, "o", **style)
+            if not mine:
+                continue
+            style = {"color": f"C{color}"}
+            curves = np.array(
+                [x["train_accuracy"].split() for x in mine], float
+            )
+            mean, std = curves.mean(axis=0), curves.std(axis=0, ddof=1)
+            epochs = np.arange(1, len(mean) + 1)
+            panel.plot(epochs, mean, label=variant, **style)
+            panel.fill_between(
+                epochs, mean - std, mean + std, alpha=0.15, linewidth=0, **style
+            )
+            test = [float(x["test_accuracy"]) for x in mine]
+            panel.errorbar(
+                epochs[-1] + 0.3 + 0.15 * color, np.mean(test),
+                np.std(test, ddof=1), fmt="o", capsize=3, **style,
+            )  # fmt: skip
         panel.set(title=family, xlabel="epoch", ylabel="accuracy")
         panel.grid(alpha=0.3)
-        panel.legend(title="training; dots: test")
-    figure.savefig(RESULTS.with_suffix(".png"), dpi=110)
+        panel.legend(title="training; dots: test", fontsize="small")
+    figure.savefig(RESULTS.with_suffix(".png"), dpi=90)
 
 
 def child(family, variant, seed):

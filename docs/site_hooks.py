@@ -33,11 +33,12 @@ MODULES = [
 ]  # fmt: skip
 OUTSIDE = re.compile(r"(?<=\]\()\.\./([^)#]+)")  # Links out of docs/.
 SOURCE = "source/"
+HIDDEN = "---\nsearch: {exclude: true}\n---\n\n"  # The index stays small.
 FIGURE = re.compile(r"!\[(.*?)\]\(figures/(\w+)_light\.svg\)")
 PICTURE = (
     '<picture class="{theme}"><source media="(max-width: 44em)" '
     'srcset="figures/{name}_narrow_{theme}.svg">'
-    '<img src="figures/{name}_{theme}.svg" alt="{alt}"></picture>'
+    '<img src="figures/{name}_{theme}.svg" alt="{alt}" loading="lazy"></picture>'
 )
 
 
@@ -52,7 +53,7 @@ def on_files(files, config):
     }
     for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
         text = (ROOT / name).read_text()
-        pages[name.lower()] = text.replace("](docs/", "](")
+        pages[name.lower()] = HIDDEN + text.replace("](docs/", "](")
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     for path in sorted((ROOT / "examples").glob("*.ipynb")):
