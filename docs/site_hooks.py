@@ -38,7 +38,8 @@ FIGURE = re.compile(r"!\[(.*?)\]\(figures/(\w+)_light\.svg\)")
 PICTURE = (
     '<picture class="{theme}"><source media="(max-width: 44em)" '
     'srcset="figures/{name}_narrow_{theme}.svg">'
-    '<img src="figures/{name}_{theme}.svg" alt="{alt}" loading="lazy"></picture>'
+    '<img src="figures/{name}_{theme}.svg" alt="{alt}" loading="lazy">'
+    "</picture>"
 )
 
 
