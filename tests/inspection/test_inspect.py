@@ -492,7 +492,7 @@ def test_the_command(trained, tmp_path):
     (tmp_path / "c" / "mine.txt").write_text("")
     for more, words in (
         ([tmp_path / "none.keras"], "none.keras"),
-        ([run_dir, "digits", "--images", path], "in the place of a dataset"),
+        ([run_dir, "digits", "--images", path], "instead of a dataset"),
         ([run_dir, f"--output={tmp_path / 'c'}"], "which holds ['mine.txt']"),
     ):
         done = run("inspect", *more)
