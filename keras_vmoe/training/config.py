@@ -39,7 +39,7 @@ class ModelConfig:
         freeze: Part that is not trained.
         head_bias: Initial value of the head's bias.
         capacity_factor: Experts'; default: the model's.
-        drop_path_rate: Rate of the last block, or a dict by preset.
+        drop_path_rate: Last block's rate, or dict by preset.
         patch_size: Side of a patch, in pixels.
         hidden_dim: Features of a token.
         num_layers: Encoder blocks.
@@ -215,7 +215,7 @@ class TrainConfig:
     """A training run. The defaults train a V-MoE on the embedded digits.
 
     Attributes:
-        run_dir: New folder, or a stopped run's.
+        run_dir: New, or a stopped run's.
         epochs: Passes over the training split.
         seed: Makes a run repeatable on one machine.
         backend: Keras backend.

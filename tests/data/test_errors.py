@@ -55,7 +55,7 @@ def test_unknown_dataset(data_dir, function):
 
 
 @pytest.mark.parametrize(
-    "name, nearest", [("grey", "gray"), ("digts", "digits")]
+    "name, nearest", [("graay", "gray"), ("digts", "digits")]
 )
 def test_unknown_dataset_near_one_of_ours(data_dir, name, nearest):
     text = message_of(ValueError, load, data_dir, name=name)

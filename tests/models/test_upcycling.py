@@ -157,7 +157,9 @@ def test_bad_arguments(moe, arguments, words):
 
 @pytest.mark.backends("torch")
 def test_only_our_models():
-    with pytest.raises(ValueError, match="must be a ViTMoE or ConvNeXtMoE"):
+    with pytest.raises(
+        ValueError, match="must be a ViTMoE, ConvNeXtMoE or SwinMoE"
+    ):
         models.upcycle(keras.Sequential(), {"num_experts": 2})
     with pytest.raises(ValueError, match="is for a dense model"):
         models.upcycle(tiny(), {"num_experts": 8}, preserve_outputs=True)
