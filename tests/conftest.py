@@ -29,6 +29,7 @@ BACKEND = keras.backend.backend()
 TESTS = pathlib.Path(__file__).parent
 # Those that take longest start first, or one core waits for the other's.
 LONGEST = [
+    "docs/test_snippets.py",
     "training/test_kills.py",
     "distribution/test_expert_parallel.py",
     "distribution/test_processes.py",

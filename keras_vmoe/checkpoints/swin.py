@@ -158,6 +158,12 @@ def read_swin(path: str | os.PathLike[str]) -> SwinArrays:
         gate = found[f"{name}_moe/gate/kernel"]
         whole = gate.shape[0] * dense[1] // dense[0]
         found |= _experts(name, start, gate, whole, ranks, files)
+    if re.search(rf"{PART}$", path.name) and not path.is_file():
+        raise FileNotFoundError(
+            f"There is no {path.name}, and no GPU for it. Received: {path}, "
+            f"beside {counted(len(files), 'file')}. Name one of "
+            f"{sorted(x.name for x in files.values())}."
+        )
     tables = ((re.fullmatch(TABLE, name), x) for name, x in state.items())
     window_sizes = {int(m[1]): (x.shape[1] + 1) // 2 for m, x in tables if m}
     return SwinArrays(found, window_sizes)

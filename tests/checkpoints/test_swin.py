@@ -182,6 +182,8 @@ def test_a_file_that_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError):
         checkpoints.read(tmp_path / "other.pth")
     path = write(tmp_path, sparse(), 4)
+    with pytest.raises(FileNotFoundError, match="no swin.pth.rank9"):
+        checkpoints.read(f"{path}.rank9")
     (tmp_path / "swin.pth.master").unlink()
     with pytest.raises(checkpoints.CheckpointError, match="without .master"):
         checkpoints.read(path)
@@ -266,8 +268,11 @@ class Program:
 )  # fmt: skip
 def test_files_of_something_else(tmp_path, capsys, content, words):
     torch.save(content, tmp_path / "swin.pth.rank0")
-    with pytest.raises(checkpoints.CheckpointError, match=words):
+    with pytest.raises(checkpoints.CheckpointError, match=words) as caught:
         checkpoints.read(tmp_path / "swin.pth")
+    # PyTorch's advice, in bold letters, is how to run it after all.
+    assert "\x1b" not in str(caught.value)
+    assert "two options" not in str(caught.value)
     assert "run" not in capsys.readouterr().out
 
 

@@ -141,12 +141,22 @@ def test_a_recipe_of_the_other_family():
 
 
 def test_k_of_an_ensemble_is_that_of_the_reference():
-    config = recipes.load("e3_finetune", model={"ensemble_size": 2})
+    config = recipes.load("e3_finetune")
+    assert config.model.ensemble_size == 2
     with without_weights():
         model = building.make_model(changed(config, image_size=32), 10)
     (moe, *_) = model.moe_layers
     assert moe.router.num_selected_experts == 1
     assert moe.router.capacity_factor == 1.5
+
+
+@pytest.mark.parametrize("name", ["swin_moe_in21k", "swin_moe_finetune"])
+def test_pixels_of_swin_are_those_of_imagenet(name):
+    wanted = recipes.load(name).data
+    imagenet = data.Preprocessing.imagenet()
+    assert tuple(wanted.mean) == tuple(imagenet.mean)
+    assert tuple(wanted.std) == tuple(imagenet.std)
+    assert wanted.interpolation == "bicubic"
 
 
 def test_an_ensemble_of_sigmoids():
