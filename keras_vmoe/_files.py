@@ -50,11 +50,14 @@ def replacing(path, size=0):
     partial = path.with_name(PARTIAL + path.name)
     lock = partial.with_name(f"{partial.name}.lock")
     try:
-        with _held(lock, waits=True):  # Two would write into one file.
-            reserve(path.parent, size)
-            yield partial
-            _to_disk(partial)
-            partial.replace(path)
+        with _held(lock, waits=True):  # Two would write into one file,
+            try:
+                reserve(path.parent, size)
+                yield partial
+                _to_disk(partial)
+                partial.replace(path)
+            finally:  # or remove each other's.
+                partial.unlink(missing_ok=True)
             if os.name != "nt":  # Where a folder cannot be opened.
                 _to_disk(path.parent)
     except (OSError, RuntimeError) as error:
@@ -63,8 +66,6 @@ def replacing(path, size=0):
             "The previous file is kept; free some space and run the command "
             "again."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

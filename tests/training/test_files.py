@@ -168,3 +168,17 @@ def test_two_that_write_one_file_take_turns(tmp_path):
         thread.join(30)
     assert path.read_text() == "second"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_unfinished_is_removed_before_another_may_begin(
+    tmp_path, monkeypatch
+):
+    removed, unlink = [], pathlib.Path.unlink
+
+    def record(path, **options):
+        removed.append(path.name)
+        unlink(path, **options)
+
+    monkeypatch.setattr(pathlib.Path, "unlink", record)
+    _files.write_text(tmp_path / "file", "text")
+    assert removed == [".partial.file", ".partial.file.lock"]
