@@ -34,8 +34,8 @@ TOLERANCES = {
 BATCH = 4  # Images of a probe.
 ADVICE = (
     "Remove layers that, in evaluation, are random, keep a count or mix the "
-    "images of a batch, and layers that compute something else under "
-    "TensorFlow than on their own backend."
+    "images of a batch, and layers whose results under TensorFlow differ from "
+    "those on their own backend."
 )
 LONGEST = 500  # Characters quoted of another library's error.
 
@@ -69,7 +69,7 @@ def agree(path, model, settings):
             answer = {k: np.concatenate([x[k] for x in alone]) for k in answer}
             right = {k: x[: len(alone)] for k, x in right.items()}
             found.append(_distances(name, answer, right, settings))
-        # That of the closer half.
+        # The largest difference in the closer half.
         differences[name] = max(
             float(np.quantile(x, 0.5, method="lower")) for x in found
         )
@@ -83,7 +83,7 @@ def agree(path, model, settings):
 
 
 def make_probes(settings, shape):
-    """The probes of each signature.
+    """Returns the probes of each signature.
 
     Args:
         settings: `Settings`.
@@ -104,7 +104,7 @@ def make_probes(settings, shape):
 
 
 def ask(path, signatures, probes):
-    """The answers of an export, from a process that has only its runtime.
+    """Returns the answers of an export, from a process with only its runtime.
 
     Args:
         path: `pathlib.Path` of a version's folder, or of a file.
@@ -131,7 +131,7 @@ def ask(path, signatures, probes):
 
 
 def _run_asking(path, asked, said):
-    """Runs `asking.main` in a process of its own."""
+    """Runs `asking.main` in a separate process."""
     done = subprocess.run(  # noqa: S603
         [sys.executable, asking.__file__, str(path), asked, said],
         env={
@@ -152,14 +152,14 @@ def _run_asking(path, asked, said):
 
 
 def _last_error(text):
-    """The message of the error that ended a program, without its traceback."""
+    """Returns the error that ended a program, without its traceback."""
     lines = text.rpartition("Traceback (most recent call last):")[2]
     words = [x for x in lines.splitlines() if not x.startswith("  ")]
     return textwrap.shorten(" ".join(words), LONGEST)
 
 
 def _right(model, signature, settings, content, known):
-    """The model's outputs, their tolerance, and if images are routed alone."""
+    """Returns outputs, tolerance, and whether images are routed alone."""
     images = _as_input(signature.input, content, settings, model)
     key = (*signature.routing.items(), images.tobytes())
     if key not in known:
@@ -178,7 +178,7 @@ def _right(model, signature, settings, content, known):
 
 
 def _as_input(kind, content, settings, model):
-    """The model's input for the content of a request."""
+    """Returns the model's input for the content of a request."""
     preprocessing = settings.preprocessing
     if kind == "float":
         return content
@@ -213,7 +213,7 @@ def _check_alone(name, answer, mixed, tolerance):
 
 
 def _distances(name, answer, right, settings):
-    """`(B,)`, how far each image's answer is from the right one."""
+    """Returns `(B,)`, the distance of each answer from the right one."""
     numbers = [x for x in answer.values() if x.dtype.kind == "f"]
     if not all(np.isfinite(x).all() for x in numbers):
         raise ValueError(
@@ -227,7 +227,7 @@ def _distances(name, answer, right, settings):
 
 
 def _derived(logits, settings):
-    """Probabilities, classes and class names that follow from logits."""
+    """Returns the probabilities, classes and class names of logits."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     best = logits.argmax(axis=-1)
     derived = {
@@ -241,10 +241,10 @@ def _derived(logits, settings):
 
 
 def _distance(given, right):
-    """`(B,)`, the largest difference of each image."""
+    """Returns `(B,)`, the largest difference in each image's outputs."""
     if given.shape != right.shape:
         raise ValueError(
-            "Outputs must have the shapes of the model's own. Received: shape "
+            "Outputs must have the shapes of the model's. Received: shape "
             f"{given.shape} instead of {right.shape}. {ADVICE}"
         )
     if given.dtype.kind != "f":

@@ -1,8 +1,8 @@
-"""An equivalent graph in about half of the bytes.
+"""Rewrites a graph into an equivalent one of about half the size.
 
 TensorFlow writes the graph as Keras traced it: with repeated shapes and
-constants, and every operation named by the path of its layer, which each of its
-consumers repeats. For ViT-S/16 with 8 experts and four signatures that is
+constants, and every operation named by the path of its layer, which all of its
+consumers repeat. For ViT-S/16 with 8 experts and four signatures that is
 1.46 MB. Compacted it is 0.88 MB, which loads and answers its first request in
 two thirds of the time.
 """
@@ -35,7 +35,7 @@ def compact_version(folder):
 
 
 def compact_function(function, stateful):
-    """Compacts a function, in place.
+    """Compacts a function in place.
 
     Unused operations are removed, equal ones merged, and all of them get short
     names. Stateful operations stay.
@@ -70,7 +70,7 @@ def compact_function(function, stateful):
 
 
 def _live(function, nodes, stateful):
-    """Names of the nodes that have an effect, each after its inputs."""
+    """Returns the names of nodes with an effect, in topological order."""
     waiting = [_source(x) for x in function.ret.values()]
     waiting += function.control_ret.values()
     waiting += [name for name, x in nodes.items() if x.op in stateful]
@@ -85,7 +85,7 @@ def _live(function, nodes, stateful):
 
 
 def _source(value):
-    """The node that an input such as `"^a"` or `"a:sum:0"` comes from."""
+    """Returns the node behind an input such as `"^a"` or `"a:sum:0"`."""
     return value.removeprefix("^").partition(":")[0]
 
 

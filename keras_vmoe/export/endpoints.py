@@ -16,7 +16,7 @@ UNKNOWN = -1  # The class of an image without a finite answer.
 
 
 def make_endpoints(model, settings):
-    """One traced function for each signature.
+    """Returns one traced function per signature.
 
     All share the model's variables, and those with the same routing share one
     copy of its graph.
@@ -50,7 +50,7 @@ def make_endpoints(model, settings):
 
 
 def input_spec(kind, shape):
-    """The `tf.TensorSpec` of a signature's input.
+    """Returns the `tf.TensorSpec` of a signature's input.
 
     Args:
         kind: `Signature.input`.
@@ -65,7 +65,7 @@ def input_spec(kind, shape):
 
 
 def traced_model(model):
-    """A function from images to the dict of the model's outputs."""
+    """Returns a function from images to the dict of the model's outputs."""
     tf = import_tensorflow()
     model = answering(model)
 
@@ -86,7 +86,7 @@ def _endpoint(read, core, answer):
         count = tf.shape(images)[0]
         filling = tf.zeros((tf.cast(count == 0, tf.int32), *images.shape[1:]))
         outputs = core(tf.concat([images, filling], axis=0))
-        # Also for models that would lose a NaN, such as by a maximum.
+        # Explicit, because some models lose a NaN, such as by a maximum.
         good = tf.reduce_all(tf.math.is_finite(images), axis=(1, 2, 3))
         nan = tf.constant(float("nan"))
         return answer(
@@ -100,7 +100,7 @@ def _endpoint(read, core, answer):
 
 
 def _reader(kind, shape, settings):
-    """A function from the content of a request to the model's input."""
+    """Returns a function from a request's content to the model's input."""
     tf = import_tensorflow()
     spec = input_spec(kind, shape)
     preprocessing = settings.preprocessing
@@ -127,7 +127,7 @@ def _reader(kind, shape, settings):
 
 
 def _limited(inputs, max_batch_size):
-    """The inputs, or an error if there are too many."""
+    """Returns the inputs, or fails if there are too many."""
     tf = import_tensorflow()
     count = tf.shape(inputs)[0]
     check = tf.debugging.Assert(
@@ -146,7 +146,7 @@ def _features(core):
 
 
 def _answer(class_names):
-    """A function from the model's outputs to the answer to a request."""
+    """Returns a function from the model's outputs to a request's answer."""
     tf = import_tensorflow()
 
     @tf.function(autograph=False)
@@ -161,7 +161,7 @@ def _answer(class_names):
             "class_id": found,
         }
         if class_names is not None:
-            # The name of no class comes last.
+            # The empty name, for unknown classes, comes last.
             names = tf.constant([*class_names, ""])
             index = tf.where(finite, best, len(class_names))
             outputs["class_name"] = tf.gather(names, index)

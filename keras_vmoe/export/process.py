@@ -2,7 +2,7 @@
 
     python -m keras_vmoe.export.process WRITER FOLDER OUT [MODULE ...]
 
-is that child. FOLDER holds the model and the settings.
+runs the child. FOLDER holds the model and the settings.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ from keras_vmoe.export.agreement import agree
 from keras_vmoe.models.cloning import clone_around
 
 MODEL, SETTINGS = "model.keras", "settings.pickle"
-ERROR = "keras_vmoe export: "  # Starts the line of output that has an error.
+ERROR = "keras_vmoe export: "  # Starts the line of output with an error.
 ADVICE = (
-    "Put custom layers and functions into a module that can be imported (not "
+    "Put custom layers and functions into an importable module (not "
     "the script itself), register them with "
     "keras.saving.register_keras_serializable, use keras.ops in them, and keep "
-    "their state in weights or in their config. Replace a Lambda by such a "
+    "their state in weights or in their config. Replace a Lambda with such a "
     "layer."
 )
 ERRORS = {error.__name__: error for error in (ValueError, OSError, ImportError)}
@@ -44,7 +44,7 @@ def write(writer, model, settings, path):
     """Writes a model in another format, and checks the result.
 
     Args:
-        writer: Function of a module that takes model, settings and path.
+        writer: Module-level function of model, settings and path.
         model: A Keras model.
         settings: `Settings`.
         path: `pathlib.Path` that does not exist.
@@ -55,7 +55,7 @@ def write(writer, model, settings, path):
         OSError: If the disk is full.
     """
     require("tensorflow", "tensorflow")
-    model = clone_around(model)  # Not compiled, with a graph of ours.
+    model = clone_around(model)  # Uncompiled, with new layers.
     if keras.backend.backend() == "tensorflow":
         with _quiet():
             writer(model, settings, path)
@@ -71,7 +71,7 @@ def write(writer, model, settings, path):
 
 @contextlib.contextmanager
 def _quiet():
-    """TensorFlow warns that a served function has no gradients."""
+    """Hides TensorFlow's warning that a served function has no gradients."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -87,14 +87,14 @@ def named_errors(expected, advice):
 
     Args:
         expected: What was expected.
-        advice: Sentence that says how to mend it.
+        advice: Sentence that says how to fix it.
     """
     try:
         yield
-    except (OSError, MemoryError):  # Of the machine, not of the model.
+    except (OSError, MemoryError):  # The machine's, not the model's.
         raise
     except Exception as error:
-        cause = error  # The first one, without what Keras adds.
+        cause = error  # Follow the chain to the first, without Keras's words.
         while cause.__cause__ is not None or cause.__context__ is not None:
             cause = cause.__cause__ or cause.__context__
         words = textwrap.shorten(f"{type(cause).__name__}: {cause}", LONGEST)
@@ -102,7 +102,7 @@ def named_errors(expected, advice):
 
 
 def _modules(model):
-    """Modules of a model's layers and of its objects registered with Keras."""
+    """Returns the modules of a model's layers and registered objects."""
     config = model.to_json()
     registered = keras.saving.get_custom_objects().items()
     found = [x for name, x in registered if f'"{name}"' in config]
@@ -143,7 +143,7 @@ def _run_process(arguments):
 
 
 def main(arguments):
-    """The child process; it prints an error as a line of JSON."""
+    """Runs in the child process; prints an error as a line of JSON."""
     writer, folder, path, *modules = arguments
     module, _, name = writer.partition(":")
     folder = pathlib.Path(folder)
@@ -172,7 +172,7 @@ def _end_with_parent():
 
 
 def _load(path, modules):
-    """Loads the model, after the modules of its layers."""
+    """Imports the modules of the layers, then loads the model."""
     expected = "The model must load under TensorFlow in a new process"
     with named_errors(expected, ADVICE):
         for module in modules:

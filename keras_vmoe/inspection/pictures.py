@@ -6,9 +6,9 @@ from keras_vmoe._extras import require
 
 MOST_CLASSES = 40  # Rows of a heat map that can be read.
 MOST_EXPERTS = 16  # Columns of heat maps.
-NONE = (0.0, 0.0, 0.0)  # Of a patch without an expert.
-DROPPED = (0.85, 0.15, 0.55)  # Seen on dark pictures and on bright ones.
-# No gray, black or brown, which a picture below makes of others.
+NONE = (0.0, 0.0, 0.0)  # A patch without an expert.
+DROPPED = (0.85, 0.15, 0.55)  # Visible on dark and bright pictures.
+# No gray, black or brown: blending with a picture turns others into these.
 PALETTE = (
     "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#7ac943", "#f0e442",
     "#7a3fb0",
@@ -21,7 +21,7 @@ def _figure(width, height):
 
 
 def colors(num_experts):
-    """`(E, 3)` colors that differ from one expert to the next."""
+    """Returns `(E, 3)` colors that differ from one expert to the next."""
     tools = require("matplotlib.colors", "plots")
     numbers = np.arange(num_experts)
     if num_experts <= len(PALETTE):
@@ -33,7 +33,7 @@ def colors(num_experts):
 
 
 def expert_maps(found):
-    """Example images, and over each the first expert of its patches by layer.
+    """Draws example images under the first expert of each patch, by layer.
 
     Args:
         found: An `Inspection`.
@@ -61,11 +61,11 @@ def expert_maps(found):
 
 
 def drop_maps(found, name):
-    """Which patches of the example images are served at several capacities.
+    """Draws which patches of the example images are served at each capacity.
 
     Args:
         found: An `Inspection`.
-        name: Of a layer in which tokens choose.
+        name: Name of a layer in which tokens choose.
     """
     layer = found.layers[name]
     count = len(found.images)
@@ -92,11 +92,11 @@ def drop_maps(found, name):
 
 
 def taken_maps(found, name):
-    """What each expert takes of the example images, as heat maps.
+    """Draws heat maps of what each expert takes from the example images.
 
     Args:
         found: An `Inspection`.
-        name: Of a layer in which experts or slots choose.
+        name: Name of a layer in which experts or slots choose.
     """
     layer = found.layers[name]
     count, shown = len(found.images), min(layer.num_experts, MOST_EXPERTS)
@@ -115,11 +115,11 @@ def taken_maps(found, name):
 
 
 def best_patches(layer, class_names=None):
-    """The patches with an expert's largest gates, a row for each expert.
+    """Draws the patches with the largest gates, one row per expert.
 
     Args:
         layer: A `LayerInspection`.
-        class_names: One name per class: each patch has its image's above it.
+        class_names: One name per class; labels each patch with its image's.
     """
     experts, count = layer.best_images.shape
     figure = _figure(0.8 * count + 0.6, 0.9 * experts + 0.4)
@@ -128,7 +128,7 @@ def best_patches(layer, class_names=None):
         for i, axis in enumerate(axes[e]):
             _bare(axis)
             if layer.best_images[e, i] < 0:
-                axis.set_visible(i == 0)  # Of which the label is.
+                axis.set_visible(i == 0)  # It has the row's label.
                 axis.imshow(np.ones((1, 1, 3)))
                 continue
             _show(axis, layer.best_patches[e, i])
@@ -140,9 +140,9 @@ def best_patches(layer, class_names=None):
 
 
 def class_heatmap(layer, class_names):
-    """Share of each class's patches by expert: in their order, and clustered.
+    """Draws the share of each class's patches by expert, unsorted and sorted.
 
-    More classes than can be read are grouped, in their order.
+    Neighboring classes are grouped if there are too many to read.
 
     Args:
         layer: A `LayerInspection`.
@@ -150,7 +150,7 @@ def class_heatmap(layer, class_names):
     """
     counts, names = grouped_classes(layer.class_counts, class_names)
     totals = counts.sum(axis=1, keepdims=True)
-    # Blank where there is nothing to share.
+    # Classes without patches are blank.
     share = np.where(totals > 0, counts / np.maximum(totals, 1), np.nan)
     height = max(3.0, 0.17 * len(names) + 1.2)
     figure = _figure(11, height)
@@ -175,10 +175,10 @@ def class_heatmap(layer, class_names):
 
 
 def grouped_classes(counts, names):
-    """Rows of classes, several in one where there are too many for a picture.
+    """Groups neighboring classes if a picture has no room for all.
 
     Returns:
-        `(rows, E)` sums and their names.
+        `(rows, E)` sums, and the names of the rows.
     """
     size = -(-len(names) // MOST_CLASSES)
     if size == 1:
@@ -193,7 +193,7 @@ def grouped_classes(counts, names):
 
 
 def similarity_matrix(layer):
-    """How alike the images of two experts are.
+    """Draws how similar the images of two experts are.
 
     Args:
         layer: A `LayerInspection`.
@@ -203,7 +203,7 @@ def similarity_matrix(layer):
 
 
 def distributions(layer):
-    """Experts per image, and the CDF of an expert's patches per image.
+    """Draws experts per image, and the CDF of an expert's patches per image.
 
     Args:
         layer: A `LayerInspection`.
@@ -223,15 +223,15 @@ def distributions(layer):
     palette = colors(layer.num_experts)
     for e, cdf in enumerate(layer.patches_cdf):
         right.plot(cdf, color=palette[e], label=str(e), linewidth=1.2)
-    right.set_xlabel("patches of an image that an expert has, at most")
-    right.set_ylabel("share of the images that it has any of")
+    right.set_xlabel("at most this many patches per image")
+    right.set_ylabel("share of images with the expert's patches")
     if layer.num_experts <= 16:
         right.legend(title="expert", fontsize=7, ncols=2)
     return figure
 
 
 def spatial_maps(layer):
-    """Where in the image each expert has its patches.
+    """Draws where each expert's patches are in the image.
 
     Args:
         layer: A `LayerInspection`.
@@ -256,7 +256,7 @@ def spatial_maps(layer):
 
 
 def load_bars(layer):
-    """The load of each expert, by first and by all choices.
+    """Draws the load of each expert, by first and by all choices.
 
     Args:
         layer: A `LayerInspection`.
@@ -275,10 +275,10 @@ def load_bars(layer):
 
 
 def between_layers(table, names):
-    """How first choices in one layer go on in the next.
+    """Draws how first choices in one layer continue in the next.
 
     Args:
-        table: `(E, E)` patches by their experts in both.
+        table: `(E, E)` patches by their experts in the two layers.
         names: Names of the two layers.
     """
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
@@ -287,7 +287,7 @@ def between_layers(table, names):
 
 
 def _matrix(values, names, label, cmap="viridis", vmax=None):
-    """A table of experts by experts; names of its rows and columns."""
+    """Draws a table of experts by experts, with names of rows and columns."""
     figure = _figure(5, 4.2)
     axis = figure.subplots()
     image = axis.imshow(values, cmap=cmap, vmin=0, vmax=vmax)
@@ -300,7 +300,7 @@ def _matrix(values, names, label, cmap="viridis", vmax=None):
 
 
 def _name_of(found, row):
-    """The name of an example image, or else of its class."""
+    """Returns the name of an example image, or else of its class."""
     if found.image_names is not None:
         return _short(found.image_names[row], 20)
     if found.labels is None:
@@ -309,7 +309,7 @@ def _name_of(found, row):
 
 
 def _short(name, most):
-    """A name for a picture: both ends of a long one, no mathematics."""
+    """Shortens a long name to both ends, and disables TeX in it."""
     name = str(name)
     if len(name) > most:
         end = most // 3
@@ -318,7 +318,7 @@ def _short(name, most):
 
 
 def _enlarged(cells, image):
-    """Cells of a grid as large as the image."""
+    """Enlarges the cells of a grid to the size of the image."""
     height, width = image.shape[:2]
     rows = np.arange(height) * len(cells) // height
     columns = np.arange(width) * cells.shape[1] // width
@@ -326,26 +326,26 @@ def _enlarged(cells, image):
 
 
 def _blended(image, cells):
-    """A picture under the colors of its patches."""
+    """Blends an image with the colors of its patches."""
     gray = image.mean(axis=-1, keepdims=True) / 255
-    # Bright, or an orange on black would be another expert's brown.
+    # Brightened: orange on black would look like another expert's brown.
     return 0.4 * (0.35 + 0.65 * gray) + 0.6 * _enlarged(cells, image)
 
 
 def _veiled(image, served):
-    """A picture, with a veil over the patches that nobody serves."""
+    """Veils the patches that no expert serves."""
     picture = np.broadcast_to(_seen(image) / 255, (*image.shape[:2], 3))
     veil = 0.25 * picture + 0.75 * np.array(DROPPED)
     return np.where(_enlarged(served[..., None], image), picture, veil)
 
 
 def _seen(image):
-    """What can be shown of an image: three of its channels, or one."""
+    """Returns the channels of an image that can be shown: three, or one."""
     return image[..., : 3 if image.shape[-1] >= 3 else 1]
 
 
 def _show(axis, image):
-    """An image of any number of channels, without axes."""
+    """Shows an image of any number of channels, without axes."""
     image = _seen(image)
     gray = image.shape[-1] == 1
     most = 255 if image.dtype == np.uint8 else 1
@@ -362,7 +362,7 @@ def _bare(axis):
 
 
 def _legend(figure, names, height):
-    """Which color is which expert, in columns of the figure's height."""
+    """Adds the colors of the experts, in columns that fit the height."""
     patch = require("matplotlib.patches", "plots").Patch
     handles = [patch(color=color, label=str(e)) for e, color in names.items()]
     rows = max(4, int(4.5 * height) - 2)

@@ -28,11 +28,11 @@ PER_LAYER = (
 
 
 def sentences(found, name):
-    """What the numbers of a layer say.
+    """Summarizes the numbers of a layer in sentences.
 
     Args:
         found: An `Inspection`.
-        name: Of the layer.
+        name: Name of the layer.
     """
     layer = found.layers[name]
     experts = layer.num_experts
@@ -43,25 +43,25 @@ def sentences(found, name):
             layer.experts_per_image_of_all_choices,
         )
     )
-    more = "" if every == first else f", {every} with all choices"
+    more = "" if every == first else f", {every} by all choices"
     said = [
-        f"{first} of {experts} experts are the first choice of a patch of an "
-        f"image{more}.",
-        f"The entropy of a patch's gates is {layer.entropy:.2f} nats, of at "
-        f"most {np.log(experts):.2f}.",
+        f"On average, an image has patches in {first} of {experts} experts by "
+        f"first choice{more}.",
+        f"The mean entropy of a patch's gates is {layer.entropy:.2f} nats, out "
+        f"of at most {np.log(experts):.2f}.",
     ]
     unused = np.flatnonzero(layer.load == 0)
     most = int(layer.load.argmax())
     said.append(
-        f"Expert {most} is the first choice of {_percent(layer.load[most])} of "
-        "the patches, "
+        f"Expert {most} is the first choice for {_percent(layer.load[most])} "
+        "of the patches, "
         f"{layer.load[most] * experts:.1f} times an even load"
-        + (f"; {_experts(unused)} of none." if len(unused) else ".")
+        + (f"; {_experts(unused)} for none." if len(unused) else ".")
     )
     if layer.served_share < 0.9995:
         said.append(
-            f"{1 - layer.served_share:.1%} of the patches are served by no "
-            "expert: there is no room for them."
+            f"No expert serves {1 - layer.served_share:.1%} of the patches, "
+            "for lack of room."
         )
     if layer.class_counts is not None:
         said += _of_classes(layer, found.class_names)
@@ -69,29 +69,29 @@ def sentences(found, name):
     if pair is not None:
         a, b = pair
         said.append(
-            f"Experts {a} and {b} look at the most similar images: similarity "
-            f"{layer.similarity[a, b]:.2f}, where 1 is the same."
+            f"Experts {a} and {b} see the most similar images: similarity "
+            f"{layer.similarity[a, b]:.2f}, where 1 means the same."
         )
     return said
 
 
 def _of_classes(layer, names):
-    """The class that one expert has most of, and how many such there are."""
+    """Describes the expert that stands out most for a class."""
     counts = layer.class_counts
     totals = counts.sum(axis=1)
     share = counts / np.maximum(totals, 1)[:, None]
-    # Beyond what the expert takes of everything.
+    # Relative to the expert's share of all patches.
     excess = np.where(totals[:, None] > 0, share - layer.load, -1)
     c, e = np.unravel_index(excess.argmax(), excess.shape)
     return [
-        f"Expert {e} is the first choice of {_percent(share[c, e])} of the "
-        f"patches of class '{names[c]}', and of {_percent(layer.load[e])} of "
+        f"Expert {e} is the first choice for {_percent(share[c, e])} of the "
+        f"patches of class '{names[c]}', and for {_percent(layer.load[e])} of "
         "all patches."
     ]
 
 
 def _percent(share):
-    """A share in percent; 0 and 100 only if it is that."""
+    """Formats a share in percent; 0 and 100 only if they are exact."""
     words = f"{share:.0%}"
     if words == "100%" and share < 1:
         return "over 99%"
@@ -99,7 +99,7 @@ def _percent(share):
 
 
 def _experts(numbers):
-    """`"expert 3"`, `"experts 3 and 5"`, `"9 experts"`."""
+    """Returns `"expert 3"`, `"experts 3 and 5"` or `"9 experts"`."""
     if len(numbers) == 1:
         return f"expert {numbers[0]}"
     if len(numbers) > 3:
@@ -115,7 +115,7 @@ def _mean(histogram):
 
 
 def _most_alike(similarity):
-    """The pair of experts with the largest similarity, if there are two."""
+    """Returns the pair of experts with the largest similarity, or None."""
     upper = np.triu(np.nan_to_num(similarity), k=1)
     if not upper.any():
         return None
@@ -123,10 +123,10 @@ def _most_alike(similarity):
 
 
 def check_folder(folder):
-    """Raises unless a report can be written there."""
+    """Raises unless a report can be written to the folder."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(
-            "The folder of a report must be new. Received: "
+            "The report folder must be new. Received: "
             f"{str(folder)!r}, which is a file. Name another one."
         )
     others = set()
@@ -135,15 +135,15 @@ def check_folder(folder):
     others = {x for x in others if not x.startswith(_files.PARTIAL)}
     if others:
         raise FileExistsError(
-            "The folder of a report must be new, or hold nothing but an "
-            f"earlier one. Received: {str(folder)!r}, which holds "
+            "The report folder must be new, or hold only an earlier report. "
+            f"Received: {str(folder)!r}, which holds "
             f"{sorted(others)[:5]}. Name another folder."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise type(error)(
-            "The folder must be one that can be made. Received: "
+            "The report folder must be one that can be created. Received: "
             f"{str(folder)!r} ({error.strerror}). Choose another one."
         ) from error
 
@@ -173,7 +173,7 @@ def write(found, folder, history=None, title=None, ablations=None):
         tables=[*tables, NUMBERS],
         ablations=ablations,
     )
-    # First away with what an earlier report says of other images.
+    # Remove an earlier report first: it describes other images.
     for name in (PAGE, *sorted(OURS - {PAGE, NUMBERS, *tables})):
         (folder / name).unlink(missing_ok=True)
     with _files.replacing(folder / NUMBERS) as partial:
@@ -185,7 +185,7 @@ def write(found, folder, history=None, title=None, ablations=None):
 
 
 def _overview(found, history):
-    """The pictures before those of single layers."""
+    """Returns the pictures above the sections of single layers."""
     figures = {}
     if len(found.images):
         figures["Which expert sees what: the first choice of each patch."] = (
@@ -195,10 +195,10 @@ def _overview(found, history):
 
 
 def _between(found):
-    """Captions and pictures of how choices go on from layer to layer."""
+    """Returns captions and pictures of choices from layer to layer."""
     return {
-        f"Which experts of {names[1]} the patches of each expert of {names[0]} "
-        "go on to.": lambda names=names, table=table: pictures.between_layers(
+        f"Experts of {names[1]} that the patches of each expert of {names[0]} "
+        "go to next.": lambda names=names, table=table: pictures.between_layers(
             table, names
         )
         for names, table in found.between.items()
@@ -206,7 +206,7 @@ def _between(found):
 
 
 def _sections(found):
-    """What the page shows of each layer."""
+    """Returns what the page shows for each layer."""
     return [
         {
             "name": name,
@@ -221,47 +221,47 @@ def _sections(found):
 
 
 def _pictures(found, name):
-    """Captions and what draws them, in the order of the page."""
+    """Returns captions and their drawing functions, in page order."""
     layer = found.layers[name]
     figures = {
         "Load of the experts; the line is an even load.": lambda: (
             pictures.load_bars(layer)
         ),
-        "The patches with an expert's largest gates, at most one per image, "
+        "The patches with each expert's largest gates, at most one per image, "
         "under the classes of their images.": lambda: pictures.best_patches(
             layer, found.class_names
         ),
-        "Where in the image an expert has its patches.": lambda: (
+        "Where each expert's patches are in the image.": lambda: (
             pictures.spatial_maps(layer)
         ),
-        "Left: how many experts an image meets. Right: of the images that an "
-        "expert has patches of, the share of which it has at most so "
-        "many.": lambda: pictures.distributions(layer),
-        "How alike the images of two experts are: the patches that they share "
-        "out in the same images, relative to all of theirs.": lambda: (
+        "Left: number of experts per image. Right: of the images with any of "
+        "an expert's patches, the share with at most this many of "
+        "them.": lambda: pictures.distributions(layer),
+        "How similar the images of two experts are: the numbers of patches "
+        "that they have in common, relative to all of theirs.": lambda: (
             pictures.similarity_matrix(layer)
         ),
     }
     if layer.class_counts is not None:
         figures[
-            "The share of each class's patches whose first choice an expert is."
+            "The share of each class's patches by expert, as first choice."
         ] = lambda: pictures.class_heatmap(layer, found.class_names)
     if layer.taken is not None and len(found.images):
         figures[
-            "What each expert takes of an image: the dispatch weights of its "
+            "What each expert takes from an image: the dispatch weights of its "
             "slots (Soft MoE), or the gates of the patches that it chose."
         ] = lambda: pictures.taken_maps(found, name)
     if layer.served:
         figures[
-            "What is served as capacity shrinks, without and with Batch "
-            "Prioritized Routing: nobody has room for the patches under a "
-            "veil. Images that are routed together share the room."
+            "Served patches as capacity shrinks, without and with Batch "
+            "Prioritized Routing. No expert has room for the veiled patches. "
+            "Images that are routed together share the capacity."
         ] = lambda: pictures.drop_maps(found, name)
     return figures
 
 
 def _of_training(history, found):
-    """The load over the epochs, of a `history.csv`."""
+    """Returns plots of the load over the epochs of a `history.csv`."""
     if history is None:
         return {}
     figures = {}
@@ -272,12 +272,12 @@ def _of_training(history, found):
             columns = [f"{name}/load_{e}" for e in range(layer.num_experts)]
             theirs = [x for x in rows[0] if x.startswith(f"{name}/load_")]
             if sorted(theirs) != sorted(columns):
-                continue  # Of a model with other experts.
+                continue  # The model had other experts.
             epochs = [
                 {"load_share": [float(row[column]) for column in columns]}
                 for row in rows
             ]
-            figures[f"Load of {name} while it was trained."] = (
+            figures[f"Load of {name} during training."] = (
                 lambda name=name, epochs=epochs: _plots.load_figure(
                     name, epochs
                 )
@@ -288,7 +288,7 @@ def _of_training(history, found):
 
 
 def _images(figures):
-    """Figures by caption as pictures inside of the page."""
+    """Draws figures by caption, as pictures embedded in the page."""
     found = []
     for caption, draw in figures.items():
         content = io.BytesIO()
@@ -301,7 +301,7 @@ def _images(figures):
 
 
 def _numbers(found):
-    """All numbers by `<layer>/<name>`."""
+    """Returns all numbers by `<layer>/<name>`."""
     numbers = {"images": found.images}
     if found.labels is not None:
         numbers["labels"] = found.labels

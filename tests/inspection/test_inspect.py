@@ -377,7 +377,7 @@ def test_a_history_of_another_model_is_left_out(tmp_path):
     path = tmp_path / "history.csv"
     path.write_text(",".join(names) + "\n" + ",".join(["0.1"] * 8) + "\n")
     page = found.save(tmp_path / "report", history=path)
-    assert "while it was trained" not in page.read_text()
+    assert "during training" not in page.read_text()
     path.write_text(",".join(names[:4]) + "\n0.1,,0.2,0.3\n")
     with pytest.warns(UserWarning, match="history.csv is left out"):
         found.save(tmp_path / "report", history=path)
@@ -475,9 +475,9 @@ def test_the_command(trained, tmp_path):
     done = run("inspect", run_dir, f"--output={tmp_path / 'a'}", "--examples=0")
     assert done.returncode == 0, done.stderr
     assert f"report: {tmp_path / 'a' / 'index.html'}" in done.stdout
-    assert "of 4 experts are the first choice" in done.stdout
+    assert "of 4 experts by first choice" in done.stdout
     page = (tmp_path / "a" / "index.html").read_text()
-    assert "32 images" in page and "while it was trained" in page
+    assert "32 images" in page and "during training" in page
     assert "Which expert sees what" not in page, "no examples"
     path = tmp_path / "one.png"
     keras.utils.save_img(path, np.zeros((9, 9, 3)))
