@@ -238,8 +238,8 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
             if not getattr(self.experts, "takes_blocks", False):
                 raise ValueError(
                     f"The bank {self.experts.name!r} takes buffers (groups, "
-                    "experts, capacity, features), but dropless routing fills "
-                    "none. Received: capacity_factor='dropless'. Set "
+                    "experts, capacity, features), which dropless routing does "
+                    "not make. Received: capacity_factor='dropless'. Set "
                     "capacity_factor=num_experts / num_selected_experts, which "
                     "drops nothing either."
                 )
@@ -389,7 +389,7 @@ def _check_not_traced():
     if torch.jit.is_tracing():
         raise ValueError(
             "The graph of `MoEMLP` must hold for batches of any size. Received:"
-            " a call traced by torch.jit, which fixes the batch size, as "
+            " a call that torch.jit traces, with the numbers of one batch, as "
             "`model.export(format='onnx')` does. Use "
             "`keras_vmoe.export.onnx(model, path)`."
         )

@@ -116,8 +116,8 @@ def _state_of(part, owner):
     if mode is not None:
         if mode not in UNCALIBRATED:
             raise ValueError(
-                "Inside a layer or model of keras_vmoe, layers can only be "
-                f"saved quantized to {UNCALIBRATED}. Received: {part.path!r}, "
+                "Inside a layer or model of keras_vmoe, layers are saved "
+                f"quantized to one of {UNCALIBRATED}. Received: {part.path!r}, "
                 f"quantized to {mode!r}. Use one of these."
             )
         config = getattr(part, "quantization_config", None)
