@@ -90,7 +90,7 @@ def _matmul_loop(x, kernel, expert, count):
 
 @functools.cache
 def _loops():
-    """The product, with a gradient that loops of unknown length can have.
+    """The product, with custom gradients for loops of unknown length.
 
     The gradient for the rows is again a product, and for the kernel a sum of
     outer products, whose gradients are products: derivatives of any order work.

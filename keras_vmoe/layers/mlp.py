@@ -67,7 +67,7 @@ class TwoLayers(SavesSeedState, KeepsParts, keras.layers.Layer):
             self.seed_generator = SeedGenerator(self.seed)
 
     def drop(self, x: Tensor, training: bool) -> Tensor:
-        """Applies dropout, not as a layer: Keras only quantizes leaf layers."""
+        """Applies dropout without a layer: Keras only quantizes leaf layers."""
         rate = self.dropout if training else 0
         return drop(x, rate, self.seed_generator)
 

@@ -64,10 +64,10 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
     behaves as if padded with tokens that take no capacity. The result never
     depends on the number of devices.
 
-    Put it on a residual branch: a token that all its experts drop gets 0. A NaN
-    or infinite token gets NaN or infinity; groups without one are unaffected.
-    (With expert choice no expert may choose a bad token, which then gets 0: the
-    residual carries it.)
+    Put it on a residual branch: a token that all its experts drop gets 0. The
+    output of a NaN or infinite token is NaN or infinite; groups without one are
+    unaffected. (With expert choice, a bad token that no expert chooses gets 0:
+    the residual carries it.)
 
     Args:
         num_experts: E.

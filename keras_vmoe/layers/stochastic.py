@@ -37,8 +37,8 @@ class SeedGenerator(keras.random.SeedGenerator):
 class SavesSeedState:
     """Mixin: `.keras` and weights files keep the state of `seed_generator`.
 
-    Keras saves models without it, and a resumed run would repeat the noise of
-    the first epoch. Files without the state also load and leave the seeds
+    Keras saves models without it: a resumed run would repeat the noise of the
+    first epoch. Files without the state also load and leave the seeds
     unchanged.
     """
 
