@@ -1,9 +1,9 @@
 """Auxiliary losses of routers, as pure functions of gates and logits.
 
-Each returns one value per group, `(G, ...) -> (G,)`; the router averages over
-the groups, weights the losses and adds them to the training loss. Letters as in
-`keras_vmoe.routing`. Masked tokens are left out; a group of masked tokens alone
-has a loss of 0. A mask of another shape than `(G, S)` is a ValueError.
+Each returns one value per group, `(G, ...) -> (G,)`. The router averages over
+the groups, weights the losses and adds them to the training loss. Letters are
+explained in `keras_vmoe.routing`. Masked tokens are ignored; a group with only
+masked tokens has a loss of 0. A mask not of shape `(G, S)` raises a ValueError.
 """
 
 import math
@@ -27,8 +27,8 @@ __all__ = [
 def importance_loss(gates: Tensor, mask: Tensor | None = None) -> Tensor:
     """Squared coefficient of variation of the experts' summed gates.
 
-    `(std(I) / mean(I))²` with `I_e = sum_s gates[s, e]`. V-MoE applies it to
-    the gates without noise, and so does `TopKRouter`.
+    `(std(I) / mean(I))²` with `I_e = sum_s gates[s, e]`. V-MoE and `TopKRouter`
+    apply it to the gates without noise.
 
     Args:
         gates: `(G, S, E)` float tensor.
@@ -58,10 +58,10 @@ def load_loss(
 ) -> Tensor:
     """Squared coefficient of variation of the experts' expected load.
 
-    The load of an expert is the mean probability that it is among the top K of
-    a token if the noise of that expert were drawn again:
-    `1 - Φ((threshold - logit) / σ)`, where the threshold is the K-th largest
-    noisy logit of the token.
+    The load of an expert is the mean probability that it would be among a
+    token's top K if its noise were drawn again:
+    `1 - Φ((threshold - logit) / σ)`, where the threshold is the token's K-th
+    largest noisy logit.
 
     Args:
         logits: `(G, S, E)` float tensor, without noise.
@@ -85,8 +85,8 @@ def load_loss(
 
     Reference:
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), appendix A.
-        The threshold is in logits, as there; some libraries
-        compare it with probabilities.
+        The threshold is a logit, as in the paper; some libraries compare it
+        with probabilities.
     """
     if not noise_std > 0:  # Catches NaN.
         raise ValueError(
@@ -105,11 +105,11 @@ def gshard_loss(gates: Tensor, mask: Tensor | None = None) -> Tensor:
     """GShard's balance loss, `E² · mean_e(top-1 share · mean gate)`.
 
     The share of tokens whose best expert is e has no gradient; the mean gate
-    has. 1 when both are even. The factor `E²` is that of the authors' program;
-    the paper leaves it out.
+    does. The loss is 1 when both are even. The factor `E²` follows the authors'
+    code; the paper omits it.
 
     Args:
-        gates: `(G, S, E)` float tensor, with noise where the router has some.
+        gates: `(G, S, E)` float tensor, with noise if the router adds any.
         mask: Optional `(G, S)` bool tensor, False for tokens to ignore.
 
     Returns:
@@ -174,8 +174,8 @@ def local_entropy_loss(gates: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Reference:
         [Mustafa et al., 2022](https://arxiv.org/abs/2206.02770) (LIMoE),
-        section 2.2. The loss only: there is no training on images and text
-        here, for which the paper has one for each modality.
+        section 2.2. Only the loss: the paper trains on images and text, with
+        one loss per modality, which this package does not support.
     """
     entropy = _entropy(ops.convert_to_tensor(gates))[..., None]
     return ops.squeeze(_mean_tokens(entropy, mask), axis=-1)
@@ -186,13 +186,13 @@ def global_entropy_loss(
 ) -> Tensor:
     """Entropy missing from the mean gates: low where many experts are used.
 
-    `max(0, log(min_experts) - H(mean gates))`: 0 where the mean gates are
-    spread at least as evenly as over `min_experts` experts.
+    `max(0, log(min_experts) - H(mean gates))`: 0 if the mean gates are spread
+    at least as evenly as over `min_experts` experts.
 
     Args:
         gates: `(G, S, E)` float tensor, sum 1 over E.
         min_experts: Soft minimum of experts in use, above 0; None means E, for
-            which the loss is 0 only where all are used equally.
+            which the loss is 0 only if all are used equally.
         mask: Optional `(G, S)` bool tensor, False for tokens to ignore.
 
     Returns:
@@ -209,7 +209,7 @@ def global_entropy_loss(
 
     Reference:
         [Mustafa et al., 2022](https://arxiv.org/abs/2206.02770) (LIMoE),
-        section 2.2 and its threshold. The loss only, as `local_entropy_loss`.
+        section 2.2 and its threshold. Only the loss; see `local_entropy_loss`.
     """
     gates = ops.convert_to_tensor(gates)
     min_experts = gates.shape[-1] if min_experts is None else min_experts
@@ -223,16 +223,16 @@ def global_entropy_loss(
 
 
 def _entropy(gates):
-    """Of the last axis; a gate of 0 adds nothing, nor to the gradient."""
+    """Entropy over the last axis; a 0 adds nothing, even to the gradient."""
     safe = ops.where(gates > 0, gates, ops.ones_like(gates))
     return -ops.sum(gates * ops.log(safe), axis=-1)
 
 
 def _kth_largest(values, k):
-    """The K-th largest value of the last axis, equal ones counted, `(..., 1)`.
+    """The K-th largest value of the last axis, ties counted, `(..., 1)`.
 
-    By repeated maxima: for small K several times as fast as a sort. The
-    gradient goes to that value; equal ones share it.
+    Found by repeated maxima: several times as fast as a sort for small K. The
+    gradient goes to that value; ties share it.
     """
     fixed = ops.stop_gradient(values)
     kth = ops.max(fixed, axis=-1, keepdims=True)
@@ -242,8 +242,8 @@ def _kth_largest(values, k):
         reached = ops.cast(fixed >= kth, "int32")
         count = ops.sum(reached, axis=-1, keepdims=True)
         kth = ops.where(count < k, lower, kth)
-    # A compiler may compute the values twice, and round them differently: there
-    # may be none that is equal, which must not divide by 0.
+    # A compiler may compute the values twice and round them differently. Then
+    # none may be equal, which must not divide by 0.
     found = fixed == kth
     moved = ops.where(found, values - fixed, ops.zeros_like(values))
     count = ops.sum(ops.cast(found, values.dtype), axis=-1, keepdims=True)

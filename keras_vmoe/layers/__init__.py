@@ -1,6 +1,6 @@
 """Keras layers: the MoE layer, its routers, gates and experts.
 
-The parts of the models are in the modules of this package.
+The other modules of this package hold the parts of the models.
 """
 
 from keras_vmoe.layers.ensemble_router import EnsembleRouter

@@ -1,8 +1,8 @@
-"""Blocks of a ViT, Swin and ConvNeXt around any MLP, as pieces of graph.
+"""ViT, Swin and ConvNeXt blocks around any MLP, as pieces of a graph.
 
-Functions and not layers, so that every part is a layer of the model that calls
-them, with a name: `summary()` shows it, `get_layer` finds it and its output can
-be taken as a feature.
+These are functions, not layers, to make every part a named layer of the model:
+`summary()` shows it, `get_layer` finds it, and its output can be used as a
+feature.
 """
 
 import keras
@@ -27,7 +27,7 @@ def encoder_block(
             `layers.MoEMLP`.
         name: Prefix of the layers' names.
         dropout: Dropout rate after the attention.
-        epsilon: Of the norms.
+        epsilon: Epsilon of the norms.
         **branches: `drop_path_rate` and `layer_scale_init_value` of both
             residual branches; see `residual`.
 
@@ -67,7 +67,7 @@ def convnext_block(x, mlp, name, **branch):
     Args:
         x: `(B, H, W, D)` symbolic tensor.
         mlp: Layer from `(B, H, W, D)` to the same shape, such as `layers.MLP`
-            or `layers.MoEMLP`, whose tokens are then the H * W positions.
+            or `layers.MoEMLP`. Its tokens are the H * W positions.
         name: Prefix of the layers' names.
         **branch: `drop_path_rate` and `layer_scale_init_value`; see `residual`.
 
@@ -104,12 +104,12 @@ def residual(
 
     Args:
         x: Symbolic tensor.
-        y: Symbolic tensor of the same shape, what the branch makes of `x`.
+        y: Symbolic tensor of the same shape, the branch's output for `x`.
         name: Prefix of the layers' names.
         dtype: Dtype policy of the layers.
-        drop_path_rate: Probability of dropping the branch of an image.
-        layer_scale_init_value: Initial value of the layer scale; None leaves
-            it out.
+        drop_path_rate: Probability of dropping an image's branch.
+        layer_scale_init_value: Initial value of the layer scale; None omits
+            it.
 
     Returns:
         Symbolic tensor of the shape of `x`.

@@ -9,8 +9,8 @@ from keras_vmoe._typing import Tensor
 def gelu_tanh(x: Tensor) -> Tensor:
     """The tanh approximation of gelu, as in V-MoE and the original ViT.
 
-    Keras's own name `"gelu"` means the exact function. Wherever this package
-    takes an activation, the string `"gelu_tanh"` names this one.
+    Keras's own `"gelu"` is the exact function. The string `"gelu_tanh"` names
+    this one wherever this package takes an activation.
 
     Args:
         x: Float tensor of any shape.
@@ -31,7 +31,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 def get_activation(identifier):
-    """Resolves `"gelu_tanh"` and whatever `keras.activations.get` knows."""
+    """Resolves `"gelu_tanh"` and everything `keras.activations.get` accepts."""
     if identifier == "gelu_tanh":
         return gelu_tanh
     try:
@@ -45,7 +45,7 @@ def get_activation(identifier):
 
 
 def serialize_activation(activation):
-    """The string or config from which `get_activation` restores it."""
+    """Returns the string or config that `get_activation` restores."""
     if activation is gelu_tanh:
         return "gelu_tanh"
     return keras.activations.serialize(activation)

@@ -17,10 +17,9 @@ from keras_vmoe.layers.parts import KeepsParts
 class MultiHeadAttention(keras.layers.MultiHeadAttention):
     """Keras's attention with D features in and out, initialized as in V-MoE.
 
-    All four kernels map D to D features, so that one Glorot limit,
-    `sqrt(3 / D)`, is right for each. By default Keras takes the kernels
-    `(D, heads, D / heads)` for convolutions and initializes them several times
-    too small.
+    All four kernels map D to D features, so one Glorot limit, `sqrt(3 / D)`,
+    fits them all. By default Keras treats the kernels `(D, heads, D / heads)`
+    as convolutions and initializes them several times too small.
 
     Args:
         num_heads: Heads; must divide `features`.
@@ -93,8 +92,8 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         return norm
 
     def _compute_attention(self, query, key, *args, **kwargs):
-        # The hook that Keras documents for attention of one's own; there is no
-        # public one between the projections and their product.
+        # The hook that Keras documents for custom attention. No public one
+        # exists between the projections and their product.
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         return super()._compute_attention(query, key, *args, **kwargs)
@@ -106,8 +105,8 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         key: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        # JAX's fused attention has no float16 on CPU; asking for the scores
-        # takes the explicit one.
+        # JAX's fused attention has no float16 on CPU. Asking for the scores
+        # selects the explicit one.
         explicit = keras.backend.backend() == "jax" and (
             keras.backend.standardize_dtype(query.dtype) == "float16"
         )
@@ -133,8 +132,8 @@ class SelfAttention(KeepsParts, keras.layers.Layer):
     Args:
         num_heads: Heads; must divide D.
         qk_norm: Whether to normalize each head's queries and keys (LayerNorm
-            without bias) before their product, against attention that
-            collapses in large models.
+            without bias) before their product, to keep attention in large
+            models from collapsing.
 
     Call arguments:
         tokens: `(B, N, D)` float tensor.

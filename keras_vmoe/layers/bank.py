@@ -1,8 +1,8 @@
-"""What a MoE layer expects of an expert bank."""
+"""Requirements of a MoE layer on its expert bank."""
 
 import keras
 
-# What goes from `MoEMLP` to its default bank.
+# The arguments that `MoEMLP` passes on to its default bank.
 BANK = {
     "activation",
     "dropout",
@@ -18,7 +18,7 @@ BANK = {
 
 
 def check_bank(experts, num_experts):
-    """Raises unless this is a bank of as many experts, as far as it says."""
+    """Raises unless this is a layer whose `num_experts`, if any, matches."""
     if not isinstance(experts, keras.layers.Layer):
         raise ValueError(
             "`experts` must be a Keras layer from buffers (groups, experts, "
@@ -35,7 +35,7 @@ def check_bank(experts, num_experts):
 
 
 def check_built(experts, num_experts, features):
-    """Raises if a bank was built for other buffers than those of a layer."""
+    """Raises if a bank was built for buffers that do not fit a layer."""
     config = experts.get_build_config() or {}
     shape = config.get("input_shape")
     if shape and (shape[1], shape[-1]) != (num_experts, features):
@@ -48,19 +48,19 @@ def check_built(experts, num_experts, features):
 
 
 def check_weights(experts, num_experts):
-    """Raises unless each matrix of a built bank belongs to one expert."""
+    """Raises unless the matrices of a built bank are stacked by expert."""
     for weight in experts.weights:
         shape = tuple(weight.shape)
         if len(shape) > 1 and shape[0] != num_experts:
             raise ValueError(
-                "Weights of an expert bank with two or more axes must begin "
-                f"with one for the {num_experts} experts. Received: "
+                "Weights of an expert bank with two or more axes must start "
+                f"with an axis of {num_experts} experts. Received: "
                 f"{weight.path!r} of shape {shape}. Stack the experts' weights."
             )
 
 
 def check_output(outputs, expected, name):
-    """Raises unless a bank kept the shape, as far as it is known."""
+    """Raises unless a bank kept the shape, where it is known."""
     shape = getattr(outputs, "shape", None)
     pairs = zip(shape or (), expected, strict=False)
     fits = all(None in pair or len(set(pair)) == 1 for pair in pairs)
@@ -74,7 +74,7 @@ def check_output(outputs, expected, name):
 
 
 def check_settings_of(experts, settings):
-    """Raises for settings that a given bank does not follow."""
+    """Raises for settings that conflict with a given bank."""
     for name, value in settings.items():
         if value not in (None, getattr(experts, name, None)):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A linear map for each block of rows, by the kernel of the block's expert."""
+"""A linear map of blocks of rows, each with the kernel of its expert."""
 
 import functools
 
@@ -14,8 +14,8 @@ def block_linear(x, kernel, bias, blocks=()):
         kernel: `(E, D, F)` tensor.
         bias: `(E, F)` tensor, or None.
         blocks: `expert`, an ascending `(M,)` int32 tensor, and `count`, an
-            int32 scalar, the number of blocks in use; they come first. Empty
-            means one block for each expert, in their order.
+            int32 scalar, the number of blocks in use; these come first. Empty
+            means one block per expert, in order.
 
     Returns:
         `(M, T, F)` tensor.
@@ -42,11 +42,11 @@ def _batched(x, kernel, bias):
 
 
 def fuses_by_expert(x):
-    """Whether experts one by one are faster than all of them at once.
+    """Whether running experts one by one is faster than all at once.
 
-    They are in TensorFlow on a CPU, which fuses a product with its bias and
-    activation, but not a batched one; see benchmarks/moe_layer.py. In bfloat16
-    the bias would get a coarse gradient.
+    It is in TensorFlow on a CPU, which fuses a product with its bias and
+    activation, but not a batched product; see benchmarks/moe_layer.py. In
+    bfloat16 the bias would get a coarse gradient.
     """
     if keras.backend.backend() != "tensorflow":
         return False
@@ -66,7 +66,7 @@ def expert_linear(x, kernel, bias):
 
 
 def _matmul(x, kernel, expert, count):
-    """`x[m] @ kernel[expert[m]]`, by the fastest way of the backend."""
+    """`x[m] @ kernel[expert[m]]`, the fastest way on each backend."""
     if keras.backend.backend() == "torch":
         return _matmul_segments(x, kernel, expert)
     if keras.backend.backend() == "jax":
@@ -78,22 +78,22 @@ def _matmul_jax(x, kernel, expert, count):
     import jax
 
     if jax.default_backend() == "cpu":
-        # There `ragged_dot` multiplies every row with every expert.
+        # On CPU `ragged_dot` multiplies every row by every expert.
         return _matmul_loop(x, kernel, expert, count)
     return _matmul_ragged(x, kernel, expert)
 
 
 def _matmul_loop(x, kernel, expert, count):
-    """Block after block, only those in use."""
+    """Multiplies block after block, only those in use."""
     return _loops()(x, kernel, expert, count, False)
 
 
 @functools.cache
 def _loops():
-    """The product, which is its own gradient by the rows.
+    """The product, with custom gradients for loops of unknown length.
 
-    And by the kernel that of the sums of outer products, whose gradients are
-    products: loops of an unknown length have derivatives of any order.
+    The gradient for the rows is again a product, and for the kernel a sum of
+    outer products, whose gradients are products: derivatives of any order work.
     """
     import jax
 
@@ -154,7 +154,7 @@ def _matmul_segments(x, kernel, expert):
     try:
         # Not `bincount`, which warns of its speed under `torch.vmap`.
         sizes = (expert[:, None] == experts).sum(0).tolist()
-    except RuntimeError:  # Under `torch.vmap` there is nothing to read.
+    except RuntimeError:  # `torch.vmap` has no values to read.
         return ops.matmul(x, ops.take(kernel, expert, axis=0))
     segments = zip(torch.split(x, sizes), kernel, strict=True)
     return torch.cat([rows @ matrix for rows, matrix in segments])

@@ -56,7 +56,7 @@ class RepeatImages(_OfMembers):
 
 @keras.saving.register_keras_serializable("keras_vmoe")
 class JoinMembers(_OfMembers):
-    """Puts what members make of an image beside each other.
+    """Gathers the outputs of an image's members along a new axis.
 
     Args:
         ensemble_size: M.
@@ -91,11 +91,11 @@ class MeanProbability(keras.layers.Layer):
 
     Call arguments:
         logits: `(B, M, classes)` float tensor.
-        training: In training nothing is averaged: members learn one by one.
+        training: Training averages nothing: each member learns on its own.
 
     Returns:
         `(B, classes)` tensor, logits whose softmax is the mean probability; in
-        training `logits`.
+        training, `logits` unchanged.
 
     Example:
 
@@ -115,8 +115,8 @@ class MeanProbability(keras.layers.Layer):
 
 
 def mean_probability(logits):
-    """`(B, M, classes)` logits to the log of the mean probability."""
+    """Maps `(B, M, classes)` logits to the log of the mean probability."""
     log = ops.log_softmax(logits, axis=-1)
-    # Normalized again: the mean is, up to rounding, but an image that is NaN
-    # stays so where a runtime's maximum leaves NaN out.
+    # The mean is already normalized, up to rounding. Normalizing again keeps
+    # an image NaN on a runtime whose maximum ignores NaN.
     return ops.log_softmax(ops.logsumexp(log, axis=1), axis=-1)

@@ -1,4 +1,4 @@
-"""Token choice in an efficient ensemble: members have experts of their own."""
+"""Token choice in an efficient ensemble: members have their own experts."""
 
 from typing import Any
 
@@ -19,26 +19,26 @@ NEVER = -1e9  # The logit of another member's expert: a gate of exactly 0.
 class EnsembleRouter(TopKRouter):
     """Top-K routing in which each member of an ensemble has its own experts.
 
-    The E experts are M equal parts. Images come as M copies, one after the
-    other; the tokens of copy m go to experts of part m. Softmax, noise and
-    losses are those of a router of E / M experts, the losses the members' mean.
-    M members are then M routers, each of a slice of the gate's weights, in one
-    layer.
+    The E experts form M equal parts. Images come as M copies, one after the
+    other; the tokens of copy m go to the experts of part m. Softmax, noise and
+    losses are those of a router with E / M experts; the losses are averaged
+    over the members. One layer thus holds M routers, each with a slice of the
+    gate's weights.
 
     Args:
-        num_experts: E, of all members.
+        num_experts: E, over all members.
         ensemble_size: M; must divide E.
-        num_selected_experts: K of a token, at most E / M.
+        num_selected_experts: K, experts per token, at most E / M.
         **kwargs: Further arguments of `TopKRouter`. `noise_std` is in units of
             `M / E`.
 
     Call arguments:
         tokens: `(G, S, D)` float tensor, of whole images.
-        images_per_group: Images of a group, copies counted; a multiple of M.
+        images_per_group: Images per group, copies counted; a multiple of M.
         Others as in `TopKRouter`.
 
     Returns:
-        A plan as of `TopKRouter`.
+        A plan, as from `TopKRouter`.
 
     Raises:
         ValueError: As `TopKRouter`, or if M does not divide E, K is above
@@ -68,17 +68,17 @@ class EnsembleRouter(TopKRouter):
         self.ensemble_size = self.copies = int(ensemble_size)
         if self.num_experts % self.ensemble_size:
             raise ValueError(
-                "Each member must have as many experts: `ensemble_size` must "
-                f"divide `num_experts`. Received: ensemble_size="
+                "All members must have equally many experts: `ensemble_size` "
+                f"must divide `num_experts`. Received: ensemble_size="
                 f"{ensemble_size}, num_experts={num_experts}."
             )
         if self.num_selected_experts > self.experts_per_member:
             raise ValueError(
-                "A token goes to experts of its member alone. Received: "
+                "A token only goes to experts of its own member. Received: "
                 f"num_selected_experts={num_selected_experts} with "
                 f"{self.experts_per_member} experts per member (num_experts="
-                f"{num_experts}, ensemble_size={ensemble_size}). Take fewer, "
-                "or more experts."
+                f"{num_experts}, ensemble_size={ensemble_size}). Select fewer "
+                "experts or add some."
             )
         if self.min_experts is not None:
             check_min_experts(self.min_experts, self.experts_per_member)

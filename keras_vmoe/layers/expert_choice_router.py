@@ -1,4 +1,4 @@
-"""Expert choice: every expert picks its best tokens."""
+"""Expert choice: each expert picks its best tokens."""
 
 from typing import Any
 
@@ -19,35 +19,35 @@ from keras_vmoe.routing.plans import Plan
 
 @keras.saving.register_keras_serializable("keras_vmoe")
 class ExpertChoiceRouter(Router):
-    """Expert choice: every expert takes the C tokens with its largest gates.
+    """Expert choice: each expert takes the C tokens with its largest gates.
 
     The gates are `softmax(logits + noise)` over the experts, in float32, with
     noise in training only. The load is even by construction; a token may go to
-    several experts, or to none. The tokens of a group compete with each other,
-    so that an image's result depends on the others of its group.
+    several experts, or to none. The tokens of a group compete with each other:
+    an image's result depends on the other images in its group.
 
     Args:
         num_experts: E, at least 1.
-        capacity_factor: Experts per token on average. There is no dropless
-            expert choice.
+        capacity_factor: Experts per token on average. Expert choice cannot be
+            dropless.
         noise_std: Standard deviation of the noise, in units of `1 / E`.
         gate: `"linear"`, `"cosine"` or `"l2"`, or a layer from `(G, S, D)`
             tokens to `(G, S, E)` logits.
-        z_loss_weight: Weight of the router z-loss, of the logits without
-            noise.
+        z_loss_weight: Weight of the router z-loss, which uses the logits
+            without noise.
         seed: Optional integer seed of the noise.
 
     Call arguments:
         tokens: `(G, S, D)` float tensor.
         mask: Optional `(G, S)` bool tensor, False for tokens to leave out.
-        group_size: Optional number of tokens of a full group, if `tokens` hold
-            fewer; the capacity is that of a full group.
+        group_size: Optional number of tokens in a full group, if `tokens` hold
+            fewer; sets the capacity.
         images_per_group: Images that the tokens of a group belong to, for the
             statistics.
         training: Whether to add noise and auxiliary losses.
 
     Returns:
-        A `routing.Plan`, of `routing.expert_choice_plan`.
+        A `routing.Plan` from `routing.expert_choice_plan`.
 
     Raises:
         ValueError: If the capacity factor is not positive, `noise_std` is
@@ -80,8 +80,8 @@ class ExpertChoiceRouter(Router):
             capacity_factor = 1.0
         if capacity_factor == "dropless":
             raise ValueError(
-                "Expert choice fills each expert up to its capacity, and cannot"
-                f" be dropless. Received: {capacity_factor=!r}. "
+                "Expert choice fills each expert to its capacity and cannot be "
+                f"dropless. Received: {capacity_factor=!r}. "
                 "Set a capacity factor such as 1.0, or use a TopKRouter."
             )
         check_capacity_factor(capacity_factor)

@@ -1,4 +1,4 @@
-"""Experts: E networks of one shape, as stacked kernels."""
+"""Experts: E networks of the same shape, as stacked kernels."""
 
 import functools
 from typing import Any
@@ -27,14 +27,14 @@ from keras_vmoe.routing._blocks import Blocks
 class MLPExperts(TwoLayers):
     """E two-layer MLPs, each applied to its own buffer.
 
-    Every expert is initialized, regularized and constrained as if it were
-    alone: Keras would take the stacked kernel `(E, D, F)` for that of a
-    convolution and make it √E too small.
+    Each expert is initialized, regularized and constrained as if it were alone:
+    Keras would treat the stacked kernel `(E, D, F)` as a convolution and make
+    it √E too small.
 
-    `quantize("int8")`, also of a model around, stores the kernels as int8, with
-    a scale for each output feature of each expert. They are dequantized when
-    they are used, which saves memory, not time; biases stay as they are. There
-    is no other mode, and no LoRA.
+    `quantize("int8")`, called here or on the model, stores the kernels as int8,
+    with a scale for each output feature of each expert. They are dequantized on
+    use, which saves memory, not time; biases are unchanged. Other modes and
+    LoRA are not supported.
 
     Args:
         num_experts: E.
@@ -42,8 +42,8 @@ class MLPExperts(TwoLayers):
         activation: Activation between the layers.
         dropout: Dropout rate after each of the two layers, in `[0, 1]`.
         **kwargs: Initializers, regularizers, constraints, `use_output_bias` and
-            `seed`, as of `MLP`; the initializer of a kernel is called with the
-            shape of one expert.
+            `seed`, as in `MLP`; a kernel initializer is called with the shape
+            of one expert.
 
     Call arguments:
         buffers: `(G, E, C, D)` float tensor, or the blocks of
@@ -51,11 +51,11 @@ class MLPExperts(TwoLayers):
         training: Whether to apply dropout.
 
     Returns:
-        What `buffers` are, after the MLPs.
+        The outputs of the MLPs, in the form of `buffers`.
 
     Raises:
-        ValueError: If a size is below 1, or if the buffers are of another
-            number of experts.
+        ValueError: If a size is below 1, or if the buffers have another number
+            of experts.
 
     Example:
 
@@ -65,7 +65,7 @@ class MLPExperts(TwoLayers):
     """
 
     takes_blocks = True  # Dropless buffers as well.
-    kernel_dtype = None  # That of the policy.
+    kernel_dtype = None  # The policy's.
 
     def __init__(
         self,
@@ -85,11 +85,11 @@ class MLPExperts(TwoLayers):
                 "Experts take buffers of shape (groups, experts, capacity, "
                 f"features) with {self.num_experts} experts. "
                 f"Received: input_shape={tuple(input_shape)}. "
-                "`plan.dispatch(tokens)` makes such buffers."
+                "`plan.dispatch(tokens)` returns such buffers."
             )
         check_mode(self.quantization_mode)
         features = input_shape[-1]
-        # The indices of an `MLP` are 0 and 1: it may be beside, with one seed.
+        # An `MLP` with the same seed may be alongside: it has indices 0 and 1.
         self._add_layer("hidden", features, self.hidden_dim, 2)
         self._add_layer(
             "output", self.hidden_dim, features, 3, self.use_output_bias
@@ -117,7 +117,7 @@ class MLPExperts(TwoLayers):
         setattr(self, f"{name}_bias", bias)
 
     def _add_int8(self, name, shape):
-        """An int8 kernel, which is to be divided by its scale."""
+        """Adds an int8 kernel and the scale that divides it."""
         kernel = self.add_weight(
             name=f"{name}_kernel",
             shape=shape,
@@ -143,7 +143,7 @@ class MLPExperts(TwoLayers):
     ) -> None:
         check_mode(mode)
         if hasattr(self, "hidden_kernel_scale"):
-            return  # The policy, set below, asks for it.
+            return  # Setting the policy below calls this again.
         if type_check and type(self) is not MLPExperts:
             raise NotImplementedError(
                 "Only `MLPExperts` itself is quantized. Received: a "
@@ -170,7 +170,7 @@ class MLPExperts(TwoLayers):
             rows, *blocks = buffers
             return buffers._replace(rows=self._mlps(rows, blocks, training))
         groups, _, capacity, features = ops.shape(buffers)
-        # One batched matmul over E, whatever the number of groups.
+        # One batched matmul over E, for any number of groups.
         x = _swap_groups_and_experts(buffers)  # (E, G, C, D)
         shape = (self.num_experts, groups * capacity, features)
         x = self._mlps(ops.reshape(x, shape), (), training)
@@ -192,7 +192,7 @@ class MLPExperts(TwoLayers):
         if blocks or not fuses_by_expert(x):
             linear = functools.partial(block_linear, blocks=blocks)
             return self._mlp(linear, x, *weights, training)
-        # The hidden features of all experts are never one tensor.
+        # The hidden features of all experts never form one tensor.
         parts = (
             [None] * self.num_experts
             if y is None
@@ -223,16 +223,16 @@ class MLPExperts(TwoLayers):
 
 
 def quantized(kernel, quantizer=None):
-    """The kernels of experts, each quantized as if it were alone.
+    """Quantizes the kernel of each expert as if it were alone.
 
     Args:
         kernel: `(E, D, F)` float tensor.
-        quantizer: A quantizer of `(D, F)` kernels, such as a `Dense` takes;
+        quantizer: A quantizer of `(D, F)` kernels, as for a `Dense` layer;
             None means `keras.quantizers.AbsMaxQuantizer(axis=0)`.
 
     Returns:
-        `(E, D, F)` int8 and `(E, F)` float numpy arrays, kernels and the scales
-        to divide them by.
+        `(E, D, F)` int8 and `(E, F)` float numpy arrays: the kernels, and the
+        scales that divide them.
     """
     quantizer = quantizer or keras.quantizers.AbsMaxQuantizer(axis=0)
     kernel = ops.convert_to_numpy(kernel)
@@ -245,17 +245,17 @@ def quantized(kernel, quantizer=None):
 
 
 def check_mode(mode):
-    """Raises for a quantization that a bank has not."""
+    """Raises for a quantization mode that a bank does not support."""
     if mode not in (None, "int8"):
-        # What `Model.quantize` takes for a layer to leave out, with a warning.
+        # On this error `Model.quantize` skips the layer, with a warning.
         raise NotImplementedError(
             "The experts' kernels can be quantized to 'int8' only. Received: "
-            f"mode={mode!r}. They stay as they are."
+            f"mode={mode!r}. They stay unchanged."
         )
 
 
 def _swap_groups_and_experts(x):
-    """Swaps the first two axes; a reshape where one of them is 1."""
+    """Swaps the first two axes; by a reshape if one of them has size 1."""
     first, second, *rest = ops.shape(x)
     if 1 in (x.shape[0], x.shape[1]):
         return ops.reshape(x, (second, first, *rest))

@@ -1,8 +1,8 @@
 """Gates: from tokens to logits over experts, in float32 under every policy.
 
 bfloat16 logits choose another expert for up to 1% of the tokens and tie
-exactly: kernels, codes and logits of a gate are float32, and its tokens are
-cast to it.
+exactly. A gate's kernels, codes and logits are therefore float32, and tokens
+are cast to float32.
 """
 
 import math
@@ -28,7 +28,7 @@ from keras_vmoe.layers.weights import set_options
 
 
 class Gate(keras.layers.Layer):
-    """What the gates of one logit per expert share.
+    """Base of gates with one logit per expert.
 
     Args:
         num_experts: E.
@@ -57,7 +57,7 @@ class Gate(keras.layers.Layer):
         )
 
     def add_kernel(self, shape: tuple[int, ...]) -> keras.Variable:
-        """The kernel, from the tokens' features."""
+        """Adds the kernel that maps the tokens' features."""
         return self.add_float32("kernel", shape, **get_options(self, "kernel"))
 
     def add_float32(
@@ -67,7 +67,7 @@ class Gate(keras.layers.Layer):
         initializer: Initializer,
         **options: Any,
     ) -> keras.Variable:
-        """A float32 weight under every policy."""
+        """Adds a weight that is float32 under every policy."""
         return self.add_weight(
             name=name,
             shape=shape,
@@ -128,11 +128,11 @@ class ProjectedGate(Gate):
     """Compares a projection of the tokens with one learned code per expert.
 
     The logits are multiplied by a learned scale, the inverse of a temperature
-    that starts at `temperature` and never falls below `min_temperature`. It is
-    learned as the logarithm of the scale. These defaults, the standard
-    deviation of the codes and the bias of the projection are those of the
-    cosine gate of the Tutel library. There the projection has 256 features;
-    here it has never more than half of the token's.
+    that starts at `temperature` and never falls below `min_temperature`. The
+    learned weight is the logarithm of the scale. These defaults, the standard
+    deviation of the codes and the bias of the projection follow the cosine gate
+    of the Tutel library. Tutel's projection has 256 features; here the default
+    is at most half of the token's features.
 
     Args:
         num_experts: E.
@@ -173,7 +173,7 @@ class ProjectedGate(Gate):
             raise ValueError(
                 "`projection_dim` must not be larger than the tokens' features."
                 f" Received: projection_dim={size} for {features} features. "
-                "The default is half of them, at most 256."
+                "The default is half the features, at most 256."
             )
         self.kernel = self.add_kernel((features, size))
         self.bias = self.add_float32("bias", (size,), "zeros")
@@ -288,15 +288,15 @@ class L2Gate(ProjectedGate):
     """
 
     def compare(self, projected: Tensor, codes: Tensor) -> Tensor:
-        # |p - c|² without a tensor of all differences. What experts differ in
-        # comes first: |p|² may be much larger.
+        # |p - c|² without a tensor of all differences. The terms that differ
+        # between experts come first: |p|² may be much larger.
         product = 2.0 * ops.matmul(projected, codes)
         differing = product - ops.sum(ops.square(codes), axis=0)
         return differing - ops.sum(ops.square(projected), -1, keepdims=True)
 
 
 def unit_norm(x, axis):
-    """`x` divided by its Euclidean norm; the epsilon is the reference's."""
+    """Divides `x` by its Euclidean norm, with the reference's epsilon."""
     square = ops.sum(ops.square(x), axis=axis, keepdims=True)
     return x * ops.rsqrt(square + 1e-6)
 
@@ -309,7 +309,7 @@ def get_gate(identifier, num_experts, **kwargs):
 
     Args:
         identifier: A name in `GATES`, or a layer from `(G, S, D)` tokens to
-            `(G, S, E)` logits, which is used as it is.
+            `(G, S, E)` logits, which is returned unchanged.
         num_experts: E.
         **kwargs: Keyword arguments of a named gate.
 

@@ -67,7 +67,7 @@ class TwoLayers(SavesSeedState, KeepsParts, keras.layers.Layer):
             self.seed_generator = SeedGenerator(self.seed)
 
     def drop(self, x: Tensor, training: bool) -> Tensor:
-        """Dropout, without a layer: Keras quantizes layers without parts."""
+        """Applies dropout without a layer: Keras only quantizes leaf layers."""
         rate = self.dropout if training else 0
         return drop(x, rate, self.seed_generator)
 
@@ -89,12 +89,12 @@ class MLP(TwoLayers):
 
     Args:
         hidden_dim: F, hidden features.
-        activation: Activation between the layers. `"gelu"` is the exact one;
-            `"gelu_tanh"` is that of V-MoE.
+        activation: Activation between the layers. `"gelu"` is exact;
+            `"gelu_tanh"` is V-MoE's.
         dropout: Dropout rate after each of the two layers, in `[0, 1]`.
         kernel_initializer: Initializer of both kernels.
-        bias_initializer: Initializer of both biases; None means a normal one
-            with a standard deviation of 1e-6, as in V-MoE.
+        bias_initializer: Initializer of both biases; None means a normal
+            distribution with a standard deviation of 1e-6, as in V-MoE.
         kernel_regularizer: Optional regularizer of the kernels.
         bias_regularizer: Optional regularizer of the biases.
         kernel_constraint: Optional constraint on the kernels.

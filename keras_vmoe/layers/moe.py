@@ -45,7 +45,7 @@ from keras_vmoe.routing._groups import group_tokens
 from keras_vmoe.routing._groups import ungroup_tokens
 from keras_vmoe.routing.plans import Plan
 
-IMAGES_PER_GROUP = 8  # That of V-MoE.
+IMAGES_PER_GROUP = 8  # As in V-MoE.
 ROUTERS: dict[str, type[Router]] = {
     "bias_balanced": BiasBalancedRouter,
     "expert_choice": ExpertChoiceRouter,
@@ -56,47 +56,47 @@ ROUTERS: dict[str, type[Router]] = {
 
 @keras.saving.register_keras_serializable("keras_vmoe")
 class MoEMLP(KeepsParts, keras.layers.Layer):
-    """A sparse mixture of MLPs, in the place of an MLP.
+    """A sparse mixture of MLPs that replaces an MLP.
 
     Tokens are the positions of the middle axes: patches of a ViT, pixels of a
-    feature map. `images_per_group` consecutive images are routed together; a
-    partial group, the last one of a batch or a batch smaller than a group,
-    behaves as if it were filled up with tokens that take no place. The result
-    never depends on the number of devices.
+    feature map. `images_per_group` consecutive images are routed together. A
+    partial group (the last one of a batch, or a batch smaller than a group)
+    behaves as if padded with tokens that take no capacity. The result never
+    depends on the number of devices.
 
-    Put it on a residual branch: a token that all its experts drop gets 0. Where
-    a token is NaN or infinite, so is what it gets; groups without one are not
-    touched. (With expert choice a bad token may be chosen by nobody and get 0:
+    Put it on a residual branch: a token that all its experts drop gets 0. The
+    output of a NaN or infinite token is NaN or infinite; groups without one are
+    unaffected. (With expert choice, a bad token that no expert chooses gets 0:
     the residual carries it.)
 
     Args:
         num_experts: E.
-        hidden_dim: F, hidden features of one expert. A bank of your own brings
-            its own sizes.
+        hidden_dim: F, hidden features of one expert. A custom bank has its own
+            sizes.
         router: A router, such as `layers.TopKRouter(num_experts, ...)`, or
-            the name of one with its default settings: `"top_k"`, also meant by
-            None, `"bias_balanced"`, `"expert_choice"` or `"soft"`. One router
-            may serve several layers of equal feature width, which then share
-            its weights.
+            the name of one with its default settings: `"top_k"` (or None),
+            `"bias_balanced"`, `"expert_choice"` or `"soft"`. One router may
+            serve several layers of equal feature width, which then share its
+            weights.
         experts: An expert bank: any layer from buffers `(G, E, C, D)` to the
-            same shape, whose weights of two or more axes begin with axis E.
-            None means `MLPExperts`. A bank that several layers are given is
-            shared. Dropless routing needs a bank with `takes_blocks = True`.
+            same shape, whose weights of two or more axes start with axis E.
+            None means `MLPExperts`. A bank given to several layers is shared.
+            Dropless routing needs a bank with `takes_blocks = True`.
         images_per_group: Images that are routed together; None means 8, and
-            `"batch"` the whole batch as one group. 1 makes images independent,
-            which a `SoftRouter` always does. The copies of an image that an
-            `EnsembleRouter` is given count as one.
+            `"batch"` makes the whole batch one group. 1 makes images
+            independent, as they always are with a `SoftRouter`. An
+            `EnsembleRouter` gets copies of an image; they count as one.
         **kwargs: Further arguments of `MLPExperts` for the default bank
             (`activation`, `dropout`, `kernel_initializer`, `bias_initializer`,
             `kernel_regularizer`, `bias_regularizer`, `kernel_constraint`,
             `bias_constraint`, `use_output_bias`, and the `seed` of its dropout;
-            the router has one of its own), and of `keras.layers.Layer`.
+            the router has its own), and of `keras.layers.Layer`.
 
     Call arguments:
         inputs: `(B, ..., D)` float tensor with at least one axis of tokens.
         mask: Optional `(B, ...)` bool tensor, False for tokens that take no
-            place in any expert and get 0. Keras passes it where a layer
-            before has made one. The capacity stays that of the whole group.
+            slot in any expert and get 0. Keras passes it if an earlier layer
+            made one. The capacity is still that of the whole group.
         training: Whether to route with noise, add the auxiliary losses and
             apply dropout.
 
@@ -104,10 +104,10 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
         Tensor of the shape of `inputs`.
 
     Raises:
-        ValueError: If the inputs have no axis of tokens or other features than
-            the layer was built with, if router and layer differ in their
-            number of experts, or if a replica of tf.distribute would train on
-            a part of a group.
+        ValueError: If the inputs have no axis of tokens, or not the features
+            that the layer was built for; if router and layer differ in their
+            number of experts; or if a replica of tf.distribute would train on
+            part of a group.
 
     Example:
 
@@ -117,8 +117,8 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
 
     Reference:
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 2.
-        Their groups are fixed to a number of tokens that must divide the
-        batch; ours take any batch.
+        Their groups have a fixed number of tokens that must divide the batch;
+        ours take any batch.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
             if hidden_dim is None:
                 raise ValueError(
                     "Experts need `hidden_dim`, their hidden features, or a "
-                    "bank of your own. Received: hidden_dim=None, experts=None."
+                    "custom bank. Received: hidden_dim=None, experts=None."
                 )
             dtype = self.dtype_policy
             experts = MLPExperts(
@@ -173,7 +173,7 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
 
     @property
     def hidden_dim(self) -> int | None:
-        """F of an expert; None where the bank does not say it."""
+        """F of an expert; None if the bank does not define it."""
         return getattr(self.experts, "hidden_dim", None)
 
     def build(self, input_shape: Shape) -> None:
@@ -192,12 +192,12 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
         if self.experts.built:
             check_built(self.experts, self.num_experts, features)
         else:
-            # Variables are found as the experts' by this part of their path.
+            # This part of their path marks variables as the experts'.
             is_named = self.experts.name == "experts"
             scope = contextlib.nullcontext if is_named else keras.name_scope
             with scope("experts"):
                 shape = (None, self.num_experts, None, features)
-                # A call, for banks that make weights in theirs.
+                # A call, for banks that create weights in `call`.
                 self.experts(keras.KerasTensor(shape, self.compute_dtype))
         check_weights(self.experts, self.num_experts)
         mark(self.router.weights, "gate")
@@ -205,7 +205,7 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
         self.restore_parts()
 
     def _group_size(self, input_shape):
-        """S of a full group, None where it is not known."""
+        """S of a full group; None if unknown."""
         sizes = (self._rows_per_group, *input_shape[1:-1])
         is_open = None in sizes or "batch" in sizes
         return None if is_open else math.prod(sizes)
@@ -225,12 +225,12 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
         plan = self._plan(groups, training)
         buffers = plan.dispatch(groups.tokens)  # (G, E, C, D)
         buffers = self._run(buffers, training)
-        # A bank that was passed in may have a dtype policy of its own.
+        # A custom bank may have its own dtype policy.
         tokens = ops.cast(plan.combine(buffers), inputs.dtype)
         return ungroup_tokens(tokens, ops.shape(inputs))
 
     def _run(self, buffers, training):
-        """The bank's outputs, of the shape of the buffers."""
+        """Returns the bank's outputs, in the shape of the buffers."""
         options = {"training": training} if self._takes_training else {}
         bank = functools.partial(self.experts, **options)
         if isinstance(buffers, Blocks):
@@ -238,10 +238,10 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
             if not getattr(self.experts, "takes_blocks", False):
                 raise ValueError(
                     f"The bank {self.experts.name!r} takes buffers (groups, "
-                    "experts, capacity, features), of which dropless routing "
-                    "has none. Received: capacity_factor='dropless'. Set "
-                    "capacity_factor=num_experts / num_selected_experts, with "
-                    "which nothing is dropped either."
+                    "experts, capacity, features), which dropless routing does "
+                    "not make. Received: capacity_factor='dropless'. Set "
+                    "capacity_factor=num_experts / num_selected_experts, which "
+                    "drops nothing either."
                 )
             return bank(buffers)
         outputs = _constraints.exchanged(bank, buffers)
@@ -249,26 +249,26 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
         return outputs
 
     def sharing(self, **changes: Any) -> Self:
-        """A new layer of the same settings and weights.
+        """Returns a new layer with the same settings and weights.
 
         Args:
             **changes: Constructor arguments that differ.
 
         Returns:
-            A layer, built; what has weights is this layer's own unless it is
-            among the changes.
+            A layer, built if this one is. It shares all sublayers of this one,
+            except those among the changes.
         """
         return share(self, **changes)
 
     def quantize(self, mode: str | None = None, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
-            f"A {type(self).__name__} is quantized by its parts, or with the "
-            f"model around it. Received: mode={mode!r}. Call "
+            f"Quantize the parts of a {type(self).__name__}, or the model "
+            f"around it. Received: mode={mode!r}. Call "
             f"`layer.experts.quantize({mode!r})`."
         )
 
     def plan(self, inputs: Tensor, mask: Tensor | None = None) -> Plan:
-        """The routing plan of a batch, as in evaluation.
+        """Returns the routing plan of a batch, as in evaluation.
 
         Args:
             inputs: `(B, ..., D)` float tensor.
@@ -292,10 +292,10 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
     def compute_output_spec(
         self, inputs: Tensor, mask: Tensor | None = None, training: bool = False
     ) -> keras.KerasTensor:
-        # Keras would trace `call` with a made-up batch, which fits no group.
+        # Keras would trace `call` with a placeholder batch that fits no group.
         self._check_features(inputs.shape)
         check_mask(mask, inputs.shape[:-1])
-        # The bank takes any number of groups and slots: these are made up.
+        # The bank takes any number of groups and slots: these are arbitrary.
         shape = (1, self.num_experts, 4, self.features)
         buffers = keras.KerasTensor(shape, dtype=self.compute_dtype)
         options = {"training": training} if self._takes_training else {}
@@ -335,7 +335,7 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
             **super().get_config(),
             "num_experts": self.num_experts,
             "hidden_dim": self.hidden_dim,
-            # Objects: Keras finds those that several layers share.
+            # Objects: Keras recognizes those that several layers share.
             "router": self.router,
             "experts": self.experts,
             "images_per_group": self.images_per_group,
@@ -350,7 +350,7 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
 
 
 def _new_name(layer_class):
-    """`moe_mlp`, then `moe_mlp_1`; Keras would make `mo_emlp` of it."""
+    """Returns `moe_mlp`, then `moe_mlp_1`; Keras would say `mo_emlp`."""
     words = layer_class.__name__.replace("MoEMLP", "MoeMlp")
     name = re.sub("(?<=[a-z])(?=[A-Z])", "_", words).lower()
     uid = keras.backend.get_uid(name)
@@ -366,7 +366,7 @@ def _group(router, images_per_group):
             raise ValueError(
                 "`images_per_group` must be an integer of at least 1, or "
                 f"'batch' for one group per batch. Received: "
-                f"{images_per_group=!r}. V-MoE has 8."
+                f"{images_per_group=!r}. V-MoE uses 8."
             )
         images_per_group = int(images_per_group)
     fixed = router.images_per_group
@@ -381,7 +381,7 @@ def _group(router, images_per_group):
 
 
 def _check_not_traced():
-    """Raises where PyTorch's tracer would record one batch for all."""
+    """Raises if PyTorch's tracer would fix the size of the batch."""
     if keras.backend.backend() != "torch":
         return
     import torch
@@ -396,7 +396,7 @@ def _check_not_traced():
 
 
 def _check_router(router, num_experts):
-    """Raises unless this is a router of as many experts."""
+    """Raises unless this is a router with `num_experts` experts."""
     if not isinstance(router, Router):
         raise ValueError(
             f"`router` must be a router, one of {sorted(ROUTERS)} or None. "

@@ -1,4 +1,4 @@
-"""The norm of both families."""
+"""Layer normalization, for every model family."""
 
 import functools
 from typing import Any
@@ -14,16 +14,16 @@ FIXED = {"axis": -1, "rms_scaling": False}
 
 @keras.saving.register_keras_serializable("keras_vmoe")
 class LayerNormalization(keras.layers.LayerNormalization):
-    """Keras's layer over the features, with a derivative of its own on JAX.
+    """Keras's layer over the features, with a custom derivative on JAX.
 
-    XLA's CPU compiler fuses the gradient that JAX finds with those of all
-    blocks above and computes them again in every block, so that a step takes
-    longer by the square of the depth. See docs/layer_normalization.md.
+    XLA's CPU compiler fuses the gradient that JAX derives with the gradients of
+    all blocks above and recomputes them in every block: the time of a step
+    grows with the square of the depth. See docs/layer_normalization.md.
 
     Args:
         epsilon: Added to the variance.
-        **kwargs: As of `keras.layers.LayerNormalization`, without an axis,
-            which is the last one, and `rms_scaling`.
+        **kwargs: As in `keras.layers.LayerNormalization`, except `axis`, which
+            is the last one, and `rms_scaling`.
 
     Reference:
         [Ba et al., 2016](https://arxiv.org/abs/1607.06450).
@@ -64,7 +64,7 @@ def _normalize():
 
     @normalize.defjvp
     def derivative(epsilon, primals, tangents):
-        # Symmetric, so that reverse mode, its transpose, is the same formula.
+        # Symmetric: reverse mode, its transpose, is the same formula.
         # Scaled first: scaled last, XLA fuses the transpose across blocks.
         y, rstd = standardize(*primals, epsilon)
         t = rstd * tangents[0]

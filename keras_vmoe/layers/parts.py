@@ -1,8 +1,8 @@
-"""The state of the layers inside a layer whose config holds none of them.
+"""The state of sublayers whose own configs are not saved.
 
 Keras keeps in a layer's own config whether it is trained, quantized or adapted
-by LoRA. A layer that makes its parts in `build`, and a model that is made by
-its arguments, keep it for them here.
+by LoRA. Here, a layer that makes its parts in `build`, or a model made from its
+arguments, keeps this state for its parts.
 """
 
 import gc
@@ -17,29 +17,29 @@ UNCALIBRATED = ("int8", "int4", "float8")
 
 
 def hand_down(layer):
-    """Freezes what a frozen layer has made in its `build`."""
+    """Freezes the parts that a frozen layer made in its `build`."""
     if not layer.trainable:
-        layer.trainable = True  # TensorFlow does not set a value that is set.
+        layer.trainable = True  # TensorFlow skips a value that is already set.
         layer.trainable = False
 
 
 class KeepsParts:
-    """Mixin of layers whose config has the state of their parts.
+    """Mixin of layers whose config holds the state of their parts.
 
-    One that makes parts in `build` ends it with `set_up_parts`. One that makes
-    or takes them in `__init__` ends that with `hand_down`, and `build` with
-    `restore_parts`: what is thawed in between stays so.
+    A layer that makes parts in `build` ends it with `set_up_parts`. One that
+    makes or takes them in `__init__` ends that with `hand_down`, and `build`
+    with `restore_parts`: parts thawed in between stay thawed.
     """
 
-    parts_to_set = None  # Until they are made.
+    parts_to_set = None  # States that wait until the parts are made.
 
     def set_up_parts(self) -> None:
-        """Freezes, quantizes and adapts the parts as they were."""
+        """Freezes, quantizes and adapts the parts as before."""
         hand_down(self)
         self.restore_parts()
 
     def restore_parts(self) -> None:
-        """The same, of parts that `__init__` has frozen."""
+        """Does the same for parts that `__init__` has frozen."""
         set_state_of_parts(self, self.parts_to_set or {})
         self.parts_to_set = None
 
@@ -59,13 +59,13 @@ class KeepsParts:
 
 
 def state_of_parts(layer):
-    """What of the layers inside differs from what their maker has made.
+    """Returns how the layers inside differ from their state when made.
 
     Args:
         layer: A layer or model.
 
     Returns:
-        Dict from paths, of names, to states: `{"block_1_moe/router":
+        Dict from paths (of names) to states: `{"block_1_moe/router":
         {"trainable": False}, "head": {"quantized": "int8"}}`.
     """
     states = {
@@ -75,7 +75,7 @@ def state_of_parts(layer):
 
 
 def set_state_of_parts(layer, found):
-    """Sets what `state_of_parts` has found, as far as there are such parts."""
+    """Restores the states that `state_of_parts` found, for existing parts."""
     parts = thaw(layer, found)
     alike = {}
     for part, state in parts:
@@ -84,14 +84,14 @@ def set_state_of_parts(layer, found):
             alike.setdefault(str(config), (config, []))[1].append(part)
     for config, same in alike.values():
         _quantize(layer, same, keras.saving.deserialize_keras_object(config))
-    # Last: LoRA freezes a kernel, which `trainable` would set again.
+    # Last: LoRA freezes a kernel, and `trainable` would thaw it.
     for part, state in parts:
         if "lora" in state and part.lora_rank is None:
             part.enable_lora(*state["lora"])
 
 
 def thaw(layer, found):
-    """Sets which parts are trained, and returns those found with states."""
+    """Sets which parts are trained; returns the parts found, with states."""
     parts = [
         (part, found[path]) for path, part, _ in _paths(layer) if path in found
     ]
@@ -101,7 +101,7 @@ def thaw(layer, found):
 
 
 def _paths(layer, start=""):
-    """Path, part and owner of all layers inside, outer ones first."""
+    """Yields path, part and owner of all layers inside, outer ones first."""
     for part in parts_of(layer):
         path = f"{start}{part.name}"
         yield path, part, layer
@@ -116,7 +116,7 @@ def _state_of(part, owner):
     if mode is not None:
         if mode not in UNCALIBRATED:
             raise ValueError(
-                "Inside of a layer or model of keras_vmoe, layers are saved "
+                "Inside a layer or model of keras_vmoe, layers are saved "
                 f"quantized to one of {UNCALIBRATED}. Received: {part.path!r}, "
                 f"quantized to {mode!r}. Use one of these."
             )
@@ -128,16 +128,16 @@ def _state_of(part, owner):
 
 
 def _quantize(layer, parts, config):
-    """Quantizes parts of a layer, all by one config, or a mode."""
+    """Quantizes parts of a layer, all with the same config or mode."""
     mode = config if isinstance(config, str) else config.mode
-    # Checked when they were quantized first.
+    # Types were checked when the parts were first quantized.
     options = {"config": config, "type_check": False}
-    # Keras collects garbage for each kernel that it replaces, 0.2 s each time
-    # if that means a look at all that there is.
+    # Keras collects garbage for each kernel that it replaces, which takes 0.2 s
+    # each time if all objects are examined.
     gc.freeze()
     try:
         if isinstance(layer, keras.Model):
-            # PyTorch then forgets the parameters of before in all layers.
+            # PyTorch then forgets the old parameters in all layers.
             chosen = {id(part) for part in parts}
             options["filters"] = lambda x: id(x) in chosen
             layer.quantize(mode, **options)

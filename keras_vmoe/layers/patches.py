@@ -28,8 +28,8 @@ class PatchEmbedding(KeepsParts, keras.layers.Layer):
         by row.
 
     Raises:
-        ValueError: If a size is below 1, or if the image is not made of whole
-            patches.
+        ValueError: If a size is below 1, or if the image does not divide into
+            whole patches.
 
     Example:
 
@@ -73,7 +73,7 @@ class PatchEmbedding(KeepsParts, keras.layers.Layer):
         return (input_shape[0], height * width, self.hidden_dim)
 
     def _grid(self, shape):
-        """Rows and columns; a side that is not known is that of `build`."""
+        """Rows and columns; an unknown side is taken from `build`."""
         known = self.image_size if self.built else shape[1:3]
         sides = [
             own if side is None else side
@@ -90,10 +90,10 @@ class PatchEmbedding(KeepsParts, keras.layers.Layer):
 
 
 def patch_conv(features, patch_size, **kwargs):
-    """A convolution whose patches do not overlap.
+    """Returns a convolution whose patches do not overlap.
 
     Args:
-        features: Features of a position of the result.
+        features: Features of each output position.
         patch_size: Side of a patch.
         **kwargs: Further arguments of `keras.layers.Conv2D`.
 
@@ -111,7 +111,7 @@ def patch_conv(features, patch_size, **kwargs):
 
 
 def patch_grid(image_size, patch_size):
-    """Rows and columns of patches in an image.
+    """Returns the rows and columns of patches in an image.
 
     Args:
         image_size: `(height, width)` in pixels.
@@ -127,8 +127,8 @@ def patch_grid(image_size, patch_size):
     height, width = image_size
     if None in image_size:
         raise ValueError(
-            "The number of patches follows from the size of the images, which "
-            f"must be known. Received: image_size={(height, width)}. Name it: "
+            "The number of patches depends on the size of the images, which "
+            f"must be known. Received: image_size={(height, width)}. Set it: "
             "`keras.Input((height, width, channels))`."
         )
     if patch_size < 1 or height % patch_size or width % patch_size:
@@ -173,15 +173,15 @@ class ClassToken(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("keras_vmoe")
 class RegisterTokens(keras.layers.Layer):
-    """Inserts learned tokens behind the class token, for a model to work with.
+    """Inserts learned tokens after the class token, as scratch space.
 
     They are not part of any result.
 
     Args:
-        num_registers: Number of them.
+        num_registers: Number of registers.
 
     Call arguments:
-        tokens: `(B, N, D)` float tensor, the first of which are class tokens.
+        tokens: `(B, N, D)` float tensor; each image's first is a class token.
 
     Returns:
         `(B, N + num_registers, D)` tensor.

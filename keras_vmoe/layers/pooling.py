@@ -44,7 +44,7 @@ class AttentionPooling(KeepsParts, keras.layers.Layer):
     """A learned probe attends to the tokens, followed by a residual MLP.
 
     `x = attention(probe, tokens)`, then `x + MLP(LayerNorm(x))`. The reference
-    program calls it `MapHead`.
+    code calls it `MapHead`.
 
     Args:
         num_heads: Heads; must divide D.

@@ -21,9 +21,9 @@ class LearnedPositions(keras.layers.Layer):
     """Adds a learned embedding to every token, the class token included.
 
     Args:
-        grid: `(rows, columns)` of the patches, which files keep beside the
-            embedding: as many patches of other rows are other positions. None
-            for tokens that are no grid.
+        grid: `(rows, columns)` of the patches, which files store with the
+            embedding: the same number of patches in another grid has other
+            positions. None for tokens that form no grid.
 
     Call arguments:
         tokens: `(B, N, D)` float tensor.
@@ -75,9 +75,9 @@ class LearnedPositions(keras.layers.Layer):
         grid = tuple(map(int, found.pop("grid", self.grid or ())))
         theirs = tuple(found["0"].shape) if "0" in found else shape
         if theirs != shape or grid not in ((), self.grid):
-            # Keras would print all of the array, or take it as it is.
+            # Keras would print the whole array, or load it unresized.
             raise ValueError(
-                "Learned positions must be those of the model's image size. "
+                "Learned positions must match the model's image size. "
                 f"Received: an embedding of shape {theirs} and grid "
                 f"{grid or 'unknown'} for {shape} and {self.grid}. "
                 "Load the file with keras_vmoe.checkpoints.load(model, path), "
@@ -114,7 +114,7 @@ class SinCos2DPositions(keras.layers.Layer):
         `(B, N, D)` tensor.
 
     Raises:
-        ValueError: If D is not a multiple of 4 of at least 8, or if N does not
+        ValueError: If D is not a multiple of 4 or is below 8, or if N does not
             fit the grid.
 
     Example:
@@ -155,11 +155,11 @@ class SinCos2DPositions(keras.layers.Layer):
 
 
 def sincos2d(rows, columns, features):
-    """The table of `SinCos2DPositions`.
+    """Returns the table of `SinCos2DPositions`.
 
     Args:
         rows, columns: Size of the grid.
-        features: D, a multiple of 4 of at least 8.
+        features: D, a multiple of 4, at least 8.
 
     Returns:
         `(rows * columns, D)` float32 numpy array, row by row.
@@ -169,7 +169,7 @@ def sincos2d(rows, columns, features):
     """
     if features % 4 or features < 8:
         raise ValueError(
-            "`sincos2d` positions need `hidden_dim` to be a multiple of 4 of "
+            "`sincos2d` positions need `hidden_dim` to be a multiple of 4, "
             f"at least 8. Received: hidden_dim={features}."
         )
     quarter = features // 4
@@ -190,19 +190,19 @@ def resize_positions(
 
     Args:
         embedding: `(1, P + rows * columns, D)` array: P tokens before the
-            patches, then these row by row.
+            patches, then the patches row by row.
         grid: `(rows, columns)` of the patches, or an integer for a square.
-        new_grid: That of the result.
-        num_extra: P. None takes what the grid leaves, at most a class token:
-            more would rather be patches of another grid.
-        interpolation: `"bilinear"`, with fixed corners, as V-MoE and ViT do, or
-            `"bicubic"` with antialiasing, as timm does.
+        new_grid: The grid of the result.
+        num_extra: P. None means all tokens beyond the grid, at most a class
+            token: more are more likely patches of another grid.
+        interpolation: `"bilinear"` with fixed corners, as in V-MoE and ViT, or
+            `"bicubic"` with antialiasing, as in timm.
 
     Returns:
         Array `(1, P + new rows * new columns, D)`.
 
     Raises:
-        ValueError: If the embeddings are not those of P tokens and the patches.
+        ValueError: If `embedding` does not hold P tokens and the patches.
 
     Example:
 
@@ -223,7 +223,7 @@ def resize_positions(
             "`embedding` must have the shape (1, tokens, features), with one "
             f"token per patch and {' or '.join(map(str, extra))} before. "
             f"Received: shape {shape} for a grid of {rows} x {columns} patches."
-            " Give the grid that it was made for; `num_extra` with registers."
+            " Give the grid that it was made for; registers need `num_extra`."
         )
     if grid == new_grid:
         return embedding
@@ -236,7 +236,7 @@ def resize_positions(
 
 
 def pair(name, grid):
-    """`(rows, columns)` of the patches, of a pair or an integer."""
+    """Returns `(rows, columns)` of the patches from a pair or an integer."""
     pair = (grid, grid) if is_integer(grid) else grid
     good = isinstance(pair, (tuple, list)) and len(pair) == 2
     if not good or not all(is_integer(x) and x > 0 for x in pair):
@@ -248,15 +248,15 @@ def pair(name, grid):
 
 
 def _hats(old, new):
-    """The weights of linear interpolation, `(new, old)`."""
+    """Returns the weights of linear interpolation, `(new, old)`."""
     points = np.linspace(0, old - 1, new)[:, None]
     return np.maximum(0, 1 - np.abs(points - np.arange(old)))
 
 
 def _cubics(old, new):
-    """The weights of cubic interpolation with antialiasing, `(new, old)`.
+    """Returns the weights of antialiased cubic interpolation, `(new, old)`.
 
-    Keys's kernel with a = -1/2, widened where the grid becomes smaller.
+    Keys's kernel with a = -1/2, widened if the grid shrinks.
     """
     scale = old / new
     centers = (np.arange(new)[:, None] + 0.5) * scale - 0.5
@@ -268,7 +268,7 @@ def _cubics(old, new):
 
 
 def zoom(image, size, weights=_hats):
-    """Zoom of `(rows, columns, features)`, bilinear with fixed corners.
+    """Zooms `(rows, columns, features)`, bilinear with fixed corners.
 
     Example:
 
@@ -279,7 +279,7 @@ def zoom(image, size, weights=_hats):
 
     Reference:
         [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929), section
-        3.2; the authors' program calls `scipy.ndimage.zoom` of order 1.
+        3.2; the authors' code calls `scipy.ndimage.zoom` with order 1.
     """
     rows, columns = map(weights, image.shape[:2], size)
     zoomed = np.einsum("ir,jc,rcd->ijd", rows, columns, image)

@@ -1,4 +1,4 @@
-"""float32 where it decides which expert a token goes to."""
+"""float32 for the computations that decide a token's experts."""
 
 import contextlib
 import functools
@@ -7,10 +7,10 @@ import keras
 
 
 def in_float32(call):
-    """Leaves a layer's `call` out of `torch.autocast`.
+    """Excludes a layer's `call` from `torch.autocast`.
 
-    Casting its inputs to float32 does not do it: products of float32 tensors
-    are bfloat16 there.
+    Casting its inputs to float32 is not enough: under autocast, products of
+    float32 tensors are bfloat16.
     """
 
     @functools.wraps(call)

@@ -1,4 +1,4 @@
-"""Routers: gate, noise, selection, auxiliary losses: from tokens to plans."""
+"""Routers, from tokens to plans: gate, noise, selection, auxiliary losses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,10 +30,10 @@ from keras_vmoe.routing.plans import Plan
 
 
 class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
-    """What all routers share: logits with noise, losses, statistics.
+    """Base of all routers: logits with noise, losses, statistics.
 
-    A subclass defines `make_plan` and lists its losses in `auxiliary_losses`.
-    It maps tokens `(G, S, D)` to a `routing.Plan`.
+    A router maps tokens `(G, S, D)` to a `routing.Plan`. A subclass defines
+    `make_plan` and lists its losses in `auxiliary_losses`.
 
     Args:
         num_experts: E.
@@ -43,9 +43,9 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
         seed: Optional integer seed of the noise.
     """
 
-    # Images of a group, where the router's mathematics fixes them.
+    # Images per group, if the router's mathematics fixes them.
     images_per_group: int | None = None
-    # Copies of an image that follow each other in a batch, as of an ensemble.
+    # Consecutive copies of each image in a batch, as in an ensemble.
     copies = 1
 
     def __init__(
@@ -76,7 +76,7 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
     @property
     def variables(self) -> list[keras.Variable]:
         # Carried through compiled steps like the state of a seed, but neither
-        # a weight nor saved: a paper's parameter count has no place for it.
+        # a weight nor saved: it does not belong in a parameter count.
         return [*super().variables, self.statistics.state]
 
     def build(self, input_shape: Shape) -> None:
@@ -84,11 +84,11 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
             raise ValueError(
                 "A router takes tokens of shape (groups, tokens per group, "
                 f"features). Received: input_shape={tuple(input_shape)}. "
-                "`MoEMLP` makes groups of a batch."
+                "`MoEMLP` splits a batch into groups."
             )
         self.features = input_shape[-1]
-        # For any number of groups and tokens, but a `SoftGate`'s. A call makes
-        # weights that a gate without a `build` makes in it.
+        # For any number of groups and tokens, except for a `SoftGate`. A call,
+        # for gates without a `build` that create weights in `call`.
         shape = input_shape
         if self.images_per_group is None:
             shape = (None, None, self.features)
@@ -110,12 +110,12 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
             raise ValueError(
                 f"The gate must give one logit for each of {self.num_experts} "
                 f"experts. Received: logits of shape {tuple(shape)}. "
-                "Make a gate layer with as many outputs as experts."
+                "Make a gate layer with one output per expert."
             )
         self.restore_parts()
 
     def check_features(self, features: int) -> None:
-        """Raises if the router was built for layers of another width."""
+        """Raises if the router was built for another feature width."""
         if self.features != features:
             raise ValueError(
                 "One router serves layers of one feature width. Received: "
@@ -124,11 +124,11 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
             )
 
     def sharing(self, **changes: Any) -> Self:
-        """A new router of the same weights and settings, but for `changes`."""
+        """Returns a router with the same weights; `changes` set arguments."""
         new = share(self, gate=self.gate_layer, **changes)
         if not isinstance(self.gate, keras.layers.Layer):
-            del new.gate  # PyTorch puts no name in a layer's place.
-            new.gate = self.gate  # Files hold the layer of a name elsewhere.
+            del new.gate  # PyTorch cannot replace a layer with a string.
+            new.gate = self.gate  # Files store a named gate's layer elsewhere.
         return new
 
     @in_float32
@@ -140,7 +140,7 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
         images_per_group: int | Tensor = 1,
         training: bool = False,
     ) -> Plan:
-        # A gate of the user's own may work in lower precision.
+        # A custom gate may work in lower precision.
         logits = ops.cast(self.gate_layer(tokens), "float32")  # (G, S, E)
         logits = self.restrict(logits, images_per_group)
         noisy_logits = self._add_noise(logits) if training else logits
@@ -160,7 +160,7 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
     def restrict(
         self, logits: Tensor, images_per_group: int | Tensor
     ) -> Tensor:
-        """The logits of the experts that a token may go to; all of them."""
+        """Restricts the logits to a token's allowed experts; here, to all."""
         return logits
 
     @property
@@ -176,7 +176,7 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
         Args:
             logits: `(G, S, E)` float32 tensor, with noise in training.
             mask: `(G, S)` bool tensor or None.
-            group_size: Tokens of a full group; sets the capacity.
+            group_size: Tokens in a full group; sets the capacity.
 
         Returns:
             A `routing.Plan`.
@@ -188,25 +188,25 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
     def auxiliary_losses(
         self, logits: Tensor, noisy_logits: Tensor, mask: Tensor | None
     ) -> list[Tensor]:
-        """The weighted auxiliary losses, a list of `(G,)` tensors."""
+        """Returns the weighted auxiliary losses, a list of `(G,)` tensors."""
         return []
 
     def expert_gates(self, logits: Tensor) -> Tensor:
-        """What each token gives to each expert, `(G, S, E)`, sum 1 over E."""
+        """Returns the tokens' gates, `(G, S, E)`, which sum to 1 over E."""
         return softmax(logits)
 
     def after_step(self, plan: Plan) -> None:
-        """What a router does with the plan of a training step; nothing."""
+        """Updates the router from a training step's plan; does nothing here."""
 
     def rematerialized_call(
         self, layer_call: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Callable[..., Any]:
-        # Under `keras.RematScope` the layer around is rematerialized; a router
-        # of its own could not be, because a plan is not a tensor.
+        # `keras.RematScope` rematerializes the layer around. A router alone
+        # cannot be rematerialized, because a plan is not a tensor.
         return layer_call
 
     def compute_mask(self, inputs: Any, previous_mask: Tensor | None) -> None:
-        return None  # Used up: the plan gives masked tokens no place.
+        return None  # Used up: the plan gives masked tokens no slot.
 
     def _add_noise(self, logits):
         if not self.noise_std:
@@ -230,7 +230,7 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
             **super().get_config(),
             "num_experts": self.num_experts,
             "noise_std": self.noise_std,
-            "gate": self.gate,  # An object: Keras finds one that is shared.
+            "gate": self.gate,  # An object: Keras recognizes a shared one.
             "seed": self.seed,
         }
 
@@ -240,10 +240,10 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
 
 
 def share(layer, **changes):
-    """A new layer of the same settings around the same sublayers.
+    """Returns a new layer with the same settings and the same sublayers.
 
     Args:
-        layer: A layer whose sublayers go in through its constructor.
+        layer: A layer whose constructor takes its sublayers.
         **changes: Constructor arguments that differ.
     """
     config = layer.get_config()
@@ -255,7 +255,7 @@ def share(layer, **changes):
         if isinstance(part, keras.layers.Layer)
     }
     new = type(layer)(**{**config, **parts, **changes})
-    thaw(new, found)  # The constructor of a frozen one has frozen them all.
+    thaw(new, found)  # The constructor of a frozen layer froze all parts.
     if layer.built:
         new.build(layer.get_build_config()["input_shape"])
         replaced = [parts[name] for name in parts.keys() & changes.keys()]
@@ -264,20 +264,20 @@ def share(layer, **changes):
 
 
 def _check_all_shared(layer, holders):
-    """Raises if some weight of a layer is held by none of the others."""
+    """Raises if some weight of a layer is not held by any of the holders."""
     held = {id(weight) for other in holders for weight in other.weights}
     alone = [w.path for w in layer.weights if id(w) not in held]
     if alone:
         raise ValueError(
-            "A new layer shares the weights of sublayers that are arguments of "
-            f"its constructor. Received: {layer.name!r}, a "
+            "A new layer only shares weights of sublayers that its constructor "
+            f"takes. Received: {layer.name!r}, a "
             f"{type(layer).__name__} with the weights {alone} elsewhere. Hold "
-            "them in such a sublayer, as a router does with its gate."
+            "them in such a sublayer, as a router holds its gate."
         )
 
 
 def with_layers(config, *names):
-    """A config with new layers of these names: a config is never shared."""
+    """Returns a config with new layers for these names, shared with none."""
     made = {}
     for name in names:
         part = config.get(name)
@@ -289,8 +289,8 @@ def with_layers(config, *names):
 
 
 def _keep_gate(*args, **kwargs):
-    """In the place of a gate's `quantize`."""
-    # Of a NotImplementedError `Model.quantize` would warn, for each gate.
+    """Replaces the `quantize` of a gate."""
+    # On a NotImplementedError `Model.quantize` would warn for each gate.
     raise AttributeError(
         "Gates are not quantized: they decide which expert a token goes to."
     )
@@ -305,7 +305,7 @@ def _mean(values):
 def slots_per_expert(
     group_size, num_tokens, num_experts, num_selected, capacity_factor
 ):
-    """C, of a full group, but no more than there are tokens."""
+    """Returns C for a full group, but at most the number of tokens."""
     capacity = routing.capacity(
         group_size, num_experts, num_selected, capacity_factor
     )
@@ -314,7 +314,7 @@ def slots_per_expert(
     return capacity
 
 
-# Whose setting it is, for those who give it to another router.
+# The router that each setting belongs to, for error messages.
 OWNERS = {
     "batch_priority": "TopKRouter",
     "gate": "TopKRouter or an ExpertChoiceRouter",

@@ -1,4 +1,4 @@
-"""The MoE layer with one more expert, which sees every token."""
+"""The MoE layer with an additional expert that sees every token."""
 
 from typing import Any
 from typing import Self
@@ -20,17 +20,17 @@ from keras_vmoe.layers.routers import with_layers
 
 @keras.saving.register_keras_serializable("keras_vmoe")
 class SharedExpertMoEMLP(MoEMLP):
-    """A mixture of MLPs, and one more MLP that sees every token.
+    """A mixture of MLPs, plus one MLP that sees every token.
 
-    The shared expert's output is added to that of the mixture, with weight 1,
-    masked tokens included. It takes over what all tokens need, so that the
-    others can specialize; a token that is dropped still passes through it.
+    The shared expert's output is added to the mixture's, with weight 1, masked
+    tokens included. It learns what all tokens need, and the others can
+    specialize. A dropped token still passes through it.
 
     Args:
         num_experts: E, without the shared expert.
         hidden_dim: F, hidden features of one routed expert.
-        shared_hidden_dim: Hidden features of the shared expert, unless it is
-            given.
+        shared_hidden_dim: Hidden features of the shared expert, unless
+            `shared_expert` is given.
         shared_expert: An `MLP` to use as the shared expert; None makes one
             with the settings of the default bank.
         **kwargs: Further arguments of `MoEMLP`.
@@ -78,7 +78,7 @@ class SharedExpertMoEMLP(MoEMLP):
             )
         if shared_hidden_dim not in (None, shared_expert.hidden_dim):
             raise ValueError(
-                "A shared expert brings its own `hidden_dim`. Received: "
+                "A shared expert has its own `hidden_dim`. Received: "
                 f"shared_hidden_dim={shared_hidden_dim} together with a "
                 f"shared_expert of {shared_expert.hidden_dim}. Leave it out."
             )
@@ -87,7 +87,7 @@ class SharedExpertMoEMLP(MoEMLP):
         hand_down(self)
 
     def build(self, input_shape: Shape) -> None:
-        # First: what was frozen in it is frozen again in the end.
+        # First: the end of `build` freezes its frozen parts again.
         if not self.shared_expert.built:
             self.shared_expert.build(input_shape)
         super().build(input_shape)

@@ -24,14 +24,14 @@ from keras_vmoe.routing.plans import Plan
 class SoftGate(keras.layers.Layer):
     """Similarity of tokens and slots, for Soft MoE.
 
-    `scale * cos(x, mu)` of unit-norm tokens and slot parameters, P slots for
-    each expert.
+    `scale * cos(x, mu)` of unit-norm tokens and slot parameters, P slots per
+    expert.
 
     Args:
         num_experts: E.
         num_slots: P; None means `round(S * capacity_factor / E)` for the S
             tokens of an image.
-        capacity_factor: Slots relative to tokens, where `num_slots` is None.
+        capacity_factor: Slots relative to tokens, if `num_slots` is None.
 
     Call arguments:
         tokens: `(G, S, D)` float tensor; a group is one image.
@@ -40,8 +40,8 @@ class SoftGate(keras.layers.Layer):
         `(G, S, E, P)` float32 logits.
 
     Raises:
-        ValueError: If the number of slots comes out at 0, or if it follows
-            from a number of tokens that is not known.
+        ValueError: If the number of slots is 0, or if it depends on an unknown
+            number of tokens.
 
     Example:
 
@@ -75,7 +75,7 @@ class SoftGate(keras.layers.Layer):
         self.mu = self.add_weight(
             name="mu",
             shape=(features, self.num_experts, self._slots(num_tokens)),
-            # Of the fan-in D, as if each slot were alone.
+            # With fan-in D, as if each slot were alone.
             initializer=keras.initializers.VarianceScaling(
                 mode="fan_in",
                 distribution="truncated_normal",
@@ -98,7 +98,7 @@ class SoftGate(keras.layers.Layer):
             return self.num_slots
         if num_tokens is None:
             raise ValueError(
-                "The number of slots follows from the number of tokens of an "
+                "The number of slots depends on the number of tokens in an "
                 "image, which must be known. Received: num_slots=None and "
                 "tokens of unknown number. Set `num_slots`."
             )
@@ -109,7 +109,7 @@ class SoftGate(keras.layers.Layer):
                 f"num_experts={self.num_experts}, capacity_factor="
                 f"{self.capacity_factor} and {num_tokens} tokens per image, "
                 "which gives 0 slots. Set `num_slots`, raise the capacity "
-                "factor or take fewer experts."
+                "factor or use fewer experts."
             )
         return slots
 
@@ -140,19 +140,19 @@ class SoftGate(keras.layers.Layer):
 class SoftRouter(Router):
     """Soft MoE: each expert has P slots, convex mixtures of an image's tokens.
 
-    Nothing is dropped and the load needs no balancing. One image is one group:
-    `MoEMLP` routes each image alone with this router.
+    No token is dropped and the load needs no balancing. Each image is a group
+    of its own: with this router, `MoEMLP` routes every image alone.
 
     Args:
         num_experts: E, at least 1.
         num_slots: P, slots per expert. None means `round(N * capacity_factor /
-            E)` for the N tokens of an image, which then must be known.
-        capacity_factor: Slots relative to tokens, where `num_slots` is None.
+            E)` for the N tokens of an image; N must then be known.
+        capacity_factor: Slots relative to tokens, if `num_slots` is None.
         noise_std: Standard deviation of the logits' noise in training, in
             units of `1 / E`.
         seed: Optional integer seed of the noise.
-        gate: A `SoftGate`; None makes one. Routers that are given the same
-            one share it.
+        gate: A `SoftGate`; None makes one. Routers given the same gate share
+            it.
 
     Call arguments:
         tokens: `(G, S, D)` float tensor; a group is one image.
@@ -160,11 +160,11 @@ class SoftRouter(Router):
         training: Whether to add noise.
 
     Returns:
-        A `routing.Plan`, of `routing.soft_plan`.
+        A `routing.Plan` from `routing.soft_plan`.
 
     Raises:
-        ValueError: If the number of slots comes out at 0 or is unknown,
-            `noise_std` is negative, or a setting of another router is given.
+        ValueError: If the number of slots is 0 or unknown, `noise_std` is
+            negative, or a setting of another router is given.
 
     Example:
 
@@ -192,8 +192,8 @@ class SoftRouter(Router):
         check_settings(type(self).__name__, kwargs)
         if num_slots is not None and capacity_factor != 1.0:
             raise ValueError(
-                "The number of slots is given or follows from the capacity "
-                f"factor. Received: num_slots={num_slots} together with "
+                "Either `num_slots` or the capacity factor sets the number of "
+                f"slots. Received: num_slots={num_slots} together with "
                 f"capacity_factor={capacity_factor}. Leave one of them out."
             )
         if gate is None:

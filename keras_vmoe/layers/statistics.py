@@ -27,8 +27,8 @@ class RoutingStatistics:
 
     def __init__(self, num_experts):
         self.num_experts = num_experts
-        # Steps, the scalars, the load share of each expert. With several
-        # replicas each keeps its own, read as their mean.
+        # Steps, the scalars, the load share of each expert. Each replica keeps
+        # its own; reading gives their mean.
         self.state = keras.Variable(
             "zeros",
             shape=(1 + len(SCALARS) + num_experts,),
@@ -74,8 +74,8 @@ class RoutingStatistics:
         """The means, on the host.
 
         Returns:
-            A dict with the `SCALARS` as floats, and `load_share`, a numpy array
-            `(E,)`; None if no step was taken.
+            A dict with the `SCALARS` as floats and `load_share`, an `(E,)`
+            numpy array; None before the first step.
         """
         state = ops.convert_to_numpy(self.state.value)
         if state[0] == 0:
@@ -91,7 +91,7 @@ def gate_entropy(gates, mask=None):
     """Mean entropy of the tokens' gates, a scalar in nats, in `[0, log E]`.
 
     Args:
-        gates: `(G, S, E)` float tensor, each token's sum 1.
+        gates: `(G, S, E)` float tensor, sum 1 over E.
         mask: Optional `(G, S)` bool tensor, False for tokens to ignore.
     """
     entropy = -ops.sum(gates * ops.log(ops.maximum(gates, 1e-30)), axis=-1)
@@ -108,7 +108,7 @@ def experts_per_image(plan, mask, images_per_group):
     Args:
         plan: A routing plan of `(G, S)` tokens.
         mask: `(G, S)` bool tensor or None.
-        images_per_group: Images of a group.
+        images_per_group: Images per group.
     """
     used = ops.cast(plan.experts_of_images(images_per_group), "float32")
     share = ops.mean(used, axis=-1)  # (G, images)

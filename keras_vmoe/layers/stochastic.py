@@ -1,4 +1,4 @@
-"""Layers that act on a residual branch, and seeds that are saved."""
+"""Layers for residual branches, and random seeds that are saved."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ from keras_vmoe._typing import Tensor
 from keras_vmoe.distribution import _replicas
 
 SEED_KEY = "seed_state_0"
-REPLICA_STEP = 0x9E3779B9  # Far between the seeds of two replicas.
+REPLICA_STEP = 0x9E3779B9  # Keeps the seeds of two replicas far apart.
 
 
 class SeedGenerator(keras.random.SeedGenerator):
     """Seeds that differ between the replicas of tf.distribute.
 
-    The replicas share the generator's state. Under Keras's own distributions
-    noise is drawn for the whole batch, and nothing has to differ.
+    The replicas share the generator's state. Keras's own distributions draw
+    noise for the whole batch, and no seeds need to differ.
     """
 
     def next(self, ordered: bool = True) -> Tensor:
@@ -37,9 +37,9 @@ class SeedGenerator(keras.random.SeedGenerator):
 class SavesSeedState:
     """Mixin: `.keras` and weights files keep the state of `seed_generator`.
 
-    Keras saves a model without it, so that a resumed run would draw the noise
-    of the first epoch again. Files without the state load as well: the seeds
-    then stay as they are.
+    Keras saves models without it: a resumed run would repeat the noise of the
+    first epoch. Files without the state also load and leave the seeds
+    unchanged.
     """
 
     seed_generator: keras.random.SeedGenerator | None = None
@@ -57,7 +57,7 @@ class SavesSeedState:
 
 
 def drop(x, rate, seed_generator, noise_shape=None):
-    """`keras.random.dropout`, and nothing at a rate of 0."""
+    """Applies `keras.random.dropout`, or nothing at a rate of 0."""
     if rate == 0:
         return x
     # Without a noise shape Keras on PyTorch ignores the layer's seed.
@@ -69,11 +69,11 @@ def drop(x, rate, seed_generator, noise_shape=None):
 class SeededDropout(SavesSeedState, keras.layers.Layer):
     """`keras.layers.Dropout` whose seed state is saved with the model.
 
-    Keras's own layer makes a generator that no file holds, and that replicas
-    share; a second one beside it would be a variable too many.
+    Keras's own layer makes a generator that no file stores and that replicas
+    share. A second generator next to it would add an extra variable.
 
     Args:
-        rate: Share of the values that are set to 0 in training, in `[0, 1]`.
+        rate: Share of the values set to 0 in training, in `[0, 1]`.
         noise_shape: Optional shape that the noise is broadcast from.
         seed: Optional integer seed.
 
@@ -97,7 +97,7 @@ class SeededDropout(SavesSeedState, keras.layers.Layer):
         self.noise_shape = plain(noise_shape)
         self.seed = plain(seed)
         self.supports_masking = True
-        self.built = True  # As Keras's: it may be asked to be quantized.
+        self.built = True  # As in Keras's: `quantize` may be called on it.
         if rate > 0:
             self.seed_generator = SeedGenerator(self.seed)
 
@@ -121,8 +121,8 @@ class SeededDropout(SavesSeedState, keras.layers.Layer):
 class DropPath(SavesSeedState, keras.layers.Layer):
     """Drops a residual branch for a random subset of the images.
 
-    In training each image's branch is set to 0 with probability `rate`, and
-    the others are divided by `1 - rate`.
+    In training, each image's branch is set to 0 with probability `rate`; the
+    other branches are divided by `1 - rate`.
 
     Args:
         rate: Probability of dropping a branch, in `[0, 1)`.

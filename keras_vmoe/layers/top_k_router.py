@@ -1,4 +1,4 @@
-"""Token choice: TopKRouter, and its variant that balances without a loss."""
+"""Token choice: TopKRouter, and its variant that balances without losses."""
 
 from typing import Any
 from typing import Literal
@@ -24,64 +24,64 @@ from keras_vmoe.routing._groups import check_selection
 from keras_vmoe.routing._selection import softmax
 from keras_vmoe.routing.plans import Plan
 
-CAPACITY_FACTOR = 1.05  # Of V-MoE.
+CAPACITY_FACTOR = 1.05  # As in V-MoE.
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
 class TopKRouter(Router):
-    """Token choice: every token goes to its K best experts, room permitting.
+    """Token choice: each token goes to its K best experts, room permitting.
 
-    The gates are `softmax(logits + noise)` in float32; noise
-    `N(0, (noise_std / E)²)` is there in training only. Combine weights are the
-    selected gates, as they are unless `renormalize`. What finds its expert full
-    is dropped.
+    The gates are `softmax(logits + noise)` in float32; the noise,
+    `N(0, (noise_std / E)²)`, is added in training only. Combine weights are the
+    selected gates, unchanged unless `renormalize`. A choice whose expert is
+    full is dropped.
 
-    Names against the paper: `num_selected_experts` is k, `capacity_factor` is
-    C, and `images_per_group` of `MoEMLP` is what its program calls the group
-    size, there in tokens.
+    Names in the paper: `num_selected_experts` is k, `capacity_factor` is C, and
+    `images_per_group` of `MoEMLP` is the group size of the authors' code, which
+    counts tokens.
 
     Args:
         num_experts: E, at least 1.
         num_selected_experts: K, between 1 and E.
-        capacity_factor: Room of the experts relative to an even load, or
-            `"dropless"`, which drops nothing, whatever the load: see
+        capacity_factor: Capacity of the experts relative to an even load, or
+            `"dropless"`, which drops nothing at any load: see
             `routing.dropless_plan`. None means 1.05.
         batch_priority: Whether confident tokens are served first (BPR).
-        renormalize: Whether the combine weights of a token are divided by
-            their sum, before any is dropped. With K = 1 they are then 1, and
-            the gate learns from the auxiliary losses alone.
+        renormalize: Whether to divide a token's combine weights by their sum,
+            before any is dropped. With K = 1 they are then 1, and the gate
+            learns from the auxiliary losses alone.
         noise_std: Standard deviation of the noise, in units of `1 / E`.
         gate: `"linear"`, `"cosine"` or `"l2"`, or a layer from `(G, S, D)`
             tokens to `(G, S, E)` logits; make it with `dtype="float32"`.
-        importance_loss_weight: Weight of the importance loss, of the gates
-            without noise.
-        load_loss_weight: Weight of the load loss, which there is only with
-            noise.
-        gshard_loss_weight: Weight of GShard's loss, of the gates with noise.
-        z_loss_weight: Weight of the router z-loss, of the logits without
-            noise.
-        local_entropy_loss_weight: Weight of LIMoE's local entropy loss, of the
+        importance_loss_weight: Weight of the importance loss, which uses the
             gates without noise.
+        load_loss_weight: Weight of the load loss, which requires noise.
+        gshard_loss_weight: Weight of GShard's loss, which uses the gates with
+            noise.
+        z_loss_weight: Weight of the router z-loss, which uses the logits
+            without noise.
+        local_entropy_loss_weight: Weight of LIMoE's local entropy loss, which
+            uses the gates without noise.
         global_entropy_loss_weight: Weight of LIMoE's global entropy loss.
-        min_experts: Soft minimum of experts in use that the global entropy loss
-            asks for, at most E; None means E.
+        min_experts: Soft minimum of experts in use for the global entropy loss,
+            at most E; None means E.
         seed: Optional integer seed of the noise.
 
     Call arguments:
         tokens: `(G, S, D)` float tensor.
         mask: Optional `(G, S)` bool tensor, False for tokens to leave out.
-        group_size: Optional number of tokens of a full group, if `tokens` hold
-            fewer; the capacity is that of a full group.
+        group_size: Optional number of tokens in a full group, if `tokens` hold
+            fewer; sets the capacity.
         images_per_group: Images that the tokens of a group belong to, for the
             statistics.
         training: Whether to add noise and auxiliary losses.
 
     Returns:
-        A `routing.Plan`, of `routing.top_k_plan` or `dropless_plan`.
+        A `routing.Plan` from `routing.top_k_plan` or `dropless_plan`.
 
     Raises:
-        ValueError: If K is not between 1 and E, or the capacity factor is not
-            positive, or `noise_std` is negative, or the gate is unknown.
+        ValueError: If K is not between 1 and E, the capacity factor is not
+            positive, `noise_std` is negative, or the gate is unknown.
 
     Example:
 
@@ -189,7 +189,7 @@ class TopKRouter(Router):
         )
 
     def scores(self, gates: Tensor) -> Tensor | None:
-        """What experts are selected by; None for the gates themselves."""
+        """Returns the selection scores; None selects by the gates."""
         return None
 
     def auxiliary_losses(
@@ -242,13 +242,13 @@ class TopKRouter(Router):
 
 
 def check_min_experts(min_experts, num_experts):
-    """Raises if more experts are asked for than there are."""
+    """Raises if `min_experts` exceeds the number of experts."""
     if min_experts > num_experts:
         raise ValueError(
             "`min_experts` must be at most the number of experts, in an "
             "ensemble at most each member's. Received: "
-            f"min_experts={min_experts} of {num_experts}. With more the global "
-            "entropy loss never reaches 0."
+            f"min_experts={min_experts} of {num_experts}. Above that, the "
+            "global entropy loss never reaches 0."
         )
 
 
@@ -256,28 +256,28 @@ def check_min_experts(min_experts, num_experts):
 class BiasBalancedRouter(TopKRouter):
     """Top-K routing that balances the load by a bias, without auxiliary loss.
 
-    Experts are selected by `gate + bias`, while the combine weights stay the
-    gates. After each training step the bias of every expert that got less than
-    the mean load rises by `update_rate`, that of those that got more falls by
-    as much. The bias is a weight without gradient, saved with the model.
+    Experts are selected by `gate + bias`; the combine weights stay the gates.
+    After each training step, the bias rises by `update_rate` for every expert
+    below the mean load and falls by as much for every expert above it. The bias
+    is a weight without gradient, saved with the model.
 
-    Gates are a softmax; those of the paper's experiments are a sigmoid, for
-    which its `update_rate` was chosen.
+    Gates are a softmax. The paper's experiments use a sigmoid, for which its
+    `update_rate` was chosen.
 
     Args:
         num_experts: E, at least 1.
         update_rate: Change of a bias per step, in units of the gates.
         importance_loss_weight: As in `TopKRouter`, but 0 by default.
         load_loss_weight: As in `TopKRouter`, but 0 by default.
-        balance: The layer that holds the bias; None makes one. Routers that are
-            given the same one share it.
+        balance: The layer that holds the bias; None makes one. Routers given
+            the same layer share it.
         **kwargs: Further arguments of `TopKRouter`.
 
     Call arguments:
         tokens: `(G, S, D)` float tensor; others as in `TopKRouter`.
 
     Returns:
-        A plan as of `TopKRouter`.
+        A plan, as from `TopKRouter`.
 
     Raises:
         ValueError: As `TopKRouter`, or if `update_rate` is negative.
@@ -318,7 +318,7 @@ class BiasBalancedRouter(TopKRouter):
 
     @property
     def bias(self) -> keras.Variable:
-        """`(E,)`, what is added to the gates before the selection."""
+        """The bias added to the gates before the selection, `(E,)`."""
         return self.balance.bias
 
     def save_own_variables(self, store: Any) -> None:
@@ -354,9 +354,9 @@ class BiasBalancedRouter(TopKRouter):
 
 @keras.saving.register_keras_serializable("keras_vmoe")
 class BalanceBias(keras.layers.Layer):
-    """The bias of a `BiasBalancedRouter`, one number for each expert.
+    """The bias of a `BiasBalancedRouter`, one number per expert.
 
-    Files hold it among the router's own variables, as those of version 0.1.0.
+    Files store it among the router's own variables, as in version 0.1.0.
     """
 
     def __init__(self, num_experts: int, **kwargs: Any) -> None:
@@ -380,7 +380,7 @@ class BalanceBias(keras.layers.Layer):
         store["0"] = keras.ops.convert_to_numpy(self.bias)
 
     def load_from(self, store: Any) -> None:
-        """Takes the bias out of the store of its router."""
+        """Reads the bias from the store of its router and removes it."""
         self.bias.assign(store.pop("0"))
 
     def save_own_variables(self, store: Any) -> None:

@@ -1,12 +1,12 @@
-"""Initializers, regularizers and constraints: one expert's, for all experts."""
+"""Initializers, regularizers and constraints, applied expert by expert."""
 
 import keras
 import numpy as np
 from keras import initializers as init
 from keras import ops
 
-# Of Keras, those that draw each number by itself, whatever the shape. Compared
-# by their call, for which a subclass may have its own.
+# Keras's initializers that draw each number independently of the shape. They
+# are compared by `__call__`, which a subclass may override.
 ELEMENTWISE = {
     kind.__call__
     for kind in (
@@ -18,7 +18,7 @@ ELEMENTWISE = {
         init.Zeros,
     )
 }
-# Of the biases of V-MoE's MLPs; a config, of which each layer makes its own.
+# For the biases of V-MoE's MLPs; a config: each layer makes its own object.
 BIAS_INITIALIZER = {"class_name": "RandomNormal", "config": {"stddev": 1e-6}}
 KINDS = {
     "initializer": init,
@@ -28,7 +28,7 @@ KINDS = {
 
 
 def mark(variables, part):
-    """Says of what part of a model variables are, for optimizers.
+    """Marks the part of a model that variables belong to, for optimizers.
 
     Args:
         variables: Keras variables.
@@ -39,17 +39,17 @@ def mark(variables, part):
 
 
 def part_of(variable):
-    """What `mark` has said of a variable; None for all others."""
+    """Returns the part that `mark` set for a variable, or None."""
     return getattr(variable, "vmoe_part", None)
 
 
 def set_options(layer, **options):
-    """Keeps options such as `kernel_initializer` as attributes of a layer.
+    """Stores options such as `kernel_initializer` as attributes of a layer.
 
     Args:
         layer: A Keras layer.
         **options: Names, objects or configs that Keras knows; the last word of
-            an option's name says which kind it is.
+            an option's name is its kind.
     """
     for name, value in options.items():
         kind = KINDS[name.rpartition("_")[2]]
@@ -57,15 +57,15 @@ def set_options(layer, **options):
 
 
 def get_options(layer, prefix, index=0):
-    """The options of a layer for one weight, as arguments of `add_weight`.
+    """Returns a layer's options for one weight, as in `add_weight`.
 
     An initializer is copied: one object draws the same numbers every time.
 
     Args:
         layer: A Keras layer.
         prefix: `"kernel"` or `"bias"`.
-        index: Which of the layer's weights of these options. They differ, even
-            if the initializer has a seed.
+        index: Index of the weight among those with these options. Each draws
+            different numbers, even if the initializer has a seed.
     """
     options = {kind: getattr(layer, f"{prefix}_{kind}") for kind in KINDS}
     initializer = options["initializer"]
@@ -81,7 +81,7 @@ def get_options(layer, prefix, index=0):
 
 
 def options_config(layer, *prefixes):
-    """The options of a layer for its config, by their full names."""
+    """Returns a layer's options for its config, by full name."""
     return {
         f"{prefix}_{kind}": module.serialize(getattr(layer, f"{prefix}_{kind}"))
         for prefix in prefixes
@@ -90,14 +90,14 @@ def options_config(layer, *prefixes):
 
 
 def small_normal():
-    """The initializer of ConvNeXt's convolutions and of Swin's attention."""
+    """The initializer of ConvNeXt's convolutions and Swin's attention."""
     return init.TruncatedNormal(stddev=0.02)
 
 
 def for_each_expert(initializer, regularizer, constraint):
-    """The same for stacked weights `(E, ...)`: each expert as if it were alone.
+    """Adapts options to stacked weights `(E, ...)`, as if experts were alone.
 
-    Keras would take a stacked kernel `(E, D, F)` for that of a convolution.
+    Keras would treat a stacked kernel `(E, D, F)` as a convolution.
     """
     return {
         "initializer": _initialize_each(initializer),
@@ -128,7 +128,7 @@ def _initialize_each(initializer):
 
 
 def _with_seeds(initializer, count):
-    """Initializers for so many experts: one seed would make them equal."""
+    """Returns one initializer per expert: one seed would make them equal."""
     seed = getattr(initializer, "seed", None)
     if not isinstance(seed, int):
         return [initializer] * count
@@ -137,7 +137,7 @@ def _with_seeds(initializer, count):
 
 
 def _with_seed(initializer, seed):
-    """A copy of an initializer with another seed."""
+    """Returns a copy of an initializer with another seed."""
     config = {**initializer.get_config(), "seed": seed}
     return type(initializer).from_config(config)
 
@@ -149,7 +149,7 @@ class _RegularizeEach(keras.regularizers.Regularizer):
         self.regularizer = regularizer
 
     def __call__(self, x):
-        # Not unstacked: experts that are spread over devices stay there.
+        # Not unstacked: experts sharded over devices stay there.
         x = ops.convert_to_tensor(x)
         return ops.sum(ops.vectorized_map(self.regularizer, x))
 

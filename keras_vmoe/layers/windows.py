@@ -21,21 +21,21 @@ from keras_vmoe.layers.weights import small_normal
 from keras_vmoe.routing._selection import softmax
 
 BIAS_DIM = 512  # Hidden features of the position bias.
-REACH = 8  # The offsets of a window's corner, before their logarithm.
-APART = -100.0  # Added to the scores of positions that do not see each other.
+REACH = 8  # The offset of a window's corner, before the logarithm.
+APART = -100.0  # Added to the scores of positions hidden from each other.
 
 
 @keras.saving.register_keras_serializable("keras_vmoe")
 class WindowAttention(KeepsParts, keras.layers.Layer):
     """Multi-head attention within square windows of a feature map.
 
-    Scores get a bias by the offset of two positions: a small MLP of the
-    offset's logarithm, so that the weights do not depend on the window. With
-    `shift` the map is rolled by half a window before, and back afterwards;
-    positions that only the rolling has brought together do not see each other.
+    Scores get a bias for the offset of two positions. A small MLP computes it
+    from the offset's logarithm: its weights do not depend on the window. With
+    `shift`, the map is first rolled by half a window, and rolled back at the
+    end. Positions that are neighbors only by rolling do not see each other.
 
-    A map that is not made of whole windows is filled up with zeros at its right
-    and lower edge, which take part as keys, as in the authors' program. Where a
+    A map that does not divide into whole windows is padded with zeros at the
+    right and bottom; these take part as keys, as in the authors' code. If a
     side of the map is no longer than the window, windows have that side and are
     not shifted.
 
@@ -44,7 +44,7 @@ class WindowAttention(KeepsParts, keras.layers.Layer):
         window_size: Side of a window, in positions.
         shift: Whether to roll the map by half a window.
         pretrained_window_size: Side of the windows that the position bias was
-            trained with, if it was another one.
+            trained with, if it differs.
 
     Call arguments:
         inputs: `(B, H, W, D)` float tensor of known height and width.
@@ -54,7 +54,7 @@ class WindowAttention(KeepsParts, keras.layers.Layer):
 
     Raises:
         ValueError: If the heads do not divide D, or the height or the width is
-            not known.
+            unknown.
 
     Example:
 
@@ -91,7 +91,7 @@ class WindowAttention(KeepsParts, keras.layers.Layer):
         if None in (height, width):
             raise ValueError(
                 "The height and width of the feature map must be known. "
-                f"Received: input_shape={tuple(input_shape)}. Name them: "
+                f"Received: input_shape={tuple(input_shape)}. Set them: "
                 "`keras.Input((height, width, features))`."
             )
         if features % self.num_heads:
@@ -155,7 +155,7 @@ class WindowAttention(KeepsParts, keras.layers.Layer):
         return self.windows.join(self.output_dense(x))
 
     def bias(self) -> Tensor:
-        """What is added to the scores, `(heads, N, N)`."""
+        """Returns the bias of the scores, `(heads, N, N)`."""
         table = ops.convert_to_tensor(self.offset_table, self.compute_dtype)
         table = self.bias_output(self.bias_hidden(table))  # (offsets, heads)
         bias = ops.take(table, offset_index(self.windows.side), axis=0)
@@ -175,7 +175,7 @@ class WindowAttention(KeepsParts, keras.layers.Layer):
 
 
 class Windows:
-    """How a feature map is cut into windows, and put together again.
+    """Cuts a feature map into windows and joins them again.
 
     Args:
         grid: `(height, width)` of the map.
@@ -184,10 +184,10 @@ class Windows:
 
     Attributes:
         side: Side of a window, no longer than a side of the map.
-        step: Positions by which the map is rolled.
-        padded: `(height, width)` that are whole windows.
-        mask: `(windows, N, N)` float32 array, what is added to the scores of a
-            window's N positions; None if all of them see each other.
+        step: Number of positions by which the map is rolled.
+        padded: `(height, width)` of the map, padded to whole windows.
+        mask: `(windows, N, N)` float32 array added to the scores of a window's
+            N positions; None if all of them see each other.
     """
 
     def __init__(self, grid: Sequence[int], side: int, shift: bool) -> None:
@@ -199,11 +199,11 @@ class Windows:
 
     @property
     def count(self) -> int:
-        """Windows of a map."""
+        """Number of windows in a map."""
         return math.prod(x // self.side for x in self.padded)
 
     def cut(self, x: Tensor) -> Tensor:
-        """From `(B, H, W, D)` to `(B, windows, N, D)`."""
+        """Maps `(B, H, W, D)` to `(B, windows, N, D)`."""
         if self.padded != self.grid:
             pairs = zip(self.grid, self.padded, strict=True)
             missing = [(0, new - old) for old, new in pairs]
@@ -219,7 +219,7 @@ class Windows:
         return ops.reshape(x, (batch, self.count, self.side**2, features))
 
     def join(self, x: Tensor) -> Tensor:
-        """From `(B, windows, N, D)` to `(B, H, W, D)`."""
+        """Maps `(B, windows, N, D)` to `(B, H, W, D)`."""
         rows, columns = (x // self.side for x in self.padded)
         batch, features = ops.shape(x)[0], x.shape[-1]
         x = ops.reshape(
@@ -233,8 +233,8 @@ class Windows:
         return x if self.padded == self.grid else x[:, :height, :width]
 
     def _mask(self):
-        # Along a side: what has stayed, what a window shares with the part
-        # that was rolled around, and that part.
+        # Regions along a side: windows without rolled positions, the rest of
+        # the last window, and the part that was rolled around.
         rows, columns = (
             np.repeat(
                 [0, 1, 2], [x - self.side, self.side - self.step, self.step]
@@ -250,25 +250,25 @@ class Windows:
 
 
 def _rolled(x, step):
-    """A map rolled up and to the left; LiteRT has no `roll`."""
+    """Rolls a map up and to the left; LiteRT has no `roll`."""
     x = ops.concatenate([x[:, step:], x[:, :step]], axis=1)
     return ops.concatenate([x[:, :, step:], x[:, :, :step]], axis=2)
 
 
 @functools.cache
 def offset_index(side):
-    """`(N, N)` int32: which of `offsets` is that from a position to another."""
+    """Returns the index in `offsets` for each pair of positions, `(N, N)`."""
     rows, columns = np.divmod(np.arange(side**2), side)
     row, column = (x[:, None] - x + side - 1 for x in (rows, columns))
     return (row * (2 * side - 1) + column).astype("int32")
 
 
 def offsets(side, pretrained=None):
-    """The offsets in a window of that side, scaled to its corners, in log.
+    """Returns the log offsets within a window, scaled to its corners.
 
     Args:
         side: Side of a window.
-        pretrained: Side of the window whose corners they are scaled to.
+        pretrained: Side of the window that sets the scale; None means `side`.
 
     Returns:
         `((2 * side - 1)**2, 2)` float array of rows and columns.
@@ -282,9 +282,9 @@ def offsets(side, pretrained=None):
 
 @keras.saving.register_keras_serializable("keras_vmoe")
 class MergePatches(keras.layers.Layer):
-    """Puts the features of each 2 x 2 positions beside each other.
+    """Concatenates the features of each 2 x 2 positions.
 
-    An odd side is filled up with zeros.
+    An odd side is padded with zeros.
 
     Call arguments:
         inputs: `(B, H, W, D)` float tensor.

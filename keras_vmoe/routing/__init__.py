@@ -14,9 +14,9 @@ of the package uses these letters:
 | P      | slots per expert and image of a soft router                        |
 | M, T   | blocks of a dropless plan, slots per block                         |
 
-The data flows one way: the layer turns images' tokens into groups, a function
-such as `top_k_plan` turns gates into a `Plan`, its `dispatch` fills the
-experts' buffers, its `combine` returns their outputs to the tokens, and the
+Data flows one way. The layer splits the images' tokens into groups. A function
+such as `top_k_plan` turns gates into a `Plan`. The plan's `dispatch` fills the
+experts' buffers, and its `combine` returns their outputs to the tokens. The
 layer restores the images.
 """
 

@@ -1,4 +1,4 @@
-"""Blocks of slots, each of one expert: the buffers of dropless routing."""
+"""Blocks of slots, one expert per block: the buffers of dropless routing."""
 
 from typing import Any
 from typing import NamedTuple
@@ -16,7 +16,7 @@ class Blocks(NamedTuple):
     Attributes:
         rows: `(M, T, D)`: M blocks of T slots, 0 in empty slots.
         expert: `(M,)` int32, the expert of each block, ascending.
-        count: int32 scalar, how many blocks hold tokens; they come first.
+        count: int32 scalar, the number of blocks with tokens; these come first.
     """
 
     rows: Any
@@ -33,9 +33,9 @@ def fill_blocks(experts, queues, num_experts):
         num_experts: E.
 
     Returns:
-        `(choice, slot, owner, count)`: `(M, T)` the choice in each slot,
-        `(K * S,)` the slot of each choice, `(M,)` the expert of each block,
-        and the number of blocks that hold a choice.
+        `(choice, slot, owner, count)`: the choice in each slot, `(M, T)`; the
+        slot of each choice, `(K * S,)`; the expert of each block, `(M,)`; and
+        the number of blocks that hold a choice.
     """
     total = ops.shape(experts)[0]
     size = block_size(total, num_experts)
@@ -64,12 +64,12 @@ def fill_blocks(experts, queues, num_experts):
 
 
 def block_size(num_choices, num_experts):
-    """Slots per block: few against an expert's load, many for the matmul.
+    """Slots per block: few for an expert's load, many for the matmul.
 
-    Blocks of half an even load waste a quarter of that load on average, in the
-    last block of each expert. PyTorch joins the blocks of an expert before it
-    multiplies, so it takes the smallest. Where the batch size is unknown the
-    blocks are large, because each copies its expert's kernel.
+    Blocks of half an even load waste a quarter of that load on average, in each
+    expert's last block. PyTorch joins an expert's blocks before multiplying, so
+    it uses the smallest. With an unknown batch size the blocks are large,
+    because each copies its expert's kernel.
     """
     if keras.backend.backend() == "torch":
         return 8

@@ -24,17 +24,17 @@ def capacity(
     num_selected_experts: int,
     capacity_factor: float,
 ) -> int | Tensor:
-    """Slots that each expert has for the tokens of one group.
+    """Returns the slots that each expert has for the tokens of one group.
 
     `ceil(S * K * capacity_factor / E)`, rounded up to a multiple of 4, never
-    above S. (The "expert's buffer capacity" of V-MoE, there `B_e`; the rounding
-    is that of the authors' program.)
+    above S. (V-MoE's "expert's buffer capacity" `B_e`; the rounding follows the
+    authors' code.)
 
-    The arithmetic is exact: `1.05` means 105/100 and not the binary number
-    next to it, and it stays in integers so that S may be a symbolic dimension.
+    The arithmetic is exact: `1.05` means 105/100, not the binary number next to
+    it. It uses integers only, and S may be a symbolic dimension.
 
     Args:
-        num_tokens: S, tokens of the group; an int or a scalar int tensor.
+        num_tokens: S, tokens in the group; an int or a scalar int tensor.
         num_experts: E.
         num_selected_experts: K.
         capacity_factor: Capacity relative to a perfectly even load. 1.0 is just
@@ -74,7 +74,7 @@ def capacity(
 
 
 def ceil_divide(count, size):
-    """`ceil(count / size)` of integers, tensors or not, that are not negative.
+    """`ceil(count / size)` of nonnegative integers or integer tensors.
 
     Not `-(-count // size)`: ONNX rounds the quotient of a negative number up.
     """
@@ -82,21 +82,21 @@ def ceil_divide(count, size):
 
 
 def smallest(*sizes):
-    """The smallest of some sizes, each an int or that of a symbolic batch."""
+    """Returns the smallest of some sizes, each an int or a symbolic size."""
     if all(isinstance(size, int) for size in sizes):
         return min(sizes)
     return functools.reduce(_symbolic("min", sizes), sizes)
 
 
 def largest(*sizes):
-    """The largest of some sizes, as `smallest`."""
+    """Returns the largest of some sizes; see `smallest`."""
     if all(isinstance(size, int) for size in sizes):
         return max(sizes)
     return functools.reduce(_symbolic("max", sizes), sizes)
 
 
 def _symbolic(name, sizes):
-    """`min` or `max` of two sizes; of symbolic ones JAX makes no tensor."""
+    """Returns `min` or `max` for two sizes, which JAX may keep symbolic."""
     if keras.backend.backend() == "jax":
         import jax
 
@@ -128,7 +128,7 @@ def check_selection(num_experts, num_selected_experts):
         raise ValueError(
             "`num_experts` must be an integer of at least 1. "
             f"Received: num_experts={num_experts!r}. "
-            "A dense model has moe=None."
+            "Set moe=None for a dense model."
         )
     if (
         not is_integer(num_selected_experts)
@@ -148,8 +148,8 @@ class TokenGroups(NamedTuple):
     Attributes:
         tokens: `(G, S, D)`.
         mask: `(G, S)` bool, False for padding; None if there is none.
-        group_size: Tokens of a full group. `tokens` hold fewer per group only
-            when the whole batch is smaller than one group.
+        group_size: Tokens in a full group. `tokens` holds fewer only when the
+            whole batch is smaller than one group.
         images_per_group: Images that the tokens of a group belong to, padding
             included.
     """
@@ -163,9 +163,9 @@ class TokenGroups(NamedTuple):
 def group_tokens(inputs, images_per_group, mask=None):
     """Splits a batch into groups of consecutive images.
 
-    A partial group behaves as if it were padded with masked tokens. Where the
+    A partial group behaves as if it were padded with masked tokens. If the
     batch is smaller than one group and its size is known, no padding is added:
-    the group stays small and only keeps the size of a full one.
+    the group stays small and records the size of a full one.
 
     Args:
         inputs: `(B, ..., D)` tensor.
@@ -182,7 +182,7 @@ def group_tokens(inputs, images_per_group, mask=None):
         mask = ops.convert_to_tensor(mask, dtype="bool")
         check_mask(mask, inputs.shape[:-1])
         if not all(isinstance(size, int) for size in shape):
-            # Fails in the graph; reshaped, any of as many tokens would fit.
+            # Fails in the graph if the shape is wrong; a reshape would not.
             mask = ops.logical_and(mask, ops.ones(shape[:-1], "bool"))
     num_tokens = math.prod(shape[1:-1])
     total = batch * num_tokens
@@ -219,8 +219,8 @@ def ungroup_tokens(tokens, shape):
 
     Args:
         tokens: `(G, S, D)` tensor.
-        shape: `(B, ..., D)`, the shape that was grouped, as `ops.shape` gives
-            it.
+        shape: `(B, ..., D)`, the shape before grouping, as returned by
+            `ops.shape`.
 
     Returns:
         Tensor of shape `shape`, without the padding.

@@ -1,8 +1,8 @@
 """The two moves of a sparse plan, each the gradient of the other.
 
-Both are gathers, forward and backward, and so to any order: a scatter, the
-gradient that backends give a gather, is slow on some of them and adds up in
-another order each time on GPUs.
+Both are gathers, forward and backward, to any order. Backends use a scatter as
+the gradient of a gather; it is slow on some of them, and on GPUs it adds up in
+a different order each time.
 """
 
 import functools
@@ -31,7 +31,7 @@ def spread(tokens, choice, slot):
 
 
 def collect(buffers, choice, slot):
-    """Sums for each token what is in the slots of its choices.
+    """Sums the slots of each token's choices.
 
     Args:
         buffers: `(G, E, C, D)` tensor.
@@ -45,7 +45,7 @@ def collect(buffers, choice, slot):
 
 
 def _spread(tokens, choice, slot):
-    # An empty slot holds S * K, so that the quotient is S: no token.
+    # An empty slot holds S * K, and the quotient is S: no token.
     return take_rows(tokens, choice // slot.shape[-1])
 
 
@@ -53,13 +53,13 @@ def _collect(buffers, choice, slot):
     groups, num_experts, capacity, features = ops.shape(buffers)
     flat = (groups, num_experts * capacity, features)
     rows = take_rows(ops.reshape(buffers, flat), slot)  # (G, S, K, D)
-    # Added one by one: XLA on CPU fuses a reduction over K with the gather in
-    # front of it and takes forty times as long.
+    # Added one by one: XLA on CPU fuses a reduction over K with the gather
+    # before it and takes forty times as long.
     return functools.reduce(operator.add, ops.unstack(rows, axis=2))
 
 
 def _moves():
-    """The two, as functions that know each other as their gradients."""
+    """Returns both moves, each with the other as its gradient."""
     if not MOVES:
         MOVES.extend(
             _with_gradient(move, 1 - index)
@@ -83,7 +83,7 @@ def _with_gradient(move, index):
 
 
 def _moves_of_torch():
-    """Keras's custom gradients know no `torch.func`: neither grad nor vmap."""
+    """The moves on PyTorch, where Keras's do not support `torch.func`."""
     import torch
 
     class Move(torch.autograd.Function):

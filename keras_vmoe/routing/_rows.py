@@ -1,4 +1,4 @@
-"""Rows gathered, and added up: the transpose of a gather."""
+"""A gather of rows, and its transpose, a sum of rows."""
 
 import math
 
@@ -7,7 +7,7 @@ from keras import ops
 
 
 def take_rows(x, index):
-    """Rows of `x` `(G, M, D)` at `index` `(G, ...)`; 0 where `index` is M."""
+    """Takes rows of `x` `(G, M, D)` at `index` `(G, ...)`; 0 at index M."""
     groups, num_rows, features = ops.shape(x)
     shape = ops.shape(index)
     index = ops.reshape(index, (groups, math.prod(shape[1:])))
@@ -19,7 +19,7 @@ def take_rows(x, index):
         rows = ops.take_along_axis(x, index[..., None], axis=1)
     else:
         # TensorFlow and PyTorch broadcast the index of `take_along_axis` to
-        # all features, ten times slower than rows of a matrix.
+        # all features, which is ten times slower than taking rows of a matrix.
         offset = ops.arange(groups, dtype="int32")[:, None] * num_rows
         rows = ops.take(
             ops.reshape(x, (groups * num_rows, features)),

@@ -1,14 +1,14 @@
-"""Selection of the K best experts of every token."""
+"""Selection of each token's K best experts."""
 
 from keras import ops
 
-LOWEST = -6e4  # Above -inf, which marks the taken ones, in every float type.
+LOWEST = -6e4  # Above -inf, which marks taken experts, in every float type.
 
 
 def softmax(logits, axis=-1):
-    """`ops.softmax` without its warning of an axis of size 1, as of one expert.
+    """`ops.softmax` without its warning for an axis of size 1 (one expert).
 
-    It keeps NaN, and the gradient is 0 and not missing.
+    NaN is kept, and the gradient is 0, not missing.
     """
     if logits.shape[axis] == 1:
         return 0 * logits + 1
@@ -16,10 +16,10 @@ def softmax(logits, axis=-1):
 
 
 def select_experts(gates, num_selected_experts, scores=None):
-    """The K best experts of every token and their gates.
+    """Selects the K best experts of each token, and their gates.
 
     Ties go to the lower expert index. The gradient of the values reaches
-    the selected gates only.
+    only the selected gates.
 
     Args:
         gates: `(G, S, E)` float tensor.
@@ -27,7 +27,7 @@ def select_experts(gates, num_selected_experts, scores=None):
         scores: Optional `(G, S, E)` tensor to select by, instead of the gates.
 
     Returns:
-        `(experts, values)`, both `(G, S, K)`: int32 expert indices by
+        `(experts, values)`, both `(G, S, K)`: int32 expert indices in order of
         decreasing score, and the gates at these indices.
 
     Example:
@@ -44,7 +44,7 @@ def select_experts(gates, num_selected_experts, scores=None):
     # that a token selects, repeated maxima cost the same. Nor `ops.argmax`,
     # which Keras builds for TensorFlow from bit operations unknown to ONNX.
     remaining = ops.stop_gradient(gates if scores is None else scores)
-    # NaN equals nothing: it must be ordered to select K experts, too.
+    # NaN equals nothing, and would leave fewer than K experts: give it a rank.
     remaining = ops.where(ops.isnan(remaining), LOWEST, remaining)
     experts, values = [], []
     for _ in range(num_selected_experts):

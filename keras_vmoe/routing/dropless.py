@@ -1,4 +1,4 @@
-"""Dropless routing: every choice is served, in blocks of one expert each."""
+"""Dropless routing: every choice is served, in blocks of one expert."""
 
 import dataclasses
 from typing import Any
@@ -24,16 +24,16 @@ class DroplessPlan:
     """A sparse routing decision without a capacity.
 
     A `Plan` whose buffers are blocks. An expert's tokens fill as many blocks as
-    they need. The number of blocks depends on the number of tokens only, so
-    that shapes stay static; the data decide which expert a block belongs to.
-    Groups do not matter: all tokens are served together.
+    they need. The number of blocks only depends on the number of tokens: shapes
+    stay static, and the data determine the expert of each block. Groups do not
+    matter: all tokens are served together.
 
     Attributes:
-        sparse: `SparsePlan` of one group that holds all tokens, whose experts
-            and capacity are blocks and their slots.
+        sparse: `SparsePlan` of one group with all tokens; its experts and
+            capacity are blocks and their slots.
         block_expert: `(M,)` int32, the expert of each block.
-        count: int32 scalar, how many blocks hold tokens; they come first.
-        load: `(G, E)` int32, how many choices fell on each expert.
+        count: int32 scalar, the number of blocks with tokens; these come first.
+        load: `(G, E)` int32, the number of choices for each expert.
     """
 
     sparse: SparsePlan
@@ -54,7 +54,7 @@ class DroplessPlan:
         return ops.reshape(tokens, (groups, size, features))
 
     def load_share(self) -> Tensor:
-        """Share of all choices that fell on each expert, `(E,)`, sum 1."""
+        """Each expert's share of all choices, `(E,)`, sum 1."""
         return dataclasses.replace(self.sparse, load=self.load).load_share()
 
     def dropped_share(self) -> Tensor:
@@ -67,7 +67,7 @@ class DroplessPlan:
         num_tokens, num_choices = ops.shape(self.sparse.slot)[1:]
         images = groups * num_images
         size = num_tokens // largest(1, images) * num_choices
-        # An empty slot holds more than the last choice, so no image.
+        # An empty slot exceeds the last choice: it belongs to no image.
         image, block = flat_experts(self.sparse.choice // largest(1, size))
         expert = ops.take(self.block_expert, block)
         used = experts_of_images(image, expert, images, num_experts)

@@ -1,4 +1,4 @@
-"""Expert choice: every expert picks its C best tokens."""
+"""Expert choice: each expert picks its C best tokens."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ from keras_vmoe.routing.plans import flat_experts
 
 @dataclasses.dataclass(frozen=True)
 class ExpertChoicePlan:
-    """A `Plan` made by the experts: a token may go to any number of them.
+    """A `Plan` of expert choice: a token may go to any number of experts.
 
     Attributes:
         token: `(G, E, C)` int32, the token in each slot; S where it is empty.
@@ -40,7 +40,7 @@ class ExpertChoicePlan:
         return add_rows(buffers * weight[..., None], self.token, num_tokens)
 
     def load_share(self) -> Tensor:
-        """Share of the filled slots that each expert has, `(E,)`, sum 1."""
+        """Each expert's share of the filled slots, `(E,)`, sum 1."""
         filled = self.token < ops.shape(self.mask)[1]
         load = ops.sum(ops.cast(filled, "float32"), axis=(0, 2))
         return ops.divide_no_nan(load, ops.sum(load))
@@ -64,9 +64,9 @@ class ExpertChoicePlan:
 def expert_choice_plan(
     gates: Tensor, capacity: int | Tensor, mask: Tensor | None = None
 ) -> ExpertChoicePlan:
-    """Sends to each expert the `capacity` tokens with its largest gates.
+    """Sends each expert the `capacity` tokens with its largest gates.
 
-    Combine weights are the gates as they are. Ties go to the earlier token.
+    Combine weights are the unchanged gates. Ties go to the earlier token.
 
     Args:
         gates: `(G, S, E)` float tensor, positive: softmax over the experts.
@@ -105,14 +105,14 @@ def expert_choice_plan(
             )
     gates = ops.transpose(gates, (0, 2, 1))  # (G, E, S)
     scores = ops.stop_gradient(gates)
-    # After all finite ones: TensorFlow's sort cannot order NaN.
+    # NaN after all finite gates: TensorFlow's sort cannot order it.
     scores = ops.where(ops.isnan(scores), -0.5, scores)
     if mask is None:
         mask = ops.ones((ops.shape(gates)[0], num_tokens), "bool")
     else:
-        # After all others, however small their gates are.
+        # Masked tokens last, no matter how small the other gates are.
         scores = ops.where(mask[:, None], scores, -1.0)
-    # Not `ops.top_k`, for the reasons that `select_experts` gives.
+    # Not `ops.top_k`, for the reasons given in `select_experts`.
     order = ops.cast(ops.argsort(-scores, axis=-1), "int32")
     token = order[..., :capacity]
     weight = ops.take_along_axis(gates, token, axis=-1)

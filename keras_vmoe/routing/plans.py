@@ -1,6 +1,6 @@
-"""Routing plans: who goes where, and the two moves that follow from it.
+"""Routing plans: which token goes where, and the two moves this implies.
 
-`Plan` is the contract; `SparsePlan` is that of token choice.
+`Plan` is the contract; `SparsePlan` implements it for token choice.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ class Plan(Protocol):
     """What a router returns: which expert gets which token.
 
     Implemented by `SparsePlan`, `DroplessPlan`, `ExpertChoicePlan` and
-    `SoftPlan`. A plan of your own has these five methods; an expert bank maps
-    what `dispatch` returns to what `combine` takes, of the same shape. Letters
-    as in `keras_vmoe.routing`.
+    `SoftPlan`. A custom plan has these five methods. An expert bank maps the
+    output of `dispatch` to an input of `combine` with the same shape. Letters
+    are explained in `keras_vmoe.routing`.
     """
 
     def dispatch(self, tokens: Tensor) -> Tensor:
@@ -45,12 +45,12 @@ class Plan(Protocol):
             buffers: Of the shape that `dispatch` returns.
 
         Returns:
-            `(G, S, D)` tensor: per token the sum of its experts' outputs times
-            the combine weights, 0 for a token that no expert serves.
+            `(G, S, D)` tensor: for each token, the sum of its experts' outputs
+            times the combine weights; 0 for a token that no expert serves.
         """
 
     def load_share(self) -> Tensor:
-        """Share of the load on each expert, `(E,)` float, sum 1 or all 0."""
+        """Each expert's share of the load, `(E,)` float, sum 1 or all 0."""
 
     def dropped_share(self) -> Tensor:
         """Share of the load that was dropped, a scalar in `[0, 1]`."""
@@ -59,31 +59,31 @@ class Plan(Protocol):
         """Which experts serve each image, `(G, num_images, E)` bool.
 
         Args:
-            num_images: Images of a group, of equally many tokens each.
+            num_images: Images per group, with equally many tokens each.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class SparsePlan:
-    """A `Plan` of token choice, known from both of its ends.
+    """A `Plan` of token choice, indexed from both ends.
 
-    Buffers know which choice fills each slot and choices know their slot, so
-    tokens move by gathers alone, forward and backward. The `(G, S, E, C)`
-    tensor of the reference program's one-hot einsums is never made. Gradients
-    are right to any order. Forward mode is for PyTorch; JAX has none for
-    functions with a gradient of their own, which these gathers and those of a
-    `DroplessPlan` are: `jax.jvp`, `jax.linearize` and `jax.hessian` are refused
-    there, and reverse over reverse, `jax.jacrev(jax.jacrev(f))`, is right.
+    Buffers store the choice in each slot, and choices store their slot: tokens
+    move by gathers alone, forward and backward. The `(G, S, E, C)` tensor of
+    the reference code's one-hot einsums is never made. Gradients are correct to
+    any order. Forward mode works on PyTorch; JAX does not support it for
+    functions with custom gradients, such as these gathers and those of a
+    `DroplessPlan`. There `jax.jvp`, `jax.linearize` and `jax.hessian` raise;
+    reverse over reverse, `jax.jacrev(jax.jacrev(f))`, is correct.
 
     Attributes:
         choice: `(G, E, C)` int32, the choice `s * K + k` that holds the slot;
-            `S * K` where the slot is empty.
-        slot: `(G, S, K)` int32, the slot `e * C + c` of the choice; `E * C`
-            where the choice was dropped.
-        weight: `(G, S, K)` float, the combine weight; 0 where dropped
-            (NaN where the gate is NaN).
-        load: `(G, E)` int32, how many choices fell on each expert, dropped ones
-            included.
+            `S * K` if the slot is empty.
+        slot: `(G, S, K)` int32, the slot `e * C + c` of the choice; `E * C` if
+            the choice was dropped.
+        weight: `(G, S, K)` float, the combine weight; 0 if dropped (NaN if the
+            gate is NaN).
+        load: `(G, E)` int32, the number of choices for each expert, dropped
+            ones included.
     """
 
     choice: Any
@@ -106,16 +106,16 @@ class SparsePlan:
             ops.reshape(self.slot, flat),
         )
         tokens = collect(buffers * gain, self.choice, self.slot)
-        # 0, or NaN of a gate that is NaN, whose choices may all be dropped.
+        # Adds 0, or the NaN of a NaN gate whose choices may all be dropped.
         return tokens + ops.sum(weight - weight, axis=-1, keepdims=True)
 
     def load_share(self) -> Tensor:
-        """Share of all choices that fell on each expert, `(E,)`, sum 1."""
+        """Each expert's share of all choices, `(E,)`, sum 1."""
         load = ops.cast(ops.sum(self.load, axis=0), "float32")
         return ops.divide_no_nan(load, ops.sum(load))
 
     def dropped_share(self) -> Tensor:
-        """Share of all choices that were dropped, a scalar in `[0, 1]`."""
+        """Dropped share of all choices, a scalar in `[0, 1]`."""
         num_slots = self.choice.shape[1] * ops.shape(self.choice)[2]
         served = ops.sum(ops.cast(self.slot < num_slots, "float32"))
         total = ops.cast(ops.sum(self.load), "float32")
@@ -125,7 +125,7 @@ class SparsePlan:
         """Which experts serve each image, `(G, num_images, E)` bool."""
         num_tokens, num_choices = ops.shape(self.slot)[1:]
         size = num_tokens // num_images * num_choices
-        # An empty slot holds S * K, so that the quotient is no image.
+        # An empty slot holds S * K, and the quotient is no image.
         image, expert = flat_experts(self.choice // size)
         num_experts = self.choice.shape[1]
         return experts_of_images(image, expert, num_images, num_experts)
@@ -142,19 +142,19 @@ def check_capacity(capacity):
 
 
 def experts_of_images(image, expert, num_images, num_experts):
-    """Which experts hold a token of which image.
+    """Finds the experts that hold a token of each image.
 
     Args:
         image: `(G, N)` int tensor, the image, counted within the group, of
-            the token in each slot; `num_images` or more where it is empty.
+            the token in each slot; `num_images` or more if the slot is empty.
         expert: `(G, N)` int tensor, the expert of each slot.
-        num_images: Images of a group.
+        num_images: Images per group.
         num_experts: E.
 
     Returns:
         `(G, num_images, E)` bool tensor.
     """
-    # Counted: a comparison of slots and images would grow with both.
+    # Counted: comparing slots with images would grow with both.
     pairs = num_images * num_experts
     index = ops.where(image < num_images, image * num_experts + expert, pairs)
     ones = ops.ones((*ops.shape(index), 1))
@@ -164,7 +164,7 @@ def experts_of_images(image, expert, num_images, num_experts):
 
 
 def flat_experts(slots):
-    """The experts of slots `(G, E, C)`, and the slots, as `(G, E * C)`."""
+    """Flattens slots `(G, E, C)` and their experts, both to `(G, E * C)`."""
     groups, num_experts, capacity = ops.shape(slots)
     shape = (groups, num_experts * capacity)
     expert = ops.arange(num_experts, dtype="int32")[:, None]

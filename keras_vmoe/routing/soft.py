@@ -45,7 +45,7 @@ class SoftPlan:
         return ops.matmul(_flat(weight), slots)
 
     def load_share(self) -> Tensor:
-        """Share of the combine weights that each expert has, `(E,)`, sum 1."""
+        """Each expert's share of the combine weights, `(E,)`, sum 1."""
         load = ops.sum(self.combine_weight, axis=(0, 1, 3))
         return ops.divide_no_nan(load, ops.sum(load))
 
@@ -54,13 +54,13 @@ class SoftPlan:
         return ops.zeros(())
 
     def experts_of_images(self, num_images: int | Tensor) -> Tensor:
-        """All of them, `(G, num_images, E)` bool."""
+        """All True: every expert serves every image, `(G, num_images, E)`."""
         groups, _, num_experts, _ = ops.shape(self.combine_weight)
         return ops.ones((groups, num_images, num_experts), "bool")
 
 
 def soft_plan(logits: Tensor, mask: Tensor | None = None) -> SoftPlan:
-    """Mixes tokens into slots, and slots into tokens, by two softmaxes.
+    """Mixes tokens into slots, and slots into tokens, with two softmaxes.
 
     Args:
         logits: `(G, S, E, P)` float tensor.
@@ -92,7 +92,7 @@ def soft_plan(logits: Tensor, mask: Tensor | None = None) -> SoftPlan:
     if mask is not None:
         kept = mask[..., None]
         combine = ops.where(kept, combine, ops.zeros_like(combine))
-        # Finite, so that a group of nothing but masked tokens is no NaN.
+        # Finite: a group with only masked tokens must not give NaN.
         flat = ops.where(kept, flat, -1e30)
     dispatch = softmax(flat, axis=1)
     return SoftPlan(

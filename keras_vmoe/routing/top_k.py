@@ -1,4 +1,4 @@
-"""Token choice: every token picks its K best experts (V-MoE, section 2.1)."""
+"""Token choice: each token picks its K best experts (V-MoE, section 2.1)."""
 
 from typing import Any
 from typing import NamedTuple
@@ -26,10 +26,10 @@ def top_k_plan(
     """Sends each token to its K best experts, `capacity` tokens per expert.
 
     All first choices are served before all second choices, and so on. Within
-    one choice the order is that of the tokens (vanilla), or with
-    `batch_priority` that of decreasing gate of the first choice, stable (Batch
-    Prioritized Routing). A choice that finds its expert full is dropped.
-    Combine weights are the selected gates as they are unless `renormalize`.
+    one choice, tokens are served in order (vanilla), or with `batch_priority`
+    by decreasing gate of their first choice, with a stable sort (Batch
+    Prioritized Routing). A choice whose expert is full is dropped. Combine
+    weights are the selected gates, unchanged unless `renormalize`.
 
     Args:
         gates: `(G, S, E)` float tensor.
@@ -58,8 +58,8 @@ def top_k_plan(
 
     Reference:
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), algorithm 1
-        (vanilla) and algorithm 2 (BPR, by the largest gate; the sum of the K
-        gates that the paper names as an alternative is not offered).
+        (vanilla) and algorithm 2 (BPR by the largest gate; the paper's
+        alternative, the sum of the K gates, is not available).
     """
     num_experts = gates.shape[-1]
     check_selection(num_experts, num_selected_experts)
@@ -67,7 +67,7 @@ def top_k_plan(
     check_mask(mask, gates.shape[:2])
     experts, weights = select_experts(gates, num_selected_experts, scores)
     if mask is not None:
-        # One past the last expert: sorted after all others, counted nowhere.
+        # One past the last expert: sorted last, counted nowhere.
         experts = ops.where(mask[..., None], experts, num_experts)
         weights = ops.where(mask[..., None], weights, ops.zeros_like(weights))
     best = weights[..., 0] if batch_priority else None
@@ -78,12 +78,12 @@ def top_k_plan(
 
 
 def _service_order(weights, best):
-    """All choices `s * K + k` in the order of service, `(G or 1, K * S)`."""
+    """Returns all choices `s * K + k` in service order, `(G or 1, K * S)`."""
     _, num_tokens, num_choices = ops.shape(weights)
     choice = ops.reshape(ops.arange(num_choices, dtype="int32"), (1, -1, 1))
     if best is not None:  # (G, S)
         best = ops.stop_gradient(best)
-        # Last: TensorFlow's sort cannot order NaN.
+        # NaN last: TensorFlow's sort cannot order it.
         best = ops.where(ops.isnan(best), -1.0, best)
         tokens = ops.cast(ops.argsort(-best, axis=1), "int32")
     else:
@@ -96,10 +96,10 @@ class Queues(NamedTuple):
     """Choices in line for their experts.
 
     Attributes:
-        order: `(G, K * S)`, the choices by expert, each expert's in the order
-            of service; those of no expert come last.
+        order: `(G, K * S)`, the choices by expert, each expert's in service
+            order; choices of no expert come last.
         load: `(G, E)`, the length of each queue.
-        start: `(G, E)`, where in `order` each queue starts.
+        start: `(G, E)`, the index in `order` where each queue starts.
         rank: `(G, K * S)`, the position of each choice in its queue.
     """
 
@@ -114,7 +114,7 @@ def queue_choices(experts, order, num_experts):
 
     Args:
         experts: `(G, K * S)` int32, the expert of each choice; E for none.
-        order: `(G or 1, K * S)` int32, the choices in the order of service.
+        order: `(G or 1, K * S)` int32, the choices in service order.
         num_experts: E.
 
     Returns:
@@ -136,7 +136,7 @@ def queue_choices(experts, order, num_experts):
 
 
 def _serve(experts, weights, order, num_experts, capacity):
-    """Assigns the slots of every expert in the order of service."""
+    """Assigns the slots of each expert in service order."""
     groups, num_tokens, num_choices = ops.shape(experts)
     total = num_tokens * num_choices
     flat = ops.reshape(experts, (groups, total))
@@ -160,9 +160,8 @@ def _serve(experts, weights, order, num_experts, capacity):
     return SparsePlan(
         choice=choice,
         slot=slot,
-        # The gates of a NaN token are NaN, and what it gets back must be too,
-        # even if no expert serves it. (XLA turns a product with `served` into
-        # 0.)
+        # The gates of a NaN token are NaN, and so must be its output, even if
+        # no expert serves it. (XLA turns a product with `served` into 0.)
         weight=ops.where(served, weights, weights * 0.0),
         load=queues.load,
     )

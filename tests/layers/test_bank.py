@@ -195,8 +195,8 @@ class OfSeven(keras.layers.Layer):
 @pytest.mark.parametrize(
     "bank, words",
     [
-        (keras.layers.Dense(8), r"begin with one for the 4 experts.*\(8, 8\)"),
-        (OfSeven(), r"one for the 4 experts.*\(7, 8, 8\)"),
+        (keras.layers.Dense(8), r"start with an axis of 4 experts.*\(8, 8\)"),
+        (OfSeven(), r"axis of 4 experts.*\(7, 8, 8\)"),
         (Pair(), "must return the shape.*Received: tuple"),
     ],
 )

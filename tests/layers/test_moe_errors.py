@@ -138,7 +138,7 @@ def test_unknown_features():
 def test_router_takes_groups():
     words = (
         r"\(groups, tokens per group, features\). "
-        r"Received: input_shape=\(5, 4\).*`MoEMLP` makes groups"
+        r"Received: input_shape=\(5, 4\).*`MoEMLP` splits a batch into groups"
     )
     with pytest.raises(ValueError, match=words):
         layers.TopKRouter(2)(np.ones((5, 4), "float32"))

@@ -76,7 +76,7 @@ def test_patch_embedding_starts_as_lecun_normal():
          "Resize"),
         ((None, 32, 30, 3), 4, r"image_size=\(32, 30\), patch_size=4"),
         ((None, 32, None, 3), 4, r"must be known. Received: image_size=\(32, "
-         r"None\). Name it: `keras.Input"),
+         r"None\). Set it: `keras.Input"),
     ],
 )  # fmt: skip
 def test_image_of_broken_patches(shape, patch_size, words):
@@ -149,7 +149,7 @@ def test_sincos2d_positions_spare_the_class_token(class_tokens):
         ((None, 8, 8), r"A grid of 2 x 3 patches has 6 tokens, or one more "
          r"with a class token. Received: input_shape=\(None, 8, 8\)"),
         ((None, 5, 8), r"Received: input_shape=\(None, 5, 8\)"),
-        ((None, 6, 10), "`hidden_dim` to be a multiple of 4 of at least 8. "
+        ((None, 6, 10), "`hidden_dim` to be a multiple of 4, at least 8. "
          "Received: hidden_dim=10"),
         ((None, 6, 4), "Received: hidden_dim=4"),
     ],

@@ -364,7 +364,7 @@ def test_two_models_do_not_share_a_mutable_config():
         ({"hidden_dim": 36, "num_heads": 2, "position_embedding": "sincos2d",
           "moe": None, "image_size": 8, "patch_size": 3}, "patch_size=3"),
         ({"hidden_dim": 6, "num_heads": 2, "position_embedding": "sincos2d"},
-         "multiple of 4 of at least 8. Received: hidden_dim=6"),
+         "multiple of 4, at least 8. Received: hidden_dim=6"),
     ],
 )  # fmt: skip
 def test_bad_input(arguments, words):
