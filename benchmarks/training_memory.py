@@ -1,4 +1,4 @@
-"""Memory and time of training a ViT-B/16: what saves how much, at what cost.
+"""Memory and time of training a ViT: what saves how much, at what cost.
 
     KERAS_BACKEND=jax python benchmarks/training_memory.py --save
 

@@ -124,7 +124,7 @@ def _module(module):
 
 def _index():
     """Every public name, with a link."""
-    lines = ["# Reference", ""]
+    lines = [HIDDEN + "# Reference", ""]
     for module in MODULES:
         found = importlib.import_module(f"keras_vmoe.{module}")
         brief = inspect.getdoc(found).partition("\n")[0]
@@ -191,7 +191,7 @@ def _cell(value):
 
 def _recipes():
     """Every recipe, as its file."""
-    lines = ["# Recipes", "", "`keras-vmoe train --recipe NAME`", ""]
+    lines = [HIDDEN + "# Recipes", "", "`keras-vmoe train --recipe NAME`", ""]
     folder = pathlib.Path(recipes.__file__).parent
     for name in recipes.names():
         text = (folder / f"{name}.yaml").read_text()
@@ -207,7 +207,7 @@ def _notebook(path):
     folder = "notebooks/"
     title, _, rest = text.lstrip().partition("\n")
     link = f"[Download this notebook](../{SOURCE}examples/{path.name})"
-    pages = {f"{folder}{path.stem}.md": f"{title}\n\n{link}\n{rest}"}
+    pages = {f"{folder}{path.stem}.md": f"{HIDDEN}{title}\n\n{link}\n{rest}"}
     pages[f"{SOURCE}examples/{path.name}"] = path.read_text()
     for name, content in resources["outputs"].items():
         pages[folder + name] = content

@@ -19,7 +19,7 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 class Preprocessing:
     """From pixels in [0, 255] to a model's input: `(pixels - mean) / std`.
 
-    Every `ViTMoE` and `ConvNeXtMoE` has one, `model.preprocessing`. The default
+    Every model of this package has one, `model.preprocessing`. The default
     maps pixels to [-1, 1], as V-MoE does.
 
     Attributes:

@@ -58,8 +58,8 @@ def load_loss(
 ) -> Tensor:
     """Squared coefficient of variation of the experts' expected load.
 
-    The load of an expert is the mean probability that it would be among a
-    token's top K if its noise were drawn again:
+    The load of an expert is the sum, over the tokens, of the probability that
+    it would be among the top K if its noise were drawn again:
     `1 - Φ((threshold - logit) / σ)`, where the threshold is the token's K-th
     largest noisy logit.
 

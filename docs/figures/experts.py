@@ -37,7 +37,9 @@ def main(run_dir, dataset, data_dir=None):
     }
     kept = {"digits": ("expert_maps", "classes")}
     for name in kept.get(dataset, ("best_patches", "dropped")):
-        figures[name].savefig(FOLDER / f"{dataset}_{name}.png", dpi=80)
+        path = FOLDER / f"{dataset}_{name}.png"
+        figures[name].savefig(path, dpi=80)
+        Image.open(path).convert("RGB").quantize().save(path, optimize=True)
 
 
 if __name__ == "__main__":

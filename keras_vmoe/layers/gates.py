@@ -233,7 +233,7 @@ class CosineGate(ProjectedGate):
 
     Raises:
         ValueError: If the projection is larger than D, or a temperature is not
-            positive.
+            positive or below the minimum.
 
     Example:
 
@@ -275,7 +275,7 @@ class L2Gate(ProjectedGate):
 
     Raises:
         ValueError: If the projection is larger than D, or a temperature is not
-            positive.
+            positive or below the minimum.
 
     Example:
 

@@ -202,7 +202,8 @@ def resize_positions(
         Array `(1, P + new rows * new columns, D)`.
 
     Raises:
-        ValueError: If `embedding` does not hold P tokens and the patches.
+        ValueError: If `embedding` does not hold P tokens and the patches, or
+            a grid or the interpolation is not valid.
 
     Example:
 

@@ -124,7 +124,7 @@ class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
             )
 
     def sharing(self, **changes: Any) -> Self:
-        """Returns a router with the same weights; `changes` set arguments."""
+        """Returns a router with the same weights and `changes` of arguments."""
         new = share(self, gate=self.gate_layer, **changes)
         if not isinstance(self.gate, keras.layers.Layer):
             del new.gate  # PyTorch cannot replace a layer with a string.

@@ -163,8 +163,9 @@ class SoftRouter(Router):
         A `routing.Plan` from `routing.soft_plan`.
 
     Raises:
-        ValueError: If the number of slots is 0 or unknown, `noise_std` is
-            negative, or a setting of another router is given.
+        ValueError: If the number of slots is 0, unknown, given twice or not
+            the gate's, `noise_std` is negative, or a setting of another router
+            is given.
 
     Example:
 

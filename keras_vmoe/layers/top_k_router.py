@@ -80,8 +80,9 @@ class TopKRouter(Router):
         A `routing.Plan` from `routing.top_k_plan` or `dropless_plan`.
 
     Raises:
-        ValueError: If K is not between 1 and E, the capacity factor is not
-            positive, `noise_std` is negative, or the gate is unknown.
+        ValueError: If K or `min_experts` is not between 1 and E, the capacity
+            factor is not positive, `noise_std` or a loss weight is negative,
+            the gate is unknown, or a dropless router has `batch_priority`.
 
     Example:
 

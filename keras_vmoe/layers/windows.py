@@ -290,8 +290,8 @@ class MergePatches(keras.layers.Layer):
         inputs: `(B, H, W, D)` float tensor.
 
     Returns:
-        `(B, H / 2, W / 2, 4 * D)` tensor: upper left, lower left, upper right,
-        lower right.
+        `(B, ceil(H / 2), ceil(W / 2), 4 * D)` tensor: upper left, lower left,
+        upper right, lower right.
 
     Example:
 

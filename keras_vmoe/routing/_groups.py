@@ -44,7 +44,7 @@ def capacity(
         C, of the type of `num_tokens`.
 
     Raises:
-        ValueError: If a count is below 1, or if the capacity is 0.
+        ValueError: If a count is below 1, or the factor is not positive.
 
     Example:
 

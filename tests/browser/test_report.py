@@ -1,26 +1,10 @@
 """The report of `inspect` in headless Chromium: `make test-browser`."""
 
-import shutil
-
 import pytest
-from playwright.sync_api import sync_playwright
 
 from keras_vmoe import inspection
 from tests.inspection.test_inspect import batches
 from tests.inspection.test_inspect import model_of
-
-NEEDS = "Chromium is not installed: `make test-browser` installs it (as root)."
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    assert path, NEEDS
-    with sync_playwright() as playwright:
-        options = {"executable_path": path, "args": ["--no-sandbox"]}
-        opened = playwright.chromium.launch(**options)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,80 @@
+"""Environments that hold the wheel and what its metadata asks for, no more."""
+
+import email
+import os
+import pathlib
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+
+
+def create(folder, wheel, extras):
+    """Creates an environment, and returns its Python.
+
+    Everything but the wheel is linked from this environment: an installation
+    would take a minute for each.
+
+    Args:
+        folder: `pathlib.Path` on the file system of this environment.
+        wheel: `pathlib.Path`.
+        extras: Names of extras of the wheel.
+    """
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", folder], check=True
+    )
+    (site,) = folder.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+        (name,) = (x for x in archive.namelist() if x.endswith("/METADATA"))
+        asked = email.message_from_bytes(archive.read(name))
+    for name in needs(asked.get_all("Requires-Dist"), extras):
+        for file in metadata.files(name):
+            target = site / file
+            if ".." in file.parts or not file.locate().is_file():
+                continue  # A script, or compiled elsewhere.
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():  # Some packages share files.
+                os.link(os.path.realpath(file.locate()), target)
+    return folder / "bin" / "python"
+
+
+def needs(lines, extras):
+    """The names of the packages that requirements lead to."""
+    found, left = set(), [(line, tuple(extras)) for line in lines]
+    while left:
+        line, extras = left.pop()
+        asked = Requirement(line)
+        here = default_environment()
+        if asked.marker and not any(
+            asked.marker.evaluate(here | {"extra": x}) for x in extras or [""]
+        ):
+            continue
+        key = (asked.name.lower(), frozenset(asked.extras))
+        if key not in found:
+            found.add(key)
+            deeper = metadata.requires(asked.name) or []
+            left += [(x, tuple(asked.extras)) for x in deeper]
+    return {name for name, _ in found}
+
+
+def run(python, program, backend, folder):
+    """Runs a program in an environment, and returns the finished process."""
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run(
+        [python, "-I", "-c", program],
+        env=kept | {"KERAS_BACKEND": backend},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+
+
+def built(suffix):
+    """The path of the one file in dist/ that ends so."""
+    found = list((pathlib.Path(__file__).parents[2] / "dist").glob(suffix))
+    assert len(found) == 1, f"`make wheel` builds it. Found: {found}."
+    return found[0]
