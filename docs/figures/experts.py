@@ -9,6 +9,8 @@ python docs/figures/experts.py runs/cifar10 cifar10 DIR
 import pathlib
 import sys
 
+from PIL import Image
+
 from keras_vmoe import data
 from keras_vmoe import inspection
 from keras_vmoe import training
