@@ -34,7 +34,7 @@ check-quickstart:  ## The quickstart, and that it reaches its accuracy.
 # A process per core; files stay together, in the order of tests/conftest.py.
 # What belongs to one backend, or to none, the others leave out.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
-	--ignore=tests/browser
+	--ignore=tests/browser --ignore=tests/wheel
 
 .PHONY: test
 test: $(VENV)/.test  ## The fast tests, on all three backends.
@@ -60,7 +60,7 @@ browser:  ## Chromium, where there is none (Debian's package, as root).
 		{ apt-get update -qq && apt-get install -y -qq chromium; }
 
 .PHONY: test-browser
-test-browser: $(VENV)/.test browser  ## The pages that we write, in Chromium.
+test-browser: docs browser  ## The site and the reports, in Chromium.
 	KERAS_BACKEND=torch $(BIN)/python -m pytest -q tests/browser
 
 .PHONY: lint
@@ -72,23 +72,36 @@ lint: $(VENV)/.test  ## Style, types, and that every file compiles.
 
 .PHONY: docs
 docs: $(VENV)/.test  ## The site, into build/site: no network, no warnings.
-	@echo "To read it, with its search: python -m http.server -d build/site"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 .PHONY: wheel
-wheel: $(VENV)/.test  ## Build the wheel and try it in a bare environment.
-	rm -rf build dist
-	$(BIN)/python -m build --outdir dist .
-	$(PYTHON) -m venv build/bare
-	build/bare/bin/python -m pip install --quiet dist/*.whl jax
-	cd build && KERAS_BACKEND=jax bare/bin/python -c \
-		"import keras_vmoe; print(keras_vmoe.__version__)"
+wheel: $(VENV)/.test  ## Build the wheel and the sdist, into dist/.
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist . > /dev/null
+
+.PHONY: test-wheel
+test-wheel: wheel  ## The wheel in bare environments, with each extra.
+	rm -rf build/bare
+	KERAS_BACKEND=torch $(BIN)/python -m pytest -q tests/wheel
+
+# Backends as on Colab; the notebooks install the wheel that lies beside them.
+.PHONY: notebooks
+notebooks: wheel  ## Run the notebooks without a clone; EPOCHS=3 is short.
+	rm -rf build/notebooks && mkdir -p build/notebooks
+	cp dist/*.whl examples/*.ipynb build/notebooks
+	cd build/notebooks && $(PYTHON) -m venv venv && \
+		venv/bin/python -m pip install --quiet --no-compile ipykernel \
+		nbclient "$$(ls *.whl)[jax,tensorflow]" && \
+		venv/bin/python -m pip uninstall --quiet --yes keras_vmoe
+	cd build/notebooks && venv/bin/jupyter execute --inplace \
+		--NotebookClient.record_timing=False *.ipynb
+
+.PHONY: record-notebooks
+record-notebooks: notebooks  ## Keep the notebooks with their new outputs.
+	cp build/notebooks/*.ipynb examples
 
 .PHONY: examples
-examples: $(VENV)/.test  ## Run the examples, in a short form.
+examples: $(VENV)/.test notebooks  ## Run the examples; EPOCHS=3 is short.
 	KERAS_BACKEND=jax $(BIN)/python examples/moe_in_your_model.py --epochs 2
 	mkdir -p build
 	$(BIN)/python examples/augmentations.py build/augmentations.jpg
-	rm -rf build/notebooks && mkdir -p build/notebooks
-	cp examples/*.ipynb build/notebooks
-	cd build/notebooks && EPOCHS=3 ../../$(BIN)/jupyter execute *.ipynb

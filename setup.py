@@ -55,9 +55,8 @@ EXTRAS = {
         "torchvision==0.28.0",
         # What drives the Chromium of `make test-browser`.
         "playwright>=1.55,<2",
-        # The notebooks of examples/.
-        "nbclient>=0.10,<0.12",
-        "ipykernel>=6.29,<8",
+        # What the notebooks of examples/ run in.
+        "ipython>=8.26,<10",
     ],
 }
 EXTRAS["all"] = sorted({need for needs in EXTRAS.values() for need in needs})

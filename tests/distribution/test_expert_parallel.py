@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 IS_JAX = keras.backend.backend() == "jax"
 # Models, and the numbers of shards; 0 is one device.
 CASES = {
-    "vit": "0 1 2 8 data dense",
+    "vit": "0 1 8 data dense",
     "vit --noise": "0 4",
     "convnext --noise": "0 4 data",
     "vit --router expert_choice": "0 4",

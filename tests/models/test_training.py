@@ -276,7 +276,15 @@ def test_a_pipeline_that_knows_no_sizes():
         np.testing.assert_allclose(compiled(images), vit(images), atol=1e-5)
 
 
-@pytest.mark.parametrize("library", ["keras", "keras_cv"])
+@pytest.mark.parametrize(
+    "library",
+    [
+        "keras",
+        pytest.param(  # On JAX it only takes longer.
+            "keras_cv", marks=pytest.mark.backends("tensorflow", "torch")
+        ),
+    ],
+)
 def test_layers_of_others_augment_the_images(library):
     """In tf.data, whatever trains."""
     import keras_cv
