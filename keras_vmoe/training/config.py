@@ -1,6 +1,7 @@
 """The configuration of a training run, as one typed value."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 from typing import Literal
 
 from keras_vmoe import _checks
@@ -16,6 +17,11 @@ from keras_vmoe.training.sizes import SwinConfig
 from keras_vmoe.training.sizes import family_of
 from keras_vmoe.training.sizes import given
 
+# The command line parses the first; Python may also give the second.
+if TYPE_CHECKING:
+    MoE = MoESettings | MoEConfig
+else:
+    MoE = MoESettings
 DEFAULT_IMAGE_SIZE = 32
 DEFAULT_WARMUP = 1 / 12  # Share of all steps.
 KINDS = {"vit": "ViT", "convnext": "ConvNeXt", "swin": "Swin"}
@@ -239,7 +245,7 @@ class TrainConfig:
     model: ModelConfig = ModelConfig()
     convnext: ConvNeXtConfig | None = None
     swin: SwinConfig | None = None
-    moe: MoESettings | None = MoESettings()
+    moe: MoE | None = MoESettings()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     devices: DevicesConfig = DevicesConfig()
