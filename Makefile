@@ -11,7 +11,7 @@ $(VENV)/bin/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.quickstart-$(BACKEND): setup.py pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -e ".[$(BACKEND),data,plots,cli]"
+	$(BIN)/python -m pip install --quiet -e ".[$(BACKEND),data,plots,cli,serving]"
 	touch $@
 
 $(VENV)/.test: setup.py pyproject.toml | $(VENV)/bin/python
@@ -72,7 +72,7 @@ lint: $(VENV)/.test  ## Style, types, and that every file compiles.
 
 .PHONY: docs
 docs: $(VENV)/.test  ## The site, into build/site: no network, no warnings.
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 .PHONY: wheel
 wheel: $(VENV)/.test  ## Build the wheel and the sdist, into dist/.

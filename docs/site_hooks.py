@@ -108,14 +108,25 @@ def public_names(module):
     return [x for x in names if not inspect.ismodule(getattr(found, x))]
 
 
+def _place(value):
+    """The file and line of a definition."""
+    path = pathlib.Path(inspect.getsourcefile(value)).relative_to(ROOT)
+    return f"{path}:{inspect.getsourcelines(value)[1]}"
+
+
 def _module(module):
     """A page of the API: what a module is for, and each of its names."""
     found = importlib.import_module(f"keras_vmoe.{module}")
     lines = [f"# keras_vmoe.{module}", "", inspect.getdoc(found), ""]
+    for name, value in vars(found).items():
+        mine = getattr(value, "__module__", None) == found.__name__
+        if mine and name[0] != "_" and name not in public_names(module):
+            raise PluginError(f"{_place(value)}: {name} is not in __all__")
     for name in public_names(module):
         if callable(getattr(found, name)):
-            if not inspect.getdoc(getattr(found, name)):
-                raise PluginError(f"{found.__file__}: {name} has no docstring")
+            if not getattr(found, name).__doc__:
+                where = _place(getattr(found, name))
+                raise PluginError(f"{where}: {name} has no docstring")
             lines += [f"::: keras_vmoe.{module}.{name}", ""]
         else:
             lines += [f"## {name}", "", "A constant.", ""]

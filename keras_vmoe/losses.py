@@ -3,7 +3,7 @@
 Each returns one value per group, `(G, ...) -> (G,)`. The router averages over
 the groups, weights the losses and adds them to the training loss. Letters are
 explained in `keras_vmoe.routing`. Masked tokens are ignored; a group with only
-masked tokens has a loss of 0. A mask not of shape `(G, S)` raises a ValueError.
+masked tokens has a loss of 0. A mask must have the shape `(G, S)`.
 """
 
 import math

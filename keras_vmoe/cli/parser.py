@@ -24,6 +24,8 @@ from keras_vmoe.training.config import GROUPS
 from keras_vmoe.training.config import VIT_SIZES
 from keras_vmoe.training.typed import convert
 from keras_vmoe.training.typed import kinds_of
+from keras_vmoe.training.typed import merge
+from keras_vmoe.training.typed import read_yaml
 from keras_vmoe.version import __version__
 
 BACKEND = Literal["jax", "tensorflow", "torch"] | None
@@ -238,10 +240,10 @@ def _read_files(command, function, arguments):
     if "recipe" in files:
         settings = {}
         for file in filter(None, (files.recipe, files.config)):
-            settings = recipes.merge(settings, recipes.read(file))
+            settings = merge(settings, recipes.read(file))
         command.set_defaults(_defaults(settings))
     elif files.config is not None:
-        settings = recipes.read_yaml(files.config)
+        settings = read_yaml(files.config)
         known = [action.dest for action in command._actions]
         known = [name for name in known if name not in ("help", "config")]
         check_keys(f"`{command.usage.split()[1]}`", settings, known)

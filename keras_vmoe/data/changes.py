@@ -15,7 +15,7 @@ import numpy as np
 from keras_vmoe.data import colors
 from keras_vmoe.data.tensorflow_runtime import tf
 
-GREY = 127.5
+GRAY = 127.5
 SOLARIZE_FROM = 128.0  # 3-Augment inverts pixels above.
 BLUR = (5, (0.1, 1.0))  # 3-Augment's kernel size and its deviation.
 ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), 0.3  # Ratio of sides, to 1 / 0.3.
@@ -168,7 +168,7 @@ def erase(probability, image, chance, area, ratio, row, column, noise):
     def erased():
         seed = tf.cast(tf.stack([noise, 0.0]) * 2**24, tf.int32)
         shape = tf.stack([bottom - top, right - left, channels])
-        filling = tf.random.stateless_normal(shape, seed, GREY, GREY)
+        filling = tf.random.stateless_normal(shape, seed, GRAY, GRAY)
         rows = image[top:bottom]
         rows = [rows[:, :left], rounded(filling), rows[:, right:]]
         parts = [image[:top], tf.concat(rows, 1), image[bottom:]]

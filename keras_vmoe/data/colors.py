@@ -15,7 +15,7 @@ from keras_vmoe.data.tensorflow_runtime import tf
 
 SAME = np.eye(3, dtype="float32")  # The matrix of no change.
 # The matrix that makes gray, as tf.image does.
-GREY = np.repeat(np.array([[0.2989], [0.587], [0.114]], "float32"), 3, axis=1)
+GRAY = np.repeat(np.array([[0.2989], [0.587], [0.114]], "float32"), 3, axis=1)
 LEVELS = 256
 
 
@@ -58,7 +58,7 @@ def _over_pixels(reduce, image):
 
 def saturation(factor):
     """Returns the matrix that changes saturation; 0 is gray, 1 no change."""
-    return factor * (SAME - GREY) + GREY
+    return factor * (SAME - GRAY) + GRAY
 
 
 def contrasted(image, factor):

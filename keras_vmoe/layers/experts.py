@@ -141,6 +141,16 @@ class MLPExperts(TwoLayers):
         type_check: bool = True,
         config: Any = None,
     ) -> None:
+        """Stores the kernels as 8-bit integers with a scale per output.
+
+        Args:
+            mode: `"int8"`.
+            type_check: Whether to reject subclasses.
+            config: Optional Keras configuration with a `weight_quantizer`.
+
+        Raises:
+            NotImplementedError: For another mode, or a subclass.
+        """
         check_mode(mode)
         if hasattr(self, "hidden_kernel_scale"):
             return  # Setting the policy below calls this again.

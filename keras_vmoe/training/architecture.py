@@ -18,6 +18,7 @@ from keras_vmoe.training.sizes import MoESettings
 from keras_vmoe.training.sizes import SwinConfig
 from keras_vmoe.training.sizes import family_of
 from keras_vmoe.training.sizes import given
+from keras_vmoe.training.typed import merge
 
 CONFIG, MODEL = "config.yaml", "model.keras"  # In a run folder.
 # Settings that the experts' weights depend on, besides the placement.
@@ -47,10 +48,10 @@ def resolved(config):
     below = _preset(settings.preset)
     if settings.init is not None:
         start = _architecture_of(settings.init)
-        family, below = _family_of(start), recipes.merge(start, below)
+        family, below = _family_of(start), merge(start, below)
     elif settings.preset is None:
         below = {**SIZES[family], "moe": {}}
-    found = recipes.merge(below, _set_by(config))
+    found = merge(below, _set_by(config))
     if settings.upcycle and found["moe"] is None:
         found["moe"] = {}
     if found["moe"] is not None:

@@ -1,11 +1,13 @@
 """Dataclasses of settings: built from plain values, checked by their types."""
 
 import dataclasses
+import pathlib
 import types
 import typing
 from typing import Literal
 
 from keras_vmoe import _checks
+from keras_vmoe._extras import require
 
 
 def kinds_of(cls):
@@ -16,6 +18,36 @@ def kinds_of(cls):
             parts = [x for x in kind.__args__ if x is not types.NoneType]
             kinds[name] = parts[0] if len(parts) == 1 else kind
     return kinds
+
+
+def merge(below, above):
+    """Returns nested settings, with those `above` overriding those `below`."""
+    merged = {**below, **above}
+    for name in below.keys() & above.keys():
+        if isinstance(below[name], dict) and isinstance(above[name], dict):
+            merged[name] = merge(below[name], above[name])
+    return merged
+
+
+def read_yaml(path):
+    """Reads the mapping in a YAML file as a dict."""
+    path = pathlib.Path(path)
+    jsonargparse = require("jsonargparse", "cli")
+    yaml = require("yaml", "cli")
+    try:
+        # Not PyYAML's loader, which reads 1e-3 as a string.
+        text = path.read_text(encoding="utf-8")
+        settings = jsonargparse.get_loader("yaml")(text)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"A recipe must be a YAML file. Received: {path} ({error})."
+        ) from error
+    if not isinstance(settings, dict):
+        raise ValueError(
+            "A recipe must be a mapping of names to values. "
+            f"Received: {path}, which holds {settings!r}. An empty one is {{}}."
+        )
+    return settings
 
 
 def from_dict(cls, settings, what):

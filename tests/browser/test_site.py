@@ -1,6 +1,7 @@
 """The site that `make docs` builds, in headless Chromium."""
 
 import functools
+import html.parser
 import http.server
 import pathlib
 import threading
@@ -34,6 +35,51 @@ def address():
 
 def test_the_site_is_there():
     assert "index.html" in PAGES, "`make docs` builds it."
+
+
+class Links(html.parser.HTMLParser):
+    """The anchors of a page, and its links with their lines."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.anchors, self.links = set(), []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.anchors |= {found.get("id"), found.get("name")}
+        for key in ("href", "src"):
+            if found.get(key):
+                self.links.append((self.getpos()[0], found[key]))
+
+
+def test_links_lead_somewhere():
+    """To files and anchors of the site, generated pages included."""
+    pages = {SITE / name: Links(SITE / name) for name in PAGES}
+    problems = []
+    for path, page in pages.items():
+        for line, link in page.links:
+            target = urllib.parse.urlsplit(urllib.parse.unquote(link))
+            if target.scheme or path.name == "404.html":
+                continue
+            file = (path.parent / target.path).resolve()
+            file = file if target.path else path
+            wanted = target.fragment if file in pages else ""
+            if file.is_dir():
+                file /= "index.html"
+            if not file.exists():
+                problems.append(f"{path}:{line}: {link} is no file")
+            elif wanted and wanted not in pages[file].anchors:
+                problems.append(f"{path}:{line}: {link} has no such anchor")
+    assert not problems, "\n".join(problems)
+
+
+def test_cards_lie_side_by_side(browser, address):
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    page.goto(address)
+    cards = page.locator(".cards li")
+    first, second = (cards.nth(i).bounding_box() for i in range(2))
+    assert first["y"] == second["y"] and first["x"] < second["x"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

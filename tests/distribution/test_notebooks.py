@@ -82,4 +82,3 @@ def test_is_stored_with_its_outputs(name):
     outputs = [x for code in codes for x in code["outputs"]]
     kinds = {kind for x in outputs for kind in x.get("data", {})}
     assert "image/png" in kinds
-    assert not any(x.get("name") == "stderr" for x in outputs)

@@ -1,7 +1,7 @@
 """Links of README and docs lead somewhere, and every figure has its script.
 
-`make docs` checks the site's links and anchors as well, those of generated
-pages too; here a broken one is named by file and line.
+`make docs` and tests/browser check the pages that are built, generated ones
+too; here a broken link is named by file and line.
 """
 
 import re
@@ -50,16 +50,26 @@ def test_links(page):
     assert not broken, "\n".join(broken)
 
 
+def place(lines, name):
+    """Where the list of figures has a name."""
+    number = next(i for i, x in enumerate(lines, 1) if f'"{name}"' in x)
+    return f"{FIGURES.relative_to(ROOT)}:{number}"
+
+
 def test_every_figure_has_its_script():
     """Each picture is listed with the script that draws it, and shown."""
     scripts = tomllib.loads(FIGURES.read_text())
+    listed = FIGURES.read_text().splitlines()
+    gone = [x for x in scripts if not (ROOT / x).is_file()]
+    problems = [f"{place(listed, x)}: there is no script {x}" for x in gone]
     drawn = {x for names in scripts.values() for x in names}
     there = {x.name for x in FIGURES.parent.iterdir()}
     pictures = {x for x in there if x.endswith((".png", ".svg", ".jpg"))}
-    assert drawn == pictures, drawn ^ pictures
-    for script in scripts:
-        text = (ROOT / script).read_text()
-        assert text, script
+    problems += [
+        f"{place(listed, x)}: no picture {x}" for x in drawn - pictures
+    ]
+    problems += [f"docs/figures/{x}:1: no script" for x in pictures - drawn]
+    assert not problems, "\n".join(problems)
     words = "".join(page.read_text() for page in PAGES)
     themes = r"(_narrow)?_(light|dark)\.svg$"
     hidden = [x for x in pictures if re.sub(themes, "", x) not in words]

@@ -49,6 +49,8 @@ def start(tmp_path_factory):
     (folder / "start.py").write_text(TRAIN + IMAGE)
     done = run("start.py", folder)
     assert not done.returncode, done.stderr
+    # That of `make quickstart`.
+    shutil.copytree(folder / "runs/digits", folder / "runs/digits_jax")
     return folder
 
 

@@ -9,17 +9,17 @@ It holds settings of a `TrainConfig` in groups. Group names may be left out
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 from keras_vmoe._checks import nearest
-from keras_vmoe._extras import require
 from keras_vmoe.models.base import RENAMED
 from keras_vmoe.models.moe import of_version_0_1
 from keras_vmoe.training.config import GROUPS
 from keras_vmoe.training.config import TrainConfig
 from keras_vmoe.training.typed import from_dict
 from keras_vmoe.training.typed import kinds_of
+from keras_vmoe.training.typed import merge
+from keras_vmoe.training.typed import read_yaml
 
 __all__ = ["load", "names", "read"]
 
@@ -121,36 +121,6 @@ def load(source: str | os.PathLike[str], **settings: Any) -> TrainConfig:
     ('lamb', 0.1)
     """
     return from_dict(TrainConfig, merge(read(source), settings), str(source))
-
-
-def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested settings, with those `above` overriding those `below`."""
-    merged = {**below, **above}
-    for name in below.keys() & above.keys():
-        if isinstance(below[name], dict) and isinstance(above[name], dict):
-            merged[name] = merge(below[name], above[name])
-    return merged
-
-
-def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads the mapping in a YAML file as a dict."""
-    path = pathlib.Path(path)
-    jsonargparse = require("jsonargparse", "cli")
-    yaml = require("yaml", "cli")
-    try:
-        # Not PyYAML's loader, which reads 1e-3 as a string.
-        text = path.read_text(encoding="utf-8")
-        settings = jsonargparse.get_loader("yaml")(text)
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"A recipe must be a YAML file. Received: {path} ({error})."
-        ) from error
-    if not isinstance(settings, dict):
-        raise ValueError(
-            "A recipe must be a mapping of names to values. "
-            f"Received: {path}, which holds {settings!r}. An empty one is {{}}."
-        )
-    return settings
 
 
 def _grouped(settings, path):
