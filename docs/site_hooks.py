@@ -173,15 +173,19 @@ def _command_line():
 def _presets():
     """The table of presets, ours beside the papers' figures."""
     rows = json.loads(_output("presets", "--format", "json"))
+    heads = [
+        f"paper's {COLUMNS[i - 1]}" if x == "(paper)" else x
+        for i, x in enumerate(COLUMNS)
+    ]
     lines = [
-        "# Presets", "",
+        "---\nhide: [toc]\n---\n\n# Presets", "",
         "`models.from_preset(name)` builds one. Millions of parameters, in "
         "total and active per token; billions of multiply-adds per image; "
         "beside them the figures that the papers print, their ImageNet-1k "
         "accuracy (*: pretrained on ImageNet-21k) and images/s. Counted with "
         "the classes of the papers' tables. `keras-vmoe presets --format csv` "
         "prints the same.", "",
-        "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|",
+        "| " + " | ".join(heads) + " |", "|---" + "|---:" * 9 + "|",
     ]  # fmt: skip
     notes = []
     for row in rows:
