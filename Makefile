@@ -93,8 +93,7 @@ notebooks: wheel  ## Run the notebooks without a clone; EPOCHS=3 is short.
 		venv/bin/python -m pip install --quiet --no-compile ipykernel \
 		nbclient "$$(ls *.whl)[jax,tensorflow]" && \
 		venv/bin/python -m pip uninstall --quiet --yes keras_vmoe
-	cd build/notebooks && venv/bin/jupyter execute --inplace \
-		--NotebookClient.record_timing=False *.ipynb
+	cd build/notebooks && venv/bin/jupyter execute --inplace *.ipynb
 
 .PHONY: record-notebooks
 record-notebooks: notebooks  ## Keep the notebooks with their new outputs.

@@ -129,7 +129,10 @@ def _module(module):
                 raise PluginError(f"{where}: {name} has no docstring")
             lines += [f"::: keras_vmoe.{module}.{name}", ""]
         else:
-            lines += [f"## {name}", "", "A constant.", ""]
+            value = getattr(found, name)
+            first = ", ".join(map(str, value[:3]))
+            held = f"`({first}, ...)`: {len(value)} of ImageNet's classes."
+            lines += [f"## {name}", "", held, ""]
     return "\n".join(lines)
 
 
