@@ -1,5 +1,6 @@
 """The wheel and the sdist, as a stranger gets them: `make wheel`."""
 
+import pathlib
 import subprocess
 import tarfile
 import zipfile
@@ -10,7 +11,7 @@ import keras_vmoe
 from tests.checkpoints import test_torch
 from tests.wheel import bare
 
-ROOT = bare.pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[2]
 MODEL = """
 import os
 
