@@ -114,6 +114,15 @@ def _place(value):
     return f"{path}:{inspect.getsourcelines(value)[1]}"
 
 
+def _methods(value):
+    """The public methods and properties of a class that no base has."""
+    for name, method in vars(value).items() if inspect.isclass(value) else ():
+        method = getattr(method, "fget", method)
+        is_new = not any(hasattr(x, name) for x in value.__mro__[1:])
+        if name[0] != "_" and is_new and inspect.isfunction(method):
+            yield method
+
+
 def _module(module):
     """A page of the API: what a module is for, and each of its names."""
     found = importlib.import_module(f"keras_vmoe.{module}")
@@ -124,9 +133,15 @@ def _module(module):
             raise PluginError(f"{_place(value)}: {name} is not in __all__")
     for name in public_names(module):
         if callable(getattr(found, name)):
-            if not getattr(found, name).__doc__:
-                where = _place(getattr(found, name))
-                raise PluginError(f"{where}: {name} has no docstring")
+            for value in [
+                getattr(found, name),
+                *_methods(getattr(found, name)),
+            ]:
+                if not value.__doc__:
+                    what = value.__qualname__
+                    raise PluginError(
+                        f"{_place(value)}: {what} has no docstring"
+                    )
             lines += [f"::: keras_vmoe.{module}.{name}", ""]
         else:
             value = getattr(found, name)

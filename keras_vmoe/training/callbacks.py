@@ -317,6 +317,7 @@ class StepTime(keras.callbacks.Callback):
 
     @property
     def seconds_per_step(self) -> float | None:
+        """The median over the epochs; the first counts only if it is alone."""
         seconds = self.seconds[1:] or self.seconds
         return statistics.median(seconds) / self.steps if seconds else None
 

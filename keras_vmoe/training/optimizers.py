@@ -97,6 +97,7 @@ class DecayByKind:
         return _replicas.of_sum(super()._clip_gradients, grads)
 
     def get_config(self) -> Config:
+        """Returns the arguments, for saving."""
         return {
             **super().get_config(),  # type: ignore[misc]  # Keras's.
             "expert_weight_decay": self.expert_weight_decay,
