@@ -278,7 +278,7 @@ def test_bad_soft_gate(arguments, words):
 @pytest.mark.parametrize(
     ("num_tokens", "words"),
     [
-        (None, "number of tokens of an image, which must be known. Received: "
+        (None, "number of tokens in an image, which must be known. Received: "
          "num_slots=None.*Set `num_slots`"),
         (1, "at least 1 slot. Received: num_experts=4, capacity_factor=1.0 "
          "and 1 tokens per image, which gives 0 slots"),
