@@ -1,4 +1,4 @@
-"""The wheel and the sdist, as a stranger gets them: `make wheel`."""
+"""The wheel and the sdist, as a stranger gets them: `make test-wheel`."""
 
 import pathlib
 import subprocess
