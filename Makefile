@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/digits_$(BACKEND)
 SOURCES := keras_vmoe tests benchmarks examples docs setup.py
+# Hundreds of processes import the same files: they are compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Quickstart installs what its backend needs; everything else installs all.
 $(VENV)/bin/python:
@@ -33,7 +35,7 @@ check-quickstart:  ## The quickstart, and that it reaches its accuracy.
 
 # A process per core; files stay together, in the order of tests/conftest.py.
 # What belongs to one backend, or to none, the others leave out.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder \
 	--ignore=tests/browser --ignore=tests/wheel
 
 .PHONY: test

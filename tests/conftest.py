@@ -1,5 +1,6 @@
 """What holds for all tests: four CPU devices, one seed, one dtype policy."""
 
+import gc
 import os
 import pathlib
 
@@ -42,6 +43,11 @@ LONGEST = [
     "layers/test_every_layer.py",
     "test_docstrings.py",
 ]
+# Files whose tests share nothing: together they would keep one core waiting.
+APART = [
+    "docs/test_snippets.py",
+    "training/test_recipes.py",
+]
 
 # Warnings that are not ours, and what causes them.
 OF_OTHERS = [
@@ -67,6 +73,13 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", f"ignore:{warning}")
 
 
+def pytest_collection_finish(session):
+    # Millions of objects of the backends, which stay: a tenth of the time.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
 def pytest_collection_modifyitems(config, items):
     """Leaves to other backends what is theirs, and puts long files first."""
     kept = [item for item in items if BACKEND in backends_of(item)]
@@ -74,6 +87,14 @@ def pytest_collection_modifyitems(config, items):
     if left:
         config.hook.pytest_deselected(items=left)
     items[:] = sorted(kept, key=rank)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+
+
+def group_of(item):
+    """What runs in one process, one after the other: a file, mostly."""
+    name = item.path.relative_to(TESTS).as_posix()
+    return item.nodeid if name in APART else name
 
 
 def backends_of(item):

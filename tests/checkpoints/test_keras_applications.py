@@ -49,8 +49,8 @@ def test_the_same_logits():
     np.testing.assert_allclose(got / scale, expected / scale, atol=1e-4)
 
 
+@pytest.mark.backends("tensorflow")
 @pytest.mark.slow
-@pytest.mark.backends("jax", "tensorflow", "torch")
 def test_the_same_answers_for_the_same_files(tmp_path):
     """From files to logits: ours, and Keras's own preprocessing and model.
 

@@ -16,7 +16,6 @@ from keras_vmoe import distribution
 from keras_vmoe.distribution import _replicas
 
 BACKEND = keras.backend.backend()
-CASES = [("vit_clip", 2), ("convnext", 4)]
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -41,10 +40,9 @@ def run(family, devices):
 
 @pytest.mark.slow
 @pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize(("family", "devices"), CASES)
-def test_the_arithmetic_is_that_of_one_device(family, devices):
+def test_the_arithmetic_is_that_of_one_device():
     """Losses, auxiliary losses, metrics, and by SGD's steps the gradients."""
-    one, many = run(family, 1), run(family, devices)
+    one, many = run("vit_clip", 1), run("vit_clip", 2)
     assert one["auxiliary_loss"][0] > 0.01 and one["dropped_share"][0] > 0
     for name in one.keys() - {"weights", "compiles"}:
         np.testing.assert_allclose(
@@ -56,11 +54,10 @@ def test_the_arithmetic_is_that_of_one_device(family, devices):
 
 @pytest.mark.slow
 @pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize(("family", "devices"), CASES)
-def test_every_replica_has_noise_of_its_own(family, devices):
-    for draws in run(family, devices)["noise"]:
-        assert len(draws) == devices
-        assert len({json.dumps(draw) for draw in draws}) == devices
+def test_every_replica_has_noise_of_its_own():
+    for draws in run("vit_clip", 2)["noise"]:
+        assert len(draws) == 2
+        assert len({json.dumps(draw) for draw in draws}) == 2
 
 
 @pytest.mark.slow

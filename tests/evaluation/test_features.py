@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from keras_vmoe import evaluation
+from tests.harness import first_everywhere
 from tests.harness import randomize
 from tests.models.definitions import images_of
 from tests.models.definitions import tiny
@@ -17,7 +18,7 @@ def batches():
     return [(images[:5], LABELS[:5]), (images[5:], LABELS[5:])]
 
 
-@pytest.mark.parametrize("representation_size", [None, 6])
+@pytest.mark.parametrize("representation_size", first_everywhere([6, None]))
 def test_the_head_makes_logits_of_them(representation_size):
     model = tiny(representation_size=representation_size)
     model = randomize(model)

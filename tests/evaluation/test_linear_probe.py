@@ -27,6 +27,7 @@ def test_lbfgs_finds_where_the_slope_is_zero():
     assert found.chosen == 0.01 and list(found.held_out_accuracy) == [0.01]
 
 
+@pytest.mark.backends("jax", "torch")
 def test_both_solvers():
     found = {
         solver: evaluation.linear_probe(TRAIN, TEST, solver, epochs=epochs)

@@ -16,6 +16,7 @@ BATCHES = [(images_of(8), np.arange(8) % 10)]
 SETTINGS = {"batch_priority": [False, True], "capacity_factor": [0.25, 4.0]}
 
 
+@pytest.mark.backends("jax", "torch")
 def test_every_position():
     model = randomize(tiny(moe={"num_selected_experts": 1}))
     rows = evaluation.sweep_routing(model, BATCHES, **SETTINGS)

@@ -271,6 +271,7 @@ def test_a_folder_of_somebody_else(model, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("served*"))
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.slow
 def test_a_full_disk(tmp_path):
     """The limits are less than the weights, and less than TensorFlow's graph.
@@ -434,6 +435,7 @@ def test_images_that_have_no_answer(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.slow
 def test_a_killed_export_leaves_no_version(tmp_path):
     """Nor, under other backends, its process of TensorFlow."""

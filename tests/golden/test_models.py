@@ -33,6 +33,7 @@ def assert_close(got, expected):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.backends("tensorflow", "torch")
 def test_logits_eager(golden):
     assert_close(
         golden.model(golden.figures["input"]), golden.figures["logits"]

@@ -21,8 +21,8 @@ def history_on(devices):
 
 
 # Keras spreads no batch over devices with PyTorch.
+@pytest.mark.backends("jax")
 @pytest.mark.slow
-@pytest.mark.backends("jax", "tensorflow")
 def test_statistics_are_those_of_one_device():
     one, many = history_on(1), history_on(2)
     assert one.keys() == many.keys()

@@ -187,6 +187,7 @@ ROUTERS = {
 }
 
 
+@pytest.mark.backends("tensorflow", "torch")
 @pytest.mark.parametrize("name", ROUTERS)
 def test_gradients_of_the_router_in_bfloat16_are_near_those_in_float32(name):
     router, arguments = ROUTERS[name]

@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 from keras_vmoe import layers
+from tests.harness import first_everywhere
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,9 @@ def test_a_gate_of_one_router_serves_another():
     assert routers[0].gate_layer is routers[1].gate_layer
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    "policy", first_everywhere(["mixed_float16", "mixed_bfloat16"])
+)
 def test_a_gate_of_lower_precision_trains(policy):
     gate = keras.layers.Dense(4, use_bias=False, dtype=policy)
     router = layers.TopKRouter(4, 2, gate=gate, dtype=policy)

@@ -112,6 +112,7 @@ def test_masked_tokens(name, images_per_group):
     assert not ops.convert_to_numpy(out)[~mask].any()
 
 
+@pytest.mark.backends("tensorflow", "torch")
 @EACH
 def test_an_image_of_masked_tokens_only(name):
     layer = make_layer(name, images_per_group=1)

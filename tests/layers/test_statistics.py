@@ -9,6 +9,7 @@ from keras_vmoe import inspection
 from keras_vmoe import layers
 from keras_vmoe import routing
 from tests.gradients import compiled
+from tests.harness import first_everywhere
 from tests.harness import randomize
 from tests.layers.definitions import gate_kernel_of
 from tests.layers.definitions import plan_slowly
@@ -233,7 +234,7 @@ def in_groups(images, mask, images_per_group):
     return images.reshape(*shape, -1), mask.reshape(shape), size
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", first_everywhere([True, False]))
 @pytest.mark.parametrize("name", ROUTERS)
 def test_every_figure_of_every_router(name, masked):
     # 3 images in groups of 2: a partial group. Then 1 image: a small one.

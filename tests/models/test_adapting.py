@@ -8,6 +8,7 @@ from keras import ops
 from keras_vmoe import checkpoints
 from keras_vmoe import data
 from keras_vmoe import models
+from tests.harness import first_everywhere
 from tests.harness import randomize
 from tests.models.definitions import images_of
 from tests.models.definitions import tiny
@@ -27,7 +28,7 @@ def arrays_of(model):
     return {w.path: ops.convert_to_numpy(w) for w in model.weights}
 
 
-@pytest.mark.parametrize("before", [3, 0])
+@pytest.mark.parametrize("before", first_everywhere([3, 0]))
 def test_maps_of_a_vit_are_its_tokens(before):
     """Without a class token and registers."""
     more = {"pooling": "token", "num_registers": 2} if before else {}
@@ -142,7 +143,7 @@ def test_another_image_size():
     assert other.input_shape == (None, 32, 16, 3)
 
 
-@pytest.mark.parametrize("router", ["top_k", "soft"])
+@pytest.mark.parametrize("router", first_everywhere(["top_k", "soft"]))
 def test_a_convnext_for_images_of_any_size(router):
     """The same as one for each size, and trained on several."""
     moe = {"layers": [2], "num_experts": 2, "router": router}

@@ -54,6 +54,7 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
+@pytest.mark.backends("tensorflow", "torch")
 @pytest.mark.parametrize(
     "moe",
     first_everywhere(
@@ -111,6 +112,7 @@ def test_losses_are_the_members_mean():
     np.testing.assert_allclose(float64(ops.stack(found)), expected, rtol=1e-4)
 
 
+@pytest.mark.backends("jax", "torch")
 def test_the_loss_of_training_is_the_members_mean():
     moe = {"noise_std": 0.0, "load_loss_weight": 0.0,
            "importance_loss_weight": 0.0}  # fmt: skip

@@ -151,6 +151,7 @@ def test_parts_inside_of_a_dense_layer(tmp_path):
     assert not mlp.hidden_dense.trainable and mlp.output_dense.trainable
 
 
+@pytest.mark.backends("jax", "torch")
 def test_a_run_goes_on_as_it_was(tmp_path):
     model = vit()
     all_but_head(model)

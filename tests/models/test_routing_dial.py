@@ -100,7 +100,7 @@ def test_setting_it_back():
     shared_weights(model, back)
 
 
-@pytest.mark.parametrize("router", ["top_k", "bias_balanced"])
+@pytest.mark.parametrize("router", first_everywhere(["bias_balanced", "top_k"]))
 def test_it_follows_further_training(router):
     model = vit(router=router)
     dial = set_routing(model, num_selected_experts=1)
@@ -193,6 +193,7 @@ def nested():
     return keras.Model(outer, keras.layers.GlobalAveragePooling1D()(x))
 
 
+@pytest.mark.backends("tensorflow", "torch")
 @pytest.mark.parametrize("make", first_everywhere([nested, plain]))
 def test_models_of_anybody(make, tmp_path):
     model = randomize(make())

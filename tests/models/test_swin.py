@@ -92,6 +92,7 @@ def test_config_outputs_reload_and_gradients(case, tmp_path):
     check_all(case, tmp_path)
 
 
+@pytest.mark.backends("tensorflow", "torch")
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision(policy):
     check_policy(CASES[0], policy)
@@ -232,6 +233,7 @@ def mlps_slowly(model, block, x):
     return mlp_slowly(x, hidden, bias, output, gelu)
 
 
+@pytest.mark.backends("tensorflow", "torch")
 def test_the_definition_of_the_model():
     model = randomize(tiny())
     images = np.random.default_rng(0).normal(size=(3, 16, 16, 3))

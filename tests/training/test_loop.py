@@ -186,7 +186,7 @@ def test_nan_keeps_the_last_good_model(config):
         training.train(wild)
 
 
-@pytest.mark.backends("jax", "torch")  # No backend sees it; one is eager.
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize(
     ("kind", "ema"),
     [
@@ -307,6 +307,7 @@ def test_settings_are_checked_when_made(change, words):
         changed(SMALL, **change)
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.slow
 def test_policies_of_the_configuration_reach_the_model(config):
     model = dataclasses.replace(config.model, dtype="mixed_bfloat16")

@@ -213,7 +213,7 @@ def test_v_moes_loss_is_a_sum_over_classes():
     np.testing.assert_allclose(losses, 3 * np.log(2) * np.ones(3), rtol=1e-6)
 
 
-@pytest.mark.backends("jax", "torch")  # No backend sees it; one is eager.
+@pytest.mark.backends("torch")
 def test_fine_tuning(result, config, tmp_path):
     """Other classes, another resolution, all but the head frozen."""
     start = result.run_dir / "model.keras"
