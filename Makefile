@@ -86,23 +86,23 @@ test-wheel: wheel  ## The wheel in bare environments, with each extra.
 	rm -rf build/bare
 	KERAS_BACKEND=torch $(BIN)/python -m pytest -q tests/wheel
 
-# Backends as on Colab; the notebooks install the wheel that lies beside them.
+# Backends and Jupyter as on Colab; the wheel that lies beside the notebooks is
+# installed by them.
 .PHONY: notebooks
-notebooks: wheel  ## Run the notebooks without a clone; EPOCHS=3 is short.
+notebooks: wheel  ## Run the notebooks without a clone; EPOCHS=1 is short.
 	rm -rf build/notebooks && mkdir -p build/notebooks
 	cp dist/*.whl examples/*.ipynb build/notebooks
-	cd build/notebooks && $(PYTHON) -m venv venv && \
-		venv/bin/python -m pip install --quiet --no-compile ipykernel \
-		nbclient "$$(ls *.whl)[jax,tensorflow]" && \
-		venv/bin/python -m pip uninstall --quiet --yes keras_vmoe
-	cd build/notebooks && venv/bin/jupyter execute --inplace *.ipynb
+	$(BIN)/python -m tests.wheel.bare build/notebooks/venv \
+		build/notebooks/*.whl jax,tensorflow pip ipykernel nbclient
+	cd build/notebooks && venv/bin/python -c \
+		"from nbclient import cli; cli.main()" --inplace *.ipynb
 
 .PHONY: record-notebooks
 record-notebooks: notebooks  ## Keep the notebooks with their new outputs.
 	cp build/notebooks/*.ipynb examples
 
 .PHONY: examples
-examples: $(VENV)/.test notebooks  ## Run the examples; EPOCHS=3 is short.
-	KERAS_BACKEND=jax $(BIN)/python examples/moe_in_your_model.py --epochs 2
+examples: $(VENV)/.test notebooks  ## Run the examples; EPOCHS=1 is short.
+	KERAS_BACKEND=jax $(BIN)/python examples/moe_in_your_model.py --epochs 1
 	mkdir -p build
 	$(BIN)/python examples/augmentations.py build/augmentations.jpg

@@ -52,7 +52,6 @@ if IS_JAX:
     SPREAD = {"distribution": "expert_parallel", "expert_shards": 8}
     OTHERS = {
         "two shards": {"distribution": "expert_parallel", "expert_shards": 2},
-        "data parallel": {"distribution": "data_parallel"},
         "one device": {},
     }
 else:

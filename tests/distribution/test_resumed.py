@@ -17,12 +17,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # PyTorch has one device, and `tests/training/test_resume.py`.
 pytestmark = [pytest.mark.slow, pytest.mark.backends("jax", "tensorflow")]
 ENDS = {
-    "jax": [
-        "whole",
-        "resumed, two shards",
-        "resumed, data parallel",
-        "resumed, one device",
-    ],
+    "jax": ["whole", "resumed, two shards", "resumed, one device"],
     "tensorflow": ["whole", "resumed, mirrored", "resumed, one device"],
 }.get(BACKEND, [])
 

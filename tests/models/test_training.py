@@ -279,7 +279,7 @@ def test_a_pipeline_that_knows_no_sizes():
 @pytest.mark.parametrize(
     "library",
     [
-        "keras",
+        pytest.param("keras", marks=pytest.mark.backends("jax", "torch")),
         pytest.param(  # Under the others it only takes longer.
             "keras_cv", marks=pytest.mark.backends("tensorflow")
         ),

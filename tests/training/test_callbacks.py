@@ -125,6 +125,7 @@ def test_weights_that_the_last_update_spoils(tmp_path):
         model.fit(x, x[:, 0], batch_size=4, verbose=0, callbacks=[guard])
 
 
+@pytest.mark.backends("torch")
 def test_history_file_holds_every_expert(tmp_path):
     routing = callbacks.RoutingHistory()
     history = callbacks.HistoryFile(tmp_path / "history.csv", routing)
@@ -166,6 +167,7 @@ def test_routing_history_per_layer():
     assert not [name for name in plain if "/" in name]
 
 
+@pytest.mark.backends("torch")
 def test_per_layer_in_the_csv_of_keras(tmp_path):
     routing = callbacks.RoutingHistory(per_layer=True)
     log = keras.callbacks.CSVLogger(str(tmp_path / "log.csv"))
@@ -261,6 +263,7 @@ def events_of(folder):
     return found
 
 
+@pytest.mark.backends("torch")
 def test_tensorboard_has_scalars_and_pictures(tmp_path):
     import tensorflow as tf
 
@@ -302,6 +305,7 @@ def test_tensorboard_without_moe_layers_writes_nothing(tmp_path):
     assert events_of(tmp_path) == {}
 
 
+@pytest.mark.backends("torch")
 def test_few_shot_accuracy_every_other_epoch():
     model = moe_model()
     x, y = tokens_and_labels(30)

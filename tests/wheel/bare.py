@@ -23,15 +23,33 @@ def create(folder, wheel, extras):
         wheel: `pathlib.Path`.
         extras: Names of extras of the wheel.
     """
+    python, site = empty(folder)
+    link(site, needs(requirements(wheel), extras))
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    return python
+
+
+def empty(folder):
+    """Creates an environment; returns its Python and where packages go."""
     subprocess.run(
         [sys.executable, "-m", "venv", "--without-pip", folder], check=True
     )
     (site,) = folder.glob("lib/python*/site-packages")
+    return folder / "bin" / "python", site
+
+
+def requirements(wheel):
+    """What a wheel asks for, in the lines of its metadata."""
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
         (name,) = (x for x in archive.namelist() if x.endswith("/METADATA"))
         asked = email.message_from_bytes(archive.read(name))
-    for name in needs(asked.get_all("Requires-Dist"), extras):
+    return asked.get_all("Requires-Dist")
+
+
+def link(site, names):
+    """Links packages of this environment into another."""
+    for name in names:
         for file in metadata.files(name):
             target = site / file
             if ".." in file.parts or not file.locate().is_file():
@@ -39,7 +57,6 @@ def create(folder, wheel, extras):
             target.parent.mkdir(parents=True, exist_ok=True)
             if not target.exists():  # Some packages share files.
                 os.link(os.path.realpath(file.locate()), target)
-    return folder / "bin" / "python"
 
 
 def needs(lines, extras):
@@ -78,3 +95,15 @@ def built(suffix):
     found = list((pathlib.Path(__file__).parents[2] / "dist").glob(suffix))
     assert len(found) == 1, f"`make wheel` builds it. Found: {found}."
     return found[0]
+
+
+def main():
+    """`FOLDER WHEEL EXTRAS PACKAGE...`: all that a wheel needs, not itself."""
+    folder, wheel, extras, *packages = sys.argv[1:]
+    _, site = empty(pathlib.Path(folder))
+    asked = requirements(wheel) + packages
+    link(site, needs(asked, extras.split(",")))
+
+
+if __name__ == "__main__":
+    main()
