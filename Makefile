@@ -100,6 +100,9 @@ notebooks: wheel  ## Run the notebooks without a clone; EPOCHS=1 is short.
 .PHONY: record-notebooks
 record-notebooks: notebooks  ## Keep the notebooks with their new outputs.
 	cp build/notebooks/*.ipynb examples
+	$(BIN)/jupyter nbconvert --to notebook --inplace examples/*.ipynb \
+		--ClearMetadataPreprocessor.enabled=True \
+		--ClearMetadataPreprocessor.clear_notebook_metadata=False
 
 .PHONY: examples
 examples: $(VENV)/.test notebooks  ## Run the examples; EPOCHS=1 is short.

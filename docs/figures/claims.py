@@ -8,17 +8,28 @@ import pathlib
 
 import numpy as np
 from matplotlib.figure import Figure
+from style import COLORS
+from style import THEMES
+from style import save
 
-FOLDER = pathlib.Path(__file__).parent
-RESULTS = FOLDER.parents[1] / "benchmarks" / "results" / "claims.csv"
+RESULTS = (
+    pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "claims.csv"
+)
 
 
 def main():
-    """Draws curves, the dial and the benefit by width beside this file."""
+    """Draws the three, side by side and, for phones, below each other."""
     with open(RESULTS, newline="") as file:
         rows = list(csv.DictReader(file))
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    curves, dial, widths = figure.subplots(1, 3)
+    save(lambda theme: draw(rows, theme, 760, 270, (1, 3)), "claims")
+    save(lambda theme: draw(rows, theme, 380, 760, (3, 1)), "claims_narrow")
+
+
+def draw(rows, theme, width, height, shape):
+    """Curves, the dial, and the benefit by width."""
+    size = (width / 72, height / 72)
+    figure = Figure(figsize=size, layout="constrained")
+    curves, dial, widths = figure.subplots(*shape)
     trained = [x for x in rows if x["table"] == "trained"]
     for model in ("dense", "MoE", "MoE, BPR"):
         mine = of(trained, model=model, width="32")
@@ -46,11 +57,11 @@ def main():
     dial.set(xlabel="multiply-adds, millions", ylabel="test accuracy",
              title="less capacity, same weights")  # fmt: skip
     dial.legend()
-    benefits(widths, trained)
-    figure.savefig(FOLDER / "claims.png", dpi=80)
+    benefits(widths, trained, THEMES[theme])
+    return figure
 
 
-def benefits(axis, trained):
+def benefits(axis, trained, theme):
     """Accuracy with experts minus that without, seed by seed."""
     sizes = sorted({int(x["width"]) for x in trained})
     for width in sizes:
@@ -61,10 +72,12 @@ def benefits(axis, trained):
         ]  # fmt: skip
         found = [100 * (both[1][s] - both[0][s]) for s in both[1]
                  if s in both[0]]  # fmt: skip
-        axis.plot([width] * len(found), found, "o", color="tab:blue", alpha=0.5)
+        axis.plot([width] * len(found), found, "o", color=theme[COLORS[0]][1],
+                  alpha=0.5)  # fmt: skip
         if found:
-            axis.plot(width, np.mean(found), "_", color="black", markersize=18)
-    axis.axhline(0, color="gray", linewidth=0.8)
+            axis.plot(width, np.mean(found), "_", color=theme["ink"],
+                      markersize=18)  # fmt: skip
+    axis.axhline(0, color=theme["muted"], linewidth=0.8)
     axis.set(xlabel="features", ylabel="points of accuracy",
              title="8 experts minus dense, by seed")  # fmt: skip
 

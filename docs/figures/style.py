@@ -10,6 +10,7 @@ import pathlib
 import re
 
 import matplotlib
+from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.patches import FancyBboxPatch
@@ -95,16 +96,33 @@ class Canvas:
         )  # fmt: skip
 
 
+def of_plots(theme):
+    """What Matplotlib's axes, lines and legends look like in a theme."""
+    inks = ("text.color", "axes.labelcolor", "axes.titlecolor")
+    muted = ("axes.edgecolor", "xtick.color", "ytick.color")
+    return {
+        **dict.fromkeys(inks, theme["ink"]),
+        **dict.fromkeys(muted, theme["muted"]),
+        "axes.prop_cycle": cycler(color=[theme[x][1] for x in COLORS]),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 12,
+        "font.size": 11,
+        "legend.fontsize": 10,
+        "legend.frameon": False,
+    }
+
+
 def save(draw, name):
     """Writes NAME_light.svg and NAME_dark.svg beside this file.
 
     Args:
-        draw: Function from the name of a theme to a `Canvas`.
+        draw: Function from the name of a theme to a `Canvas` or a `Figure`.
         name: The figure's name.
     """
     for theme in THEMES:
         file = io.StringIO()
-        with matplotlib.rc_context(SETTINGS):
+        with matplotlib.rc_context(SETTINGS | of_plots(THEMES[theme])):
             draw(theme).figure.savefig(
                 file, format="svg", transparent=True,
                 metadata={"Date": None, "Creator": None},
