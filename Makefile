@@ -33,9 +33,9 @@ check-quickstart:  ## The quickstart, and that it reaches its accuracy.
 	awk '/^test accuracy:/ { print; good = $$3 >= 0.97 } END { exit !good }' \
 		build/quickstart.log
 
-# A process per core; files stay together, in the order of tests/conftest.py.
+# A process per core, which tests/conftest.py feeds.
 # What belongs to one backend, or to none, the others leave out.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder \
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
 	--ignore=tests/browser --ignore=tests/wheel
 
 .PHONY: test

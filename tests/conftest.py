@@ -25,6 +25,7 @@ for name, value in {
 
 import keras  # noqa: E402
 import pytest  # noqa: E402
+from xdist.scheduler import LoadFileScheduling  # noqa: E402
 
 BACKEND = keras.backend.backend()
 TESTS = pathlib.Path(__file__).parent
@@ -87,14 +88,19 @@ def pytest_collection_modifyitems(config, items):
     if left:
         config.hook.pytest_deselected(items=left)
     items[:] = sorted(kept, key=rank)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item)))
 
 
-def group_of(item):
-    """What runs in one process, one after the other: a file, mostly."""
-    name = item.path.relative_to(TESTS).as_posix()
-    return item.nodeid if name in APART else name
+class Scheduling(LoadFileScheduling):
+    """A file's tests run in one process, but for those of `APART`."""
+
+    def _split_scope(self, nodeid):
+        file = super()._split_scope(nodeid)
+        return nodeid if file.removeprefix("tests/") in APART else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return Scheduling(config, log)
 
 
 def backends_of(item):

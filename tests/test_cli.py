@@ -25,10 +25,13 @@ from tests.commands import SMALL
 from tests.commands import run
 from tests.golden.models import FOLDER
 
+# `make check-quickstart` trains on JAX.
+trains = pytest.mark.backends("tensorflow", "torch")
 # Nothing of it depends on the backend.
 once = pytest.mark.backends("torch")
 
 
+@trains
 def test_train_ends_with_the_test_accuracy(trained):
     run_dir, output = trained
     last = output.strip().splitlines()[-1]
@@ -59,6 +62,7 @@ def test_configuration_file_repeats_the_run(trained, tmp_path):
     assert again == (run_dir / "history.csv").read_text()
 
 
+@trains
 def test_predict_prints_classes_with_probabilities(trained, tmp_path):
     run_dir, _ = trained
     image = tmp_path / "digit.png"
@@ -187,6 +191,7 @@ def test_bad_class_names(trained, tmp_path, names):
     assert "Received:" in done.stderr
 
 
+@trains
 def test_predictions_do_not_depend_on_each_other(trained, tmp_path):
     rng = np.random.default_rng(0)
     names = [tmp_path / f"{i}.png" for i in range(4)]

@@ -56,7 +56,7 @@ if IS_JAX:
     }
 else:
     SPREAD = {"distribution": "mirrored"}
-    OTHERS = {"mirrored": SPREAD, "one device": {}}
+    OTHERS = {"mirrored": SPREAD}
 
 
 def train(name, **changes):

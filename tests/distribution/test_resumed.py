@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.backends("jax", "tensorflow")]
 ENDS = {
     "jax": ["whole", "resumed, two shards", "resumed, one device"],
-    "tensorflow": ["whole", "resumed, mirrored", "resumed, one device"],
+    "tensorflow": ["whole", "resumed, mirrored"],
 }.get(BACKEND, [])
 
 
