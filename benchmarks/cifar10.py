@@ -14,7 +14,6 @@ Training time is CPU time, which other work on the machine changes little.
 """
 
 import argparse
-import csv
 import dataclasses
 import json
 import pathlib
@@ -112,47 +111,6 @@ def main():
                 if arguments.save:
                     interleaved.write(RESULTS, rows, KEYS)
         table(family, rows)
-    if arguments.save:
-        plot()
-
-
-def plot():
-    """Draws the kept rows of ViT and ConvNeXt: mean and spread of seeds."""
-    from matplotlib.figure import Figure
-
-    with open(RESULTS, newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for panel, family in zip(
-        figure.subplots(1, 2), ("vit", "convnext"), strict=True
-    ):
-        for color, variant in enumerate(VARIANTS):
-            mine = [
-                row
-                for row in rows
-                if (row["family"], row["model"]) == (family, variant)
-            ]
-            if not mine:
-                continue
-            style = {"color": f"C{color}"}
-            curves = np.array(
-                [x["train_accuracy"].split() for x in mine], float
-            )
-            mean, std = curves.mean(axis=0), curves.std(axis=0, ddof=1)
-            epochs = np.arange(1, len(mean) + 1)
-            panel.plot(epochs, mean, label=variant, **style)
-            panel.fill_between(
-                epochs, mean - std, mean + std, alpha=0.15, linewidth=0, **style
-            )
-            test = [float(x["test_accuracy"]) for x in mine]
-            panel.errorbar(
-                epochs[-1] + 0.3 + 0.15 * color, np.mean(test),
-                np.std(test, ddof=1), fmt="o", capsize=3, **style,
-            )  # fmt: skip
-        panel.set(title=family, xlabel="epoch", ylabel="accuracy")
-        panel.grid(alpha=0.3)
-        panel.legend(title="training; dots: test", fontsize="small")
-    figure.savefig(RESULTS.with_suffix(".png"), dpi=90)
 
 
 def child(family, variant, seed):

@@ -1,0 +1,60 @@
+"""Prints the results of moe_layer.py as the Markdown tables of docs/speed.md.
+
+python benchmarks/moe_layer_tables.py
+"""
+
+import csv
+import pathlib
+
+FOLDER = pathlib.Path(__file__).parent / "results"
+BACKENDS = ("jax", "tensorflow", "torch")
+PASSES = ("forward", "training")
+SHAPE = "ViT-S/16 x8"
+
+
+def main():
+    """Reads the committed results."""
+    with open(FOLDER / "moe_layer.csv", newline="") as file:
+        rows = select(csv.DictReader(file), dtype="float32")
+    for kind in PASSES:
+        methods = select(rows, table="methods", shape=SHAPE)
+        print_markdown(methods, kind, "candidate")
+    for kind in PASSES:
+        shapes = select(rows, table="methods", candidate="top-k")
+        print_markdown(shapes, kind, "shape")
+    for table in ("experts", "selected", "capacity", "overhead", "statistics"):
+        for kind in PASSES:
+            print_markdown(select(rows, table=table), kind, "candidate")
+    print_markdown(select(rows, table="memory"), "training", "candidate")
+
+
+def select(rows, **columns):
+    """The rows with these values."""
+    return [
+        row
+        for row in rows
+        if all(row[name] == value for name, value in columns.items())
+    ]
+
+
+def print_markdown(rows, kind, label):
+    """One line per label, one column per backend."""
+    print(f"\n| {rows[0]['table']}, {kind} | JAX | TensorFlow | PyTorch |")
+    print("|---|---|---|---|")
+    for name in dict.fromkeys(row[label] for row in rows):
+        cells = []
+        for backend in BACKENDS:
+            found = select(rows, backend=backend, **{label: name, "pass": kind})
+            cells.append(cell(found[0]) if found else "")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def cell(row):
+    """A median with its quartiles, where they differ."""
+    names = ("ratio", "ratio_q25", "ratio_q75")
+    median, low, high = (f"{float(row[x]):.2f}" for x in names)
+    return median if low == high else f"{median} ({low} to {high})"
+
+
+if __name__ == "__main__":
+    main()
