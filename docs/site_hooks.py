@@ -29,7 +29,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 MODULES = [
     "layers", "routing", "losses", "models", "checkpoints", "data", "training",
     "training.callbacks", "training.optimizers", "training.recipes",
-    "evaluation", "inspection", "export", "distribution",
+    "evaluation", "inspection", "inspection.pictures", "export",
+    "distribution",
 ]  # fmt: skip
 OUTSIDE = re.compile(r"(?<=\]\()\.\./([^)#]+)")  # Links out of docs/.
 SOURCE = "source/"
@@ -117,10 +118,35 @@ def _place(value):
 def _methods(value):
     """The public methods and properties of a class that no base has."""
     for name, method in vars(value).items() if inspect.isclass(value) else ():
-        method = getattr(method, "fget", method)
+        # Of a property, a class method or a static method.
+        method = getattr(method, "fget", getattr(method, "__func__", method))
         is_new = not any(hasattr(x, name) for x in value.__mro__[1:])
         if name[0] != "_" and is_new and inspect.isfunction(method):
             yield method
+
+
+def _check(value):
+    """Raises unless a public name has a docstring and a typed signature."""
+    what = value.__qualname__
+    if not value.__doc__:
+        raise PluginError(f"{_place(value)}: {what} has no docstring")
+    if inspect.isclass(value) and "__init__" not in vars(value):
+        return
+    function = value.__init__ if inspect.isclass(value) else value
+    if not inspect.isfunction(function):
+        return
+    signature = inspect.signature(function)
+    bare = [
+        x.name
+        for x in signature.parameters.values()
+        if x.annotation is x.empty
+        and x.name not in ("self", "cls")
+        and x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)
+    ]
+    if signature.return_annotation is signature.empty and function is value:
+        bare.append("what it returns")
+    if bare and function.__qualname__ != "_no_init_or_replace_init":
+        raise PluginError(f"{_place(value)}: {what} has no type for {bare}")
 
 
 def _module(module):
@@ -137,11 +163,7 @@ def _module(module):
                 getattr(found, name),
                 *_methods(getattr(found, name)),
             ]:
-                if not value.__doc__:
-                    what = value.__qualname__
-                    raise PluginError(
-                        f"{_place(value)}: {what} has no docstring"
-                    )
+                _check(value)
             lines += [f"::: keras_vmoe.{module}.{name}", ""]
         else:
             value = getattr(found, name)
@@ -223,14 +245,26 @@ def _cell(value):
 
 
 def _recipes():
-    """Every recipe, as its file."""
-    lines = [HIDDEN + "# Recipes", "", "`keras-vmoe train --recipe NAME`", ""]
+    """A table of the recipes, and each as its file."""
+    lines = ["# Recipes", "", "`keras-vmoe train --recipe NAME`", ""]
+    lines += [
+        "| recipe | what it trains | dataset | epochs |",
+        "|---|---|---|---|",
+    ]
+    sections = []
     folder = pathlib.Path(recipes.__file__).parent
     for name in recipes.names():
         text = (folder / f"{name}.yaml").read_text()
         head = text.partition("\n")[0].removeprefix("# ")
-        lines += [f"## {name}", "", head, "", "```yaml", text, "```", ""]
-    return "\n".join(lines)
+        config = recipes.load(name)
+        lines.append(
+            f"| [`{name}`](#{name}) | {head} | `{config.data.dataset}` "
+            f"| {config.epochs:g} |"
+        )
+        # The index holds the table alone.
+        sections += [f"## {name} {{ data-search-exclude }}", ""]
+        sections += [head, "", "```yaml", text, "```", ""]
+    return "\n".join([*lines, "", *sections])
 
 
 def _notebook(path):

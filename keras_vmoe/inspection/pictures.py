@@ -1,8 +1,35 @@
 """Pictures of an `Inspection`, as matplotlib figures."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from typing import Any
+
 import numpy as np
 
 from keras_vmoe._extras import require
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from keras_vmoe.inspection.gathering import LayerInspection
+    from keras_vmoe.inspection.inspecting import Inspection
+
+__all__ = [
+    "best_patches",
+    "between_layers",
+    "class_heatmap",
+    "colors",
+    "distributions",
+    "drop_maps",
+    "expert_maps",
+    "grouped_classes",
+    "load_bars",
+    "similarity_matrix",
+    "spatial_maps",
+    "taken_maps",
+]
 
 MOST_CLASSES = 40  # Rows of a heat map that can be read.
 MOST_EXPERTS = 16  # Columns of heat maps.
@@ -20,7 +47,7 @@ def _figure(width, height):
     return figure(figsize=(width, height), layout="constrained")
 
 
-def colors(num_experts):
+def colors(num_experts: int) -> np.ndarray:
     """Returns `(E, 3)` colors that differ from one expert to the next."""
     tools = require("matplotlib.colors", "plots")
     numbers = np.arange(num_experts)
@@ -32,7 +59,7 @@ def colors(num_experts):
     return tools.hsv_to_rgb(np.stack([hue, saturation, value], axis=-1))
 
 
-def expert_maps(found):
+def expert_maps(found: Inspection) -> Figure:
     """Draws example images under the first expert of each patch, by layer.
 
     Args:
@@ -53,14 +80,14 @@ def expert_maps(found):
     axes[0, 0].set_title("image", fontsize=9)
     for axis, layer in zip(axes[0, 1:], layers, strict=True):
         axis.set_title(layer.name, fontsize=9)
-    names = dict(enumerate(palette[:-1]))
+    names: dict[Any, Any] = dict(enumerate(palette[:-1]))
     if any((layer.examples < 0).any() for layer in layers):
         names["none"] = NONE
     _legend(figure, names, height)
     return figure
 
 
-def drop_maps(found, name):
+def drop_maps(found: Inspection, name: str) -> Figure:
     """Draws which patches of the example images are served at each capacity.
 
     Args:
@@ -91,14 +118,23 @@ def drop_maps(found, name):
     return figure
 
 
-def taken_maps(found, name):
+def taken_maps(found: Inspection, name: str) -> Figure:
     """Draws heat maps of what each expert takes from the example images.
 
     Args:
         found: An `Inspection`.
         name: Name of a layer in which experts or slots choose.
+
+    Raises:
+        ValueError: If tokens choose in this layer.
     """
     layer = found.layers[name]
+    if layer.taken is None:
+        raise ValueError(
+            "`name` must be a layer of expert choice or soft routing: "
+            "`expert_maps` shows what tokens choose. "
+            f"Received: name={name!r}."
+        )
     count, shown = len(found.images), min(layer.num_experts, MOST_EXPERTS)
     figure = _figure(1.1 * (1 + shown) + 0.3, 1.2 * count + 0.5)
     axes = figure.subplots(count, 1 + shown, squeeze=False)
@@ -114,7 +150,9 @@ def taken_maps(found, name):
     return figure
 
 
-def best_patches(layer, class_names=None):
+def best_patches(
+    layer: LayerInspection, class_names: Sequence[str] | None = None
+) -> Figure:
     """Draws the patches with the largest gates, one row per expert.
 
     Args:
@@ -139,7 +177,7 @@ def best_patches(layer, class_names=None):
     return figure
 
 
-def class_heatmap(layer, class_names):
+def class_heatmap(layer: LayerInspection, class_names: Sequence[str]) -> Figure:
     """Draws the share of each class's patches by expert, unsorted and sorted.
 
     Neighboring classes are grouped if there are too many to read.
@@ -147,7 +185,15 @@ def class_heatmap(layer, class_names):
     Args:
         layer: A `LayerInspection`.
         class_names: One name per class.
+
+    Raises:
+        ValueError: If the images were inspected without labels.
     """
+    if layer.class_counts is None:
+        raise ValueError(
+            "`layer` must be of images with labels: give `inspect` batches "
+            f"of (images, labels). Received: layer {layer.name!r} without."
+        )
     counts, names = grouped_classes(layer.class_counts, class_names)
     totals = counts.sum(axis=1, keepdims=True)
     # Classes without patches are blank.
@@ -174,7 +220,9 @@ def class_heatmap(layer, class_names):
     return figure
 
 
-def grouped_classes(counts, names):
+def grouped_classes(
+    counts: np.ndarray, names: Sequence[str]
+) -> tuple[np.ndarray, list[str]]:
     """Groups neighboring classes if a picture has no room for all.
 
     Returns:
@@ -192,7 +240,7 @@ def grouped_classes(counts, names):
     ]
 
 
-def similarity_matrix(layer):
+def similarity_matrix(layer: LayerInspection) -> Figure:
     """Draws how similar the images of two experts are.
 
     Args:
@@ -202,7 +250,7 @@ def similarity_matrix(layer):
     return _matrix(layer.similarity, names, "similarity", cmap="magma", vmax=1)
 
 
-def distributions(layer):
+def distributions(layer: LayerInspection) -> Figure:
     """Draws experts per image, and the CDF of an expert's patches per image.
 
     Args:
@@ -230,7 +278,7 @@ def distributions(layer):
     return figure
 
 
-def spatial_maps(layer):
+def spatial_maps(layer: LayerInspection) -> Figure:
     """Draws where each expert's patches are in the image.
 
     Args:
@@ -255,7 +303,7 @@ def spatial_maps(layer):
     return figure
 
 
-def load_bars(layer):
+def load_bars(layer: LayerInspection) -> Figure:
     """Draws the load of each expert, by first and by all choices.
 
     Args:
@@ -274,7 +322,7 @@ def load_bars(layer):
     return figure
 
 
-def between_layers(table, names):
+def between_layers(table: np.ndarray, names: Sequence[str]) -> Figure:
     """Draws how first choices in one layer continue in the next.
 
     Args:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from typing import Any
+from typing import Literal
 
 import keras
 import numpy as np
@@ -182,8 +183,12 @@ def sincos2d(rows, columns, features):
 
 
 def resize_positions(
-    embedding, grid, new_grid, num_extra=None, interpolation="bilinear"
-):
+    embedding: np.ndarray,
+    grid: int | tuple[int, int],
+    new_grid: int | tuple[int, int],
+    num_extra: int | None = None,
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+) -> np.ndarray:
     """Resizes learned positions to another grid of patches.
 
     Tokens before the patches, such as a class token or registers, keep theirs.
@@ -215,8 +220,9 @@ def resize_positions(
         3.2.
     """
     check_choice("interpolation", interpolation, ("bilinear", "bicubic"))
-    grid, new_grid = pair("grid", grid), pair("new_grid", new_grid)
-    (rows, columns), shape = grid, np.shape(embedding)
+    rows, columns = pair("grid", grid)
+    new_rows, new_columns = pair("new_grid", new_grid)
+    shape = np.shape(embedding)
     prefix = shape[1] - rows * columns if len(shape) == 3 else -1
     extra = (0, 1) if num_extra is None else (num_extra,)
     if prefix not in extra or shape[0] != 1:
@@ -226,12 +232,12 @@ def resize_positions(
             f"Received: shape {shape} for a grid of {rows} x {columns} patches."
             " Give the grid that it was made for; registers need `num_extra`."
         )
-    if grid == new_grid:
+    if (rows, columns) == (new_rows, new_columns):
         return embedding
     embedding = np.asarray(embedding[0], "float32")
     weights = _hats if interpolation == "bilinear" else _cubics
     table = embedding[prefix:].reshape(rows, columns, -1)
-    table = zoom(table, new_grid, weights)
+    table = zoom(table, (new_rows, new_columns), weights)
     table = table.reshape(-1, table.shape[-1])
     return np.concatenate([embedding[:prefix], table])[None]
 

@@ -109,6 +109,7 @@ class DecayByKind:
     def from_config(
         cls, config: Config, custom_objects: Mapping[str, Any] | None = None
     ) -> Any:
+        """Returns an optimizer of what `get_config` returned."""
         if "decayed" in config:  # Of version 0.1.0: patterns of paths.
             config = dict(config)
             patterns = " ".join(config.pop("decayed"))

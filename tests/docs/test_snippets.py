@@ -3,8 +3,11 @@
 import ast
 import builtins
 import importlib
+import importlib.util
 import inspect
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,6 +71,35 @@ def test_page(page, start, tmp_path):
     script.write_text("\n".join(lines))
     done = run(script.name, folder)
     assert not done.returncode, f"{page}\n{done.stderr[-3000:]}"
+
+
+def notebook_code():
+    """`(path, code)` of the notebooks' cells, but for the lines of magics."""
+    for path in sorted((ROOT / "examples").glob("*.ipynb")):
+        for cell in json.loads(path.read_text())["cells"]:
+            lines = "".join(cell["source"]).splitlines()
+            if cell["cell_type"] == "code":
+                kept = [x for x in lines if x.lstrip()[:1] != "%"]
+                yield path, "\n".join(kept)
+
+
+def test_modules_that_readers_import_have_a_page():
+    """Of README, docs and notebooks."""
+    nav = (ROOT / "mkdocs.yml").read_text()
+    modules = re.findall(r" reference/([a-z.]+)\.md$", nav, re.M)
+    documented = {f"keras_vmoe.{x}" for x in modules}
+    sources = [(page, x.text) for page in PAGES for x in blocks(page)]
+    used = {}
+    for path, text in [*sources, *notebook_code()]:
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom):
+                for name in (f"{node.module}.{x.name}" for x in node.names):
+                    if name.startswith("keras_vmoe."):
+                        is_module = importlib.util.find_spec(name)
+                        used[name if is_module else node.module] = path.name
+    ours = {x: path for x, path in used.items() if x != "keras_vmoe"}
+    assert len(ours) > 8
+    assert not {x: ours[x] for x in ours.keys() - documented}
 
 
 def package_object(node):

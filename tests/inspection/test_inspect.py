@@ -307,6 +307,15 @@ def test_the_report(router, tmp_path):
 
 
 @pytest.mark.backends("torch")
+def test_pictures_of_what_is_not_there():
+    found = inspection.inspect(model_of("top_k"), batches(labels=False))
+    with pytest.raises(ValueError, match="Received: name='block_1_moe'"):
+        pictures.taken_maps(found, "block_1_moe")
+    with pytest.raises(ValueError, match="Received: layer 'block_1_moe' with"):
+        pictures.class_heatmap(found.layers["block_1_moe"], ["a"])
+
+
+@pytest.mark.backends("torch")
 def test_images_that_are_left_out_were_routed_with_the_others():
     moe = {**ROUTERS["expert_choice"], "images_per_group": 8}
     model = randomize(tiny(moe=moe))
