@@ -1,6 +1,7 @@
 """The wheel and the sdist, as a stranger gets them: `make test-wheel`."""
 
 import pathlib
+import re
 import subprocess
 import tarfile
 import zipfile
@@ -9,6 +10,7 @@ import pytest
 
 import keras_vmoe
 from tests.checkpoints import test_torch
+from tests.commands import SMALL
 from tests.wheel import bare
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -122,6 +124,20 @@ def test_with_an_extra(environment, extra, backend):
     if extra == "checkpoints":
         test_torch.written("deit3", folder)
     done = bare.run(python, MODEL + TASKS[extra], backend, folder)
+    assert not done.returncode, done.stderr
+
+
+def test_the_extras_of_the_readme_train_and_serve(environment):
+    found = r'of your own: `pip install "\.\[(.+?)\]"'
+    (extras,) = re.findall(found, (ROOT / "README.md").read_text())
+    python, folder = environment(*extras.split(","))
+    command = ["train", *SMALL, "--run_dir=run"]
+    program = f"""
+from keras_vmoe import cli, export, models
+assert not cli.main({command})
+export.saved_model(models.load("run/model.keras"), "served")
+"""
+    done = bare.run(python, program, extras.partition(",")[0], folder)
     assert not done.returncode, done.stderr
 
 
