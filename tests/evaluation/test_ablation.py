@@ -21,7 +21,7 @@ def accuracy_of(model):
     return evaluation.measure(model, [(IMAGES, LABELS)]).accuracy
 
 
-@pytest.mark.backends("jax", "torch")
+@pytest.mark.backends("torch")
 def test_every_change():
     model = randomize(tiny(moe={"num_selected_experts": 2}))
     before = [ops.convert_to_numpy(w).copy() for w in model.weights]

@@ -46,8 +46,8 @@ def right(model):
     return small.logits(small.alone(model), small.images(max(small.BATCHES)))
 
 
-# Of PyTorch: `tests/layers/test_bank.py`.
-@pytest.mark.backends("jax", "tensorflow")
+# Of PyTorch: `tests/layers/test_bank.py`; of JAX: `tests/wheel`.
+@pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize("batch", small.BATCHES)
 def test_answers_are_the_models(served, right, batch):
     answer = served("serving_default", images=small.images(batch))

@@ -143,6 +143,7 @@ def test_another_image_size():
     assert other.input_shape == (None, 32, 16, 3)
 
 
+@pytest.mark.backends("tensorflow", "torch")
 @pytest.mark.parametrize("router", first_everywhere(["top_k", "soft"]))
 def test_a_convnext_for_images_of_any_size(router):
     """The same as one for each size, and trained on several."""

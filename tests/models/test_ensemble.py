@@ -13,7 +13,6 @@ from keras_vmoe import models
 from keras_vmoe.checkpoints.vmoe import vmoe_weights
 from keras_vmoe.layers.ensemble import RepeatImages
 from keras_vmoe.models.costs import without_weights
-from tests.harness import first_everywhere
 from tests.harness import randomize
 from tests.layers.definitions import float64
 from tests.models.definitions import images_of
@@ -54,19 +53,17 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
-@pytest.mark.backends("tensorflow", "torch")
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize(
     "moe",
-    first_everywhere(
-        [
-            # Experts that are full, and a last group that is not.
-            {"capacity_factor": 0.5, "batch_priority": True},
-            {"capacity_factor": 0.5, "num_selected_experts": 2},
-            {"capacity_factor": "dropless"},
-            {"images_per_group": "batch"},
-            {"images_per_group": 1},
-        ]
-    ),
+    [
+        # Experts that are full, and a last group that is not.
+        {"capacity_factor": 0.5, "batch_priority": True},
+        {"capacity_factor": 0.5, "num_selected_experts": 2},
+        {"capacity_factor": "dropless"},
+        {"images_per_group": "batch"},
+        {"images_per_group": 1},
+    ],
 )
 def test_members_are_smaller_models(moe):
     model, images = randomize(ensemble(moe)), images_of(5)
@@ -112,7 +109,7 @@ def test_losses_are_the_members_mean():
     np.testing.assert_allclose(float64(ops.stack(found)), expected, rtol=1e-4)
 
 
-@pytest.mark.backends("jax", "torch")
+@pytest.mark.backends("torch")
 def test_the_loss_of_training_is_the_members_mean():
     moe = {"noise_std": 0.0, "load_loss_weight": 0.0,
            "importance_loss_weight": 0.0}  # fmt: skip

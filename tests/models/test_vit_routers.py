@@ -196,6 +196,7 @@ def test_a_sequential_gate_without_an_input():
         assert layer(np.ones((batch, 5, 8), "float32")).shape == (batch, 5, 8)
 
 
+@pytest.mark.backends("tensorflow", "torch")
 def test_a_gate_of_keras(tmp_path):
     gate = keras.layers.Dense(4, dtype="float32", name="mine")
     model = randomize(tiny(moe={"gate": gate}))

@@ -77,6 +77,7 @@ def test_other_settings_learn(config, changes):
     assert losses[-1] < 0.97 * guess
 
 
+@pytest.mark.backends("torch")
 def test_the_average_of_a_runs_weights(config):
     """It follows the recurrence over the weights of all steps, and is saved."""
     config, raw = changed(config, ema=0.8), []
