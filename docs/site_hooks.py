@@ -20,6 +20,7 @@ os.environ["COLUMNS"] = "80"
 import nbconvert
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
+from PIL import Image
 
 from keras_vmoe import cli
 from keras_vmoe.cli.papers import COLUMNS
@@ -277,5 +278,15 @@ def _notebook(path):
     pages = {f"{folder}{path.stem}.md": f"{HIDDEN}{title}\n\n{link}\n{rest}"}
     pages[f"{SOURCE}examples/{path.name}"] = path.read_text()
     for name, content in resources["outputs"].items():
-        pages[folder + name] = content
+        pages[folder + name] = _lighter(name, content)
     return pages
+
+
+def _lighter(name, content):
+    """A picture of a notebook with 256 colors: a third of the bytes."""
+    if not name.endswith(".png"):
+        return content
+    file = io.BytesIO()
+    picture = Image.open(io.BytesIO(content)).convert("RGB")
+    picture.quantize(256).save(file, "png", optimize=True)
+    return file.getvalue()

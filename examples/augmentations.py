@@ -57,7 +57,7 @@ def main():
                 axis.set_xlabel(f"{label[0]:.0%} pagoda", fontsize=7)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
     figure.tight_layout()
-    figure.savefig(output, dpi=80, pil_kwargs={"quality": 50})
+    figure.savefig(output, dpi=80, pil_kwargs={"quality": 40})
     print(f"{output}: {len(settings)} rows")
 
 
