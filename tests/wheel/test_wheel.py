@@ -109,16 +109,8 @@ def test_without_extras(environment, backend):
     assert "pip install 'keras_vmoe[cli]'" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("extra", "backend"),
-    [
-        (extra, backend)
-        for extra in ("data", "checkpoints", "plots", "cli")
-        for backend in ("jax", "tensorflow", "torch")
-    ]
-    # These run in a process of TensorFlow's, whatever the backend is.
-    + [("serving", "tensorflow"), ("litert", "tensorflow"), ("onnx", "torch")],
-)
+@pytest.mark.parametrize("backend", ["jax", "tensorflow", "torch"])
+@pytest.mark.parametrize("extra", TASKS)
 def test_with_an_extra(environment, extra, backend):
     python, folder = environment(backend, extra)
     if extra == "checkpoints":
