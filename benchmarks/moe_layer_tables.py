@@ -10,6 +10,7 @@ FOLDER = pathlib.Path(__file__).parent / "results"
 BACKENDS = ("jax", "tensorflow", "torch")
 PASSES = ("forward", "training")
 SHAPE = "ViT-S/16 x8"
+NAMES = {"keras_hub": "KerasHub", "model garden": "Model Garden"}
 
 
 def main():
@@ -22,7 +23,9 @@ def main():
     for kind in PASSES:
         shapes = select(rows, table="methods", candidate="top-k")
         print_markdown(shapes, kind, "shape")
-    for table in ("experts", "selected", "capacity", "overhead", "statistics"):
+    hub = select(rows, table="methods", candidate="keras_hub")
+    print_markdown(hub, "forward", "shape")
+    for table in ("experts", "selected", "capacity", "statistics"):
         for kind in PASSES:
             print_markdown(select(rows, table=table), kind, "candidate")
     print_markdown(select(rows, table="memory"), "training", "candidate")
@@ -46,7 +49,7 @@ def print_markdown(rows, kind, label):
         for backend in BACKENDS:
             found = select(rows, backend=backend, **{label: name, "pass": kind})
             cells.append(cell(found[0]) if found else "")
-        print(f"| {name} | {' | '.join(cells)} |")
+        print(f"| {NAMES.get(name, name)} | {' | '.join(cells)} |")
 
 
 def cell(row):

@@ -44,7 +44,7 @@ LONGEST = [
     "layers/test_every_layer.py",
     "test_docstrings.py",
 ]
-# Files whose tests share nothing: together they would keep one core waiting.
+# Files whose tests share little: together they would keep one core waiting.
 APART = [
     "docs/test_snippets.py",
     "training/test_recipes.py",
@@ -100,6 +100,8 @@ class Scheduling(LoadFileScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
+    if config.getvalue("dist") != "loadfile":
+        return None  # That of pytest-xdist.
     return Scheduling(config, log)
 
 

@@ -24,7 +24,6 @@ __all__ = [
     "distributions",
     "drop_maps",
     "expert_maps",
-    "grouped_classes",
     "load_bars",
     "similarity_matrix",
     "spatial_maps",
@@ -194,7 +193,7 @@ def class_heatmap(layer: LayerInspection, class_names: Sequence[str]) -> Figure:
             "`layer` must be of images with labels: give `inspect` batches "
             f"of (images, labels). Received: layer {layer.name!r} without."
         )
-    counts, names = grouped_classes(layer.class_counts, class_names)
+    counts, names = _grouped_classes(layer.class_counts, class_names)
     totals = counts.sum(axis=1, keepdims=True)
     # Classes without patches are blank.
     share = np.where(totals > 0, counts / np.maximum(totals, 1), np.nan)
@@ -220,7 +219,7 @@ def class_heatmap(layer: LayerInspection, class_names: Sequence[str]) -> Figure:
     return figure
 
 
-def grouped_classes(
+def _grouped_classes(
     counts: np.ndarray, names: Sequence[str]
 ) -> tuple[np.ndarray, list[str]]:
     """Groups neighboring classes if a picture has no room for all.

@@ -474,7 +474,7 @@ def test_shares_in_words(share, words):
 def test_many_classes_are_grouped():
     counts = np.arange(100 * 2).reshape(100, 2)
     names = [f"c{i}" for i in range(100)]
-    rows, names = pictures.grouped_classes(counts, names)
+    rows, names = pictures._grouped_classes(counts, names)
     assert (len(names), names[0], names[-1]) == (34, "c0 … c2", "c99 … c99")
     assert rows.sum() == counts.sum()
 

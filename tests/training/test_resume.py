@@ -62,7 +62,8 @@ def test_a_kill_at_any_file(whole, number, left):
     assert_same(training.train(left(number)), whole)
 
 
-@pytest.mark.backends("torch")
+# JAX's trainer keeps the state in its own way; TensorFlow traces for minutes.
+@pytest.mark.backends("jax", "torch")
 @pytest.mark.slow
 def test_whatever_a_run_remembers(tmp_path, cache):
     """Slots, averages, accumulated gradients, seeds of all layers.
