@@ -56,7 +56,9 @@ EXTRAS = {
         # What drives the Chromium of `make test-browser`.
         "playwright>=1.55,<2",
         # What the notebooks of examples/ run in.
+        "ipykernel>=6.29,<8",
         "ipython>=8.26,<10",
+        "nbclient>=0.10,<1",
     ],
 }
 EXTRAS["all"] = sorted({need for needs in EXTRAS.values() for need in needs})
