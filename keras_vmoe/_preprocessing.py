@@ -125,3 +125,21 @@ class Preprocessing:
         mean = np.asarray(self.mean, "float32")
         std = np.asarray(self.std, "float32")
         return pixels / std - mean / std
+
+
+def check_preprocessing(model, dataset):
+    """Raises if `data.load` made the dataset for another model."""
+    ours, theirs = (getattr(x, "preprocessing", None) for x in (model, dataset))
+    if not all(isinstance(x, Preprocessing) for x in (ours, theirs)):
+        return  # Other objects may have such an attribute, too.
+    found = {
+        name: (getattr(theirs, name), getattr(ours, name))
+        for name in ("mean", "std", "exif_orientation")
+    }
+    wrong = [f"{k}={x} for {y}" for k, (x, y) in found.items() if x != y]
+    if wrong:
+        raise ValueError(
+            "A dataset must be preprocessed as the model expects. "
+            f"Received: a dataset of {', '.join(wrong)}. Pass "
+            "`preprocessing=model.preprocessing` to `data.load`."
+        )

@@ -7,14 +7,13 @@ import json
 import os
 import pty
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import keras
 import numpy as np
 
 from keras_vmoe import cli
+from tests import processes
 
 SMALL = [
     "--train_split=train[:128]",
@@ -48,18 +47,6 @@ def run(*arguments):
     )
 
 
-def run_process(*arguments, backend):
-    """The command in a process of its own."""
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    environment["KERAS_BACKEND"] = backend
-    return subprocess.run(
-        [sys.executable, "-m", "keras_vmoe.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-
-
 def write_folder(folder, classes, splits=("test",), count=1):
     for split, name, i in itertools.product(splits, classes, range(count)):
         path = folder / split / name / f"{i}.jpg"
@@ -79,10 +66,11 @@ def in_a_terminal(*commands):
         "for x in json.loads(sys.argv[1]): print(cli.main(x), end='\\f')"
     )
     texts = [[str(x) for x in command] for command in commands]
-    command = [sys.executable, "-c", script, json.dumps(texts)]
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(command, stdout=theirs, stderr=theirs)
-    os.close(theirs)
+    with open(theirs, "w") as terminal:
+        process = processes.Process(
+            "-c", script, json.dumps(texts), output=terminal
+        )
     output = b""
     with contextlib.suppress(OSError):  # Linux's word for the end.
         while block := os.read(ours, 4096):

@@ -20,6 +20,7 @@ for name, value in {
     "JAX_COMPILATION_CACHE_DIR": CACHE,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": -1,
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": 0,  # Of every operation, for nobody.
 }.items():
     os.environ.setdefault(name, str(value))
 
@@ -130,22 +131,11 @@ def fresh_state():
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A run folder that the command made, and what the command printed.
-
-    The process starts under another backend, and `--backend` moves it over.
-    """
+    """A run folder that the command made, and what the command printed."""
     from tests.commands import SMALL
-    from tests.commands import run_process
+    from tests.commands import run
 
-    backend = keras.backend.backend()
-    other = "tensorflow" if backend != "tensorflow" else "jax"
     run_dir = tmp_path_factory.mktemp("runs") / "run"
-    done = run_process(
-        "train",
-        *SMALL,
-        f"--run_dir={run_dir}",
-        f"--backend={backend}",
-        backend=other,
-    )
+    done = run("train", *SMALL, f"--run_dir={run_dir}")
     assert done.returncode == 0, done.stderr
     return run_dir, done.stdout

@@ -265,6 +265,19 @@ def test_names_that_the_output_cannot_hold(trained, tmp_path, monkeypatch):
 
 
 @once
+def test_another_backend_starts_the_command_anew(monkeypatch):
+    """`make check-quickstart` sees that process train on JAX."""
+    started = []
+    monkeypatch.setattr(os, "execve", lambda *given: started.append(given))
+    run("train", "--backend=jax", "--epochs=3", "--dry_run")
+    ((program, command, environment),) = started
+    assert program == command[0] == sys.executable
+    assert command[1:3] == ["-m", "keras_vmoe.cli"]
+    assert command[3:] == ["train", "--backend=jax", "--epochs=3", "--dry_run"]
+    assert environment["KERAS_BACKEND"] == "jax"
+
+
+@once
 @pytest.mark.parametrize("program", ["/bin/keras-vmoe", "mine.py"])
 def test_an_unknown_backend_is_one_line(monkeypatch, program):
     """The command ends; an import raises."""

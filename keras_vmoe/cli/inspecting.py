@@ -16,7 +16,7 @@ from keras_vmoe.cli.opening import load_images
 from keras_vmoe.cli.opening import of_run
 from keras_vmoe.cli.opening import open_model
 from keras_vmoe.cli.opening import run_dir_of
-from keras_vmoe.data import _corruption
+from keras_vmoe.data._corruption import named_corruption
 from keras_vmoe.evaluation.ablation import ablation_table
 from keras_vmoe.inspection.report import check_folder
 
@@ -74,45 +74,50 @@ def inspect(
     options: dict[str, Any] = {
         "layers": list(layers) or None,
         "max_images": max_images,
-    }
-    shown: dict[str, Any] = {
-        **options,
-        "class_names": names,
         "verbose": sys.stdout.isatty(),
     }
+    shown: dict[str, Any] = {"class_names": names}
     if images:
         title = f"{model} on files"
-        size = opened.input_shape[1:3]
-        pixels = data.read_images(
-            list(images), size, preprocessing=opened.preprocessing
-        )
-        batches = np.array_split(pixels, -(-len(pixels) // batch_size))
+        splits, batches = [], _read(images, opened, batch_size)
         shown["image_names"] = [pathlib.Path(x).name for x in images]
         most = min(len(images), MOST_EXAMPLES)
-        shown["num_examples"] = most if examples is None else examples
-        found = inspection.inspect(opened, batches, **shown)
     else:
         given = of_run(model, "inspect", dataset, split, data_dir)
         dataset, split, data_dir = given
         title = f"{model} on {dataset}, {split}"
         check_classes(model, opened, names, dataset, data_dir)
+        splits = [split]
         batches = load_images(opened, dataset, split, data_dir, batch_size)
-        shown["num_examples"] = EXAMPLES if examples is None else examples
-        with _corruption.named_corruption(dataset, [split], data_dir):
-            found = inspection.inspect(opened, batches, **shown)
+        most = EXAMPLES
+    shown["num_examples"] = most if examples is None else examples
+    with named_corruption(dataset, splits, data_dir):
+        found = inspection.inspect(opened, batches, **options, **shown)
     history = run_dir_of(model) / "history.csv"
     written: dict[str, Any] = {"title": title}
     written["history"] = history if history.exists() else None
     page = found.save(output, **written)
-    for name, lines in found.sentences().items():
-        print(f"{name}:")
-        print(*(f"  {line}" for line in lines), sep="\n")
+    _print_sentences(found)
     if ablations:
         print(f"report: {page}; the ablations follow")
-        with _corruption.named_corruption(dataset, [split], data_dir):
-            rows = evaluation.ablate(
-                opened, batches, verbose=shown["verbose"], **options
-            )
+        with named_corruption(dataset, splits, data_dir):
+            rows = evaluation.ablate(opened, batches, **options)
         print(ablation_table(rows))
         page = found.save(output, ablations=rows, **written)
     print(f"report: {page}")
+
+
+def _read(paths, model, batch_size):
+    """Batches of image files."""
+    pixels = data.read_images(
+        list(paths),
+        model.input_shape[1:3],
+        preprocessing=model.preprocessing,
+    )
+    return np.array_split(pixels, -(-len(pixels) // batch_size))
+
+
+def _print_sentences(found):
+    for name, lines in found.sentences().items():
+        print(f"{name}:")
+        print(*(f"  {line}" for line in lines), sep="\n")

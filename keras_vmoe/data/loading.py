@@ -154,50 +154,58 @@ def load(
         channels=channels,
         exif_orientation=exif_orientation,
     )
-    changes, batch_change = batch_changes.split(augmentation)
-    changes.check_channels(wanted.channels)
-    if not training:
-        changes, batch_change = Augmentation(), None
     if drop_remainder is None:
         drop_remainder = training
-    mixes = batch_change is not None and batch_change.mixes
-    one_hot = one_hot or changes.mixes or mixes
     builder = open_builder(name, data_dir)
     schema = read_schema(name, builder.info, label)
     num_classes = resolve_num_classes(name, schema, num_classes)
-    class_weights = _check_weights(class_weights, num_classes, training)
-    least = batch_size if drop_remainder else 1
-    whole = split
-    split, num_examples = _part_of(
-        name, builder, split, shard, training, skip_corrupt, least
-    )
-    _check_order(builder, whole, schema.label)
-    if batch_change is not None:
-        shape = (*size, wanted.channels)
-        batch_change.try_out(shape, num_classes, one_hot)
+    shape = (*size, wanted.channels)
     pipeline = Pipeline(
         builder=builder,
         schema=schema,
-        split=split,
-        num_examples=num_examples,
         num_classes=num_classes,
         size=size,
         preprocessing=wanted,
         seed=seed if epoch is None else seed_of_epoch(seed, epoch),
         is_one_epoch=epoch is not None,
-        class_weights=class_weights,
-        augmentation=changes,
-        one_hot=one_hot,
-        batch_change=batch_change,
+        class_weights=_check_weights(class_weights, num_classes, training),
         is_training=training,
         skip_corrupt=skip_corrupt,
         cache=cache,
+        **_part_of(
+            name,
+            builder,
+            split,
+            shard,
+            training,
+            skip_corrupt,
+            least=batch_size if drop_remainder else 1,
+        ),
+        **_changes(augmentation, training, shape, num_classes, one_hot),
     )
+    _check_order(builder, split, schema.label)
     examples = pipeline.examples(shuffle_buffer)
     dataset = pipeline.batches(examples, batch_size, bool(drop_remainder))
     # For `fit`, `evaluate` and `predict` of a model.
     dataset.preprocessing = wanted
     return dataset
+
+
+def _changes(augmentation, training, shape, num_classes, one_hot):
+    """What is done to images of a shape, and whether labels are one-hot."""
+    ours, batch_change = batch_changes.split(augmentation)
+    ours.check_channels(shape[-1])
+    if not training:
+        ours, batch_change = Augmentation(), None
+    one_hot = one_hot or ours.mixes
+    if batch_change is not None:
+        one_hot = one_hot or batch_change.mixes
+        batch_change.try_out(shape, num_classes, one_hot)
+    return {
+        "augmentation": ours,
+        "batch_change": batch_change,
+        "one_hot": one_hot,
+    }
 
 
 def _part_of(name, builder, split, shard, training, skip_corrupt, least):
@@ -217,7 +225,7 @@ def _part_of(name, builder, split, shard, training, skip_corrupt, least):
             "Choose a larger split or a smaller batch_size."
         )
     check_files(builder, split, counts=not skip_corrupt)
-    return split, num_examples
+    return {"split": split, "num_examples": num_examples}
 
 
 def _check_order(builder, split, label):

@@ -8,9 +8,9 @@ import keras
 import numpy as np
 
 from keras_vmoe._checks import counted
+from keras_vmoe._preprocessing import check_preprocessing
 from keras_vmoe.distribution.prediction import predictions
 from keras_vmoe.models.base import MoEModel
-from keras_vmoe.models.base import check_preprocessing
 
 SHOWN = 5  # Images that a message names.
 

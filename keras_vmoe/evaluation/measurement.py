@@ -9,10 +9,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_vmoe._preprocessing import check_preprocessing
 from keras_vmoe.distribution.prediction import predictions
 from keras_vmoe.evaluation.features import check_finite
 from keras_vmoe.models.base import MoEModel
-from keras_vmoe.models.base import check_preprocessing
 
 BINS = 15  # Of the calibration error.
 

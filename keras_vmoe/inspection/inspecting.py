@@ -15,6 +15,7 @@ import numpy as np
 from keras_vmoe._checks import check_sizes
 from keras_vmoe._checks import is_number
 from keras_vmoe._preprocessing import Preprocessing
+from keras_vmoe._preprocessing import check_preprocessing
 from keras_vmoe.distribution.prediction import predictions
 from keras_vmoe.inspection.decisions import decide
 from keras_vmoe.inspection.decisions import has_priority
@@ -23,7 +24,6 @@ from keras_vmoe.inspection.gathering import LayerInspection
 from keras_vmoe.inspection.gathering import LayerSums
 from keras_vmoe.layers.patches import PatchEmbedding
 from keras_vmoe.layers.patches import patch_grid
-from keras_vmoe.models.base import check_preprocessing
 from keras_vmoe.models.placement import moe_layers
 
 CAPACITIES = (0.25, 0.5, 1.0)

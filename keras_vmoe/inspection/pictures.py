@@ -9,6 +9,11 @@ from typing import Any
 import numpy as np
 
 from keras_vmoe._extras import require
+from keras_vmoe.inspection._drawing import bare
+from keras_vmoe.inspection._drawing import blended
+from keras_vmoe.inspection._drawing import short
+from keras_vmoe.inspection._drawing import show
+from keras_vmoe.inspection._drawing import veiled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +38,6 @@ __all__ = [
 MOST_CLASSES = 40  # Rows of a heat map that can be read.
 MOST_EXPERTS = 16  # Columns of heat maps.
 NONE = (0.0, 0.0, 0.0)  # A patch without an expert.
-DROPPED = (0.85, 0.15, 0.55)  # Visible on dark and bright pictures.
 # No gray, black or brown: blending with a picture turns others into these.
 PALETTE = (
     "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#7ac943", "#f0e442",
@@ -72,10 +76,10 @@ def expert_maps(found: Inspection) -> Figure:
     figure = _figure(1.6 * (1 + len(layers)) + 1.2, height)
     axes = figure.subplots(count, 1 + len(layers), squeeze=False)
     for row, image in enumerate(found.images):
-        _show(axes[row, 0], image)
+        show(axes[row, 0], image)
         axes[row, 0].set_ylabel(_name_of(found, row), fontsize=8)
         for axis, layer in zip(axes[row, 1:], layers, strict=True):
-            _show(axis, _blended(image, palette[layer.examples[row]]))
+            show(axis, blended(image, palette[layer.examples[row]]))
     axes[0, 0].set_title("image", fontsize=9)
     for axis, layer in zip(axes[0, 1:], layers, strict=True):
         axis.set_title(layer.name, fontsize=9)
@@ -98,13 +102,13 @@ def drop_maps(found: Inspection, name: str) -> Figure:
     figure = _figure(1.5 * (2 + len(layer.served)), 1.6 * count + 0.6)
     axes = figure.subplots(count, 2 + len(layer.served), squeeze=False)
     for row, image in enumerate(found.images):
-        _show(axes[row, 0], image)
+        show(axes[row, 0], image)
         axes[row, 1].imshow(layer.priority[row], cmap="viridis", vmin=0, vmax=1)
-        _bare(axes[row, 1])
+        bare(axes[row, 1])
         for axis, served in zip(
             axes[row, 2:], layer.served.values(), strict=True
         ):
-            _show(axis, _veiled(image, served[row]))
+            show(axis, veiled(image, served[row]))
         axes[row, 0].set_ylabel(_name_of(found, row), fontsize=8)
     axes[0, 0].set_title("image", fontsize=9)
     axes[0, 1].set_title("priority", fontsize=9)
@@ -138,11 +142,11 @@ def taken_maps(found: Inspection, name: str) -> Figure:
     figure = _figure(1.1 * (1 + shown) + 0.3, 1.2 * count + 0.5)
     axes = figure.subplots(count, 1 + shown, squeeze=False)
     for row, image in enumerate(found.images):
-        _show(axes[row, 0], image)
+        show(axes[row, 0], image)
         most = max(float(layer.taken[row].max()), 1e-9)
         for axis, taken in zip(axes[row, 1:], layer.taken[row], strict=False):
             axis.imshow(taken, cmap="magma", vmin=0, vmax=most)
-            _bare(axis)
+            bare(axis)
     axes[0, 0].set_title("image", fontsize=8)
     for e, axis in enumerate(axes[0, 1:]):
         axis.set_title(f"expert {e}", fontsize=8)
@@ -163,14 +167,14 @@ def best_patches(
     axes = figure.subplots(experts, count, squeeze=False)
     for e in range(experts):
         for i, axis in enumerate(axes[e]):
-            _bare(axis)
+            bare(axis)
             if layer.best_images[e, i] < 0:
                 axis.set_visible(i == 0)  # It has the row's label.
                 axis.imshow(np.ones((1, 1, 3)))
                 continue
-            _show(axis, layer.best_patches[e, i])
+            show(axis, layer.best_patches[e, i])
             if class_names is not None and layer.best_labels is not None:
-                name = _short(class_names[layer.best_labels[e, i]], 14)
+                name = short(class_names[layer.best_labels[e, i]], 14)
                 axis.set_title(name, fontsize=6, pad=2)
         axes[e, 0].set_ylabel(f"expert {e}", fontsize=8)
     return figure
@@ -229,8 +233,8 @@ def _grouped_classes(
     """
     size = -(-len(names) // MOST_CLASSES)
     if size == 1:
-        return counts, [_short(name, 32) for name in names]
-    names = [_short(name, 16) for name in names]
+        return counts, [short(name, 32) for name in names]
+    names = [short(name, 16) for name in names]
     starts = range(0, len(names), size)
     rows = np.stack([counts[i : i + size].sum(axis=0) for i in starts])
     ends = [min(i + size, len(names)) - 1 for i in starts]
@@ -290,7 +294,7 @@ def spatial_maps(layer: LayerInspection) -> Figure:
     axes = figure.subplots(rows, columns, squeeze=False)
     top = max(float(layer.spatial_share.max()), 1e-9)
     for e, axis in enumerate(axes.ravel()):
-        _bare(axis)
+        bare(axis)
         if e >= experts:
             axis.set_visible(False)
             continue
@@ -349,63 +353,10 @@ def _matrix(values, names, label, cmap="viridis", vmax=None):
 def _name_of(found, row):
     """Returns the name of an example image, or else of its class."""
     if found.image_names is not None:
-        return _short(found.image_names[row], 20)
+        return short(found.image_names[row], 20)
     if found.labels is None:
         return ""
-    return _short(found.class_names[found.labels[row]], 20)
-
-
-def _short(name, most):
-    """Shortens a long name to both ends, and disables TeX in it."""
-    name = str(name)
-    if len(name) > most:
-        end = most // 3
-        name = f"{name[: most - end - 1]}…{name[-end:]}"
-    return name.replace("$", r"\$")
-
-
-def _enlarged(cells, image):
-    """Enlarges the cells of a grid to the size of the image."""
-    height, width = image.shape[:2]
-    rows = np.arange(height) * len(cells) // height
-    columns = np.arange(width) * cells.shape[1] // width
-    return cells[rows[:, None], columns]
-
-
-def _blended(image, cells):
-    """Blends an image with the colors of its patches."""
-    gray = image.mean(axis=-1, keepdims=True) / 255
-    # Brightened: orange on black would look like another expert's brown.
-    return 0.4 * (0.35 + 0.65 * gray) + 0.6 * _enlarged(cells, image)
-
-
-def _veiled(image, served):
-    """Veils the patches that no expert serves."""
-    picture = np.broadcast_to(_seen(image) / 255, (*image.shape[:2], 3))
-    veil = 0.25 * picture + 0.75 * np.array(DROPPED)
-    return np.where(_enlarged(served[..., None], image), picture, veil)
-
-
-def _seen(image):
-    """Returns the channels of an image that can be shown: three, or one."""
-    return image[..., : 3 if image.shape[-1] >= 3 else 1]
-
-
-def _show(axis, image):
-    """Shows an image of any number of channels, without axes."""
-    image = _seen(image)
-    gray = image.shape[-1] == 1
-    most = 255 if image.dtype == np.uint8 else 1
-    image = image[..., 0] if gray else image
-    axis.imshow(image, cmap="gray", vmin=0, vmax=most)
-    _bare(axis)
-
-
-def _bare(axis):
-    axis.set_xticks([])
-    axis.set_yticks([])
-    for side in axis.spines.values():
-        side.set_visible(False)
+    return short(found.class_names[found.labels[row]], 20)
 
 
 def _legend(figure, names, height):

@@ -16,7 +16,6 @@ from keras import ops
 from keras_vmoe._checks import check_choice
 from keras_vmoe._checks import check_mask
 from keras_vmoe._checks import check_sizes
-from keras_vmoe._checks import is_integer
 from keras_vmoe._typing import Config
 from keras_vmoe._typing import Shape
 from keras_vmoe._typing import Tensor
@@ -32,8 +31,10 @@ from keras_vmoe.layers.expert_choice_router import ExpertChoiceRouter
 from keras_vmoe.layers.experts import MLPExperts
 from keras_vmoe.layers.parts import KeepsParts
 from keras_vmoe.layers.parts import hand_down
+from keras_vmoe.layers.routers import IMAGES_PER_GROUP
 from keras_vmoe.layers.routers import OWNERS
 from keras_vmoe.layers.routers import Router
+from keras_vmoe.layers.routers import group_of
 from keras_vmoe.layers.routers import share
 from keras_vmoe.layers.routers import with_layers
 from keras_vmoe.layers.soft_router import SoftRouter
@@ -45,7 +46,6 @@ from keras_vmoe.routing._groups import group_tokens
 from keras_vmoe.routing._groups import ungroup_tokens
 from keras_vmoe.routing.plans import Plan
 
-IMAGES_PER_GROUP = 8  # As in V-MoE.
 ROUTERS: dict[str, type[Router]] = {
     "bias_balanced": BiasBalancedRouter,
     "expert_choice": ExpertChoiceRouter,
@@ -163,7 +163,7 @@ class MoEMLP(KeepsParts, keras.layers.Layer):
             check_settings_of(experts, {"hidden_dim": hidden_dim, **bank})
         self.router = router
         self.experts = experts
-        self.images_per_group = _group(router, images_per_group)
+        self.images_per_group = group_of(router, images_per_group)
         self._rows_per_group = self.images_per_group
         if self.images_per_group != "batch":  # Copies of an ensemble count.
             self._rows_per_group *= getattr(router, "copies", 1)
@@ -355,29 +355,6 @@ def _new_name(layer_class):
     name = re.sub("(?<=[a-z])(?=[A-Z])", "_", words).lower()
     uid = keras.backend.get_uid(name)
     return name if uid == 1 else f"{name}_{uid - 1}"
-
-
-def _group(router, images_per_group):
-    """Images per group, or "batch"; some routers fix it."""
-    if images_per_group is None:
-        images_per_group = IMAGES_PER_GROUP
-    if images_per_group != "batch":
-        if not is_integer(images_per_group) or images_per_group < 1:
-            raise ValueError(
-                "`images_per_group` must be an integer of at least 1, or "
-                f"'batch' for one group per batch. Received: "
-                f"{images_per_group=!r}. V-MoE uses 8."
-            )
-        images_per_group = int(images_per_group)
-    fixed = router.images_per_group
-    if fixed is None:
-        return images_per_group
-    if images_per_group not in (fixed, IMAGES_PER_GROUP):
-        raise ValueError(
-            f"A {type(router).__name__} routes each image alone. Received: "
-            f"images_per_group={images_per_group!r}. Leave it out."
-        )
-    return fixed
 
 
 def _check_not_traced():

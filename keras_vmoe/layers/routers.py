@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_vmoe import routing
 from keras_vmoe._checks import check_not_negative
+from keras_vmoe._checks import is_integer
 from keras_vmoe._checks import plain
 from keras_vmoe._keras import all_layers
 from keras_vmoe._typing import Config
@@ -27,6 +28,8 @@ from keras_vmoe.layers.weights import mark
 from keras_vmoe.routing._groups import check_selection
 from keras_vmoe.routing._selection import softmax
 from keras_vmoe.routing.plans import Plan
+
+IMAGES_PER_GROUP = 8  # As in V-MoE.
 
 
 class Router(SavesSeedState, KeepsParts, keras.layers.Layer):
@@ -342,3 +345,26 @@ def check_settings(router, kwargs):
                 f"Received: {name}={kwargs[name]!r}. "
                 f"Leave it out, or use a {OWNERS[name]}."
             )
+
+
+def group_of(router, images_per_group):
+    """Images per group, or "batch"; some routers fix it."""
+    if images_per_group is None:
+        images_per_group = IMAGES_PER_GROUP
+    if images_per_group != "batch":
+        if not is_integer(images_per_group) or images_per_group < 1:
+            raise ValueError(
+                "`images_per_group` must be an integer of at least 1, or "
+                f"'batch' for one group per batch. Received: "
+                f"{images_per_group=!r}. V-MoE uses 8."
+            )
+        images_per_group = int(images_per_group)
+    fixed = router.images_per_group
+    if fixed is None:
+        return images_per_group
+    if images_per_group not in (fixed, IMAGES_PER_GROUP):
+        raise ValueError(
+            f"A {type(router).__name__} routes each image alone. Received: "
+            f"images_per_group={images_per_group!r}. Leave it out."
+        )
+    return fixed

@@ -21,6 +21,7 @@ from keras_vmoe._checks import nearest
 from keras_vmoe._checks import plain
 from keras_vmoe._keras import all_layers
 from keras_vmoe._preprocessing import Preprocessing
+from keras_vmoe._preprocessing import check_preprocessing
 from keras_vmoe._typing import Config
 from keras_vmoe._typing import Tensor
 from keras_vmoe._warnings import warn
@@ -36,8 +37,6 @@ RENAMED = {
     "drop_path": "drop_path_rate",
     "layer_scale": "layer_scale_init_value",
 }
-
-
 # Larger pixels are not normalized: by ImageNet's statistics all are below 3.
 LIMIT = 32
 
@@ -369,24 +368,6 @@ def classifier(x, settings, kernel_initializer):
         dtype="float32",
         name="head",
     )(x)
-
-
-def check_preprocessing(model, dataset):
-    """Raises if `data.load` made the dataset for another model."""
-    ours, theirs = (getattr(x, "preprocessing", None) for x in (model, dataset))
-    if not all(isinstance(x, Preprocessing) for x in (ours, theirs)):
-        return  # Other objects may have such an attribute, too.
-    found = {
-        name: (getattr(theirs, name), getattr(ours, name))
-        for name in ("mean", "std", "exif_orientation")
-    }
-    wrong = [f"{k}={x} for {y}" for k, (x, y) in found.items() if x != y]
-    if wrong:
-        raise ValueError(
-            "A dataset must be preprocessed as the model expects. "
-            f"Received: a dataset of {', '.join(wrong)}. Pass "
-            "`preprocessing=model.preprocessing` to `data.load`."
-        )
 
 
 def image_pair(size):

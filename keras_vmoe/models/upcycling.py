@@ -69,38 +69,10 @@ def upcycle(
     Reference:
         [Komatsuzaki et al., 2022](https://arxiv.org/abs/2212.05055), section 3.
     """
-    if not isinstance(model, MoEModel):
-        raise ValueError(
-            "`model` must be a ViTMoE, ConvNeXtMoE or SwinMoE. "
-            f"Received: model={model!r}. `keras_vmoe.checkpoints` reads the "
-            "weights of other models."
-        )
-    modes = {x.quantization_mode for x in all_layers(model)} - {None}
-    if modes:
-        raise ValueError(
-            "Experts start from kernels in floating point. Received: "
-            f"{model.name!r}, quantized to {sorted(modes)}. Upcycle the model "
-            "first, and quantize the result."
-        )
     check_not_negative(noise_std=noise_std)
     check_flags(preserve_outputs=preserve_outputs)
-    if model.moe is not None and isinstance(moe, dict):
-        moe = {**model.moe.to_dict(), **moe}
-    moe = MoEConfig.from_dict(moe)
-    if moe == model.moe and not noise_std:
-        raise ValueError(
-            "`moe` must add experts or change them. Received: "
-            f"num_experts={moe.num_experts}, layers={moe.layers!r} and what "
-            "else the model has. Add experts or layers."
-        )
-    if preserve_outputs and model.moe is not None:
-        raise ValueError(
-            "`preserve_outputs` is for a dense model. Received: a model with "
-            "experts. Twice its `num_experts` and `num_selected_experts` keep "
-            "its outputs where nothing is dropped."
-        )
-    if preserve_outputs:
-        moe = _preserving(moe, noise_std)
+    _check_source(model)
+    moe = _new_config(model, moe, noise_std, preserve_outputs)
     config = model.get_config()
     # The bank of an MLP that is frozen, or trained where the model is not.
     of_mlps = {
@@ -126,6 +98,43 @@ def upcycle(
         else:
             layer.set_weights(source.get_weights())
     return sparse
+
+
+def _check_source(model):
+    """Raises unless this is a model of ours in floating point."""
+    if not isinstance(model, MoEModel):
+        raise ValueError(
+            "`model` must be a ViTMoE, ConvNeXtMoE or SwinMoE. "
+            f"Received: model={model!r}. `keras_vmoe.checkpoints` reads the "
+            "weights of other models."
+        )
+    modes = {x.quantization_mode for x in all_layers(model)} - {None}
+    if modes:
+        raise ValueError(
+            "Experts start from kernels in floating point. Received: "
+            f"{model.name!r}, quantized to {sorted(modes)}. Upcycle the model "
+            "first, and quantize the result."
+        )
+
+
+def _new_config(model, moe, noise_std, preserve_outputs) -> MoEConfig:
+    """The new model's config, which adds to that of `model`."""
+    if model.moe is not None and isinstance(moe, dict):
+        moe = {**model.moe.to_dict(), **moe}
+    moe = MoEConfig.from_dict(moe)
+    if moe == model.moe and not noise_std:
+        raise ValueError(
+            "`moe` must add experts or change them. Received: "
+            f"num_experts={moe.num_experts}, layers={moe.layers!r} and what "
+            "else the model has. Add experts or layers."
+        )
+    if preserve_outputs and model.moe is not None:
+        raise ValueError(
+            "`preserve_outputs` is for a dense model. Received: a model with "
+            "experts. Twice its `num_experts` and `num_selected_experts` keep "
+            "its outputs where nothing is dropped."
+        )
+    return _preserving(moe, noise_std) if preserve_outputs else moe
 
 
 def _preserving(moe, noise_std) -> MoEConfig:

@@ -109,15 +109,17 @@ class Checkpoints:
 
 
 class SaveCheckpoint(keras.callbacks.Callback):
-    """Saves a checkpoint after every epoch, with the value of `state()`."""
+    """Saves a checkpoint after every epoch, with its history and routing."""
 
-    def __init__(self, checkpoints, state):
+    def __init__(self, checkpoints, history, routing):
         super().__init__()
         self.checkpoints = checkpoints
-        self.state = state
+        self.history = history
+        self.routing = routing
 
     def on_epoch_end(self, epoch, logs=None):
-        self.checkpoints.save(self.model, epoch + 1, self.state())
+        state = {"rows": self.history.rows, "routing": self.routing.epochs}
+        self.checkpoints.save(self.model, epoch + 1, state)
 
 
 def _save_file(model, path):

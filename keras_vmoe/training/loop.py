@@ -124,20 +124,9 @@ def _train(config, strategy, stack):
     history = callbacks.HistoryFile(
         run_dir / "history.csv", routing, state["rows"]
     )
-    average = [keras.callbacks.SwapEMAWeights()] if config.optimizer.ema else []
-    parts = [
-        callbacks.StopOnNonFiniteLoss(checkpoints.folder),
-        Validation(validation_data, building.make_loss(config), *average),
-        routing,
-        history,
-        *_tensorboard(config, run_dir / "tensorboard"),
-        SaveCheckpoint(
-            checkpoints,
-            lambda: {"rows": history.rows, "routing": routing.epochs},
-        ),
-        *average,
-    ]
     clock = callbacks.StepTime(steps)
+    average = [keras.callbacks.SwapEMAWeights()] if config.optimizer.ema else []
+    loss = building.make_loss(config)
     start = done * steps
     with _naming_corruption(config):
         if done < epochs:
@@ -149,7 +138,16 @@ def _train(config, strategy, stack):
                     epochs=epochs,
                     shuffle=False,  # The dataset shuffles itself.
                     verbose=_verbosity(),
-                    callbacks=[clock, *parts],
+                    callbacks=[
+                        clock,
+                        callbacks.StopOnNonFiniteLoss(checkpoints.folder),
+                        Validation(validation_data, loss, *average),
+                        routing,
+                        history,
+                        *_tensorboard(config, run_dir / "tensorboard"),
+                        SaveCheckpoint(checkpoints, history, routing),
+                        *average,
+                    ],
                 )
         elif average:  # As at the end of `fit`.
             model.optimizer.finalize_variable_values(model.trainable_variables)

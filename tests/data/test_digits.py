@@ -5,8 +5,6 @@ import os
 import pathlib
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -17,6 +15,7 @@ import tensorflow_datasets as tfds
 from keras_vmoe import data
 from keras_vmoe.data import digits
 from keras_vmoe.data.sources import prepared_datasets
+from tests.processes import Process
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SPLITS = {"train": 1254, "validation": 179, "test": 364}
@@ -211,32 +210,22 @@ data.info("digits", sys.argv[1])
 """
 
 
-def start(program, *args):
-    # Keras's lightest backend, because no model is run.
-    environment = {"PYTHONPATH": str(ROOT), "KERAS_BACKEND": "numpy"}
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, args)],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_two_processes_prepare_at_once_and_train_alike(tmp_path):
     ready = [tmp_path / "a", tmp_path / "b"]
     folder = tmp_path / "datasets"
-    processes = [
-        start(TOGETHER, folder, *order) for order in (ready, ready[::-1])
+    both = [
+        Process("-c", TOGETHER, folder, *order)
+        for order in (ready, ready[::-1])
     ]
-    digests = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    digests = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
     assert len(digests[0].strip()) == 64
     assert digests[0] == digests[1]
     assert os.listdir(folder) == ["digits"]
 
 
 def test_killed_process_leaves_nothing_that_looks_whole(tmp_path):
-    process = start(KILLED, tmp_path)
+    process = Process("-c", KILLED, tmp_path)
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
     (leftover,) = (tmp_path / "digits").iterdir()

@@ -2,8 +2,6 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 from keras_vmoe import distribution
 from keras_vmoe import layers
 from keras_vmoe import models
+from tests import processes
 
 ROOT = pathlib.Path(__file__).parents[2]
 IS_JAX = keras.backend.backend() == "jax"
@@ -45,12 +44,7 @@ def results(folder):
             (folder / family).mkdir()
             options += ["--save", str(folder / family)]
         lines.append(" ".join([family, shards, *options]))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distribution.run", *lines],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = processes.run("-m", "tests.distribution.run", *lines)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()[-len(CASES) :]
     return dict(zip(CASES, map(json.loads, lines), strict=True))

@@ -2,11 +2,8 @@
 
 import functools
 import json
-import os
 import pathlib
 import random
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -14,6 +11,7 @@ import pytest
 
 from keras_vmoe import distribution
 from keras_vmoe.distribution import _replicas
+from tests import processes
 
 BACKEND = keras.backend.backend()
 ROOT = pathlib.Path(__file__).parents[2]
@@ -21,13 +19,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def python(*arguments):
     """The last line of a process of its own."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-    )
+    done = processes.run(*arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 
@@ -128,14 +120,7 @@ CANNOT = "with an unsupported type (<class 'tensorflow.python.distribute"
 def test_keras_cannot_fit_with_several_workers():
     """Why `resolve` has no such name. Should this fail, Keras may have it."""
     port = random.randrange(20000, 30000)
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(port), str(index)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
+    both = [processes.Process("-c", WORKER, port, i) for i in range(2)]
     for worker in both:
         assert CANNOT in worker.communicate(timeout=300)[0]
 

@@ -2,13 +2,10 @@
 
 import csv
 import json
-import os
 import pathlib
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import keras
@@ -21,6 +18,7 @@ from keras_vmoe.distribution import _processes
 from keras_vmoe.training.checkpointing import UNFINISHED
 from keras_vmoe.training.checkpointing import Checkpoints
 from tests import devices
+from tests.processes import Process
 
 BACKEND = keras.backend.backend()
 IS_JAX = BACKEND == "jax"
@@ -36,18 +34,8 @@ SMALL = """
 
 def start(arguments, count, **environment):
     """A process with some virtual devices."""
-    return subprocess.Popen(
-        [sys.executable, "-m", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={
-            **os.environ,
-            "XLA_FLAGS": devices.flags(count),
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-            **environment,
-        },
+    return Process(
+        "-m", *arguments, XLA_FLAGS=devices.flags(count), **environment
     )
 
 
@@ -179,18 +167,12 @@ def command_on_two(tmp_path, train):
     common = {f"{start}JOB_ADDRESSES": free_address()}
     common[f"{start}NUM_PROCESSES"] = "2"
     return [
-        subprocess.Popen(
-            [sys.executable, "program.py", "train"],
+        Process(
+            "program.py",
+            "train",
             cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                **common,
-                f"{start}PROCESS_ID": i,
-                "PYTHONPATH": str(ROOT),
-            },
+            **common,
+            **{f"{start}PROCESS_ID": i},
         )
         for i in "01"
     ]

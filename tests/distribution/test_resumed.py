@@ -2,15 +2,14 @@
 
 import functools
 import json
-import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 
 import keras
 import numpy as np
 import pytest
+
+from tests import processes
 
 BACKEND = keras.backend.backend()
 ROOT = pathlib.Path(__file__).parents[2]
@@ -26,13 +25,7 @@ ENDS = {
 def runs():
     """The results of all runs, from a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.distribution.run_resumed", folder],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-        )
+        done = processes.run("-m", "tests.distribution.run_resumed", folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

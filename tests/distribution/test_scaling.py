@@ -3,14 +3,12 @@
 import csv
 import importlib
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
 from tests import devices
+from tests import processes
 
 pytestmark = pytest.mark.backends("jax")
 
@@ -62,12 +60,8 @@ def test_tables_say_what_made_them(name):
 
 @pytest.mark.slow
 def test_a_step_on_256_devices():
-    done = subprocess.run(
-        [sys.executable, "benchmarks/scaling.py", "--one", "2"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "XLA_FLAGS": devices.flags(256)},
+    done = processes.run(
+        "benchmarks/scaling.py", "--one", 2, XLA_FLAGS=devices.flags(256)
     )
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout.splitlines()[-1])

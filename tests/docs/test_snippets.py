@@ -6,15 +6,13 @@ import importlib
 import importlib.util
 import inspect
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 import keras_vmoe
+from tests import processes
 from tests.docs.pages import PAGES
 from tests.docs.pages import ROOT
 from tests.docs.pages import blocks
@@ -27,22 +25,10 @@ training.train(training.TrainConfig(run_dir="runs/digits", epochs=1))
 """
 IMAGE = """
 import keras, sklearn.datasets
+from tests import processes
 image = sklearn.datasets.load_digits().images[7][..., None]
 keras.utils.save_img("seven.png", image * 15.9, scale=False)
 """
-
-
-def run(script, folder):
-    """Runs a script in a fresh interpreter; returns what it says and prints."""
-    path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return subprocess.run(
-        [sys.executable, "-W", "error::SyntaxWarning", script],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +36,7 @@ def start(tmp_path_factory):
     """Where a reader of "Get started" would be: a run, and an image."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "start.py").write_text(TRAIN + IMAGE)
-    done = run("start.py", folder)
+    done = processes.run("start.py", cwd=folder, timeout=300)
     assert not done.returncode, done.stderr
     # That of `make quickstart`.
     shutil.copytree(folder / "runs/digits", folder / "runs/digits_jax")
@@ -69,7 +55,7 @@ def test_page(page, start, tmp_path):
             lines += block.text.splitlines()
     script = folder / f"{page.stem}.md"  # Its name and lines in tracebacks.
     script.write_text("\n".join(lines))
-    done = run(script.name, folder)
+    done = processes.run(script.name, cwd=folder, timeout=300)
     assert not done.returncode, f"{page}\n{done.stderr[-3000:]}"
 
 

@@ -65,7 +65,8 @@ def test_bad_input(options, words):
 @pytest.mark.backends("torch")
 def test_iterations_that_do_not_suffice():
     with pytest.warns(UserWarning, match="L-BFGS stopped after 2 iterations"):
-        evaluation.linear_probe(TRAIN, TEST, sweep=(1e-6,), epochs=2)
+        found = evaluation.linear_probe(TRAIN, TEST, sweep=(1e-6,), epochs=2)
+    assert found.chosen == 1e-6 and np.isfinite(found.kernel).all()
 
 
 @pytest.mark.backends("torch")

@@ -19,6 +19,7 @@ from keras_vmoe import _files
 from keras_vmoe import export
 from keras_vmoe._files import creating
 from keras_vmoe.export.variants import features_of
+from tests import processes
 from tests.export import small
 from tests.export.c_api import ServedModel
 
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.backends("tensorflow", "torch")
 IS_TENSORFLOW = keras.backend.backend() == "tensorflow"
 OWN_LAYER = """
 import keras
+from tests import processes
 
 @keras.saving.register_keras_serializable("own")
 class Own(keras.layers.Layer):
@@ -292,11 +294,7 @@ def test_a_full_disk(tmp_path):
         "    except OSError as error:\n"
         "        print('REFUSED', error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path), *limits],
-        capture_output=True,
-        text=True,
-    )
+    done = processes.run("-c", program, tmp_path, *limits)
     refused = done.stdout.count("REFUSED")
     assert refused == len(limits), done.stderr[-2000:]
     assert not list(tmp_path.iterdir())

@@ -3,8 +3,6 @@
 import io
 import json
 import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -18,6 +16,7 @@ from keras_vmoe import models
 from keras_vmoe.data.untrusted import decoded_or_nan
 from keras_vmoe.export.settings import STANDARD
 from keras_vmoe.export.settings import check_warmup
+from tests import processes
 from tests.export import small
 from tests.export.c_api import RefusedRequest
 from tests.export.c_api import ServedModel
@@ -394,9 +393,7 @@ def test_wrong_requests_are_refused(served, images, words):
 def test_a_thousand_hostile_requests(folder):
     """In a process of its own, which must live."""
     program = os.path.join(os.path.dirname(__file__), "run_hostile.py")
-    done = subprocess.run(
-        [sys.executable, program, str(folder)], capture_output=True, text=True
-    )
+    done = processes.run(program, folder)
     assert done.returncode == 0, done.stderr[-2000:]
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["right"] == counts["alone"] == 250

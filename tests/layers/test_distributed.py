@@ -1,21 +1,14 @@
 """Routing statistics with the batch spread over several devices."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
+from tests import processes
+
 
 def history_on(devices):
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.layers.distributed_run", str(devices)],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    done = processes.run("-m", "tests.layers.distributed_run", devices)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -2,8 +2,6 @@
 
 import os
 import pathlib
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -15,6 +13,7 @@ from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe.models import saving
 from keras_vmoe.training.run_folder import settings_of
+from tests import processes
 from tests.models.definitions import tiny
 from tests.training.test_resume import assert_same
 
@@ -24,6 +23,7 @@ pytestmark = pytest.mark.backends("torch")
 SCRIPT = """
 import resource, sys
 from keras_vmoe import cli
+from tests import processes
 limit = int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 sys.exit(cli.main(sys.argv[2:]))
@@ -34,15 +34,7 @@ def run_on_a_full_disk(config, limit, file):
     """`keras-vmoe train` where no file gets larger than a limit."""
     data.info("digits", config.data.data_dir)  # Writes it, while it can.
     file.write_text(yaml.safe_dump(settings_of(config)))
-    command = [sys.executable, "-c", SCRIPT, str(limit)]
-    root = pathlib.Path(__file__).parents[2]
-    return subprocess.run(
-        [*command, "train", f"--config={file}"],
-        capture_output=True,
-        text=True,
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-    )
+    return processes.run("-c", SCRIPT, limit, "train", f"--config={file}")
 
 
 def test_a_full_disk_is_one_message(config, tmp_path):

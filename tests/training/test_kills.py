@@ -7,11 +7,8 @@ import contextlib
 import itertools
 import math
 import os
-import pathlib
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -20,6 +17,7 @@ import pytest
 from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe.training.checkpointing import Checkpoints
+from tests import processes
 from tests.training.small import config_of
 
 pytestmark = pytest.mark.backends("jax")
@@ -34,6 +32,7 @@ fsync = os.fsync
 os.fsync = lambda file: (time.sleep(0.03), fsync(file))
 from keras_vmoe import training
 from tests.training.small import config_of
+from tests import processes
 training.train(config_of(sys.argv[1], sys.argv[2], epochs=int(sys.argv[3])))
 """
 
@@ -64,14 +63,10 @@ def test_kills_at_random_moments(tmp_path, cache):
 
 
 def train_in_a_process(run_dir, cache):
-    root = pathlib.Path(__file__).parents[2]
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(run_dir), cache, str(EPOCHS)],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with open(os.devnull, "w") as nowhere:
+        return processes.Process(
+            "-c", SCRIPT, run_dir, cache, EPOCHS, output=nowhere
+        )
 
 
 def in_a_write(process, folder, moments, start_up):
@@ -81,7 +76,7 @@ def in_a_write(process, folder, moments, start_up):
         if written(folder) not in (None, before):
             time.sleep(moments.uniform(0.0, 0.02))
             process.send_signal(signal.SIGSTOP)
-            os.waitpid(process.pid, os.WUNTRACED)
+            process.wait_until_stopped()
             if written(folder) not in (None, before):
                 return
             process.send_signal(signal.SIGCONT)
@@ -89,7 +84,7 @@ def in_a_write(process, folder, moments, start_up):
 
 
 def at_any_moment(process, folder, moments, start_up):
-    """From the start of Python to the first checkpoint or a little behind."""
+    """From the start of the process to the first checkpoint or a little behind."""
     time.sleep(moments.uniform(0.0, 1.1 * start_up))
 
 
