@@ -294,7 +294,15 @@ def test_the_report(router, tmp_path):
             np.testing.assert_array_equal(numbers[f"block_3_moe/{key}"], value)
     rows = (page.parent / "classes.csv").read_text().split("\n")
     assert len(rows) == 2 + 2 * 10 * 4
-    # In the place of the one before, of which nothing is left.
+
+
+@pytest.mark.backends("torch")
+def test_a_report_takes_the_place_of_the_one_before(tmp_path):
+    """Of which nothing is left."""
+    model = model_of("top_k")
+    found = inspection.inspect(model, batches(), num_examples=1)
+    page = found.save(tmp_path / "report")
+    names = {x.name for x in page.parent.iterdir()}
     few = inspection.inspect(model, batches(labels=False), num_examples=1)
     few.save(tmp_path / "report", title="<some> images")
     assert "&lt;some&gt; images" in page.read_text()

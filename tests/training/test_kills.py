@@ -84,7 +84,7 @@ def in_a_write(process, folder, moments, start_up):
 
 
 def at_any_moment(process, folder, moments, start_up):
-    """From the start of the process to the first checkpoint or a little behind."""
+    """From its start to the first checkpoint or a little behind."""
     time.sleep(moments.uniform(0.0, 1.1 * start_up))
 
 
