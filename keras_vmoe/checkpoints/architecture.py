@@ -244,7 +244,7 @@ def swin_config(
     the published models.
 
     Args:
-        arrays: The result of `read_swin`.
+        arrays: The result of `read`.
         image_size: Side of the images in pixels, or `(height, width)`. None
             means 16 times the windows' side, or 192 if no file gives it.
 

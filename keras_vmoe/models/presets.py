@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from keras_vmoe.models.base import MoEModel
@@ -277,7 +278,7 @@ def from_preset(
     moe = preset.moe
     if "moe" in overrides:
         changes = overrides["moe"]
-        both = isinstance(changes, dict) and moe is not None
+        both = isinstance(changes, Mapping) and moe is not None
         moe = {**moe, **changes} if both else changes
     name = re.sub(r"\W", "_", name)
     return preset.model(**{**arguments, "name": name, **overrides, "moe": moe})

@@ -119,7 +119,7 @@ def _check_source(model):
 
 def _new_config(model, moe, noise_std, preserve_outputs) -> MoEConfig:
     """The new model's config, which adds to that of `model`."""
-    if model.moe is not None and isinstance(moe, dict):
+    if model.moe is not None and isinstance(moe, Mapping):
         moe = {**model.moe.to_dict(), **moe}
     moe = MoEConfig.from_dict(moe)
     if moe == model.moe and not noise_std:

@@ -1,5 +1,7 @@
 """`upcycle`: MoE models that start from dense ones."""
 
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -171,7 +173,7 @@ def test_experts_become_more_experts():
     model = randomize(tiny(moe={"capacity_factor": "dropless"}))
     images = dense()[1]
     twice = {"num_experts": 8, "num_selected_experts": 4}
-    more = models.upcycle(model, twice)
+    more = models.upcycle(model, types.MappingProxyType(twice))
     assert [x.num_experts for x in more.moe_layers] == [8, 8]
     assert more.moe.capacity_factor == "dropless"
     np.testing.assert_allclose(
