@@ -52,6 +52,7 @@ def show(axis, image):
 
 
 def bare(axis):
+    """Leaves out ticks and frame."""
     axis.set_xticks([])
     axis.set_yticks([])
     for side in axis.spines.values():
