@@ -7,17 +7,20 @@ SOURCES := keras_vmoe tests benchmarks examples docs setup.py
 # Hundreds of processes import the same files: they are compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
+# Python compiles what is imported; the rest of these packages is large.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
+
 # Quickstart installs what its backend needs; everything else installs all.
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(INSTALL) --upgrade pip
 
 $(VENV)/.quickstart-$(BACKEND): setup.py pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -e ".[$(BACKEND),data,plots,cli,serving]"
+	$(INSTALL) -e ".[$(BACKEND),data,plots,cli,serving]"
 	touch $@
 
 $(VENV)/.test: setup.py pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -e \
+	$(INSTALL) -e \
 		".[jax,tensorflow,torch,data,checkpoints,plots,cli,serving,onnx,litert,docs,test]"
 	touch $@
 

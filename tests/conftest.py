@@ -107,11 +107,13 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def backends_of(item):
-    """Those that a test runs on."""
+    """Those that a test runs on: its own and its parameters', or its file's."""
     if item.path.is_relative_to(TESTS / "data"):
-        return ("torch",)  # tf.data under every backend.
-    marker = item.get_closest_marker("backends")
-    return marker.args if marker else (BACKEND,)
+        return {"torch"}  # tf.data under every backend.
+    of_file = item.parent.get_closest_marker("backends")
+    own = [x for x in item.own_markers if x.name == "backends"]
+    found = own or ([of_file] if of_file else [])
+    return {BACKEND}.intersection(*(x.args for x in found))
 
 
 def rank(item):

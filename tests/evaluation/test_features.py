@@ -19,6 +19,7 @@ def batches():
 
 
 @pytest.mark.parametrize("representation_size", first_everywhere([6, None]))
+@pytest.mark.backends("jax", "torch")
 def test_the_head_makes_logits_of_them(representation_size):
     model = tiny(representation_size=representation_size)
     model = randomize(model)

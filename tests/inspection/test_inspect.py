@@ -50,6 +50,7 @@ def tokens_of(model, name, images):
 
 
 @pytest.mark.parametrize("router", first_everywhere(ROUTERS))
+@pytest.mark.backends("jax", "torch")
 def test_every_number(router):
     model = model_of(router)
     found = inspection.inspect(model, batches())
@@ -111,6 +112,7 @@ def test_every_number(router):
     assert found.class_names == tuple("0123456789")
 
 
+@pytest.mark.backends("jax", "torch")
 def test_what_routers_decide():
     """Token choice by the gates alone, expert choice by its plan."""
     for router in ROUTERS:

@@ -86,6 +86,7 @@ def test_auxiliary_loss_is_the_difference_between_training_loss_and_task():
     assert difference == pytest.approx(history["auxiliary_loss"][0], abs=1e-5)
 
 
+@pytest.mark.backends("torch")
 def test_model_without_moe_layers_logs_nothing():
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("sgd", "mse")
@@ -210,6 +211,7 @@ def quiet_router(**arguments):
     return layers.TopKRouter(4, noise_std=0.0, **arguments)
 
 
+@pytest.mark.backends("jax", "torch")
 def test_the_monitor_tells_dead_experts_and_their_layer():
     router = quiet_router(num_selected_experts=2, capacity_factor=4.0)
     first, second = monitored(router, epochs=2)
@@ -220,6 +222,7 @@ def test_the_monitor_tells_dead_experts_and_their_layer():
     assert "dropped" not in first
 
 
+@pytest.mark.backends("jax", "torch")
 def test_the_monitor_tells_drops():
     # 12 tokens want the 4 places of expert 1: two thirds are dropped.
     (message,) = monitored(quiet_router(capacity_factor=1.0), min_load=0.0)
@@ -229,12 +232,14 @@ def test_the_monitor_tells_drops():
     )
 
 
+@pytest.mark.backends("torch")
 def test_the_monitor_tells_both_in_one_message():
     (message,) = monitored(quiet_router(capacity_factor=1.0))
     assert "experts [0, 2, 3] get less" in message
     assert "; 67% dropped" in message
 
 
+@pytest.mark.backends("torch")
 def test_the_monitor_is_silent_when_all_is_well():
     assert monitored(layers.ExpertChoiceRouter(4, capacity_factor=4.0)) == []
     assert monitored(layers.SoftRouter(4, num_slots=1)) == []
@@ -296,6 +301,7 @@ def test_tensorboard_has_scalars_and_pictures(tmp_path):
     assert image.std() > 0
 
 
+@pytest.mark.backends("torch")
 def test_tensorboard_without_moe_layers_writes_nothing(tmp_path):
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("sgd", "mse")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from importlib import metadata
+from importlib.util import cache_from_source
 
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
@@ -51,12 +52,20 @@ def link(site, names):
     """Links packages of this environment into another."""
     for name in names:
         for file in metadata.files(name):
-            target = site / file
-            if ".." in file.parts or not file.locate().is_file():
+            source, target = file.locate(), site / file
+            if ".." in file.parts or not source.is_file():
                 continue  # A script, or compiled elsewhere.
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists():  # Some packages share files.
-                os.link(os.path.realpath(file.locate()), target)
+            _link(source, target)
+            if file.suffix == ".py":
+                compiled = pathlib.Path(cache_from_source(source))
+                if compiled.is_file():
+                    _link(compiled, pathlib.Path(cache_from_source(target)))
+
+
+def _link(source, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():  # Some packages share files.
+        os.link(os.path.realpath(source), target)
 
 
 def needs(lines, extras):
