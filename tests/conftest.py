@@ -13,22 +13,20 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Small tensors, and a worker per core: PyTorch needs no threads of its own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# The programs that JAX compiled are kept, for the other worker, for processes
-# that a test starts, and for the next run.
+# The larger programs that JAX compiled are kept, for processes that a test
+# starts and for the next run; small ones take longer to read than to compile.
 CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
 for name, value in {
     "JAX_COMPILATION_CACHE_DIR": CACHE,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.5,
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": -1,
     "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": 0,  # Of every operation, for nobody.
 }.items():
     os.environ.setdefault(name, str(value))
 
-import keras  # noqa: E402
 import pytest  # noqa: E402
 from xdist.scheduler import LoadFileScheduling  # noqa: E402
 
-BACKEND = keras.backend.backend()
 TESTS = pathlib.Path(__file__).parent
 # Those that take longest start first, or one core waits for the other's.
 LONGEST = [
@@ -84,8 +82,11 @@ def pytest_collection_finish(session):
 
 def pytest_collection_modifyitems(config, items):
     """Leaves to other backends what is theirs, and puts long files first."""
-    kept = [item for item in items if BACKEND in backends_of(item)]
-    left = [item for item in items if BACKEND not in backends_of(item)]
+    import keras  # Here: what hands out tests to workers takes seconds less.
+
+    backend = keras.backend.backend()
+    kept = [item for item in items if runs_on(backend, item)]
+    left = [item for item in items if not runs_on(backend, item)]
     if left:
         config.hook.pytest_deselected(items=left)
     items[:] = sorted(kept, key=rank)
@@ -106,14 +107,14 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
-def backends_of(item):
-    """Those that a test runs on: its own and its parameters', or its file's."""
+def runs_on(backend, item):
+    """By the test's own markers and its parameters', or by its file's."""
     if item.path.is_relative_to(TESTS / "data"):
-        return {"torch"}  # tf.data under every backend.
+        return backend == "torch"  # tf.data under every backend.
     of_file = item.parent.get_closest_marker("backends")
     own = [x for x in item.own_markers if x.name == "backends"]
     found = own or ([of_file] if of_file else [])
-    return {BACKEND}.intersection(*(x.args for x in found))
+    return all(backend in x.args for x in found)
 
 
 def rank(item):
@@ -125,6 +126,8 @@ def rank(item):
 @pytest.fixture(autouse=True)
 def fresh_state():
     """No test sees the seeds or the dtype policy of another."""
+    import keras
+
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy("float32")
     yield
