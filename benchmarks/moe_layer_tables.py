@@ -25,13 +25,13 @@ def main():
         print_markdown(shapes, kind, "shape")
     hub = select(rows, table="methods", candidate="keras_hub")
     print_markdown(hub, "forward", "shape")
-    layers = [
-        {**row, "candidate": f"{row['shape']}, {row['candidate'][7:]}"}
+    overhead = [
+        {**row, "candidate": f"{row['shape']}, {row['candidate']}"}
         for row in select(rows, table="overhead")
         if row["candidate"].startswith("top-k")
     ]
     for kind in PASSES:
-        print_markdown(layers, kind, "candidate")
+        print_markdown(overhead, kind, "candidate")
     for table in ("experts", "selected", "capacity", "statistics"):
         for kind in PASSES:
             print_markdown(select(rows, table=table), kind, "candidate")

@@ -97,6 +97,7 @@ class Process:
     def wait(self, timeout=None):
         self._process.join(timeout)
         if self.returncode is None:
+            self.kill()
             raise TimeoutError(f"{self.args} after {timeout} seconds")
         return self.returncode
 
@@ -104,10 +105,11 @@ class Process:
         os.kill(self.pid, number)
 
     def wait_until_stopped(self):
-        """By SIGSTOP."""
+        """By SIGSTOP, or at its end."""
         stat = pathlib.Path(f"/proc/{self.pid}/stat")
-        while stat.read_text().rpartition(")")[2].split()[0] != "T":
-            time.sleep(0.001)
+        with contextlib.suppress(FileNotFoundError):
+            while stat.read_text().rpartition(")")[2].split()[0] not in "TZ":
+                time.sleep(0.001)
 
     def kill(self):
         self.send_signal(signal.SIGKILL)

@@ -172,6 +172,8 @@ def load(
         is_training=training,
         skip_corrupt=skip_corrupt,
         cache=cache,
+        # Before files are read.
+        **_changes(augmentation, training, shape, num_classes, one_hot),
         **_part_of(
             name,
             builder,
@@ -181,7 +183,6 @@ def load(
             skip_corrupt,
             least=batch_size if drop_remainder else 1,
         ),
-        **_changes(augmentation, training, shape, num_classes, one_hot),
     )
     _check_order(builder, split, schema.label)
     examples = pipeline.examples(shuffle_buffer)

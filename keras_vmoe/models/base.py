@@ -37,6 +37,7 @@ RENAMED = {
     "drop_path": "drop_path_rate",
     "layer_scale": "layer_scale_init_value",
 }
+
 # Larger pixels are not normalized: by ImageNet's statistics all are below 3.
 LIMIT = 32
 

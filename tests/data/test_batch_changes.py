@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from keras_vmoe import data
+from keras_vmoe.data import loading
 
 CV, KERAS = keras_cv.layers, keras.layers
 
@@ -138,3 +139,9 @@ def test_pixels_of_another_range_come_back():
 def test_what_is_no_augmentation(make, words):
     with pytest.raises(ValueError, match=words):
         batch_of(make())
+
+
+def test_what_is_wrong_is_told_before_files_are_read(monkeypatch):
+    monkeypatch.setattr(loading, "_part_of", lambda *_, **__: pytest.fail())
+    with pytest.raises(ValueError, match="`augmentation` must be an Augment"):
+        data.load("digits", "train", 8, 8, True, augmentation=[3])

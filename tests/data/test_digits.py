@@ -17,7 +17,6 @@ from keras_vmoe.data import digits
 from keras_vmoe.data.sources import prepared_datasets
 from tests.processes import Process
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 SPLITS = {"train": 1254, "validation": 179, "test": 364}
 
 

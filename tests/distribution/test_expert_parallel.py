@@ -1,7 +1,6 @@
 """Experts, or data alone, over several devices: the arithmetic of one."""
 
 import json
-import pathlib
 
 import keras
 import numpy as np
@@ -12,7 +11,6 @@ from keras_vmoe import layers
 from keras_vmoe import models
 from tests import processes
 
-ROOT = pathlib.Path(__file__).parents[2]
 IS_JAX = keras.backend.backend() == "jax"
 # Models, and the numbers of shards; 0 is one device.
 CASES = {

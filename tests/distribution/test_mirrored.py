@@ -2,7 +2,6 @@
 
 import functools
 import json
-import pathlib
 import random
 
 import keras
@@ -14,7 +13,6 @@ from keras_vmoe.distribution import _replicas
 from tests import processes
 
 BACKEND = keras.backend.backend()
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def python(*arguments):

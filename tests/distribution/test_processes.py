@@ -2,7 +2,6 @@
 
 import csv
 import json
-import pathlib
 import re
 import signal
 import socket
@@ -22,7 +21,6 @@ from tests.processes import Process
 
 BACKEND = keras.backend.backend()
 IS_JAX = BACKEND == "jax"
-ROOT = pathlib.Path(__file__).parents[2]
 SMALL = """
 --model.image_size 8 --model.patch_size 4 --model.hidden_dim 16
 --model.num_layers 2 --model.num_heads 2 --model.mlp_dim 32 --moe.layers last_1

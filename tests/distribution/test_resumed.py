@@ -2,7 +2,6 @@
 
 import functools
 import json
-import pathlib
 import tempfile
 
 import keras
@@ -12,7 +11,6 @@ import pytest
 from tests import processes
 
 BACKEND = keras.backend.backend()
-ROOT = pathlib.Path(__file__).parents[2]
 # PyTorch has one device, and `tests/training/test_resume.py`.
 pytestmark = [pytest.mark.slow, pytest.mark.backends("jax", "tensorflow")]
 ENDS = {

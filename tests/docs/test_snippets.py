@@ -25,7 +25,6 @@ training.train(training.TrainConfig(run_dir="runs/digits", epochs=1))
 """
 IMAGE = """
 import keras, sklearn.datasets
-from tests import processes
 image = sklearn.datasets.load_digits().images[7][..., None]
 keras.utils.save_img("seven.png", image * 15.9, scale=False)
 """

@@ -28,7 +28,6 @@ pytestmark = pytest.mark.backends("tensorflow", "torch")
 IS_TENSORFLOW = keras.backend.backend() == "tensorflow"
 OWN_LAYER = """
 import keras
-from tests import processes
 
 @keras.saving.register_keras_serializable("own")
 class Own(keras.layers.Layer):

@@ -137,17 +137,13 @@ def test_an_empty_batch(name):
 
 
 # JAX compiles every fit. For TensorFlow one router of each selection.
-XLA = {
-    "priority, cosine": ("tensorflow", "torch"),
-    "expert choice": ("tensorflow", "torch"),
-    "soft": ("tensorflow", "torch"),
-}
-
-
+@pytest.mark.backends("tensorflow", "torch")
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(x, marks=pytest.mark.backends(*XLA.get(x, ["torch"])))
+        x
+        if x in ("priority, cosine", "expert choice", "soft")
+        else pytest.param(x, marks=pytest.mark.backends("torch"))
         for x in ROUTERS
     ],
 )

@@ -143,13 +143,8 @@ def test_another_image_size():
     assert other.input_shape == (None, 32, 16, 3)
 
 
-@pytest.mark.parametrize(
-    "router",
-    [
-        pytest.param("top_k", marks=once),
-        pytest.param("soft", marks=pytest.mark.backends("tensorflow", "torch")),
-    ],
-)
+@pytest.mark.backends("tensorflow", "torch")
+@pytest.mark.parametrize("router", first_everywhere(["soft", "top_k"]))
 def test_a_convnext_for_images_of_any_size(router):
     """The same as one for each size, and trained on several."""
     moe = {"layers": [2], "num_experts": 2, "router": router}

@@ -1,6 +1,7 @@
 """The table of the papers' models: sizes as printed, cost, words."""
 
 import csv
+import types
 
 import keras
 import numpy as np
@@ -83,7 +84,7 @@ def test_overrides():
         image_size=32,
         num_classes=7,
         depths=4,
-        moe={"num_experts": 2},
+        moe=types.MappingProxyType({"num_experts": 2}),
     )
     assert model.output_shape == (None, 7)
     assert model.moe.num_experts == 2 and model.moe.layers == "last_2"

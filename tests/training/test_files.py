@@ -23,7 +23,6 @@ pytestmark = pytest.mark.backends("torch")
 SCRIPT = """
 import resource, sys
 from keras_vmoe import cli
-from tests import processes
 limit = int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 sys.exit(cli.main(sys.argv[2:]))

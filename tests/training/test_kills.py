@@ -32,7 +32,6 @@ fsync = os.fsync
 os.fsync = lambda file: (time.sleep(0.03), fsync(file))
 from keras_vmoe import training
 from tests.training.small import config_of
-from tests import processes
 training.train(config_of(sys.argv[1], sys.argv[2], epochs=int(sys.argv[3])))
 """
 
