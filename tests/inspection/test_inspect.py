@@ -11,6 +11,7 @@ from keras import ops
 from keras_vmoe import data
 from keras_vmoe import inspection
 from keras_vmoe import models
+from keras_vmoe.inspection import _drawing
 from keras_vmoe.inspection import decisions
 from keras_vmoe.inspection import pictures
 from keras_vmoe.inspection import report
@@ -533,3 +534,9 @@ def test_on_several_devices():
                 getattr(found.layers[name], key), getattr(layer, key)
             )
         assert found.layers[name].entropy == pytest.approx(layer.entropy)
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("channels, seen", [(1, 1), (2, 1), (3, 3), (4, 3)])
+def test_channels_that_can_be_shown(channels, seen):
+    assert _drawing.seen(np.zeros((2, 2, channels))).shape == (2, 2, seen)

@@ -84,10 +84,15 @@ def test_overrides():
         image_size=32,
         num_classes=7,
         depths=4,
-        moe=types.MappingProxyType({"num_experts": 2}),
+        moe={"num_experts": 2},
     )
     assert model.output_shape == (None, 7)
     assert model.moe.num_experts == 2 and model.moe.layers == "last_2"
+    few = types.MappingProxyType({"capacity_factor": 2.0})
+    model = models.from_preset(
+        "convnext_t_e4_last2_r2", image_size=32, num_classes=7, moe=few
+    )
+    assert model.moe.num_experts == 4 and model.moe.capacity_factor == 2.0
     dense = models.from_preset(
         "convnext_iso_s_e8_last2", image_size=32, depths=2, moe=None
     )
