@@ -13,6 +13,7 @@ from keras_vmoe import data
 from keras_vmoe import models
 from keras_vmoe import training
 from keras_vmoe.training import checkpointing
+from keras_vmoe.training import loop
 from keras_vmoe.training.checkpointing import Checkpoints
 from keras_vmoe.training.config import GROUPS
 from keras_vmoe.training.config import VIT_SIZES
@@ -131,6 +132,17 @@ def stop_after(config, epochs):
         patch.setattr(training.loop, "SaveCheckpoint", SaveAndStop)
         with pytest.raises(Killed):
             training.train(config)
+
+
+@once
+def test_curves_of_a_resumed_run_are_of_all_epochs(left, monkeypatch):
+    """Metrics and the load of the experts."""
+    drawn = []
+    monkeypatch.setattr(loop, "_plot", lambda *given: drawn.append(given))
+    config = left(9)  # Behind the second epoch.
+    training.train(config)
+    ((rows, routing, _),) = drawn
+    assert len(rows) == len(routing) == config.epochs > 2
 
 
 @once
